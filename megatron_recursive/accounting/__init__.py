@@ -1,0 +1,6 @@
+"""Parameters and FLOPs of a recursive model, computed from its shape and its plan without building it."""
+
+from megatron_recursive.accounting.flops import FlopsPerToken, flops_per_token
+from megatron_recursive.accounting.params import ModelShape, ParameterCount, count_parameters
+
+__all__ = ["FlopsPerToken", "ModelShape", "ParameterCount", "count_parameters", "flops_per_token"]

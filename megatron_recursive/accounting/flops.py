@@ -1,0 +1,56 @@
+"""FLOPs per token of a training step: forward through every pass, backward only where gradient flows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_recursive.accounting.params import ModelShape
+from megatron_recursive.plan import RecursionPlan
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Floating-point operations per token of one training step (a multiply-add counts 2).
+
+    A backward pass costs twice its forward pass; recomputation is not counted, as in Megatron.
+    """
+
+    passes_forward: float
+    passes_backward: float
+    head_forward: float
+    head_backward: float
+
+    @property
+    def forward(self) -> float:
+        return self.passes_forward + self.head_forward
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.passes_backward + self.head_backward
+
+
+def layer_forward_flops(shape: ModelShape, *, causal: bool = True) -> float:
+    """Forward FLOPs per token of one layer. ``causal`` counts the half of the score matrix that is used."""
+    hidden = shape.hidden_size
+    projections = 2 * hidden * (2 * shape.query_size + shape.key_value_size)
+    attention = 2 * 2 * shape.seq_length * shape.query_size * (0.5 if causal else 1.0)
+    mlp = 2 * hidden * shape.ffn_hidden_size * (3 if shape.gated_linear_unit else 2)
+    return projections + attention + mlp
+
+
+def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = True) -> FlopsPerToken:
+    """FLOPs per token of a training step under a plan, at the shape's sequence length.
+
+    The vocabulary projection runs after every block whose output is supervised or teaches the halting head;
+    it has a backward pass where the language-model loss is taken.
+    """
+    decoder = shape.num_layers * layer_forward_flops(shape, causal=causal)
+    vocabulary = 2 * shape.hidden_size * shape.vocab_size
+    projected = sum(p.supervised_weight > 0 or p.halt_weight > 0 for p in plan.passes)
+    supervised = sum(p.supervised_weight > 0 for p in plan.passes)
+    return FlopsPerToken(
+        passes_forward=plan.num_passes * decoder,
+        passes_backward=2 * len(plan.grad_passes) * decoder,
+        head_forward=projected * vocabulary,
+        head_backward=2 * supervised * vocabulary,
+    )

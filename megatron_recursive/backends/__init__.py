@@ -1,0 +1,1 @@
+"""Devices on which Megatron would not run by itself."""

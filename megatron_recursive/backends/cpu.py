@@ -1,0 +1,218 @@
+"""Runs Megatron-Core 0.19 under gloo on machines without a CUDA device.
+
+Megatron asks torch.cuda for streams, events, random states and memory figures, and writes ``device="cuda"`` into
+factory calls. :func:`install` answers those questions for the CPU. Importing this module changes nothing;
+:func:`install` does nothing where CUDA exists.
+
+What is patched, for the process: functions of ``torch.cuda`` (the table below), ``Tensor.cuda``, ``Module.cuda``,
+``Tensor.to``, ``Tensor.type``, the factory functions of torch (their ``device`` only; a global ``TorchFunctionMode``
+would tax every operation), ``torch.accelerator.is_available``, and ``torch.compile``, which compiles nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones",
+    "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+
+_installed = False
+
+
+def is_installed() -> bool:
+    return _installed
+
+
+def install() -> bool:
+    """Make Megatron run on this CPU. Call it before megatron is imported.
+
+    Returns:
+        True when the process now runs on the CPU, False where a CUDA device exists and nothing was changed.
+    """
+    global _installed
+    if _installed:
+        return True
+    if torch.cuda.is_available():
+        return False
+    # Megatron's fusions are decorated with torch.compile, which on the CPU costs seconds and a C++ compiler.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch.compile = _no_compile
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it under tensor parallelism
+    _patch_cuda_module()
+    _patch_tensor_methods()
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in ("empty", "full", "ones", "tensor", "zeros"):
+        method = f"new_{name}"
+        setattr(torch.Tensor, method, _on_cpu(getattr(torch.Tensor, method)))
+    torch.accelerator.is_available = lambda: False
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    # Here the "GPU's" random state is the CPU's, so the tracker's warning that both moved is always true.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+    _installed = True
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.info("No CUDA device: Megatron runs on the CPU, under gloo.")
+    return True
+
+
+class _Stream:
+    """A stream in which everything has happened already."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        pass
+
+
+class _Event(_Stream):
+    def record(self, *args: Any) -> None:
+        pass
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+class _Generators:
+    """``torch.cuda.default_generators``: whatever the index, the CPU's."""
+
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _answer(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _no_compile(model: Any = None, **kwargs: Any) -> Any:
+    """``torch.compile`` as a call or as a decorator, without compiling."""
+    return model if model is not None else (lambda function: function)
+
+
+def _patch_cuda_module() -> None:
+    properties = SimpleNamespace(major=8, minor=0, total_memory=0, multi_processor_count=1, name="cpu")
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "current_device": lambda: CPU,
+        "get_device_properties": lambda *a, **k: properties,
+        "get_device_capability": lambda *a, **k: (8, 0),
+        "get_device_name": lambda *a, **k: "cpu",
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+        "manual_seed_all": _answer(None),  # torch.manual_seed calls it after seeding the CPU
+        "initial_seed": torch.initial_seed,
+        "default_generators": _Generators(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *a, **k: _Stream(),
+        "default_stream": lambda *a, **k: _Stream(),
+        "stream": lambda *a, **k: contextlib.nullcontext(),
+        "device": lambda *a, **k: contextlib.nullcontext(),
+        "memory_stats": lambda *a, **k: _NoMemory(),
+        "_lazy_call": lambda function, **k: function(),
+    }
+    # One function object a name: TorchDynamo's tables refuse an object that stands under two names.
+    for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats", "_lazy_init"):
+        answers[name] = _answer(None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved",
+                 "device_memory_used"):  # fmt: skip
+        answers[name] = _answer(0)
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _answer(None), _answer(None)
+
+
+class _NoMemory(dict):
+    """``torch.cuda.memory_stats``: every figure is 0."""
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, int) or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """The factory with a CUDA ``device`` read as the CPU."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and not isinstance(device, bool) and _is_cuda(device):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _patch_tensor_methods() -> None:
+    tensor_to, tensor_type, module_to = torch.Tensor.to, torch.Tensor.type, torch.nn.Module.to
+
+    def move(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+            args = tuple(CPU if isinstance(a, str | torch.device) and _is_cuda(a) else a for a in args)
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            return original(self, *args, **kwargs)
+
+        return to
+
+    @functools.wraps(tensor_type)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Megatron's optimizers compare the name with "torch.cuda.FloatTensor".
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to = move(tensor_to)  # type: ignore[method-assign]
+    torch.nn.Module.to = move(module_to)  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[assignment, method-assign]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]

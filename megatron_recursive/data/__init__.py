@@ -1,0 +1,1 @@
+"""Corpora, tokenizers and Megatron's indexed datasets: everything between raw text and ``--data-path``."""

@@ -1,0 +1,55 @@
+"""Progress of long reads: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+
+class Progress:
+    """Shows bytes read, documents, rate and time left on stderr.
+
+    Args:
+        label: the first word of the bar or line, such as ``encoding``.
+        total_bytes: bytes that will be read in all.
+        interval_s: seconds between two plain lines, when stderr is no terminal.
+    """
+
+    def __init__(self, label: str, total_bytes: int, interval_s: float = 10.0) -> None:
+        self.label, self.total_bytes, self.interval_s = label, total_bytes, interval_s
+        self.documents = self.bytes = 0
+        self._bar = None
+
+    def __enter__(self) -> Progress:
+        self._start = self._shown = time.monotonic()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.total_bytes, desc=self.label, unit="B", unit_scale=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, documents: int, size: int) -> None:
+        """Count ``documents`` more documents, which took ``size`` bytes on disk."""
+        self.documents += documents
+        self.bytes += size
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self.documents:,} documents", refresh=False)
+            self._bar.update(size)
+        elif time.monotonic() - self._shown >= self.interval_s:
+            self._shown = time.monotonic()
+            self._print_line()
+
+    def _print_line(self) -> None:
+        rate = self.bytes / (self._shown - self._start)
+        left = max(self.total_bytes - self.bytes, 0) / rate if rate else 0.0
+        print(
+            f"{self.label}: {self.bytes / 1e6:.1f} of {self.total_bytes / 1e6:.1f} MB, {self.documents:,} documents, "
+            f"{rate / 1e6:.2f} MB/s, {int(left) // 60}:{int(left) % 60:02d} left",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,31 @@
+"""Errors that a user can mend, and the one way in which a command reports them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake in a flag, a file or the surroundings.
+
+    The message is one sentence: it names the flag, file or line, and how to mend it.
+    """
+
+
+def report_user_errors(main: Callable[..., object]) -> Callable[..., None]:
+    """Wrap a command's ``main``: a :class:`UserError` becomes one line on stderr and exit code 2, no traceback."""
+
+    @functools.wraps(main)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_USER_ERROR) from None
+
+    return run

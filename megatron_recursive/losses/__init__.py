@@ -1,0 +1,1 @@
+"""Losses and telemetry of the recursion."""

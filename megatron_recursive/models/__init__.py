@@ -1,0 +1,1 @@
+"""The recursion core, its heads, and the GPT model around them."""

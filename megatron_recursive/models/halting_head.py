@@ -1,0 +1,37 @@
+"""The halting head: one logit per token from that token's own output state."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class HaltingHead(MegatronModule):
+    """``q = w . h + b`` per token, in fp32; ``w`` starts at zero and ``b`` well below it, so that training starts deep.
+
+    A token's own state only: a head over pooled states would see the future in a causal model. The weight is one vector
+    (not a 1 x H matrix), so that optimizers which treat matrices apart leave it alone. Replicated over tensor-parallel
+    ranks; under sequence parallelism each rank sees its own tokens, and Megatron sums the gradients.
+    """
+
+    def __init__(self, config: TransformerConfig, bias: float, tp_group: ProcessGroup) -> None:
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        self.weight = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.full((1,), bias, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_SBH: Tensor) -> Tensor:
+        """[S, B, H] (this rank's tokens under sequence parallelism) to logits [B, S] of all tokens, fp32."""
+        logits_SB = hidden_SBH.float() @ self.weight.float() + self.bias.float()
+        if self.config.sequence_parallel:
+            # Every rank computes the same loss from the gathered logits, so the backward splits and does not sum.
+            logits_SB = tensor_parallel.gather_from_sequence_parallel_region(
+                logits_SB, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return logits_SB.transpose(0, 1)

@@ -1,0 +1,136 @@
+"""The layer spec for machines without Transformer Engine: torch's fused attention, a norm for sequence parallelism.
+
+Everything else is Megatron's own local spec. Parameter names and checkpoint keys stay Megatron's.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class SequenceParallelNorm(torch.nn.Module):
+    """RMSNorm or LayerNorm over torch's kernels, for CPU and for GPUs without Transformer Engine.
+
+    Under sequence parallelism each tensor-parallel rank norms its own tokens, so the gradients of weight and bias must
+    be summed over the ranks; Megatron does that for parameters whose ``sequence_parallel`` is set
+    (finalize_model_grads). Megatron's torch norm refuses sequence parallelism because it sets no such mark.
+
+    Input and output: [..., hidden_size].
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps, self.shape = eps, (hidden_size,)
+        self.is_rms = config.normalization == "RMSNorm"
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        make = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(make(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        if not self.is_rms:
+            self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+            self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + 1 if self.zero_centered else self.weight
+        if self.is_rms:
+            return F.rms_norm(x, self.shape, weight, self.eps)
+        return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
+
+
+class SDPACoreAttention(MegatronModule):
+    """Causal self-attention over ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Grouped queries are not repeated in memory. A mask, where one is given, is *added* to causality: no mask can open
+    the future. Dropout draws from Megatron's tensor-parallel random state, so that ranks drop different heads.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.dropout_p = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [Sq, B, heads, head_dim]; key and value: [Sk, B, groups, head_dim]. Where Sk > Sq, the queries are
+                the last Sq positions (cached decoding).
+            attention_mask: boolean, broadcastable to [B, heads, Sq, Sk]; True hides a key (Megatron's convention).
+
+        Returns:
+            [Sq, B, heads * head_dim].
+        """
+        assert packed_seq_params is None, "packed sequences need Transformer Engine's attention"
+        assert attention_bias is None, "an attention bias needs Transformer Engine's attention"
+        (s_q, batch, heads, head_dim), (s_k, groups) = query.shape, (key.shape[0], key.shape[2])
+        visible = None
+        if attention_mask is not None or s_q != s_k:
+            # Bottom-right aligned: the last query sees every key.
+            visible = torch.ones(s_q, s_k, dtype=torch.bool, device=query.device).tril(s_k - s_q)
+            if attention_mask is not None:
+                visible = visible & ~attention_mask.bool()
+        dropout_p = self.dropout_p if self.training else 0.0
+        # Under sequence parallelism the block has already entered this random state.
+        fork = dropout_p > 0 and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else torch.autograd.profiler.record_function("sdpa"):
+            context = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=visible,
+                is_causal=visible is None,
+                dropout_p=dropout_p,
+                scale=self.softmax_scale,
+                enable_gqa=groups != heads,
+            )
+        return context.permute(2, 0, 1, 3).reshape(s_q, batch, heads * head_dim)
+
+
+def local_block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, for CPU and for GPUs without Transformer Engine."""
+    spec = copy.deepcopy(
+        get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    )
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    if attention.q_layernorm is not IdentityOp:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=SequenceParallelNorm)

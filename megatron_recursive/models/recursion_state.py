@@ -1,0 +1,73 @@
+"""The recursion core: walks a plan over states. It knows neither attention nor vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_recursive.plan import DecoderPass, RecursionPlan
+
+INITIAL_STATE_SEED = 20251006  # fixed: an initial state belongs to the function, not to the run
+
+
+def initial_state_vectors(plan: RecursionPlan, hidden_size: int) -> dict[str, Tensor]:
+    """The seeded initial states of a plan, one vector [H] per state; none where the states start at zero.
+
+    Truncated normal of std 1 within two standard deviations, never trained (as in TRM): under detached blocks a learned
+    one would get no gradient, and DDP's bucket counting breaks on such parameters.
+    """
+    if plan.is_plain or plan.state_init == "zeros":
+        return {}
+    generator = torch.Generator(device="cpu").manual_seed(INITIAL_STATE_SEED)
+    vectors = {}
+    for name in ("output", "latent"):
+        vector = torch.empty(hidden_size, device="cpu")
+        vectors[name] = torch.nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator)
+    return vectors
+
+
+class RecursionState:
+    """The output and latent states of one micro-batch while its plan runs. All are [S, B, H]."""
+
+    def __init__(self, embedding_SBH: Tensor, initial: Mapping[str, Tensor]) -> None:
+        self.values: dict[str, Tensor] = {"input": embedding_SBH}
+        for name in ("output", "latent"):
+            vector = initial.get(name)
+            self.values[name] = (
+                torch.zeros_like(embedding_SBH, requires_grad=False)
+                if vector is None
+                else vector.to(embedding_SBH).expand_as(embedding_SBH)
+            )
+
+    @property
+    def output(self) -> Tensor:
+        return self.values["output"]
+
+    def gather(self, decoder_pass: DecoderPass) -> Tensor:
+        """The sum that the pass feeds to the decoder, in the plan's order of summation."""
+        if decoder_pass.cuts_states:
+            for name in ("output", "latent"):
+                self.values[name] = self.values[name].detach()
+        first, *others = (self.values[name] for name in decoder_pass.reads)
+        total = first
+        for other in others:
+            total = total + other
+        return total
+
+    def update(self, decoder_pass: DecoderPass, result_SBH: Tensor) -> None:
+        # Megatron's blocks may mark an output of a grad-free pass as requiring gradient; it must not reach the graph.
+        self.values[decoder_pass.target] = result_SBH if decoder_pass.grad else result_SBH.detach()
+
+
+def run_plan(
+    plan: RecursionPlan, state: RecursionState, decode: Callable[[DecoderPass, Tensor], Tensor]
+) -> Iterator[DecoderPass]:
+    """Run every pass in order; yields after the last pass of each block, when ``state.output`` can be read."""
+    grad_enabled = torch.is_grad_enabled()
+    for decoder_pass in plan.passes:
+        with torch.set_grad_enabled(grad_enabled and decoder_pass.grad):
+            state.update(decoder_pass, decode(decoder_pass, state.gather(decoder_pass)))
+        if plan.is_block_end(decoder_pass):
+            yield decoder_pass

@@ -1,0 +1,219 @@
+"""Megatron's GPT with its decoder applied as a plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
+from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
+from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
+from megatron_recursive.models.halting_head import HaltingHead
+from megatron_recursive.models.recursion_state import RecursionState, initial_state_vectors, run_plan
+from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
+
+
+@dataclass
+class RecursiveOutput:
+    """What a forward pass with labels returns.
+
+    Attributes:
+        objective_BS: per-token training objective, [B, S], fp32: the supervised losses plus the weighted halting loss.
+        metrics: name to a tensor (sum, count) over the loss mask, detached.
+    """
+
+    objective_BS: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class BlockReadout:
+    """What the heads say after one block: all [B, S], None where not asked."""
+
+    decoder_pass: DecoderPass
+    lm_loss_BS: Tensor | None = None
+    arg_max_BS: Tensor | None = None
+    halt_logits_BS: Tensor | None = None
+
+
+class RecursiveGPTModel(GPTModel):
+    """A GPT whose layers are applied once per pass of a :class:`RecursionPlan`.
+
+    With recursion disabled it *is* Megatron's GPTModel: same parameters, same forward, same checkpoint keys.
+
+    Args:
+        recursion: the resolved knobs; the plan follows from them.
+        plan: another plan, for callers that build their own.
+        All other arguments are GPTModel's.
+    """
+
+    def __init__(
+        self, *args: Any, recursion: RecursionConfig, plan: RecursionPlan | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.recursion = recursion
+        self.plan = plan or build_plan(recursion)
+        if self.plan.is_plain:
+            return
+        if self.post_process and self.plan.has_halting:
+            self.halting_head = HaltingHead(self.config, recursion.halt_bias, self.pg_collection.tp)
+        if self.plan.state_norm == "none" and self.post_process:
+            # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
+            self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
+        if self.pre_process:
+            for name, vector in initial_state_vectors(self.plan, self.config.hidden_size).items():
+                self.register_buffer(f"initial_{name}", vector.to(self.config.params_dtype))
+
+    # -- the three parts that passes are made of -----------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Token ids [B, S] to the scaled embedding [S, B, H] and the rotary embedding (or None)."""
+        embedding, rotary, *_ = self._preprocess(input_ids=input_ids, position_ids=position_ids)
+        if self.plan.embedding_multiplier != 1.0:
+            embedding = embedding * self.plan.embedding_multiplier
+        return embedding, rotary
+
+    def initial_state(self, embedding_SBH: Tensor) -> RecursionState:
+        initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
+        return RecursionState(embedding_SBH, {k: v for k, v in initial.items() if v is not None})
+
+    def read_block(self, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor) -> BlockReadout:
+        """Ask the heads about the output state after a block.
+
+        The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
+        the plan weighs it; on a block that is not supervised it sees the detached state. In evaluation every block is
+        read in full.
+        """
+        readout = BlockReadout(decoder_pass)
+        supervised = decoder_pass.supervised_weight > 0
+        hidden_SBH = self._final_state(output_SBH if supervised else output_SBH.detach(), supervised)
+        if self.plan.has_halting:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and decoder_pass.halt_weight > 0):
+                readout.halt_logits_BS = self.halting_head(hidden_SBH)
+        if supervised or decoder_pass.halt_weight > 0 or not self.training:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
+                logits_SBV = self._logits(hidden_SBH)
+                if self.plan.has_halting:
+                    # Before the loss: Megatron's cross-entropy overwrites fp32 logits.
+                    readout.arg_max_BS = vocab_parallel_argmax(logits_SBV.detach(), self.pg_collection.tp)
+                readout.lm_loss_BS = self.compute_language_model_loss(labels_BS, logits_SBV)
+        return readout
+
+    def _final_state(self, output_SBH: Tensor, supervised: bool) -> Tensor:
+        if self.plan.state_norm == "final":
+            return output_SBH
+        with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
+            return self.output_norm(output_SBH)
+
+    def _logits(self, hidden_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output)
+        return logits_SBV
+
+    # -- the whole model in one graph ----------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        **kwargs: Any,
+    ) -> Tensor | RecursiveOutput:
+        """Run the plan.
+
+        Args:
+            input_ids, position_ids, labels: [B, S]. loss_mask: [B, S], 1 where a token counts; None counts all.
+            attention_mask: boolean, True hides; None is causal.
+
+        Returns:
+            Without labels, the logits after the last block, [B, S, V] (this rank's shard of V unless gathered).
+            With labels, a :class:`RecursiveOutput`; a disabled recursion returns what GPTModel does.
+        """
+        if self.plan.is_plain:
+            return super().forward(
+                input_ids, position_ids, attention_mask, labels=labels, loss_mask=loss_mask,
+                runtime_gather_output=runtime_gather_output, **kwargs,
+            )
+        unsupported = [name for name, value in kwargs.items() if value is not None]
+        assert not unsupported, f"RecursiveGPTModel does not take {', '.join(unsupported)}"
+        assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"
+        embedding_SBH, rotary = self.embed(input_ids, position_ids)
+        state = self.initial_state(embedding_SBH)
+
+        def decode(_: DecoderPass, hidden_SBH: Tensor) -> Tensor:
+            return self.decoder(hidden_states=hidden_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary)
+
+        if labels is None:
+            for _ in run_plan(self.plan, state, decode):
+                pass
+            hidden_SBH = self._final_state(state.output, supervised=True)
+            return self._logits(hidden_SBH, runtime_gather_output).transpose(0, 1).contiguous()
+
+        mask_BS = torch.ones_like(labels, dtype=torch.float) if loss_mask is None else loss_mask.float()
+        readouts: list[BlockReadout] = []
+        metrics: dict[str, Tensor] = {}
+        before = state.output
+        for decoder_pass in run_plan(self.plan, state, decode):
+            readouts.append(self.read_block(decoder_pass, state.output, labels))
+            self._observe_state(before, state.output, mask_BS, decoder_pass, metrics)
+            before = state.output.detach()
+        return self._objective(readouts, labels, mask_BS, metrics)
+
+    def _observe_state(
+        self, before: Tensor, after: Tensor, mask_BS: Tensor, decoder_pass: DecoderPass, metrics: dict[str, Tensor]
+    ) -> None:
+        """Telemetry of the state after a block. Under sequence parallelism a rank holds a part of the tokens."""
+        mask_SB, group = mask_BS.transpose(0, 1), None
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            mask_SB = mask_SB.chunk(group.size(), dim=0)[group.rank()]
+        with torch.no_grad():
+            name = f"output change block {decoder_pass.block + 1}"
+            metrics[name] = relative_change(before.detach(), after.detach(), mask_SB, group)
+            if decoder_pass is self.plan.passes[-1]:
+                metrics["token cosine"] = token_cosine(after.detach(), mask_SB, group)
+
+    def _objective(
+        self, readouts: list[BlockReadout], labels_BS: Tensor, mask_BS: Tensor, metrics: dict[str, Tensor]
+    ) -> RecursiveOutput:
+        """Sum the losses as the plan weighs them, and report each on its own."""
+        last = readouts[-1]
+        assert last.lm_loss_BS is not None
+        objective_BS = torch.zeros_like(last.lm_loss_BS, dtype=torch.float)
+        halt_loss_BS = torch.zeros_like(objective_BS)
+        for readout in readouts:
+            if readout.lm_loss_BS is not None and readout.decoder_pass.supervised_weight > 0:
+                objective_BS = objective_BS + readout.decoder_pass.supervised_weight * readout.lm_loss_BS.float()
+            if readout.decoder_pass.halt_weight > 0:
+                goal_BS = labels_BS if self.recursion.halt_target == "correct" else last.arg_max_BS
+                assert readout.halt_logits_BS is not None and readout.arg_max_BS is not None and goal_BS is not None
+                loss_BS = halting_loss(readout.halt_logits_BS, torch.eq(readout.arg_max_BS, goal_BS))
+                halt_loss_BS = halt_loss_BS + readout.decoder_pass.halt_weight * loss_BS
+        if self.plan.has_halting:
+            objective_BS = objective_BS + self.recursion.halt_loss_weight * halt_loss_BS
+        reported = {"lm loss": masked(last.lm_loss_BS.detach(), mask_BS)}
+        if self.plan.has_halting:
+            reported["halt loss"] = masked(halt_loss_BS.detach(), mask_BS)
+            logits_TBS = torch.stack([r.halt_logits_BS.detach() for r in readouts if r.halt_logits_BS is not None])
+            reported["mean halting probability"] = masked(torch.sigmoid(logits_TBS).mean(0), mask_BS)
+            steps_BS = steps_until_halt(logits_TBS, self.recursion.halt_threshold)
+            reported["expected refinement steps"] = masked(steps_BS, mask_BS)
+        reported["total loss"] = masked(objective_BS.detach(), mask_BS)
+        for readout in readouts:
+            if readout.lm_loss_BS is not None and len(readouts) > 1:
+                name = f"lm loss block {readout.decoder_pass.block + 1}"
+                reported[name] = masked(readout.lm_loss_BS.detach(), mask_BS)
+        return RecursiveOutput(objective_BS, {**reported, **metrics})
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return adapt_sharded_state_dict(sharded, prefix)

@@ -1,0 +1,7 @@
+"""What a recursive run computes, as data: the knobs (`RecursionConfig`) and the ordered passes (`RecursionPlan`)."""
+
+from megatron_recursive.plan.builders import build_plan
+from megatron_recursive.plan.recursion_config import RecursionConfig
+from megatron_recursive.plan.recursion_plan import DecoderPass, RecursionPlan
+
+__all__ = ["DecoderPass", "RecursionConfig", "RecursionPlan", "build_plan"]

@@ -1,0 +1,164 @@
+"""Every knob of the recursion, once: the flags, the plan and an exported config are made from this class."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_recursive.errors import UserError
+
+
+def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, off: str | None = None,
+          binds_checkpoint: bool = False, type: Any = None) -> Any:
+    """A field with what its flag needs.
+
+    ``off`` names the flag that turns a boolean off; ``binds_checkpoint`` marks a knob that changes the function
+    which trained weights compute, so that a checkpoint made with another value is refused.
+    """
+    meta = {"help": help, "choices": choices, "off": off, "binds": binds_checkpoint, "type": type}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class RecursionConfig:
+    """The recursion knobs, named as their flags are (``num_refinement_blocks`` is ``--num-refinement-blocks``).
+
+    Frozen and validated: a value that makes no sense raises :class:`UserError` naming the flag. Hashable, built of
+    primitives only, and free of torch. ``embedding_multiplier`` and ``init_depth_scaling`` may be None ("choose");
+    :meth:`resolved` puts numbers there.
+    """
+
+    enable_recursive_refinement: bool = _knob(
+        True, "Refine recursively. Off, the model is Megatron's plain GPT, bit for bit.",
+        off="--disable-recursive-refinement", binds_checkpoint=True)
+    num_refinement_blocks: int = _knob(
+        3, "T: refinement blocks; the output state is updated once at the end of each.", binds_checkpoint=True)
+    num_latent_refinements: int = _knob(
+        6, "n: latent refinements in each block, before its output update.", binds_checkpoint=True)
+    detach_between_refinements: bool = _knob(
+        True, "Cut the states at every block start, so that only the last block carries gradient. Off, gradients "
+        "flow through all blocks.", off="--no-detach-between-refinements")
+    state_init: str = _knob(
+        "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer).",
+        choices=("zeros", "trunc-normal"), binds_checkpoint=True)
+    state_norm: str = _knob(
+        "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head.",
+        choices=("final", "none"), binds_checkpoint=True)
+    embedding_multiplier: float | None = _knob(
+        None, "Factor on the embedding, which must stand at the scale of the states. Default: 1 / embedding init std "
+        "for recursive runs from scratch, 1 for runs that start from a plain GPT and when recursion is off.",
+        type=float, binds_checkpoint=True)
+    init_depth_scaling: str | None = _knob(
+        None, "Output projections are initialised with std / sqrt(2 L): L the layers held, or the layers unrolled "
+        "over all passes. Default: held, or unrolled where --state-norm is none.", choices=("held", "unrolled"))
+    halt_loss_weight: float = _knob(
+        1.0, "Weight of the halting loss: total loss = lm loss + weight * halt loss. 0 builds no halting head.")
+    halt_bias: float = _knob(
+        -5.0, "Initial bias of the halting head. About 0 is known to trap training at shallow depth.")
+    halt_supervision: str = _knob(
+        "all", "Blocks whose state teaches the halting head: all (earlier ones through their detached state), or last.",
+        choices=("all", "last"))
+    halt_target: str = _knob(
+        "correct", "A token should halt where its arg-max is the label (correct), or where its arg-max is already "
+        "that of the last block (agrees-with-last).", choices=("correct", "agrees-with-last"))
+    halt_threshold: float = _knob(
+        0.5, "A token halts at the first block whose halting probability reaches this. Higher refines longer.")
+    max_inference_refinement_steps: int = _knob(
+        12, "Cap on the blocks that adaptive halting may run at inference.")
+    recursion_alarm_after: int = _knob(
+        500, "Iteration from which the health alarms speak (state ignored, tokens collapsed). 0 turns them off.")
+
+    def __post_init__(self) -> None:
+        for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require("recursion_alarm_after", self.recursion_alarm_after >= 0, "must be 0 (off) or positive")
+        self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
+        self._require("halt_loss_weight", self.halt_loss_weight >= 0 and math.isfinite(self.halt_loss_weight),
+                      "must be 0 or a positive number")
+        self._require("halt_bias", math.isfinite(self.halt_bias), "must be a finite number")
+        multiplier = self.embedding_multiplier
+        self._require("embedding_multiplier", multiplier is None or (multiplier > 0 and math.isfinite(multiplier)),
+                      "must be a positive number")
+        for knob in dataclasses.fields(self):
+            value, choices = getattr(self, knob.name), knob.metadata["choices"]
+            if choices is not None and value is not None:
+                self._require(knob.name, value in choices, f"must be one of {', '.join(choices)}")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UserError(f"{flag_of(name)} {rule}, but is {getattr(self, name)}.")
+
+    @property
+    def has_halting(self) -> bool:
+        return self.enable_recursive_refinement and self.halt_loss_weight > 0
+
+    def resolved(self, *, embedding_init_std: float, from_plain_gpt: bool = False) -> RecursionConfig:
+        """The same config with every "choose" replaced by what it comes to in this run."""
+        multiplier, scaling = self.embedding_multiplier, self.init_depth_scaling
+        if multiplier is None:
+            fresh = self.enable_recursive_refinement and not from_plain_gpt
+            multiplier = 1.0 / embedding_init_std if fresh else 1.0
+        if scaling is None:
+            scaling = "unrolled" if self.enable_recursive_refinement and self.state_norm == "none" else "held"
+        return dataclasses.replace(self, embedding_multiplier=multiplier, init_depth_scaling=scaling)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RecursionConfig:
+        """Pick this class's knobs out of a mapping (a checkpoint's arguments, say); absent ones take defaults."""
+        return cls(**{knob.name: values[knob.name] for knob in dataclasses.fields(cls) if knob.name in values})
+
+    def differences(self, other: RecursionConfig) -> list[Difference]:
+        """The knobs in which ``other`` differs, in the order of the fields. Once recursion is off, only that counts."""
+        found = [
+            Difference(knob.name, getattr(self, knob.name), getattr(other, knob.name), knob.metadata["binds"])
+            for knob in dataclasses.fields(self)
+            if getattr(self, knob.name) != getattr(other, knob.name)
+        ]
+        if self.enable_recursive_refinement != other.enable_recursive_refinement:
+            return [d for d in found if d.name == "enable_recursive_refinement"]
+        if not self.enable_recursive_refinement:
+            return [d for d in found if d.name == "embedding_multiplier"]
+        return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One knob that two configs set differently; ``binds`` as in the config."""
+
+    name: str
+    mine: Any
+    theirs: Any
+    binds: bool
+
+    @property
+    def is_depth(self) -> bool:
+        return self.name in ("num_refinement_blocks", "num_latent_refinements")
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_recursion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add one flag per knob of :class:`RecursionConfig`."""
+    group = parser.add_argument_group("recursion")
+    for knob in dataclasses.fields(RecursionConfig):
+        text = knob.metadata["help"]
+        if isinstance(knob.default, bool):
+            group.add_argument(flag_of(knob.name), action="store_true", default=knob.default, dest=knob.name,
+                               help=f"{text} (default: {'on' if knob.default else 'off'})")
+            group.add_argument(knob.metadata["off"], action="store_false", default=knob.default, dest=knob.name,
+                               help=f"The opposite of {flag_of(knob.name)}.")
+            continue
+        suffix = "" if knob.default is None else f" (default: {knob.default})"
+        group.add_argument(flag_of(knob.name), default=knob.default, choices=knob.metadata["choices"],
+                           type=knob.metadata["type"] or (str if knob.default is None else type(knob.default)),
+                           help=text + suffix)
+    return parser

@@ -1,0 +1,174 @@
+"""The plan of a recursion: an ordered list of decoder passes over the same layers.
+
+Whoever asks in what order passes run, which carry gradient and which are supervised reads it here: the model walks it,
+the FLOPs counter sums it, checkpoints and exports carry it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from megatron_recursive.errors import UserError
+
+STATES = ("output", "latent")
+READABLE = (*STATES, "input")
+
+
+@dataclass(frozen=True)
+class DecoderPass:
+    """One application of the whole layer stack: ``state[target] = decoder(sum of what it reads)``.
+
+    Attributes:
+        index: position in the plan, from 0.
+        block: refinement block that the pass belongs to, from 0.
+        target: state that the result replaces, ``output`` or ``latent``.
+        reads: summands, in this order, out of ``output``, ``latent`` and ``input`` (the embedding).
+        grad: whether the pass is recorded for the backward pass.
+        cuts_states: whether the states are detached from the graph before the pass.
+        supervised_weight: weight of the language-model loss on the result; 0 where there is none.
+        halt_weight: weight of the halting loss on the result; 0 where there is none.
+    """
+
+    index: int
+    block: int
+    target: str
+    reads: tuple[str, ...]
+    grad: bool
+    cuts_states: bool = False
+    supervised_weight: float = 0.0
+    halt_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class RecursionPlan:
+    """A validated sequence of passes and what holds for all of them.
+
+    Attributes:
+        family: name of the builder: ``plain`` or ``core``.
+        passes: in the order in which they run.
+        state_init, state_norm, embedding_multiplier: as in ``RecursionConfig``, resolved.
+
+    Raises:
+        UserError: the passes contradict each other, or a parameter group would get no gradient.
+    """
+
+    family: str
+    passes: tuple[DecoderPass, ...]
+    state_init: str = "zeros"
+    state_norm: str = "final"
+    embedding_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.passes:
+            raise UserError("A plan needs at least one pass (--num-refinement-blocks).")
+        last = self.passes[-1]
+        if last.target != "output" or last.supervised_weight <= 0:
+            raise UserError("The last pass of a plan must update the output state and be supervised.")
+        for expected, decoder_pass in enumerate(self.passes):
+            self._check_pass(expected, decoder_pass)
+        if self.grad_passes != self.passes[self.first_grad_pass :]:
+            raise UserError("The passes that carry gradient must stand together at the end of the plan.")
+        starved = [group for group, fed in self.gradient_groups(tied_embeddings=False).items() if not fed]
+        if starved:
+            raise UserError(
+                f"The parameter group '{starved[0]}' would receive no gradient: no pass with gradient reads the "
+                f"{'input (raise --num-latent-refinements)' if starved[0] == 'embedding' else 'states'}."
+            )
+
+    def _check_pass(self, expected: int, decoder_pass: DecoderPass) -> None:
+        where = f"Pass {expected} of the plan"
+        if decoder_pass.index != expected:
+            raise UserError(f"{where} is numbered {decoder_pass.index}.")
+        if expected and decoder_pass.block - self.passes[expected - 1].block not in (0, 1):
+            raise UserError(f"{where} jumps to block {decoder_pass.block}.")
+        if decoder_pass.target not in STATES:
+            raise UserError(f"{where} updates '{decoder_pass.target}', which is none of {', '.join(STATES)}.")
+        if not decoder_pass.reads or set(decoder_pass.reads) - set(READABLE):
+            raise UserError(f"{where} must read some of {', '.join(READABLE)}.")
+        if (decoder_pass.supervised_weight or decoder_pass.halt_weight) and decoder_pass.target != "output":
+            raise UserError(f"{where} is supervised but does not update the output state.")
+        if decoder_pass.supervised_weight and not decoder_pass.grad:
+            raise UserError(f"{where} is supervised but carries no gradient.")
+
+    @cached_property
+    def num_passes(self) -> int:
+        return len(self.passes)
+
+    @cached_property
+    def num_blocks(self) -> int:
+        return self.passes[-1].block + 1
+
+    @cached_property
+    def block_ends(self) -> tuple[DecoderPass, ...]:
+        """The last pass of every block: after it the output state can be read."""
+        return tuple(p for p in self.passes if p is self.passes[-1] or self.passes[p.index + 1].block != p.block)
+
+    @cached_property
+    def first_grad_pass(self) -> int:
+        return next((p.index for p in self.passes if p.grad), self.num_passes)
+
+    @cached_property
+    def grad_passes(self) -> tuple[DecoderPass, ...]:
+        return tuple(p for p in self.passes if p.grad)
+
+    @cached_property
+    def has_halting(self) -> bool:
+        return any(p.halt_weight > 0 for p in self.passes)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """One pass from the input to the output: a plain GPT."""
+        return self.num_passes == 1 and self.passes[0].reads == ("input",) and not self.has_halting
+
+    def is_block_end(self, decoder_pass: DecoderPass) -> bool:
+        return decoder_pass in self.block_ends
+
+    def gradient_groups(self, *, tied_embeddings: bool) -> dict[str, bool]:
+        """Which parameter groups receive gradient. A tied embedding is also reached through the output head."""
+        reached = any("input" in p.reads for p in self.grad_passes)
+        groups = {"embedding": reached or tied_embeddings, "layers": bool(self.grad_passes), "output head": True}
+        if self.has_halting:
+            groups["halting head"] = True
+        return groups
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> RecursionPlan:
+        """The inverse of :meth:`to_json`. A UserError says what is wrong with a text that is no plan."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            passes = tuple(DecoderPass(**{**p, "reads": tuple(p["reads"])}) for p in values.pop("passes"))
+            return cls(passes=passes, **values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"Not a recursion plan in JSON ({type(error).__name__}: {error}).") from error
+
+    def describe(self) -> str:
+        """The passes as a table for people, one line a block where all its latent passes are alike."""
+        rows = [("passes", "block", "update", "reads", "gradient", "lm loss", "halt loss")]
+        for run in self._runs():
+            p, last = run[0], run[-1]
+            span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
+            weights = (f"{p.supervised_weight:g}" if p.supervised_weight else "-",
+                       f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
+            rows.append((span, str(p.block + 1), p.target, " + ".join(p.reads), "yes" if p.grad else "no", *weights))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _runs(self) -> list[list[DecoderPass]]:
+        """Consecutive passes of a block that differ in nothing but their index."""
+        runs: list[list[DecoderPass]] = []
+        for p in self.passes:
+            kind = (p.block, p.target, p.reads, p.grad, p.supervised_weight, p.halt_weight)
+            q = runs[-1][0] if runs else None
+            same = q is not None and kind == (q.block, q.target, q.reads, q.grad, q.supervised_weight, q.halt_weight)
+            if same:
+                runs[-1].append(p)
+            else:
+                runs.append([p])
+        return runs

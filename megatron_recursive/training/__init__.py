@@ -1,0 +1,1 @@
+"""Training through ``megatron.training.pretrain``. The only folder that imports megatron.training."""

@@ -1,0 +1,187 @@
+"""Megatron's arguments and ours: defaults that fit the machine, refusals in one sentence, validation."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import linecache
+import os
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from megatron.training import arguments as megatron_arguments
+from megatron.training.global_vars import get_tokenizer, set_global_variables
+
+from megatron_recursive.backends import cpu
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan.recursion_config import add_recursion_arguments
+from megatron_recursive.training import refusals
+from megatron_recursive.training.checkpointing import checkpoint_to_read, saved_arguments
+
+
+def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
+    """Parse and validate the command line, and set Megatron's global state (arguments, tokenizer, writers).
+
+    Returns:
+        The arguments, which also carry the resolved recursion knobs (so that checkpoints store them), and the knobs.
+
+    Raises:
+        UserError: one sentence on what is wrong.
+    """
+    args = megatron_arguments.parse_args(_add_arguments)
+    RecursionConfig.from_mapping(vars(args))  # refuses bad knobs before anything else is looked at
+    refusals.refuse_features(args, on_cpu=cpu.is_installed())
+    if args.use_checkpoint_args:
+        _take_checkpoint_arguments(args)
+    refusals.refuse_shapes(args)
+    refusals.refuse_tokenizer(args)
+    refusals.refuse_data(args)
+    if args.init_from_gpt is not None:
+        args.pretrained_checkpoint = args.init_from_gpt  # Megatron's name for "weights only, start at iteration 0"
+    recursion = _resolve_recursion(args)
+    with _megatron_speaks_in_sentences():
+        megatron_arguments.validate_args(args, {})
+    with _tokenizer_errors(args):
+        set_global_variables(args)
+    _set_padded_vocabulary(args)
+    return args, recursion
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print a thousand lines of usage
+    add_recursion_arguments(parser)
+    group = parser.add_argument_group("recursive runs")
+    group.add_argument(
+        "--init-from-gpt", metavar="DIR",
+        help="Start from the weights of a plain GPT checkpoint; what a GPT does not have starts fresh. A checkpoint "
+        "in --load takes precedence, so that a resumed run goes on.",
+    )
+    group.add_argument(
+        "--override-recursion-depth", action="store_true",
+        help="Load a checkpoint that was trained with other --num-refinement-blocks or --num-latent-refinements.",
+    )
+    group.add_argument(
+        "--metrics-file", metavar="FILE",
+        help="Append every logged and evaluated metric to this file, a JSON object a line "
+        "(default: metrics.jsonl in --save).",
+    )
+    parser.set_defaults(**_machine_defaults())
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message[:1].upper()}{message[1:]} (--help lists every flag).")
+
+
+def _machine_defaults() -> dict[str, Any]:
+    """Defaults that let a command of stock Megatron flags run here unchanged."""
+    has_te = not cpu.is_installed() and importlib.util.find_spec("transformer_engine") is not None
+    # Causality is the attention's own; an explicit mask costs S x S per sample and is made only where it says more.
+    defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False}
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None and not has_te:
+        defaults["gradient_accumulation_fusion"] = False
+    if not has_te:
+        defaults.update(transformer_impl="local", no_persist_layer_norm=True, masked_softmax_fusion=False,
+                        apply_rope_fusion=False)  # fmt: skip
+    if cpu.is_installed():
+        defaults.update(distributed_backend="gloo", gradient_accumulation_fusion=False)
+    return defaults
+
+
+def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
+    """--use-checkpoint-args: Megatron restores the architecture; the recursion knobs follow."""
+    folder, from_plain_gpt = checkpoint_to_read(args)
+    if folder is None:
+        raise UserError("--use-checkpoint-args needs a checkpoint in --load or --init-from-gpt.")
+    with _megatron_speaks_in_sentences():
+        megatron_arguments_from_checkpoint(args, from_plain_gpt)
+    if not from_plain_gpt:
+        for name, value in RecursionConfig.from_mapping(saved_arguments(folder)).to_dict().items():
+            setattr(args, name, value)
+
+
+def megatron_arguments_from_checkpoint(args: argparse.Namespace, from_plain_gpt: bool) -> None:
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    load_args_from_checkpoint(args, load_arg="init_from_gpt" if from_plain_gpt else "load")
+
+
+def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:
+    """Fill in the knobs left open, and store them in the arguments, which every checkpoint carries."""
+    std = args.init_method_std if args.embedding_init_method_std is None else args.embedding_init_method_std
+    recursion = RecursionConfig.from_mapping(vars(args)).resolved(
+        embedding_init_std=std, from_plain_gpt=args.init_from_gpt is not None
+    )
+    for name, value in recursion.to_dict().items():
+        setattr(args, name, value)
+    if args.reset_attention_mask:
+        args.create_attention_mask_in_dataloader = True
+    if args.metrics_file is None and args.save is not None:
+        args.metrics_file = os.path.join(args.save, "metrics.jsonl")
+    return recursion
+
+
+def _set_padded_vocabulary(args: argparse.Namespace) -> None:
+    """Fix the padded vocabulary, and record it in the arguments.
+
+    Megatron's padding depends on the tensor-parallel size, and padding rows join the softmax: the same weights would
+    give another loss at another size. So a checkpoint's own figure is kept.
+    """
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+    tokenizer = get_tokenizer()
+    known = tokenizer.vocab_size if tokenizer is not None else args.vocab_size
+    if args.vocab_size is None:
+        args.vocab_size = known
+    if known is not None and args.vocab_size < known:
+        raise UserError(f"--vocab-size {args.vocab_size} is smaller than the tokenizer's vocabulary of {known}.")
+    folder, _ = checkpoint_to_read(args)
+    if folder is not None and args.padded_vocab_size is None:
+        args.padded_vocab_size = saved_arguments(folder).get("padded_vocab_size")
+    tp = args.tensor_model_parallel_size
+    if args.padded_vocab_size is None:
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            args.vocab_size, args.make_vocab_size_divisible_by, tp, logging_enabled=False
+        )
+    if args.padded_vocab_size < args.vocab_size:
+        raise UserError(
+            f"The padded vocabulary of {args.padded_vocab_size} (--padded-vocab-size, or the checkpoint's) is smaller "
+            f"than the vocabulary of {args.vocab_size}."
+        )
+    if args.padded_vocab_size % tp:
+        raise UserError(
+            f"The padded vocabulary of {args.padded_vocab_size} (--padded-vocab-size, or the checkpoint's) is not "
+            f"divisible by --tensor-model-parallel-size {tp}."
+        )
+
+
+@contextlib.contextmanager
+def _megatron_speaks_in_sentences() -> Iterator[None]:
+    """Megatron validates by assertion; a failed one becomes one sentence."""
+    try:
+        yield
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError) as error:
+        text = " ".join(str(error).split())
+        if not text:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            rule = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
+            text = rule.removeprefix("assert ").rstrip(" \\,(")
+        raise UserError(f"Megatron refuses these flags: {text.rstrip('.')}.") from error
+
+
+@contextlib.contextmanager
+def _tokenizer_errors(args: argparse.Namespace) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        where = args.tokenizer_model or args.vocab_file or "(no --tokenizer-model)"
+        raise UserError(
+            f"The tokenizer {args.tokenizer_type} at {where} cannot be loaded ({type(error).__name__}: {reason}); "
+            "check --tokenizer-type and --tokenizer-model, or --vocab-file and --merge-file."
+        ) from error

@@ -1,0 +1,137 @@
+"""The training step that Megatron's schedules call, and the datasets that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_recursive.losses.telemetry import masked
+from megatron_recursive.models.recursive_gpt_model import RecursiveOutput
+
+SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor]:
+    """The next micro-batch on every tensor-parallel rank: [B, S] tensors under ``BATCH_KEYS``."""
+    args = get_args()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    batch: dict[str, Tensor | None] = {}
+    if tp_rank == 0:
+        assert data_iterator is not None
+        loaded = next(data_iterator)
+        for key in BATCH_KEYS:
+            value = loaded.get(key)
+            batch[key] = value.cuda(non_blocking=True) if value is not None else None
+    return get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def loss_func(loss_mask_BS: Tensor, output: Tensor | RecursiveOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What the schedule wants: the summed objective, the tokens that it sums over, and (sum, count) pairs to report.
+
+    ``output`` is a RecursiveOutput, or the [B, S] losses of a model whose recursion is disabled.
+    """
+    mask = loss_mask_BS.float()
+    if isinstance(output, RecursiveOutput):
+        objective_BS, report = output.objective_BS, output.metrics
+    else:
+        objective_BS = output.float()
+        report = {"lm loss": masked(objective_BS.detach(), mask)}
+    loss = (objective_BS * mask).sum()
+    _check(loss)
+    return loss, mask.sum().detach().to(torch.int), report
+
+
+def _check(loss: Tensor) -> None:
+    """NaN, infinity and spikes, as Megatron's rerun state machine handles them."""
+    args, machine = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for is_bad, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            message = f"found {name} in local forward loss calculation"
+            machine.validate_result(result=loss, rejection_func=is_bad, message=message, tolerance=0.0, fatal=True)
+    if args.check_for_spiky_loss:
+        is_spike = partial(machine.is_unexpectedly_large, threshold=SPIKE_FACTOR, context="loss")
+        machine.validate_result(
+            result=loss, rejection_func=is_spike, message="Spiky loss", tolerance=0.0, fatal=False
+        )
+
+
+def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor | RecursiveOutput, Any]:
+    """One micro-batch through the model; called by Megatron's schedules in training and evaluation."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Megatron's GPT datasets for the three splits, built where a rank reads them."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+    )
+    print_rank_0("> building train, validation, and test datasets ...")
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    builder = BlendedMegatronDatasetBuilder(kind, train_valid_test_num_samples, _reads_data, config)
+    datasets = builder.build()
+    print_rank_0("> finished creating datasets ...")
+    return datasets
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron builds it on every rank
+
+
+def _reads_data() -> bool:
+    return is_first_or_last_pipeline_stage(None) and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -1,0 +1,156 @@
+"""Patch of megatron-core 0.19: every logged and evaluated metric also goes to metrics.jsonl, and health alarms speak.
+
+``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of ``megatron.training.training``, which
+see metrics that are already averaged over micro-batches and ranks; Megatron has no hook there. The wrappers pass
+everything through unchanged.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.plan import RecursionConfig
+
+WINDOW = 50  # iterations that an alarm averages over
+STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
+COLLAPSE_COSINE = 0.9  # mean token-to-token cosine of the last output state
+
+
+def install(recursion: RecursionConfig) -> None:
+    """Wrap Megatron's reporting functions."""
+    from megatron.training import training
+
+    evaluated: list[dict[str, float]] = []
+    training.training_log = _wrap_training_log(_unwrapped(training.training_log), HealthAlarms(recursion))
+    training.evaluate = _wrap_evaluate(_unwrapped(training.evaluate), evaluated)
+    training.evaluate_and_print_results = _wrap_evaluate_and_print(
+        _unwrapped(training.evaluate_and_print_results), evaluated
+    )
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(function, "__wrapped__", function)
+
+
+def append_metrics(file: str | None, record: dict[str, Any]) -> None:
+    """Append one JSON object to the metrics file (None: nowhere). What a killed run left of a line is cut off."""
+    if file is None:
+        return
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+b") as stream:
+        stream.seek(0)
+        text = stream.read() if record["kind"] == "run" else b""
+        if text and not text.endswith(b"\n"):
+            stream.truncate(text.rfind(b"\n") + 1)
+        stream.write(json.dumps(record).encode() + b"\n")
+
+
+class HealthAlarms:
+    """Says when a recursion stops using its depth. Means over ``WINDOW`` iterations, said at most once a window.
+
+    * state ignored: the last block's loss is not ``STATE_IGNORED_GAIN`` nats below the first block's.
+    * collapse: the token-to-token cosine of the last output state is above ``COLLAPSE_COSINE``.
+    """
+
+    def __init__(self, recursion: RecursionConfig) -> None:
+        self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
+        self.blocks = recursion.num_refinement_blocks
+        self.gains: deque[float] = deque(maxlen=WINDOW)
+        self.cosines: deque[float] = deque(maxlen=WINDOW)
+        self.quiet_until = 0
+
+    def observe(self, iteration: int, metrics: dict[str, float]) -> list[str]:
+        """Take in the metrics of an iteration; returns what must be said."""
+        first, last = metrics.get("lm loss block 1"), metrics.get(f"lm loss block {self.blocks}")
+        if first is not None and last is not None and self.blocks > 1:
+            self.gains.append(first - last)
+        if "token cosine" in metrics:
+            self.cosines.append(metrics["token cosine"])
+        if self.after == 0 or iteration < self.after or iteration < self.quiet_until:
+            return []
+        alarms = []
+        if len(self.gains) == WINDOW and _mean(self.gains) < STATE_IGNORED_GAIN:
+            alarms.append(
+                f"the state is ignored: over the last {WINDOW} iterations the loss after block {self.blocks} is "
+                f"{_mean(self.gains):+.4f} below the loss after block 1 (threshold {STATE_IGNORED_GAIN}); try another "
+                "--embedding-multiplier, a lower learning rate, or --no-detach-between-refinements."
+            )
+        if len(self.cosines) == WINDOW and _mean(self.cosines) > COLLAPSE_COSINE:
+            alarms.append(
+                f"tokens have collapsed: their output states' mean cosine is {_mean(self.cosines):.3f} (threshold "
+                f"{COLLAPSE_COSINE}); try a larger --embedding-multiplier or a lower learning rate."
+            )
+        if alarms:
+            self.quiet_until = iteration + WINDOW
+        return alarms
+
+
+def _mean(values: deque[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args, print_rank_last
+        from megatron.training.utils import is_last_rank
+
+        result = original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        iteration, run = given["iteration"], get_args()
+        if not given["loss_dict"] or not is_last_rank():
+            return result
+        metrics = {name: float(value) for name, value in given["loss_dict"].items()}
+        for alarm in alarms.observe(iteration, metrics):
+            print_rank_last(f"ALARM at iteration {iteration}: {alarm}")
+            append_metrics(run.metrics_file, {"kind": "alarm", "iteration": iteration, "alarm": alarm})
+        if iteration % run.log_interval == 0:
+            record: dict[str, Any] = {"kind": "train", "iteration": iteration,
+                                      "consumed samples": run.consumed_train_samples, **metrics}  # fmt: skip
+            for name in ("learning_rate", "grad_norm"):
+                if given.get(name) is not None:
+                    record[name.replace("_", " ")] = float(given[name])
+            append_metrics(run.metrics_file, record)
+        return result
+
+    training_log.__wrapped__ = original  # type: ignore[attr-defined]
+    return training_log
+
+
+def _wrap_evaluate(original: Callable[..., Any], evaluated: list[dict[str, float]]) -> Callable[..., Any]:
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        losses, collected, timelimit = original(*args, **kwargs)
+        evaluated.append({name: float(value) for name, value in (losses or {}).items()})
+        return losses, collected, timelimit
+
+    evaluate.__wrapped__ = original  # type: ignore[attr-defined]
+    return evaluate
+
+
+def _wrap_evaluate_and_print(original: Callable[..., Any], evaluated: list[dict[str, float]]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+        from megatron.training.utils import is_last_rank
+
+        evaluated.clear()
+        result = original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        kind = "test" if "test set" in given["prefix"] else "valid"
+        for number, metrics in enumerate(evaluated):
+            if metrics and is_last_rank():
+                record = {"kind": kind, "iteration": given["iteration"], **metrics}
+                if len(evaluated) > 1:
+                    record["set"] = number
+                append_metrics(get_args().metrics_file, record)
+        return result
+
+    evaluate_and_print_results.__wrapped__ = original  # type: ignore[attr-defined]
+    return evaluate_and_print_results

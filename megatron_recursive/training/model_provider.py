@@ -1,0 +1,117 @@
+"""From Megatron's arguments to a model: the config, its builder, and the model's dimensions for accounting."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.utils import scaled_init_method_normal
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
+
+from megatron_recursive.accounting import ModelShape
+from megatron_recursive.models.layer_specs import local_block_spec
+from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+
+
+@dataclass(kw_only=True)
+class RecursiveGPTModelConfig(GPTModelConfig):
+    """Megatron's GPT config and the resolved recursion knobs."""
+
+    builder: ClassVar[str] = "megatron_recursive.training.model_provider.RecursiveGPTModelBuilder"
+    recursion: RecursionConfig = field(default_factory=RecursionConfig)
+
+    @property
+    def plan(self) -> RecursionPlan:
+        return build_plan(self.recursion)
+
+
+class RecursiveGPTModelBuilder(GPTModelBuilder):
+    """Megatron's GPT builder with another model class (upstream names GPTModel in ``build_model``)."""
+
+    _model_config: RecursiveGPTModelConfig
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> RecursiveGPTModel:
+        config = self._model_config
+        return RecursiveGPTModel(
+            config=config.transformer,
+            transformer_layer_spec=_layer_spec(config, vp_stage),
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.seq_length,
+            fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+            parallel_output=config.parallel_output,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling,
+            rope_scaling_factor=config.rope_scaling_factor,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+            scatter_embedding_sequence_parallel=config.scatter_embedding_sequence_parallel,
+            pre_process=is_pp_first_stage(pg_collection.pp) if pre_process is None else pre_process,
+            post_process=is_pp_last_stage(pg_collection.pp) if post_process is None else post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            recursion=config.recursion,
+        )
+
+
+def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """The user's --spec, Transformer Engine's spec, or the local one, as ``--transformer-impl`` says."""
+    spec = config.transformer_layer_spec
+    if spec is None:
+        local = config.transformer.transformer_impl == "local"
+        return local_block_spec(config.transformer, vp_stage) if local else default_layer_spec(config, vp_stage)
+    if callable(spec) and not isinstance(spec, ModuleSpec):
+        takes_stage = "vp_stage" in inspect.signature(spec).parameters
+        return spec(config, vp_stage=vp_stage) if takes_stage else spec(config)
+    return spec
+
+
+def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig) -> RecursiveGPTModelConfig:
+    """The model that validated arguments describe."""
+    transformer = core_transformer_config_from_args(args)
+    plan = build_plan(recursion)
+    if recursion.init_depth_scaling == "unrolled" and not args.init_method_xavier_uniform:
+        unrolled = transformer.num_layers * plan.num_passes
+        transformer.output_layer_init_method = scaled_init_method_normal(transformer.init_method_std, unrolled)
+    config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
+    config.recursion = recursion
+    # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
+def model_shape(config: RecursiveGPTModelConfig, seq_length: int) -> ModelShape:
+    """The dimensions that accounting needs; the vocabulary is the padded one."""
+    transformer: Any = config.transformer
+    return ModelShape(
+        num_layers=transformer.num_layers,
+        hidden_size=transformer.hidden_size,
+        ffn_hidden_size=transformer.ffn_hidden_size,
+        num_attention_heads=transformer.num_attention_heads,
+        num_query_groups=transformer.num_query_groups,
+        kv_channels=transformer.kv_channels,
+        vocab_size=config.vocab_size or 0,
+        seq_length=seq_length,
+        learned_positions=config.seq_length if config.position_embedding_type == "learned_absolute" else 0,
+        gated_linear_unit=transformer.gated_linear_unit,
+        tied_embeddings=config.share_embeddings_and_output_weights,
+        linear_bias=transformer.add_bias_linear,
+        qkv_bias=transformer.add_qkv_bias,
+        qk_norm=transformer.qk_layernorm,
+        norm_bias=transformer.normalization == "LayerNorm",
+    )

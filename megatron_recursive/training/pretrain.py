@@ -1,0 +1,82 @@
+"""From the command line to Megatron's own ``pretrain``: read the flags, refuse what cannot work, build, train."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import warnings
+
+from megatron_recursive.backends import cpu
+from megatron_recursive.errors import EXIT_USER_ERROR, UserError
+
+
+def main() -> None:
+    """Run a training command. A user's mistake ends in one sentence on stderr and exit code 2."""
+    try:
+        _run()
+    except UserError as error:
+        _end_with(error)
+
+
+def _run() -> None:
+    _prepare_environment()
+    cpu.install()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
+        from megatron.core.enums import ModelType
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        from megatron.training.training import pretrain
+
+        from megatron_recursive.training import checkpointing, metrics_log, throughput, wheel
+        from megatron_recursive.training.arguments import parse_arguments
+        from megatron_recursive.training.forward_step import datasets_provider, forward_step
+        from megatron_recursive.training.model_provider import model_config_from_args
+        from megatron_recursive.training.report import announce
+    warnings.filterwarnings("ignore", message=".*is deprecated.*", module="megatron")
+
+    args, recursion = parse_arguments()
+    model_config = model_config_from_args(args, recursion)
+    announce(args, model_config)
+    wheel.install()
+    throughput.install(model_config)
+    metrics_log.install(recursion)
+    checkpointing.install(recursion)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+    _leave()
+
+
+def _prepare_environment() -> None:
+    """What torchrun would have set, for a run without it: a world of one process."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(alone)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", port)
+
+
+def _end_with(error: UserError) -> None:
+    """Rank 0 speaks. The others wait a moment: torchrun ends every rank as soon as one has failed."""
+    sys.stdout.flush()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2.0)
+    os._exit(EXIT_USER_ERROR)  # a rank that sits in a collective must not be waited for
+
+
+def _leave() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,151 @@
+"""What this package refuses, in one sentence each, before any work is done."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.data.indexed import check_indexed_dataset
+from megatron_recursive.errors import UserError
+
+Test = Callable[[argparse.Namespace], Any]
+
+# What is refused | when | what to do instead. Read by the argument check, in this order.
+NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
+    ("--pipeline-model-parallel-size > 1", lambda a: a.pipeline_model_parallel_size > 1,
+     "use tensor and data parallelism"),
+    ("mixture of experts (--num-experts)", lambda a: a.num_experts, "use dense layers"),
+    ("multi-token prediction (--mtp-num-layers)", lambda a: a.mtp_num_layers, "leave it out"),
+    ("multi-latent attention (--multi-latent-attention)", lambda a: a.multi_latent_attention,
+     "use --group-query-attention"),
+    ("context parallelism (--context-parallel-size > 1)", lambda a: a.context_parallel_size > 1,
+     "use --sequence-parallel with tensor parallelism"),
+    ("FP8 (--fp8-format)", lambda a: a.fp8, "use --bf16"),
+    ("FP4 (--fp4-format)", lambda a: a.fp4, "use --bf16"),
+    ("FSDP (--use-megatron-fsdp, --use-torch-fsdp2)", lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
+     "use --use-distributed-optimizer"),
+    ("muP (--use-mup)", lambda a: a.use_mup, "leave it out"),
+    ("TP communication overlap (--tp-comm-overlap)", lambda a: a.tp_comm_overlap, "leave it out"),
+    ("heterogeneous layers (--heterogeneous-layers-config-path)",
+     lambda a: a.heterogeneous_layers_config_path or a.heterogeneous_layers_config_encoded_json,
+     "use layers of one shape"),
+    ("hybrid layers (--hybrid-layer-pattern)", lambda a: a.hybrid_layer_pattern, "use attention layers"),
+    ("attention variants (--experimental-attention-variant)", lambda a: a.experimental_attention_variant,
+     "use softmax attention"),
+    ("CUDA graphs (--cuda-graph-impl)", lambda a: a.cuda_graph_impl != "none", "leave them off"),
+    ("activation offloading (--fine-grained-activation-offloading)", lambda a: a.fine_grained_activation_offloading,
+     "use --recompute-granularity"),
+    ("reinforcement learning (--perform-rl-step)", lambda a: a.perform_rl_step, "leave it out"),
+    ("packed fine-tuning (--sft)", lambda a: a.sft, "tokenize documents instead"),
+    ("fill-in-the-middle data (--fim-data)", lambda a: a.fim_data, "leave it out"),
+    ("YAML configs (--yaml-cfg)", lambda a: a.yaml_cfg is not None, "give flags"),
+    ("checkpoints other than torch_dist (--ckpt-format)", lambda a: a.ckpt_format != "torch_dist",
+     "use --ckpt-format torch_dist"),
+)  # fmt: skip
+
+NOT_ON_CPU: tuple[tuple[str, Test, str], ...] = (
+    ("--distributed-backend nccl", lambda a: a.distributed_backend == "nccl", "--distributed-backend gloo"),
+    ("--transformer-impl transformer_engine", lambda a: a.transformer_impl != "local", "--transformer-impl local"),
+    ("--fp16", lambda a: a.fp16, "--bf16 or fp32"),
+    ("--use-flash-attn", lambda a: getattr(a, "use_flash_attn", False), "the default attention"),
+    ("--attention-backend flash or fused", lambda a: a.attention_backend.name in ("flash", "fused"),
+     "--attention-backend auto"),
+    ("--gradient-accumulation-fusion", lambda a: a.gradient_accumulation_fusion, "--no-gradient-accumulation-fusion"),
+    ("--async-save", lambda a: a.async_save, "synchronous checkpoints"),
+)  # fmt: skip
+
+NOT_IN_LOCAL_SPEC: tuple[tuple[str, Test, str], ...] = (
+    ("sliding-window attention (--window-size)", lambda a: a.window_size is not None, "leave it out"),
+    ("--softmax-type other than vanilla", lambda a: a.softmax_type != "vanilla", "--softmax-type vanilla"),
+    ("--qk-l2-norm", lambda a: getattr(a, "qk_l2_norm", False), "--qk-layernorm"),
+)
+
+
+def refuse_features(args: argparse.Namespace, *, on_cpu: bool) -> None:
+    """Raise for the first flag that asks for something this package (or this machine) cannot do."""
+    for what, asked, instead in NOT_COVERED:
+        if asked(args):
+            raise UserError(f"Recursive models do not support {what} yet; {instead}.")
+    for what, asked, instead in NOT_ON_CPU if on_cpu else ():
+        if asked(args):
+            raise UserError(f"{what} needs a CUDA device; on this machine use {instead}.")
+    for what, asked, instead in NOT_IN_LOCAL_SPEC if args.transformer_impl == "local" else ():
+        if asked(args):
+            raise UserError(f"{what} needs --transformer-impl transformer_engine; otherwise {instead}.")
+
+
+def refuse_shapes(args: argparse.Namespace) -> None:
+    """Dimensions that do not divide."""
+    tp, heads = args.tensor_model_parallel_size, args.num_attention_heads
+    for flag in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
+        value = getattr(args, flag)
+        if value is None or value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} is missing; give a positive number.")
+    if tp < 1 or args.world_size % tp:
+        raise UserError(
+            f"--tensor-model-parallel-size {tp} does not divide the {args.world_size} processes of this run; "
+            "start a multiple of it (torchrun --nproc_per_node)."
+        )
+    if heads % tp:
+        raise UserError(f"--num-attention-heads {heads} is not divisible by --tensor-model-parallel-size {tp}.")
+    if args.hidden_size % heads and args.kv_channels is None:
+        raise UserError(f"--hidden-size {args.hidden_size} is not divisible by --num-attention-heads {heads}.")
+    if args.group_query_attention and args.num_query_groups is not None:
+        groups = args.num_query_groups
+        if heads % groups or groups % tp:
+            raise UserError(
+                f"--num-query-groups {groups} must divide --num-attention-heads {heads} and be divisible by "
+                f"--tensor-model-parallel-size {tp}."
+            )
+
+
+def refuse_tokenizer(args: argparse.Namespace) -> None:
+    """A tokenizer that is not named, or whose files are not there."""
+    if args.tokenizer_type is None:
+        if args.vocab_size is None and args.padded_vocab_size is None:
+            raise UserError(
+                "No tokenizer: give --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER, or --vocab-size."
+            )
+        return
+    for flag in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = getattr(args, flag)
+        # A Hugging Face name (org/model) may live in the hub's cache: transformers decides.
+        is_hub_name = flag == "tokenizer_model" and path is not None and str(path).count("/") <= 1
+        if path is not None and not Path(path).exists() and not (is_hub_name and not Path(path).is_absolute()):
+            raise UserError(f"--{flag.replace('_', '-')} {path} does not exist.")
+    needs_model = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "Llama2Tokenizer")
+    if args.tokenizer_type in needs_model and args.tokenizer_model is None:
+        raise UserError(f"--tokenizer-type {args.tokenizer_type} needs --tokenizer-model.")
+
+
+def refuse_data(args: argparse.Namespace) -> None:
+    """No data, or data of which a file is missing or half written."""
+    if args.mock_data:
+        return
+    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    from_files = args.data_args_path or args.per_split_data_args_path
+    if args.data_path is None and not any(per_split) and not from_files:
+        raise UserError(
+            "No training data: give --data-path PREFIX (made by tools/preprocess_data.py) or --train-data-path, or "
+            "--mock-data to try things out."
+        )
+    for flag in ("data_args_path", "per_split_data_args_path"):
+        path = getattr(args, flag)
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--{flag.replace('_', '-')} {path} does not exist.")
+    for prefixes in [args.data_path, *per_split]:
+        for prefix in _without_weights(prefixes or []):
+            check_indexed_dataset(prefix)
+
+
+def _without_weights(blend: list[str]) -> list[str]:
+    """The prefixes of a blend: ``PREFIX ...`` or ``WEIGHT PREFIX WEIGHT PREFIX ...``."""
+    if len(blend) % 2 == 0:
+        try:
+            [float(weight) for weight in blend[::2]]
+        except ValueError:
+            return blend
+        return blend[1::2]
+    return blend

@@ -1,0 +1,46 @@
+"""What a run says about its recursion before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_recursive.accounting import count_parameters, flops_per_token
+from megatron_recursive.training.metrics_log import append_metrics
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+
+
+def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
+    """Rank 0 prints the passes, which carry gradient, parameters held and unrolled, and FLOPs per token.
+
+    The last rank, which writes the metrics, opens them with a record of the run.
+    """
+    plan, shape = config.plan, model_shape(config, args.seq_length)
+    parameters, flops = count_parameters(shape, plan), flops_per_token(shape, plan)
+    if args.rank == args.world_size - 1:
+        passes = f"{plan.num_blocks} blocks, {plan.num_passes} passes" if not plan.is_plain else "plain GPT"
+        append_metrics(args.metrics_file, {
+            "kind": "run",
+            "iteration": 0,
+            "description": f"{shape.num_layers} layers of width {shape.hidden_size}, {passes}",
+            "plan": plan.to_json(),
+            "parameters held": parameters.held,
+            "parameters unrolled": parameters.unrolled,
+            "FLOPs per token": flops.total,
+            "tokens per iteration": args.global_batch_size * args.seq_length,
+            "world size": args.world_size,
+            "command": sys.argv,
+        })
+    if args.rank != 0:
+        return
+    backward = flops.passes_backward + flops.head_backward
+    print(f"------------------------ recursion plan: {plan.family} ------------------------")
+    print(plan.describe())
+    print(
+        f"passes: {plan.num_passes}, with gradient: {len(plan.grad_passes)} | "
+        f"state init: {plan.state_init} | state norm: {plan.state_norm} | "
+        f"embedding multiplier: {plan.embedding_multiplier:g}\n"
+        f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
+        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g})",
+        flush=True,
+    )

