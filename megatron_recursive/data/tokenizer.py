@@ -24,9 +24,9 @@ from megatron_recursive.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 MIN_VOCAB_SIZE = 300
-"""256 bytes, the end-of-text token, and a few merges."""
+"""256 bytes, two special tokens, and a few merges."""
 
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 2**20
@@ -48,8 +48,8 @@ def train_tokenizer(
 ) -> TrainedTokenizer:
     """Train a byte-level BPE and write it as a folder that ``transformers.AutoTokenizer`` loads.
 
-    End of document, beginning of document and padding are all ``<|endoftext|>``, token 0. The same input gives the
-    same folder.
+    ``<|endoftext|>``, token 0, ends and begins documents; ``<|pad|>``, token 1, is apart from it, because Megatron's
+    datasets take no loss on padding. The same input gives the same folder.
 
     Raises:
         UserError: the vocabulary is too small, an input is missing, empty or malformed, or the folder is not writable.
@@ -69,7 +69,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, PADDING],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -88,7 +88,7 @@ def train_tokenizer(
     if not characters:
         raise UserError(f"--input {' '.join(map(str, inputs))} holds no text; name files with documents in them")
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=PADDING
     )
     with replacing_folder(output) as partial:
         fast.save_pretrained(partial)

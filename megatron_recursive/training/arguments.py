@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from megatron.training import arguments as megatron_arguments
-from megatron.training.global_vars import get_tokenizer, set_global_variables
+from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_global_variables
 
 from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
@@ -32,22 +32,35 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         UserError: one sentence on what is wrong.
     """
     args = megatron_arguments.parse_args(_add_arguments)
-    RecursionConfig.from_mapping(vars(args))  # refuses bad knobs before anything else is looked at
+    _check_recursion_flags(args)
     refusals.refuse_features(args, on_cpu=cpu.is_installed())
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
     refusals.refuse_shapes(args)
     refusals.refuse_tokenizer(args)
     refusals.refuse_data(args)
+    refusals.refuse_output(args)
     if args.init_from_gpt is not None:
         args.pretrained_checkpoint = args.init_from_gpt  # Megatron's name for "weights only, start at iteration 0"
     recursion = _resolve_recursion(args)
     with _megatron_speaks_in_sentences():
         megatron_arguments.validate_args(args, {})
+        set_global_variables(args, build_tokenizer=False)
+    asked = args.padded_vocab_size  # the tokenizer's builder puts Megatron's own figure there
     with _tokenizer_errors(args):
-        set_global_variables(args)
-    _set_padded_vocabulary(args)
+        rebuild_tokenizer(args)
+    _set_padded_vocabulary(args, asked)
     return args, recursion
+
+
+def _check_recursion_flags(args: argparse.Namespace) -> None:
+    """Refuse bad knobs before anything else is looked at."""
+    recursion = RecursionConfig.from_mapping(vars(args))
+    if not recursion.enable_recursive_refinement and recursion.embedding_multiplier not in (None, 1.0):
+        raise UserError(
+            f"--embedding-multiplier {recursion.embedding_multiplier:g} together with --disable-recursive-refinement "
+            "would not be Megatron's GPT; leave one of the two out."
+        )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -80,7 +93,8 @@ def _machine_defaults() -> dict[str, Any]:
     """Defaults that let a command of stock Megatron flags run here unchanged."""
     has_te = not cpu.is_installed() and importlib.util.find_spec("transformer_engine") is not None
     # Causality is the attention's own; an explicit mask costs S x S per sample and is made only where it says more.
-    defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False}
+    # Without --eval-interval Megatron 0.19 fails when it counts samples; 1000 was its default before.
+    defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False, "eval_interval": 1000}
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None and not has_te:
         defaults["gradient_accumulation_fusion"] = False
     if not has_te:
@@ -124,38 +138,42 @@ def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:
     return recursion
 
 
-def _set_padded_vocabulary(args: argparse.Namespace) -> None:
+def _set_padded_vocabulary(args: argparse.Namespace, asked: int | None) -> None:
     """Fix the padded vocabulary, and record it in the arguments.
 
     Megatron's padding depends on the tensor-parallel size, and padding rows join the softmax: the same weights would
     give another loss at another size. So a checkpoint's own figure is kept.
     """
-    from megatron.training.vocab_utils import calculate_padded_vocab_size
-
-    tokenizer = get_tokenizer()
-    known = tokenizer.vocab_size if tokenizer is not None else args.vocab_size
+    known = get_tokenizer().vocab_size
     if args.vocab_size is None:
         args.vocab_size = known
-    if known is not None and args.vocab_size < known:
+    if args.vocab_size < known:
         raise UserError(f"--vocab-size {args.vocab_size} is smaller than the tokenizer's vocabulary of {known}.")
+    args.padded_vocab_size, source = _padded_vocabulary(args, asked)
+    padded, tp = args.padded_vocab_size, args.tensor_model_parallel_size
+    if padded < args.vocab_size:
+        raise UserError(f"{source} {padded} is smaller than the vocabulary of {args.vocab_size} (--vocab-size).")
+    if padded % tp:
+        raise UserError(f"{source} {padded} is not divisible by --tensor-model-parallel-size {tp}.")
+
+
+def _padded_vocabulary(args: argparse.Namespace, asked: int | None) -> tuple[int, str]:
+    """The rows of the embedding, and where the figure comes from."""
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
+
     folder, _ = checkpoint_to_read(args)
-    if folder is not None and args.padded_vocab_size is None:
-        args.padded_vocab_size = saved_arguments(folder).get("padded_vocab_size")
+    saved = saved_arguments(folder).get("padded_vocab_size") if folder is not None else None
+    if saved is not None:
+        if asked not in (None, saved):
+            raise UserError(f"--padded-vocab-size {asked} is not the {saved} of the checkpoint {folder}; leave it out.")
+        return saved, f"The checkpoint's padded vocabulary (--padded-vocab-size, {folder}) of"
+    if asked is not None:
+        return asked, "--padded-vocab-size"
+    if not args.pad_vocab_size:
+        return args.vocab_size, "--vocab-size (unpadded, --no-pad-vocab-size)"
     tp = args.tensor_model_parallel_size
-    if args.padded_vocab_size is None:
-        args.padded_vocab_size = calculate_padded_vocab_size(
-            args.vocab_size, args.make_vocab_size_divisible_by, tp, logging_enabled=False
-        )
-    if args.padded_vocab_size < args.vocab_size:
-        raise UserError(
-            f"The padded vocabulary of {args.padded_vocab_size} (--padded-vocab-size, or the checkpoint's) is smaller "
-            f"than the vocabulary of {args.vocab_size}."
-        )
-    if args.padded_vocab_size % tp:
-        raise UserError(
-            f"The padded vocabulary of {args.padded_vocab_size} (--padded-vocab-size, or the checkpoint's) is not "
-            f"divisible by --tensor-model-parallel-size {tp}."
-        )
+    padded = calculate_padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, tp, logging_enabled=False)
+    return padded, "The padded vocabulary (--make-vocab-size-divisible-by) of"
 
 
 @contextlib.contextmanager

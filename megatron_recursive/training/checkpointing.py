@@ -46,6 +46,11 @@ def _wrap(original: Callable[..., Any], recursion: RecursionConfig) -> Callable[
                 return original(*args, **kwargs)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
+            if "OptimizerParamScheduler" in reason:
+                raise UserError(
+                    f"The schedule of this run is not that of the checkpoint {folder} ({reason}); take this run's with "
+                    "--override-opt_param-scheduler, or the checkpoint's with --use-checkpoint-opt_param-scheduler."
+                ) from error
             raise UserError(
                 f"The checkpoint {folder} cannot be loaded into this model ({type(error).__name__}: {reason}); "
                 f"check that the architecture flags are those it was trained with and that no file is damaged, or "
@@ -62,7 +67,7 @@ def checkpoint_to_read(args: argparse.Namespace) -> tuple[Path | None, bool]:
     ``--load`` comes first, so that a run that started with ``--init-from-gpt`` resumes from its own checkpoints.
     """
     if args.load is not None:
-        folder = iteration_folder(Path(args.load), "--load")
+        folder = iteration_folder(Path(args.load), "--load", args.ckpt_step)
         if folder is not None:
             return folder, False
     if args.init_from_gpt is not None:
@@ -73,18 +78,27 @@ def checkpoint_to_read(args: argparse.Namespace) -> tuple[Path | None, bool]:
     return None, False
 
 
-def iteration_folder(root: Path, flag: str) -> Path | None:
-    """The folder of the latest iteration below a checkpoint root; None where nothing was saved yet."""
+def iteration_folder(root: Path, flag: str, step: int | None = None) -> Path | None:
+    """The folder of the latest iteration below a checkpoint root, or of ``step``; None where nothing was saved yet."""
     tracker = root / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text().strip()
-    if text != "release" and not text.isdigit():
-        raise UserError(f"{tracker} must hold an iteration number, but holds '{text[:40]}'; write the last good one.")
+    text = tracker.read_text(errors="replace").strip() if step is None else str(step)
+    if text != "release" and not (text.isascii() and text.isdigit()):
+        raise UserError(
+            f"{flag}: {tracker} must hold an iteration number, but holds {text[:40]!r}; {_advise_iteration(root)}."
+        )
     folder = root / ("release" if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir():
-        raise UserError(f"{flag} {root}: {TRACKER} names iteration {text}, but {folder} does not exist.")
+        named = f"{TRACKER} names iteration {text}" if step is None else f"--ckpt-step is {step}"
+        raise UserError(f"{flag} {root}: {named}, but {folder} does not exist; {_advise_iteration(root)}.")
     return folder
+
+
+def _advise_iteration(root: Path) -> str:
+    # Megatron writes metadata.json last, so that a save that was cut short has none.
+    complete = sorted(int(file.parent.name.removeprefix("iter_")) for file in root.glob("iter_[0-9]*/metadata.json"))
+    return f"the last complete one there is {complete[-1]}" if complete else "no complete one is there"
 
 
 def saved_arguments(folder: Path) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def _mean(values: deque[float]) -> float:
 
 def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms) -> Callable[..., Any]:
     signature = inspect.signature(original)
+    pending: list[tuple[int, dict[str, Any]]] = []  # on the device until the next logged iteration, which waits anyway
 
     def training_log(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args, print_rank_last
@@ -106,17 +107,20 @@ def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms) -> Ca
         iteration, run = given["iteration"], get_args()
         if not given["loss_dict"] or not is_last_rank():
             return result
-        metrics = {name: float(value) for name, value in given["loss_dict"].items()}
-        for alarm in alarms.observe(iteration, metrics):
-            print_rank_last(f"ALARM at iteration {iteration}: {alarm}")
-            append_metrics(run.metrics_file, {"kind": "alarm", "iteration": iteration, "alarm": alarm})
-        if iteration % run.log_interval == 0:
-            record: dict[str, Any] = {"kind": "train", "iteration": iteration,
-                                      "consumed samples": run.consumed_train_samples, **metrics}  # fmt: skip
-            for name in ("learning_rate", "grad_norm"):
-                if given.get(name) is not None:
-                    record[name.replace("_", " ")] = float(given[name])
-            append_metrics(run.metrics_file, record)
+        pending.append((iteration, given["loss_dict"]))
+        if iteration % run.log_interval:
+            return result
+        for step, values in pending:
+            metrics = {name: float(value) for name, value in values.items()}
+            for alarm in alarms.observe(step, metrics):
+                print_rank_last(f"ALARM at iteration {step}: {alarm}")
+                append_metrics(run.metrics_file, {"kind": "alarm", "iteration": step, "alarm": alarm})
+        pending.clear()
+        record = {"kind": "train", "iteration": iteration, "consumed samples": run.consumed_train_samples, **metrics}
+        for name in ("learning_rate", "grad_norm"):
+            if given.get(name) is not None:
+                record[name.replace("_", " ")] = float(given[name])
+        append_metrics(run.metrics_file, record)
         return result
 
     training_log.__wrapped__ = original  # type: ignore[attr-defined]

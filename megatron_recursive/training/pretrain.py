@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
 import time
 import warnings
+from typing import Any
 
 from megatron_recursive.backends import cpu
 from megatron_recursive.errors import EXIT_USER_ERROR, UserError
@@ -22,7 +24,8 @@ def main() -> None:
 
 def _run() -> None:
     _prepare_environment()
-    cpu.install()
+    if cpu.install():
+        _shield_random_state_from_data_loaders()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
         from megatron.core.enums import ModelType
@@ -65,13 +68,37 @@ def _prepare_environment() -> None:
     os.environ.setdefault("MASTER_PORT", port)
 
 
+def _shield_random_state_from_data_loaders() -> None:
+    """Patch of torch: a data loader without a generator gets one of its own.
+
+    An iterator draws a seed for its workers from the CPU's random state. Under the CPU backend that state is also the
+    one of dropout, and a resumed run makes its iterators after the checkpoint has restored it: it would go on with
+    other dropout masks than the uninterrupted run.
+    """
+    import torch.utils.data
+
+    original = torch.utils.data.DataLoader.__init__
+    if getattr(original, "__wrapped__", None) is not None:
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("generator") is None:
+            kwargs["generator"] = torch.Generator()
+        original(self, *args, **kwargs)
+
+    torch.utils.data.DataLoader.__init__ = __init__  # type: ignore[method-assign]
+
+
 def _end_with(error: UserError) -> None:
-    """Rank 0 speaks. The others wait a moment: torchrun ends every rank as soon as one has failed."""
+    """Rank 0 speaks. The others wait a moment: torchrun ends every rank as soon as one has failed.
+
+    A rank that is still there after that has failed alone, and speaks too.
+    """
     sys.stdout.flush()
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
+    if int(os.environ.get("RANK", "0")) != 0:
         time.sleep(2.0)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(EXIT_USER_ERROR)  # a rank that sits in a collective must not be waited for
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.recursion_config import flag_of
 
 Test = Callable[[argparse.Namespace], Any]
 
@@ -104,11 +108,12 @@ def refuse_shapes(args: argparse.Namespace) -> None:
 def refuse_tokenizer(args: argparse.Namespace) -> None:
     """A tokenizer that is not named, or whose files are not there."""
     if args.tokenizer_type is None:
-        if args.vocab_size is None and args.padded_vocab_size is None:
-            raise UserError(
-                "No tokenizer: give --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER, or --vocab-size."
-            )
-        return
+        raise UserError(
+            "No tokenizer: give --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER, or "
+            "--tokenizer-type NullTokenizer --vocab-size N."
+        )
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size.")
     for flag in ("tokenizer_model", "vocab_file", "merge_file"):
         path = getattr(args, flag)
         # A Hugging Face name (org/model) may live in the hub's cache: transformers decides.
@@ -124,28 +129,80 @@ def refuse_data(args: argparse.Namespace) -> None:
     """No data, or data of which a file is missing or half written."""
     if args.mock_data:
         return
-    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
-    from_files = args.data_args_path or args.per_split_data_args_path
-    if args.data_path is None and not any(per_split) and not from_files:
+    blends = _blends(args)
+    if not any(blends.values()):
         raise UserError(
             "No training data: give --data-path PREFIX (made by tools/preprocess_data.py) or --train-data-path, or "
             "--mock-data to try things out."
         )
-    for flag in ("data_args_path", "per_split_data_args_path"):
-        path = getattr(args, flag)
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"--{flag.replace('_', '-')} {path} does not exist.")
-    for prefixes in [args.data_path, *per_split]:
-        for prefix in _without_weights(prefixes or []):
-            check_indexed_dataset(prefix)
+    for flag, blend in blends.items():
+        for prefix in _without_weights(flag, blend):
+            try:
+                check_indexed_dataset(prefix)
+            except UserError as error:
+                raise UserError(f"{flag} {prefix}: {str(error).rstrip('.')}.") from error
 
 
-def _without_weights(blend: list[str]) -> list[str]:
-    """The prefixes of a blend: ``PREFIX ...`` or ``WEIGHT PREFIX WEIGHT PREFIX ...``."""
+def _blends(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Every list of prefixes that Megatron will read, under the flag that it comes from."""
+    split_flags = ("train_data_path", "valid_data_path", "test_data_path")
+    blends = {flag_of(flag): getattr(args, flag) or [] for flag in ("data_path", *split_flags)}
+    if args.data_path is not None and any(getattr(args, flag) for flag in split_flags):
+        raise UserError("--data-path excludes --train-data-path, --valid-data-path and --test-data-path; give either.")
+    for name in ("data_args_path", "per_split_data_args_path"):
+        path, flag = getattr(args, name), flag_of(name)
+        if path is None:
+            continue
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            per_split = json.loads(text) if name.startswith("per_split") else {"": text.split()}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{flag} {path} cannot be read ({type(error).__name__}: {_one_line(error)}).") from error
+        if not isinstance(per_split, dict) or not all(isinstance(blend, list) for blend in per_split.values()):
+            raise UserError(f'{flag} {path} must hold {{"train": ["WEIGHT", "PREFIX", ...], "valid": ..., "test": ...}}.')
+        for split, blend in per_split.items():
+            blends[f"{flag} {path} {split}".rstrip()] = [str(part) for part in blend]
+    return blends
+
+
+def _without_weights(flag: str, blend: list[str]) -> list[str]:
+    """The prefixes of a blend: ``PREFIX ...`` or ``WEIGHT PREFIX WEIGHT PREFIX ...`` (as Megatron tells them apart)."""
     if len(blend) % 2 == 0:
         try:
-            [float(weight) for weight in blend[::2]]
+            weights = [float(weight) for weight in blend[::2]]
         except ValueError:
-            return blend
-        return blend[1::2]
+            weights = []
+        if any(not weight >= 0 or math.isinf(weight) for weight in weights) or (weights and not any(weights)):
+            raise UserError(f"{flag}: the weights {' '.join(blend[::2])} must be positive numbers.")
+        if weights:
+            return blend[1::2]
+    for part in blend:
+        if _is_number(part):
+            raise UserError(f"{flag}: the weight {part} has no prefix; give WEIGHT PREFIX WEIGHT PREFIX, or no weights.")
     return blend
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return not Path(f"{text}.idx").exists()
+
+
+def refuse_output(args: argparse.Namespace) -> None:
+    """A folder that cannot be written: better said now than at the first save."""
+    for flag in ("save", "tensorboard_dir", "data_cache_path"):
+        path = getattr(args, flag)
+        if path is None or "://" in str(path):
+            continue
+        place = Path(path).absolute()
+        while not place.exists() and not place.is_symlink():
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            what = "is not a folder" if not place.is_dir() else "is not writable"
+            raise UserError(f"{flag_of(flag)} {path} cannot be written, since {place} {what}; name another folder.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -28,7 +28,7 @@ def test_round_trip_special_tokens_and_determinism(tmp_path, corpus):
 
     tokenizer = load_tokenizer(tmp_path / "tok")
     assert trained.vocab_size == len(tokenizer) == 320
-    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>" and tokenizer.pad_token == "<|pad|>"
     assert tokenizer.eos_token_id == 0
     for text in (TEXT, " leading, double  space\n\ttab", "Größe 漢字 🙂\x00"):
         ids = tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,132 @@
+"""A parallel run is the serial run reached another way: losses, metrics, all gradients, norms and trained weights."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.models import Case, Layout, Training, build_optimizer, build_wrapped, run_schedule, train, worst_error
+
+# The clipping is active: the norms are above 0.1 from the first step on.
+ADAM = {"lr": 1e-2, "clip_grad": 0.1, "weight_decay": 0.01}
+FULL = {"detach_between_refinements": False}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+CASES: dict[str, Case] = {
+    "detach": Case(optimizer=ADAM, steps=3),
+    "full": Case(recursion=FULL, optimizer=ADAM, steps=3),
+    "trunc-normal-none-untied": Case(
+        recursion={"state_init": "trunc-normal", "state_norm": "none"},
+        model={"share_embeddings_and_output_weights": False},
+        optimizer=ADAM,
+        steps=3,
+    ),
+    "halting-last": Case(micro_batches=2, recursion={"halt_supervision": "last", "halt_target": "agrees-with-last"}),
+    "agrees-with-last": Case(micro_batches=2, recursion={"halt_target": "agrees-with-last", "num_refinement_blocks": 3}),
+    "no-halting-none": Case(micro_batches=2, recursion={"halt_loss_weight": 0.0, "state_norm": "none", **FULL}),
+    "llama-like": Case(
+        recursion=FULL,
+        transformer={"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "num_query_groups": 2},
+        model={"share_embeddings_and_output_weights": False},
+        micro_batches=2,
+    ),
+    "qk-norm": Case(micro_batches=2, transformer={"qk_layernorm": True, "num_query_groups": 2}),
+    "zero-centered-learned": Case(
+        transformer={"layernorm_zero_centered_gamma": True},
+        model={"position_embedding_type": "learned_absolute"},
+        micro_batches=2,
+    ),
+    "documents": Case(micro_batches=2, documents=True),
+    "per-token-loss": Case(transformer={"calculate_per_token_loss": True}, optimizer=ADAM, steps=2),
+    "recompute": Case(micro_batches=2, transformer=RECOMPUTE, recursion=FULL),
+}
+
+OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+LAYOUTS: dict[str, tuple[int, Layout]] = {
+    "tp2": (2, Layout(tp=2)),
+    "tp2-sp": (2, Layout(tp=2, sequence_parallel=True)),
+    "dp2": (2, Layout()),
+    "dp2-overlap-grad-reduce": (2, Layout(ddp={"overlap_grad_reduce": True, "bucket_size": 2000})),
+    "dp2-distributed-optimizer": (2, Layout(ddp={**OVERLAP, "bucket_size": 2000})),
+    "tp2-sp-dp2": (4, Layout(tp=2, sequence_parallel=True, ddp={**OVERLAP, "bucket_size": 2000})),
+}
+ON_FOUR_RANKS = ("detach", "qk-norm")  # four processes take turns on a small machine
+PAIRS = [(layout, case) for layout in LAYOUTS for case in (CASES if LAYOUTS[layout][0] < 4 else ON_FOUR_RANKS)]
+
+
+def train_all(cases: dict[str, Case], layout: Layout) -> dict[str, Training]:
+    return {name: train(case, layout) for name, case in cases.items()}
+
+
+@cache
+def serial() -> dict[str, Training]:
+    return run_distributed(train_all, 1, CASES, Layout(), timeout=120)[0]
+
+
+@cache
+def parallel(layout: str) -> list[dict[str, Training]]:
+    """Every rank's view: what is replicated must be right on each."""
+    ranks, how = LAYOUTS[layout]
+    cases = {case: CASES[case] for pair, case in PAIRS if pair == layout}
+    return run_distributed(train_all, ranks, cases, how, timeout=180)
+
+
+@pytest.mark.parametrize(("layout", "case"), PAIRS)
+class TestParallelEqualsSerial:
+    def test_losses_and_metrics(self, layout: str, case: str) -> None:
+        expected = serial()[case].metrics
+        for rank in parallel(layout):
+            for mine, theirs in zip(rank[case].metrics, expected, strict=True):
+                # 1e-5 and not 1e-6: later steps start from weights that Adam has moved apart (see below).
+                assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+    def test_all_gradients(self, layout: str, case: str) -> None:
+        expected = serial()[case].gradients
+        for rank in parallel(layout):
+            assert worst_error(rank[case].gradients[0], expected[0])[0] <= 1e-5
+            for mine, theirs in zip(rank[case].gradients[1:], expected[1:], strict=True):
+                # Steps 2 and 3 start from weights that differ by up to 1e-4 (next test but one).
+                assert worst_error(mine, theirs)[0] <= 1e-4
+
+    def test_gradient_norm(self, layout: str, case: str) -> None:
+        expected = serial()[case].gradient_norms
+        assert all(norm > ADAM["clip_grad"] for norm in expected)
+        for rank in parallel(layout):
+            assert rank[case].gradient_norms == pytest.approx(expected, rel=1e-5)
+
+    def test_trained_parameters(self, layout: str, case: str) -> None:
+        """1e-4, not 1e-5: Adam divides a gradient by its own size, and so makes full steps out of rounding errors
+        where the gradient is zero in theory (the keys' part of the QKV bias)."""
+        expected = serial()[case].parameters
+        for rank in parallel(layout):
+            assert worst_error(rank[case].parameters, expected)[0] <= 1e-4
+
+
+def steps_around_an_evaluation(case: Case, layout: Layout) -> tuple[list[dict[str, float]], list[str]]:
+    """Train, train, evaluate, train; and the parameters whose gradient DDP never saw."""
+    wrapped = build_wrapped(case, layout)
+    optimizer = build_optimizer(case, layout, wrapped)
+    metrics = []
+    for step, forward_only in enumerate((False, False, True, False)):
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        metrics.append(run_schedule(wrapped, case, step, forward_only=forward_only))
+        if not forward_only:
+            optimizer.step()
+    seen: set[object] = set()
+    for group in wrapped.bucket_groups:
+        seen |= set(group.golden_per_param_grad_ready_counts)
+    return metrics, [name for name, p in wrapped.module.named_parameters() if p not in seen]
+
+
+@pytest.mark.parametrize("case", ["detach", "full", "trunc-normal-none-untied"])
+def test_an_evaluation_between_overlapped_steps(case: str) -> None:
+    expected, _ = run_distributed(steps_around_an_evaluation, 1, CASES[case], Layout())[0]
+    how = LAYOUTS["dp2-distributed-optimizer"][1]
+    for metrics, starved in run_distributed(steps_around_an_evaluation, 2, CASES[case], how):
+        assert starved == []
+        assert all(name in metrics[2] for name in ("lm loss block 1", "lm loss block 2"))
+        for mine, theirs in zip(metrics, expected, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)

@@ -1,0 +1,54 @@
+"""Recomputing activations changes memory and time, and no gradient."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.models import Case, Layout, Training, train, worst_error
+
+HOW: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full-both-layers": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+}
+RECURSIONS: dict[str, dict[str, Any]] = {
+    "detach": {},
+    "full-gradient": {"detach_between_refinements": False},
+    "norm-none": {"state_norm": "none", "state_init": "trunc-normal"},
+}
+
+
+def train_all(dropout: float, layout: Layout) -> dict[tuple[str, str], Training]:
+    base = {"hidden_dropout": dropout, "attention_dropout": dropout}
+    return {
+        (name, how): train(Case(recursion, transformer={**base, **options}, micro_batches=2), layout)
+        for name, recursion in RECURSIONS.items()
+        for how, options in HOW.items()
+    }
+
+
+@cache
+def trained(dropout: float, layout: str) -> list[dict[tuple[str, str], Training]]:
+    how = {"tp1": Layout(), "tp2-sp": Layout(tp=2, sequence_parallel=True)}[layout]
+    return run_distributed(train_all, how.tp, dropout, how, timeout=120)
+
+
+@pytest.mark.parametrize("how", [how for how in HOW if how != "none"])
+@pytest.mark.parametrize("recursion", RECURSIONS)
+@pytest.mark.parametrize(("layout", "dropout"), [("tp1", 0.0), ("tp1", 0.1), ("tp2-sp", 0.1)])
+def test_recompute_changes_no_gradient(layout: str, dropout: float, recursion: str, how: str) -> None:
+    for rank in trained(dropout, layout):
+        plain, recomputed = rank[recursion, "none"], rank[recursion, how]
+        assert recomputed.metrics == plain.metrics
+        assert worst_error(recomputed.gradients[0], plain.gradients[0])[0] <= 1e-6
+
+
+def test_dropout_was_on() -> None:
+    with_dropout, without = trained(0.1, "tp1")[0], trained(0.0, "tp1")[0]
+    assert with_dropout["detach", "none"].metrics != without["detach", "none"].metrics

@@ -1,0 +1,142 @@
+"""Every knob: its default, its rule, its flag, and what becomes of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
+
+KNOBS = {knob.name: knob for knob in dataclasses.fields(RecursionConfig)}
+SWITCHES = {
+    "enable_recursive_refinement": "--disable-recursive-refinement",
+    "detach_between_refinements": "--no-detach-between-refinements",
+}
+# A value other than the default, and values that are refused.
+OTHER: dict[str, tuple[Any, list[Any]]] = {
+    "enable_recursive_refinement": (False, []),
+    "num_refinement_blocks": (5, [0, -1]),
+    "num_latent_refinements": (2, [0, -3]),
+    "detach_between_refinements": (False, []),
+    "state_init": ("trunc-normal", ["learned", ""]),
+    "state_norm": ("none", ["each"]),
+    "embedding_multiplier": (2.5, [0.0, -1.0, math.nan, math.inf]),
+    "init_depth_scaling": ("unrolled", ["both"]),
+    "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
+    "halt_bias": (-2.0, [math.nan, -math.inf]),
+    "halt_supervision": ("last", ["first"]),
+    "halt_target": ("agrees-with-last", ["wrong"]),
+    "halt_threshold": (0.9, [0.0, 1.0, -1.0, 2.0, math.nan]),
+    "max_inference_refinement_steps": (4, [0]),
+    "recursion_alarm_after": (0, [-1]),
+}
+BAD = [(name, value) for name, (_, values) in OTHER.items() for value in values]
+
+
+def parse(*flags: str) -> RecursionConfig:
+    parser = add_recursion_arguments(argparse.ArgumentParser())
+    return RecursionConfig.from_mapping(vars(parser.parse_args(flags)))
+
+
+def test_the_table_above_knows_every_knob() -> None:
+    assert list(OTHER) == list(KNOBS)
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=flag_of(name)):
+        RecursionConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_every_knob_has_a_flag_and_a_text(name: str) -> None:
+    value = OTHER[name][0]
+    assert KNOBS[name].metadata["help"].endswith(".")
+    config = parse(SWITCHES[name]) if name in SWITCHES else parse(flag_of(name), str(value))
+    assert config == RecursionConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "off"), SWITCHES.items())
+def test_switches_have_both_flags_and_the_last_one_counts(name: str, off: str) -> None:
+    assert getattr(parse(), name) is True
+    assert getattr(parse(flag_of(name)), name) is True
+    assert getattr(parse(off), name) is False
+    assert getattr(parse(off, flag_of(name)), name) is True
+    assert getattr(parse(flag_of(name), off), name) is False
+
+
+def test_without_flags_the_defaults_hold() -> None:
+    assert parse() == RecursionConfig()
+
+
+@pytest.mark.parametrize(("name", "value"), [("state_init", "learned"), ("num_refinement_blocks", "two")])
+def test_argparse_refuses(name: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(flag_of(name), value)
+    assert flag_of(name) in capsys.readouterr().err
+
+
+def test_help_prints() -> None:
+    text = add_recursion_arguments(argparse.ArgumentParser()).format_help()
+    assert all(flag in text for name in KNOBS for flag in (flag_of(name), SWITCHES.get(name, "")))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "from_plain_gpt", "multiplier", "scaling"),
+    [
+        ({}, False, 50.0, "held"),
+        ({}, True, 1.0, "held"),
+        ({"enable_recursive_refinement": False}, False, 1.0, "held"),
+        ({"enable_recursive_refinement": False, "state_norm": "none"}, False, 1.0, "held"),
+        ({"state_norm": "none"}, False, 50.0, "unrolled"),
+        ({"state_norm": "none"}, True, 1.0, "unrolled"),
+        ({"embedding_multiplier": 3.0, "init_depth_scaling": "unrolled"}, False, 3.0, "unrolled"),
+        ({"embedding_multiplier": 3.0, "init_depth_scaling": "held", "state_norm": "none"}, True, 3.0, "held"),
+    ],
+)
+def test_resolved(knobs: dict[str, Any], from_plain_gpt: bool, multiplier: float, scaling: str) -> None:
+    config = RecursionConfig(**knobs)
+    resolved = config.resolved(embedding_init_std=0.02, from_plain_gpt=from_plain_gpt)
+    assert (resolved.embedding_multiplier, resolved.init_depth_scaling) == (multiplier, scaling)
+    assert resolved.resolved(embedding_init_std=1.0) == resolved
+    given = {"embedding_multiplier": config.embedding_multiplier, "init_depth_scaling": config.init_depth_scaling}
+    assert dataclasses.replace(resolved, **given) == config
+
+
+def test_frozen_hashable_and_made_of_primitives() -> None:
+    config = RecursionConfig()
+    assert hash(config) == hash(RecursionConfig()) and {config: 1}[RecursionConfig()] == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.halt_bias = 0.0  # type: ignore[misc]
+    assert all(value is None or type(value) in (bool, int, float, str) for value in config.to_dict().values())
+
+
+def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
+    config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()})
+    assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == config
+    assert RecursionConfig.from_mapping({}) == RecursionConfig()
+
+
+@pytest.mark.parametrize("name", [name for name in KNOBS if name != "enable_recursive_refinement"])
+def test_one_difference(name: str) -> None:
+    mine, theirs = RecursionConfig(), RecursionConfig(**{name: OTHER[name][0]})
+    (found,) = mine.differences(theirs)
+    assert (found.name, found.mine, found.theirs) == (name, getattr(mine, name), OTHER[name][0])
+    assert found.is_depth == (name in ("num_refinement_blocks", "num_latent_refinements"))
+    shapes_the_function = ("num_refinement_blocks", "num_latent_refinements", "state_init", "state_norm")
+    assert found.binds == (name in (*shapes_the_function, "embedding_multiplier"))
+    assert mine.differences(mine) == []
+
+
+def test_once_recursion_is_off_only_that_counts() -> None:
+    on, off = RecursionConfig(), RecursionConfig(enable_recursive_refinement=False, state_norm="none")
+    for mine, theirs in ((on, off), (off, on)):
+        (found,) = mine.differences(theirs)
+        assert found.name == "enable_recursive_refinement" and found.binds
+    assert off.differences(dataclasses.replace(off, state_norm="final", num_refinement_blocks=9)) == []

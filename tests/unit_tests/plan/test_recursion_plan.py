@@ -1,0 +1,147 @@
+"""The invariants of a plan, its JSON form, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
+
+GRID = list(itertools.product((1, 2, 3, 5), (1, 2, 6), (True, False), ("all", "last")))
+
+
+def make_plan(blocks: int = 2, latents: int = 2, **knobs: object) -> RecursionPlan:
+    config = RecursionConfig(num_refinement_blocks=blocks, num_latent_refinements=latents, **knobs)  # type: ignore[arg-type]
+    return build_plan(config.resolved(embedding_init_std=0.02))
+
+
+@pytest.mark.parametrize(("blocks", "latents", "detach", "supervision"), GRID)
+def test_core_plan(blocks: int, latents: int, detach: bool, supervision: str) -> None:
+    plan = make_plan(blocks, latents, detach_between_refinements=detach, halt_supervision=supervision)
+    passes = plan.passes
+    assert plan.family == "core" and not plan.is_plain
+    assert plan.num_passes == len(passes) == blocks * (latents + 1) and plan.num_blocks == blocks
+    assert [p.index for p in passes] == list(range(len(passes)))
+    assert [p.block for p in passes] == [block for block in range(blocks) for _ in range(latents + 1)]
+    assert [p.target for p in passes] == (["latent"] * latents + ["output"]) * blocks
+    for p in passes:
+        assert p.reads == (("output", "latent") if p.target == "output" else ("output", "latent", "input"))
+        assert p.grad == (not detach or p.block == blocks - 1)
+        assert p.cuts_states == (detach and p.block > 0 and (p.index == 0 or passes[p.index - 1].block != p.block))
+        assert p.supervised_weight == (1.0 if p is passes[-1] else 0.0)
+        assert p.halt_weight == 0 or p.target == "output"
+    assert sum(p.halt_weight for p in passes) == pytest.approx(1.0)
+    assert sum(p.halt_weight > 0 for p in passes) == (blocks if supervision == "all" else 1)
+    assert plan.block_ends == tuple(p for p in passes if p.target == "output")
+    assert [p for p in passes if plan.is_block_end(p)] == list(plan.block_ends)
+    assert plan.grad_passes == passes[plan.first_grad_pass :]
+    assert all(plan.gradient_groups(tied_embeddings=False).values())
+
+
+def test_plain_plan() -> None:
+    plan = make_plan(enable_recursive_refinement=False)
+    assert plan.is_plain and plan.num_passes == plan.num_blocks == 1 and not plan.has_halting
+    assert plan.embedding_multiplier == 1.0 and plan.passes[0].reads == ("input",)
+    assert plan.gradient_groups(tied_embeddings=False) == {"embedding": True, "layers": True, "output head": True}
+
+
+def test_no_halting_loss_no_halting() -> None:
+    plan = make_plan(halt_loss_weight=0.0)
+    assert not plan.has_halting and "halting head" not in plan.gradient_groups(tied_embeddings=True)
+    assert make_plan().gradient_groups(tied_embeddings=False)["halting head"]
+
+
+def test_what_holds_for_all_passes_comes_from_the_config() -> None:
+    plan = make_plan(state_init="trunc-normal", state_norm="none")
+    assert (plan.state_init, plan.state_norm, plan.embedding_multiplier) == ("trunc-normal", "none", 50.0)
+
+
+def test_a_plan_is_frozen_and_hashable() -> None:
+    assert hash(make_plan()) == hash(make_plan()) and make_plan() == make_plan() != make_plan(3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_plan().family = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_json_round_trip(blocks: int) -> None:
+    plan = make_plan(blocks, state_init="trunc-normal", detach_between_refinements=False)
+    assert RecursionPlan.from_json(plan.to_json()) == plan
+    assert set(json.loads(plan.to_json())) == {field.name for field in dataclasses.fields(RecursionPlan)}
+
+
+def broken_json(**changes: object) -> str:
+    return json.dumps({**json.loads(make_plan().to_json()), **changes})
+
+
+GARBAGE = {
+    "not json": "][", "empty": "", "a number": "3", "null": "null", "a list": "[1, 2]", "a string": '"core"',
+    "no passes": "{}", "passes null": broken_json(passes=None), "passes a number": broken_json(passes=1),
+    "passes of numbers": broken_json(passes=[1]), "passes of text": broken_json(passes="abc"),
+    "an empty pass": broken_json(passes=[{}]), "no pass at all": broken_json(passes=[]),
+    "an unknown field": broken_json(depth=3),
+    "an unknown field of a pass": broken_json(passes=[{"reads": ["input"], "colour": 1}]),
+    "reads a number": broken_json(passes=[{"reads": 1}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", GARBAGE.values(), ids=GARBAGE)
+def test_garbage_is_no_plan(text: str) -> None:
+    with pytest.raises(UserError):
+        RecursionPlan.from_json(text)
+
+
+def replaced(index: int, **changes: object) -> tuple[DecoderPass, ...]:
+    passes = list(make_plan().passes)  # latent, latent, output; latent, latent, output (with gradient)
+    passes[index] = dataclasses.replace(passes[index], **changes)  # type: ignore[arg-type]
+    return tuple(passes)
+
+
+REFUSED = {
+    "nothing": ((), "--num-refinement-blocks"),
+    "numbering": (replaced(2, index=7), "Pass 2 of the plan is numbered 7"),
+    "block jump": (replaced(5, block=4), "jumps to block 4"),
+    "block back": (replaced(4, block=0), "Pass 4 of the plan jumps to block 0"),
+    "target": (replaced(1, target="memory"), "'memory'"),
+    "no reads": (replaced(1, reads=()), "must read"),
+    "reads": (replaced(1, reads=("output", "memory")), "must read"),
+    "supervised latent": (replaced(4, supervised_weight=1.0), "does not update the output"),
+    "halting latent": (replaced(1, halt_weight=1.0), "does not update the output"),
+    "supervised without gradient": (replaced(2, supervised_weight=1.0), "carries no gradient"),
+    "unsupervised end": (replaced(5, supervised_weight=0.0), "last pass"),
+    "latent end": (replaced(5, target="latent", halt_weight=0.0), "last pass"),
+    "gradient with a gap": (replaced(4, grad=False), "together at the end"),
+}
+
+
+@pytest.mark.parametrize(("passes", "message"), REFUSED.values(), ids=REFUSED)
+def test_contradictions_are_refused(passes: tuple[DecoderPass, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RecursionPlan("core", passes)
+
+
+def test_an_embedding_without_gradient_is_refused_naming_group_and_flag() -> None:
+    blind = tuple(
+        dataclasses.replace(p, reads=("output", "latent")) if p.block == 1 else p for p in make_plan().passes
+    )
+    with pytest.raises(UserError, match="'embedding'.*--num-latent-refinements"):
+        RecursionPlan("core", blind)
+
+
+def test_description_folds_equal_passes() -> None:
+    lines = make_plan(2, 6).describe().splitlines()
+    assert len(lines) == 1 + 4
+    assert lines[1].split()[:3] == ["1-6", "1", "latent"] and lines[4].split()[:3] == ["14", "2", "output"]
+    assert "yes" in lines[4] and "yes" not in lines[1]
+
+
+def test_the_plan_folder_imports_no_torch() -> None:
+    code = "import sys, megatron_recursive.plan, megatron_recursive.accounting; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "megatron_recursive.plan.recursion_plan" in modules
+    assert not {"torch", "megatron", "numpy"} & {name.split(".")[0] for name in modules}

@@ -1,0 +1,65 @@
+"""Fails when Megatron moves under what this package patches or re-implements."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from typing import Any
+
+from tests.distributed import run_distributed
+
+
+def _facts() -> dict[str, Any]:
+    """What the patches rely on, read from the installed Megatron."""
+    import megatron.core
+    from megatron.core.models.gpt import gpt_model
+    from megatron.training import initialize, training
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_recursive.training.model_provider import RecursiveGPTModelBuilder
+
+    def calls(function: Any, name: str) -> bool:
+        return f"{name}(" in inspect.getsource(function).split("):", 1)[1]
+
+    return {
+        "version": megatron.core.__version__,
+        "global calls": {
+            "training_log": calls(training.train, "training_log"),
+            "evaluate_and_print_results": calls(training.train, "evaluate_and_print_results"),
+            "evaluate": calls(training.evaluate_and_print_results, "evaluate"),
+            "load_checkpoint": calls(training.setup_model_and_optimizer, "load_checkpoint"),
+            "num_floating_point_operations": calls(training.training_log, "num_floating_point_operations"),
+            "compile_helpers": calls(initialize._compile_dependencies, "compile_helpers"),
+        },
+        "training_log": list(inspect.signature(training.training_log).parameters),
+        "evaluate_and_print_results": list(inspect.signature(training.evaluate_and_print_results).parameters),
+        "upstream builder": _keywords(GPTModelBuilder.build_model, "GPTModel"),
+        "our builder": _keywords(RecursiveGPTModelBuilder.build_model, "RecursiveGPTModel"),
+        "preprocess returns": "preproc_output = (\n            decoder_input,\n            rotary_pos_emb,"
+        in inspect.getsource(gpt_model.GPTModel._preprocess),
+    }
+
+
+def _keywords(function: Any, name: str) -> list[str]:
+    """The keyword arguments of the first call of ``name`` inside a function."""
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+            return [keyword.arg or "**" for keyword in node.keywords]
+    return []
+
+
+def test_what_is_patched_is_still_where_it_was() -> None:
+    (facts,) = run_distributed(_facts, 1)
+    assert facts["version"].startswith("0.19."), "the patches are written for megatron-core 0.19"
+    assert all(facts["global calls"].values()), facts["global calls"]
+    assert {"loss_dict", "iteration", "learning_rate", "grad_norm"} <= set(facts["training_log"])
+    assert {"prefix", "iteration"} <= set(facts["evaluate_and_print_results"])
+    assert facts["preprocess returns"]
+
+
+def test_our_builder_passes_what_upstream_passes() -> None:
+    (facts,) = run_distributed(_facts, 1)
+    assert set(facts["our builder"]) - set(facts["upstream builder"]) == {"recursion"}
+    # Multi-token prediction is refused, so its spec is not passed on.
+    assert set(facts["upstream builder"]) - set(facts["our builder"]) == {"mtp_block_spec"}
