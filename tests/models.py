@@ -1,8 +1,8 @@
 """Small models for tests: built with known weights, trained through Megatron's own schedule, gathered over ranks.
 
-A :class:`Case` says what is trained; the layout (ranks, tensor parallelism, optimizer sharding) is separate, so that one
-case can be run in several layouts and compared. Workers of ``run_distributed`` call the functions; Megatron is imported
-inside them, so that pytest's own process, which only writes cases down, never loads it.
+A :class:`Case` says what is trained and a :class:`Layout` how it is spread, so that one case can be run in several
+layouts and compared. Workers of ``run_distributed`` call the functions; Megatron is imported inside them, so that
+pytest's own process, which only writes cases down, never loads it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Layout:
-    """How it is spread over the ranks; ``ddp`` are arguments of DistributedDataParallelConfig."""
+    """How it is spread over ranks; ``ddp`` are arguments of DistributedDataParallelConfig."""
 
     tp: int = 1
     sequence_parallel: bool = False
@@ -63,7 +63,7 @@ class Layout:
 
 @dataclass
 class Training:
-    """What a run gives, as one process would hold it: gradients by global name; metrics and norms by step."""
+    """What a run gives, as one process would hold it; all but the parameters by step."""
 
     metrics: list[dict[str, float]]
     gradients: list[Tensors]
@@ -117,7 +117,7 @@ def transformer_config(case: Case, layout: Layout) -> Any:
     )  # fmt: skip
     values.update(case.transformer)
     if values.get("bf16"):
-        values.update(params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
+        values["params_dtype"] = values["pipeline_dtype"] = torch.bfloat16
     if values.pop("swiglu", False):
         values.update(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
     return TransformerConfig(**values)
@@ -139,7 +139,7 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
 
 
 def build_wrapped(case: Case, layout: Layout) -> Any:
-    """The model under Float16Module (bf16 only) and Megatron's DDP, wired to the schedule as Megatron's training does."""
+    """The model under Float16Module (bf16 only) and Megatron's DDP, wired to the schedule as in Megatron's training."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.module import Float16Module
 
@@ -161,14 +161,9 @@ def build_optimizer(case: Case, layout: Layout, wrapped: Any) -> Any:
 
     if case.optimizer is None:
         return None
-    config = wrapped.config
-    optimizer = OptimizerConfig(
-        optimizer="adam", bf16=config.bf16, params_dtype=config.params_dtype,
-        use_distributed_optimizer=layout.ddp.get("use_distributed_optimizer", False),
-        overlap_param_gather=layout.ddp.get("overlap_param_gather", False), **case.optimizer,
-    )  # fmt: skip
-    config.grad_scale_func = None
-    return get_megatron_optimizer(optimizer, [wrapped])
+    shared = {flag: layout.ddp.get(flag, False) for flag in ("use_distributed_optimizer", "overlap_param_gather")}
+    precision = {"bf16": wrapped.config.bf16, "params_dtype": wrapped.config.params_dtype}
+    return get_megatron_optimizer(OptimizerConfig(optimizer="adam", **precision, **shared, **case.optimizer), [wrapped])
 
 
 def unwrapped(module: Any) -> Any:
@@ -186,10 +181,7 @@ def named_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def fill_weights(model: Any) -> None:
-    """Weights that depend on the parameter's name alone, so that every layout starts from the same model.
-
-    They are larger than an initialisation, and none is zero: every path of the recursion then matters.
-    """
+    """Weights that depend on the parameter's name alone, not on the layout; none is zero, so every path counts."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             pieces = _pieces(name, model.config)
@@ -208,7 +200,7 @@ def _pieces(name: str, config: Any) -> int:
     return 2 if config.gated_linear_unit and "linear_fc1" in name else 1
 
 
-def _shard(full: Tensor, parameter: Tensor, pieces: int) -> Tensor:
+def _shard(full: Tensor, parameter: Any, pieces: int) -> Tensor:
     from megatron.core import parallel_state
 
     if not getattr(parameter, "tensor_model_parallel", False):
@@ -251,23 +243,19 @@ def full_gradients(wrapped: Any) -> Tensors:
 
 # --- one training step ----------------------------------------------------------------------------------------------
 
-Batch = dict[str, Tensor]
 
-
-def make_batches(case: Case, step: int) -> list[Batch]:
+def make_batches(case: Case, step: int) -> list[dict[str, Any]]:
     """All micro-batches of a step. Each has another number of tokens in its loss mask."""
     generator = torch.Generator().manual_seed(1000 + step)
+    mask = document_mask(MICRO_BATCH, SEQ, SEQ // 3) if case.documents else None
     batches = []
     for index in range(case.micro_batches):
         tokens = torch.randint(0, VOCAB, (MICRO_BATCH, SEQ + 1), generator=generator)
         kept = torch.rand(MICRO_BATCH, SEQ, generator=generator) > 0.15 * (index + 1)
         batches.append({
-            "input_ids": tokens[:, :-1].contiguous(),
-            "labels": tokens[:, 1:].contiguous(),
-            "loss_mask": kept.float(),
-            "position_ids": torch.arange(SEQ).expand(MICRO_BATCH, SEQ),
-            "attention_mask": document_mask(MICRO_BATCH, SEQ, SEQ // 3) if case.documents else None,
-        })
+            "input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": kept.float(),
+            "position_ids": torch.arange(SEQ).expand(MICRO_BATCH, SEQ), "attention_mask": mask,
+        })  # fmt: skip
     return batches
 
 
@@ -278,7 +266,7 @@ def document_mask(batch: int, length: int, start: int) -> Tensor:
     return (later | (document[:, None] != document[None, :])).expand(batch, 1, length, length).clone()
 
 
-def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Any, Any]:
+def forward_step(batches: Iterator[dict[str, Any]], model: Any) -> tuple[Any, Any]:
     batch = next(batches)
     return model(**batch), partial(loss_func, batch["loss_mask"])
 
@@ -307,55 +295,7 @@ def run_schedule(wrapped: Any, case: Case, step: int = 0, *, forward_only: bool 
 
 
 def _ratio(pairs: list[Tensor], group: Any) -> float:
-    """Megatron's own averaging of (sum, count) reports, over micro-batches and data-parallel ranks."""
+    """As Megatron averages (sum, count) reports, over micro-batches and data-parallel ranks."""
     total = torch.stack(pairs).sum(0)
     dist.all_reduce(total, group=group)
     return float(total[0] / total[1])
-
-
-# --- comparing ------------------------------------------------------------------------------------------------------
-
-
-def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """Largest absolute difference over the largest absolute expected value (or ``floor``, if that is larger)."""
-    if not torch.isfinite(actual).all():
-        return float("inf")
-    scale = max(float(expected.abs().max()), floor, torch.finfo(torch.float32).tiny)
-    return float((actual.double() - expected.double()).abs().max()) / scale
-
-
-def worst_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest relative error over named tensors, and whose it is. Both must have the same names.
-
-    Each tensor is measured by its own scale, but by no less than 1e-4 of the largest one: a key's bias, say, has a
-    gradient of exactly zero in theory and of rounding errors in practice.
-    """
-    assert set(actual) == set(expected), set(actual) ^ set(expected)
-    floor = 1e-4 * max(float(tensor.abs().max()) for tensor in expected.values())
-    return max((relative_error(actual[name], expected[name], floor), name) for name in expected)
-
-
-# --- option grid ----------------------------------------------------------------------------------------------------
-
-# Shapes and features of the layers that a recursive model has to carry; none of them is about the recursion.
-OPTIONS: dict[str, Case] = {
-    "layernorm-gelu-rope-tied": Case(),
-    "rmsnorm-swiglu-untied-no-bias": Case(
-        transformer={"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False},
-        model={"share_embeddings_and_output_weights": False},
-    ),
-    "learned-positions": Case(model={"position_embedding_type": "learned_absolute"}),
-    "rope-scaling": Case(model={"rope_scaling": True, "rope_scaling_factor": 32.0}),
-    "rotary-percent": Case(model={"rotary_percent": 0.5}),
-    "grouped-queries-qkv-bias": Case(
-        transformer={"num_query_groups": 2, "add_bias_linear": False, "add_qkv_bias": True}
-    ),
-    "qk-norm-rmsnorm": Case(transformer={"normalization": "RMSNorm", "qk_layernorm": True, "num_query_groups": 2}),
-    "qk-norm-layernorm-wide-heads": Case(transformer={"qk_layernorm": True, "kv_channels": 16}),
-    "zero-centered-norm": Case(transformer={"layernorm_zero_centered_gamma": True, "normalization": "RMSNorm"}),
-    "no-halting": Case(recursion={"halt_loss_weight": 0.0}),
-    "state-norm-none": Case(recursion={"state_norm": "none"}, model={"share_embeddings_and_output_weights": False}),
-    "trunc-normal": Case(recursion={"state_init": "trunc-normal"}),
-    "disabled": Case(recursion={"enable_recursive_refinement": False}),
-    "bf16": Case(transformer={"bf16": True, "swiglu": True}, recursion={"state_init": "trunc-normal"}),
-}

@@ -197,7 +197,8 @@ def _patch_tensor_methods() -> None:
     def move(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-            args = tuple(CPU if isinstance(a, str | torch.device) and _is_cuda(a) else a for a in args)
+            if args and not isinstance(args[0], bool) and _is_cuda(args[0]):
+                args = (CPU, *args[1:])
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = CPU
             return original(self, *args, **kwargs)

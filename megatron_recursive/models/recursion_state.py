@@ -28,6 +28,12 @@ def initial_state_vectors(plan: RecursionPlan, hidden_size: int) -> dict[str, Te
     return vectors
 
 
+def initial_output(plan: RecursionPlan, like: Tensor) -> Tensor:
+    """The output state before the first block, [S, B, H], also where no embedding is held (a later pipeline stage)."""
+    vector = initial_state_vectors(plan, like.shape[-1]).get("output")
+    return torch.zeros_like(like) if vector is None else vector.to(like).expand_as(like)
+
+
 class RecursionState:
     """The output and latent states of one micro-batch while its plan runs. All are [S, B, H]."""
 
@@ -54,6 +60,9 @@ class RecursionState:
         total = first
         for other in others:
             total = total + other
+        if torch.is_grad_enabled() and not total.requires_grad:
+            # Megatron's full recompute gives the layers no gradient when nothing that they read asks for one.
+            total = total.detach().requires_grad_()
         return total
 
     def update(self, decoder_pass: DecoderPass, result_SBH: Tensor) -> None:

@@ -70,30 +70,34 @@ class RecursiveGPTModel(GPTModel):
 
     # -- the three parts that passes are made of -----------------------------------------------------------------
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Token ids [B, S] to the scaled embedding [S, B, H] and the rotary embedding (or None)."""
-        embedding, rotary, *_ = self._preprocess(input_ids=input_ids, position_ids=position_ids)
-        if self.plan.embedding_multiplier != 1.0:
-            embedding = embedding * self.plan.embedding_multiplier
-        return embedding, rotary
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Token ids [B, S] to the scaled embedding [S, B, H]."""
+        embedding, *_ = self._preprocess(input_ids=input_ids, position_ids=position_ids)
+        return embedding if self.plan.embedding_multiplier == 1.0 else embedding * self.plan.embedding_multiplier
 
     def initial_state(self, embedding_SBH: Tensor) -> RecursionState:
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
         return RecursionState(embedding_SBH, {k: v for k, v in initial.items() if v is not None})
 
+    def decode(self, hidden_SBH: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """One pass through the layers of this stage. Off the first stage the decoder reads its own input tensor."""
+        _, rotary, *_ = self._preprocess(input_ids=None, position_ids=None, decoder_input=hidden_SBH)
+        return self.decoder(hidden_states=hidden_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary)
+
     def read_block(self, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor) -> BlockReadout:
         """Ask the heads about the output state after a block.
 
         The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
-        the plan weighs it; on a block that is not supervised it sees the detached state. In evaluation every block is
-        read in full.
+        the plan weighs it, on all blocks but the last through their detached state. In evaluation every block is read
+        in full.
         """
         readout = BlockReadout(decoder_pass)
         supervised = decoder_pass.supervised_weight > 0
         hidden_SBH = self._final_state(output_SBH if supervised else output_SBH.detach(), supervised)
         if self.plan.has_halting:
+            asked_SBH = hidden_SBH if decoder_pass is self.plan.passes[-1] else hidden_SBH.detach()
             with torch.set_grad_enabled(torch.is_grad_enabled() and decoder_pass.halt_weight > 0):
-                readout.halt_logits_BS = self.halting_head(hidden_SBH)
+                readout.halt_logits_BS = self.halting_head(asked_SBH)
         if supervised or decoder_pass.halt_weight > 0 or not self.training:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
                 logits_SBV = self._logits(hidden_SBH)
@@ -113,6 +117,11 @@ class RecursiveGPTModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output)
         return logits_SBV
+
+    def logits_BSV(self, output_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
+        """Logits [B, S, V] of an output state (this rank's shard of V unless gathered)."""
+        hidden_SBH = self._final_state(output_SBH, supervised=True)
+        return self._logits(hidden_SBH, runtime_gather_output).transpose(0, 1).contiguous()
 
     # -- the whole model in one graph ----------------------------------------------------------------------------
 
@@ -144,17 +153,15 @@ class RecursiveGPTModel(GPTModel):
         unsupported = [name for name, value in kwargs.items() if value is not None]
         assert not unsupported, f"RecursiveGPTModel does not take {', '.join(unsupported)}"
         assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"
-        embedding_SBH, rotary = self.embed(input_ids, position_ids)
-        state = self.initial_state(embedding_SBH)
+        state = self.initial_state(self.embed(input_ids, position_ids))
 
         def decode(_: DecoderPass, hidden_SBH: Tensor) -> Tensor:
-            return self.decoder(hidden_states=hidden_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary)
+            return self.decode(hidden_SBH, attention_mask)
 
         if labels is None:
             for _ in run_plan(self.plan, state, decode):
                 pass
-            hidden_SBH = self._final_state(state.output, supervised=True)
-            return self._logits(hidden_SBH, runtime_gather_output).transpose(0, 1).contiguous()
+            return self.logits_BSV(state.output, runtime_gather_output)
 
         mask_BS = torch.ones_like(labels, dtype=torch.float) if loss_mask is None else loss_mask.float()
         readouts: list[BlockReadout] = []
@@ -162,11 +169,11 @@ class RecursiveGPTModel(GPTModel):
         before = state.output
         for decoder_pass in run_plan(self.plan, state, decode):
             readouts.append(self.read_block(decoder_pass, state.output, labels))
-            self._observe_state(before, state.output, mask_BS, decoder_pass, metrics)
+            self.observe_state(before, state.output, mask_BS, decoder_pass, metrics)
             before = state.output.detach()
-        return self._objective(readouts, labels, mask_BS, metrics)
+        return self.objective(readouts, labels, mask_BS, metrics)
 
-    def _observe_state(
+    def observe_state(
         self, before: Tensor, after: Tensor, mask_BS: Tensor, decoder_pass: DecoderPass, metrics: dict[str, Tensor]
     ) -> None:
         """Telemetry of the state after a block. Under sequence parallelism a rank holds a part of the tokens."""
@@ -180,7 +187,7 @@ class RecursiveGPTModel(GPTModel):
             if decoder_pass is self.plan.passes[-1]:
                 metrics["token cosine"] = token_cosine(after.detach(), mask_SB, group)
 
-    def _objective(
+    def objective(
         self, readouts: list[BlockReadout], labels_BS: Tensor, mask_BS: Tensor, metrics: dict[str, Tensor]
     ) -> RecursiveOutput:
         """Sum the losses as the plan weighs them, and report each on its own."""

@@ -23,6 +23,9 @@ def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, of
     return field(default=default, metadata=meta)
 
 
+_ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "a word"}
+
+
 @dataclass(frozen=True)
 class RecursionConfig:
     """The recursion knobs, named as their flags are (``num_refinement_blocks`` is ``--num-refinement-blocks``).
@@ -73,6 +76,8 @@ class RecursionConfig:
         500, "Iteration from which the health alarms speak (state ignored, tokens collapsed). 0 turns them off.")
 
     def __post_init__(self) -> None:
+        for knob in dataclasses.fields(self):
+            self._check_type(knob)
         for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("recursion_alarm_after", self.recursion_alarm_after >= 0, "must be 0 (off) or positive")
@@ -88,6 +93,17 @@ class RecursionConfig:
             if choices is not None and value is not None:
                 self._require(knob.name, value in choices, f"must be one of {', '.join(choices)}")
 
+    def _check_type(self, knob: dataclasses.Field[Any]) -> None:
+        value, wanted = getattr(self, knob.name), knob.metadata["type"] or type(knob.default)
+        if value is None and knob.default is None:
+            return
+        if knob.default is None and wanted is type(None):
+            wanted = str
+        holds = isinstance(value, int | float if wanted is float else wanted)
+        if isinstance(value, bool):
+            holds = wanted is bool
+        self._require(knob.name, holds, f"must be {_ARTICLES[wanted]}")
+
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
             raise UserError(f"{flag_of(name)} {rule}, but is {getattr(self, name)}.")
@@ -99,8 +115,17 @@ class RecursionConfig:
     def resolved(self, *, embedding_init_std: float, from_plain_gpt: bool = False) -> RecursionConfig:
         """The same config with every "choose" replaced by what it comes to in this run."""
         multiplier, scaling = self.embedding_multiplier, self.init_depth_scaling
+        if not self.enable_recursive_refinement and multiplier not in (None, 1.0):
+            raise UserError(
+                f"--embedding-multiplier {multiplier} belongs to a recursion; with --disable-recursive-refinement the "
+                "model is Megatron's plain GPT."
+            )
         if multiplier is None:
             fresh = self.enable_recursive_refinement and not from_plain_gpt
+            if fresh and embedding_init_std <= 0:
+                raise UserError(
+                    f"--init-method-std {embedding_init_std} gives the embedding no scale; give --embedding-multiplier."
+                )
             multiplier = 1.0 / embedding_init_std if fresh else 1.0
         if scaling is None:
             scaling = "unrolled" if self.enable_recursive_refinement and self.state_norm == "none" else "held"
@@ -123,9 +148,7 @@ class RecursionConfig:
         ]
         if self.enable_recursive_refinement != other.enable_recursive_refinement:
             return [d for d in found if d.name == "enable_recursive_refinement"]
-        if not self.enable_recursive_refinement:
-            return [d for d in found if d.name == "embedding_multiplier"]
-        return found
+        return found if self.enable_recursive_refinement else []
 
 
 @dataclass(frozen=True)

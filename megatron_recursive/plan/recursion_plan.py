@@ -7,6 +7,7 @@ the FLOPs counter sums it, checkpoints and exports carry it.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,13 @@ from typing import Any
 from megatron_recursive.errors import UserError
 
 STATES = ("output", "latent")
+STATE_INITS, STATE_NORMS = ("zeros", "trunc-normal"), ("final", "none")
 READABLE = (*STATES, "input")
+
+
+def is_number(value: Any) -> bool:
+    """A finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,12 @@ class RecursionPlan:
     def __post_init__(self) -> None:
         if not self.passes:
             raise UserError("A plan needs at least one pass (--num-refinement-blocks).")
+        if self.state_init not in STATE_INITS:
+            raise UserError(f"--state-init must be one of {', '.join(STATE_INITS)}, but is {self.state_init}.")
+        if self.state_norm not in STATE_NORMS:
+            raise UserError(f"--state-norm must be one of {', '.join(STATE_NORMS)}, but is {self.state_norm}.")
+        if not (is_number(self.embedding_multiplier) and self.embedding_multiplier > 0):
+            raise UserError(f"--embedding-multiplier must be a positive number, but is {self.embedding_multiplier}.")
         last = self.passes[-1]
         if last.target != "output" or last.supervised_weight <= 0:
             raise UserError("The last pass of a plan must update the output state and be supervised.")
@@ -82,7 +95,8 @@ class RecursionPlan:
         where = f"Pass {expected} of the plan"
         if decoder_pass.index != expected:
             raise UserError(f"{where} is numbered {decoder_pass.index}.")
-        if expected and decoder_pass.block - self.passes[expected - 1].block not in (0, 1):
+        allowed = (self.passes[expected - 1].block, self.passes[expected - 1].block + 1) if expected else (0,)
+        if decoder_pass.block not in allowed:
             raise UserError(f"{where} jumps to block {decoder_pass.block}.")
         if decoder_pass.target not in STATES:
             raise UserError(f"{where} updates '{decoder_pass.target}', which is none of {', '.join(STATES)}.")
@@ -90,6 +104,14 @@ class RecursionPlan:
             raise UserError(f"{where} must read some of {', '.join(READABLE)}.")
         if (decoder_pass.supervised_weight or decoder_pass.halt_weight) and decoder_pass.target != "output":
             raise UserError(f"{where} is supervised but does not update the output state.")
+        for name in ("supervised_weight", "halt_weight"):
+            weight = getattr(decoder_pass, name)
+            if not (is_number(weight) and weight >= 0):
+                raise UserError(f"{where} has the {name} {weight}, which is no number of at least 0.")
+            if weight and not self.is_block_end(decoder_pass):
+                raise UserError(f"{where} is supervised before its block ends; only a block's last pass can be.")
+        if not (isinstance(decoder_pass.grad, bool) and isinstance(decoder_pass.cuts_states, bool)):
+            raise UserError(f"{where} must say true or false under grad and cuts_states.")
         if decoder_pass.supervised_weight and not decoder_pass.grad:
             raise UserError(f"{where} is supervised but carries no gradient.")
 

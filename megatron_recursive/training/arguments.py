@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import linecache
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_
 from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
-from megatron_recursive.plan.recursion_config import add_recursion_arguments
+from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
 from megatron_recursive.training import refusals
 from megatron_recursive.training.checkpointing import checkpoint_to_read, saved_arguments
 
@@ -37,13 +38,14 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
     refusals.refuse_shapes(args)
+    refusals.refuse_schedule(args)
     refusals.refuse_tokenizer(args)
     refusals.refuse_data(args)
     refusals.refuse_output(args)
     if args.init_from_gpt is not None:
         args.pretrained_checkpoint = args.init_from_gpt  # Megatron's name for "weights only, start at iteration 0"
     recursion = _resolve_recursion(args)
-    with _megatron_speaks_in_sentences():
+    with _megatron_speaks_in_sentences(args):
         megatron_arguments.validate_args(args, {})
         set_global_variables(args, build_tokenizer=False)
     asked = args.padded_vocab_size  # the tokenizer's builder puts Megatron's own figure there
@@ -95,7 +97,8 @@ def _machine_defaults() -> dict[str, Any]:
     # Causality is the attention's own; an explicit mask costs S x S per sample and is made only where it says more.
     # Without --eval-interval Megatron 0.19 fails when it counts samples; 1000 was its default before.
     defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False, "eval_interval": 1000}
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None and not has_te:
+    # Of Apex; the output layer is Megatron's own even beside Transformer Engine's layers, and asks for it.
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         defaults["gradient_accumulation_fusion"] = False
     if not has_te:
         defaults.update(transformer_impl="local", no_persist_layer_norm=True, masked_softmax_fusion=False,
@@ -110,7 +113,7 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
     folder, from_plain_gpt = checkpoint_to_read(args)
     if folder is None:
         raise UserError("--use-checkpoint-args needs a checkpoint in --load or --init-from-gpt.")
-    with _megatron_speaks_in_sentences():
+    with _megatron_speaks_in_sentences(args):
         megatron_arguments_from_checkpoint(args, from_plain_gpt)
     if not from_plain_gpt:
         for name, value in RecursionConfig.from_mapping(saved_arguments(folder)).to_dict().items():
@@ -177,7 +180,7 @@ def _padded_vocabulary(args: argparse.Namespace, asked: int | None) -> tuple[int
 
 
 @contextlib.contextmanager
-def _megatron_speaks_in_sentences() -> Iterator[None]:
+def _megatron_speaks_in_sentences(args: argparse.Namespace) -> Iterator[None]:
     """Megatron validates by assertion; a failed one becomes one sentence."""
     try:
         yield
@@ -187,6 +190,9 @@ def _megatron_speaks_in_sentences() -> Iterator[None]:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             rule = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
             text = rule.removeprefix("assert ").rstrip(" \\,(")
+        known = (name.replace("_", "[_-]") for name in vars(args) if "_" in name)
+        names = "|".join(sorted(known, key=len, reverse=True))
+        text = re.sub(rf"(?<![\w-])(?:args\.)?({names})(?!\w)", lambda found: flag_of(found[1]), text)
         raise UserError(f"Megatron refuses these flags: {text.rstrip('.')}.") from error
 
 

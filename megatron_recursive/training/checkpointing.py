@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException  # NOTE it derives from BaseException
+
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
 from megatron_recursive.plan import RecursionConfig
@@ -44,15 +46,15 @@ def _wrap(original: Callable[..., Any], recursion: RecursionConfig) -> Callable[
         try:
             with reading_checkpoint(from_plain_gpt=from_plain_gpt):
                 return original(*args, **kwargs)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+        except (Exception, CheckpointException) as error:
+            reason = _reason(error)
             if "OptimizerParamScheduler" in reason:
                 raise UserError(
                     f"The schedule of this run is not that of the checkpoint {folder} ({reason}); take this run's with "
                     "--override-opt_param-scheduler, or the checkpoint's with --use-checkpoint-opt_param-scheduler."
                 ) from error
             raise UserError(
-                f"The checkpoint {folder} cannot be loaded into this model ({type(error).__name__}: {reason}); "
+                f"The checkpoint {folder} cannot be loaded into this model ({reason}); "
                 f"check that the architecture flags are those it was trained with and that no file is damaged, or "
                 f"point {TRACKER} at an earlier iteration."
             ) from error
@@ -107,15 +109,22 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
 
     try:
         saved = load_common_state_dict(str(folder)).get("args")
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+    except (Exception, CheckpointException) as error:
         raise UserError(
-            f"The checkpoint {folder} cannot be read ({type(error).__name__}: {reason}); "
+            f"The checkpoint {folder} cannot be read ({_reason(error)}); "
             f"point {TRACKER} beside it at an earlier iteration."
         ) from error
     if saved is None:
         raise UserError(f"The checkpoint {folder} stores no arguments, so that its recursion is unknown.")
     return dict(vars(saved))
+
+
+def _reason(error: BaseException) -> str:
+    """One line on what went wrong; a CheckpointException's own text is every rank's traceback."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300].rstrip(" :")
 
 
 def check_recursion(

@@ -23,9 +23,14 @@ SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
-def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor]:
-    """The next micro-batch on every tensor-parallel rank: [B, S] tensors under ``BATCH_KEYS``."""
+def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
+    """The next micro-batch on every tensor-parallel rank: [B, S] tensors under ``BATCH_KEYS``.
+
+    The first pipeline stage gets tokens, the last one labels, a middle one nothing.
+    """
     args = get_args()
+    if not is_first_or_last_pipeline_stage(None):
+        return dict.fromkeys(BATCH_KEYS)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Tensor | None] = {}
     if tp_rank == 0:
@@ -52,11 +57,12 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
     )
 
 
-def loss_func(loss_mask_BS: Tensor, output: Tensor | RecursiveOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_func(loss_mask_BS: Tensor | None, output: Tensor | RecursiveOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What the schedule wants: the summed objective, the tokens that it sums over, and (sum, count) pairs to report.
 
     ``output`` is a RecursiveOutput, or the [B, S] losses of a model whose recursion is disabled.
     """
+    assert loss_mask_BS is not None, "the last pipeline stage has the loss mask"
     mask = loss_mask_BS.float()
     if isinstance(output, RecursiveOutput):
         objective_BS, report = output.objective_BS, output.metrics

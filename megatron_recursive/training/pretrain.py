@@ -7,7 +7,9 @@ import os
 import socket
 import sys
 import time
+import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from megatron_recursive.backends import cpu
@@ -48,11 +50,29 @@ def _run() -> None:
     checkpointing.install(recursion)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        datasets_provider,
+        _in_sentences(datasets_provider),
         ModelType.encoder_or_decoder,
         forward_step,
     )
     _leave()
+
+
+def _in_sentences(datasets_provider: Callable[..., Any]) -> Callable[..., Any]:
+    """What Megatron finds wrong only while it builds the datasets (too few documents, say), in one sentence."""
+
+    @functools.wraps(datasets_provider)  # copies is_distributed too
+    def provide(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return datasets_provider(*args, **kwargs)
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason = " ".join(str(error).split())[:200] or (frame.line or "").removeprefix("assert ").rstrip(" ,(")
+            raise UserError(
+                f"The datasets cannot be built ({type(error).__name__}: {reason}); check that --data-path holds enough "
+                "documents for every part of --split, and that the --data-cache-path is of this data."
+            ) from error
+
+    return provide
 
 
 def _prepare_environment() -> None:

@@ -15,6 +15,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.plan.recursion_config import flag_of
 
 Test = Callable[[argparse.Namespace], Any]
+SPLITS = ("train", "valid", "test")
 
 # What is refused | when | what to do instead. Read by the argument check, in this order.
 NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
@@ -56,7 +57,6 @@ NOT_ON_CPU: tuple[tuple[str, Test, str], ...] = (
     ("--use-flash-attn", lambda a: getattr(a, "use_flash_attn", False), "the default attention"),
     ("--attention-backend flash or fused", lambda a: a.attention_backend.name in ("flash", "fused"),
      "--attention-backend auto"),
-    ("--gradient-accumulation-fusion", lambda a: a.gradient_accumulation_fusion, "--no-gradient-accumulation-fusion"),
     ("--async-save", lambda a: a.async_save, "synchronous checkpoints"),
 )  # fmt: skip
 
@@ -86,7 +86,8 @@ def refuse_shapes(args: argparse.Namespace) -> None:
     for flag in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
         value = getattr(args, flag)
         if value is None or value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} is missing; give a positive number.")
+            what = "is missing" if value is None else f"is {value}"
+            raise UserError(f"{flag_of(flag)} {what}; give a positive number.")
     if tp < 1 or args.world_size % tp:
         raise UserError(
             f"--tensor-model-parallel-size {tp} does not divide the {args.world_size} processes of this run; "
@@ -105,6 +106,23 @@ def refuse_shapes(args: argparse.Namespace) -> None:
             )
 
 
+def refuse_schedule(args: argparse.Namespace) -> None:
+    """Figures of the schedule that contradict each other; Megatron's own words for these do not name the flags."""
+    if (args.train_iters is None) == (args.train_samples is None):
+        raise UserError("Give either --train-iters or --train-samples.")
+    positions = args.max_position_embeddings
+    if positions is not None and args.seq_length > positions:
+        raise UserError(f"--seq-length {args.seq_length} is larger than --max-position-embeddings {positions}.")
+    step = args.micro_batch_size * (args.world_size // args.tensor_model_parallel_size)
+    if args.global_batch_size is not None and args.global_batch_size % step:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by {step}, which is --micro-batch-size "
+            f"{args.micro_batch_size} times the data-parallel size."
+        )
+    if args.save is not None and not args.save_interval:
+        raise UserError("--save needs --save-interval, the iterations between two checkpoints.")
+
+
 def refuse_tokenizer(args: argparse.Namespace) -> None:
     """A tokenizer that is not named, or whose files are not there."""
     if args.tokenizer_type is None:
@@ -112,6 +130,8 @@ def refuse_tokenizer(args: argparse.Namespace) -> None:
             "No tokenizer: give --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER, or "
             "--tokenizer-type NullTokenizer --vocab-size N."
         )
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise UserError(f"--vocab-size is {args.vocab_size}; give a positive number.")
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size.")
     for flag in ("tokenizer_model", "vocab_file", "merge_file"):
@@ -119,7 +139,7 @@ def refuse_tokenizer(args: argparse.Namespace) -> None:
         # A Hugging Face name (org/model) may live in the hub's cache: transformers decides.
         is_hub_name = flag == "tokenizer_model" and path is not None and str(path).count("/") <= 1
         if path is not None and not Path(path).exists() and not (is_hub_name and not Path(path).is_absolute()):
-            raise UserError(f"--{flag.replace('_', '-')} {path} does not exist.")
+            raise UserError(f"{flag_of(flag)} {path} does not exist.")
     needs_model = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "Llama2Tokenizer")
     if args.tokenizer_type in needs_model and args.tokenizer_model is None:
         raise UserError(f"--tokenizer-type {args.tokenizer_type} needs --tokenizer-model.")
@@ -141,6 +161,34 @@ def refuse_data(args: argparse.Namespace) -> None:
                 check_indexed_dataset(prefix)
             except UserError as error:
                 raise UserError(f"{flag} {prefix}: {str(error).rstrip('.')}.") from error
+            if flag.startswith(("--data-path", "--data-args-path")):
+                _refuse_empty_splits(flag, prefix, args.split)
+
+
+def _refuse_empty_splits(flag: str, prefix: str, split: str | None) -> None:
+    """A part of --split without a document: Megatron would look for its samples for ever."""
+    if split is None or "://" in prefix:
+        return
+    try:
+        parts = [float(part) for part in split.replace("/", ",").split(",")]
+    except ValueError:
+        parts = []
+    if not parts or min(parts) < 0 or not parts[0] or math.isinf(sum(parts)) or len(parts) > len(SPLITS):
+        raise UserError(f"--split {split} must be up to three numbers, train, valid and test, the first above 0.")
+    documents = document_count(prefix)
+    bounds = [round(documents * sum(parts[:i]) / sum(parts)) for i in range(len(parts) + 1)]  # as Megatron rounds
+    for name, part, first, last in zip(SPLITS, parts, bounds, bounds[1:], strict=False):
+        if part and first == last:
+            raise UserError(
+                f"{flag} {prefix} has {documents} documents, so that --split {split} leaves none for {name}; add "
+                f"documents, or give {name} a share of 0."
+            )
+
+
+def document_count(prefix: str) -> int:
+    """The documents of a checked indexed dataset, from the header of its index (one bound more than documents)."""
+    with open(f"{prefix}.idx", "rb") as stream:
+        return int.from_bytes(stream.read(34)[26:], "little") - 1
 
 
 def _blends(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -155,13 +203,14 @@ def _blends(args: argparse.Namespace) -> dict[str, list[str]]:
             continue
         try:
             text = Path(path).read_text(encoding="utf-8")
-            per_split = json.loads(text) if name.startswith("per_split") else {"": text.split()}
+            per_split = json.loads(text) if name.startswith("per_split") else {"": text}
         except (OSError, ValueError) as error:
             raise UserError(f"{flag} {path} cannot be read ({type(error).__name__}: {_one_line(error)}).") from error
-        if not isinstance(per_split, dict) or not all(isinstance(blend, list) for blend in per_split.values()):
-            raise UserError(f'{flag} {path} must hold {{"train": ["WEIGHT", "PREFIX", ...], "valid": ..., "test": ...}}.')
+        if not isinstance(per_split, dict) or (name.startswith("per_split") and not set(SPLITS) <= set(per_split)):
+            raise UserError(f"{flag} {path} must hold a JSON object with the blends of {', '.join(SPLITS)}.")
         for split, blend in per_split.items():
-            blends[f"{flag} {path} {split}".rstrip()] = [str(part) for part in blend]
+            parts = blend.split() if isinstance(blend, str) else blend
+            blends[f"{flag} {path} {split}".rstrip()] = [str(part) for part in parts or []]
     return blends
 
 
@@ -178,7 +227,7 @@ def _without_weights(flag: str, blend: list[str]) -> list[str]:
             return blend[1::2]
     for part in blend:
         if _is_number(part):
-            raise UserError(f"{flag}: the weight {part} has no prefix; give WEIGHT PREFIX WEIGHT PREFIX, or no weights.")
+            raise UserError(f"{flag}: the weight {part} has no prefix; give WEIGHT PREFIX ..., or no weights.")
     return blend
 
 

@@ -72,7 +72,7 @@ def test_every_pretraining_command_parses() -> None:
     commands = []
     for text in TEXTS.values():
         joined = text.replace("\\\n", " ")
-        commands += re.findall(r"^\S.*pretrain_recursive_gpt\.py( --.*)$", joined, re.MULTILINE)
+        commands += re.findall(r"^\S.*pretrain_recursive_gpt\.py +(--.*)$", joined, re.MULTILINE)
     script = SCRIPTS["examples/recursive_gpt/pretrain_default.sh"]
     block = re.search(r"pretrain_recursive_gpt\.py\n(  --.*?)\n\)", script, re.DOTALL)
     assert block is not None

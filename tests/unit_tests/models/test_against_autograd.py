@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_recursive.plan import DecoderPass, RecursionPlan
 from tests.distributed import run_distributed
-from tests.models import SEQ, Case, Layout, build_wrapped, full_gradients, make_batches, run_schedule, worst_error
+from tests.models import SEQ, Case, Layout, build_wrapped, full_gradients, make_batches, run_schedule
+from tests.unit_tests.models.comparing import worst_error
 
 FULL = {"detach_between_refinements": False}
 UNTIED = {"share_embeddings_and_output_weights": False}
@@ -28,7 +29,7 @@ def per_block_plan(
     blocks: int, latents: int, lm_weights: list[float], halt_weights: list[float], norm: str = "final"
 ) -> RecursionPlan:
     """Deep supervision: every block is supervised, carries gradient, and starts from cut states."""
-    passes = []
+    passes: list[DecoderPass] = []
     for block in range(blocks):
         for step in range(latents + 1):
             ends = step == latents
@@ -95,7 +96,7 @@ def recipe(case: Case) -> Recipe:
     return Recipe(
         blocks, knobs.num_latent_refinements, knobs.detach_between_refinements,
         [0.0] * (blocks - 1) + [1.0],
-        ([1 / blocks] * blocks if all_blocks else [0.0] * (blocks - 1) + [1.0]) 
+        ([1 / blocks] * blocks if all_blocks else [0.0] * (blocks - 1) + [1.0])
         if knobs.halt_loss_weight else [0.0] * blocks,
         False, knobs.state_norm == "none", float(knobs.embedding_multiplier or 0), knobs.halt_loss_weight,
         knobs.halt_target == "agrees-with-last",
@@ -138,7 +139,8 @@ def reference_losses(model: Any, batch: dict[str, Tensor], how: Recipe) -> tuple
             hidden = F.layer_norm(hidden, hidden.shape[-1:], scale, shift, 1e-5)
         logits.append(hidden @ head.T)
         if any(how.halt_weights):
-            halting.append(hidden @ model.halting_head.weight + model.halting_head.bias)
+            asked = hidden if len(logits) == how.blocks else hidden.detach()  # earlier blocks do not learn from halting
+            halting.append(asked @ model.halting_head.weight + model.halting_head.bias)
     lm = [F.cross_entropy(each.transpose(1, 2), labels, reduction="none") for each in logits]
     objective = sum(weight * loss for weight, loss in zip(how.lm_weights, lm, strict=True))
     report = {"lm loss": lm[-1]}
@@ -172,7 +174,8 @@ def compare(case: Case) -> tuple[tuple[float, str], dict[str, float], dict[str, 
     model, how = wrapped.module, recipe(case)
     metrics = run_schedule(wrapped, case)
     per_token = model.config.calculate_per_token_loss
-    total, sums, tokens = torch.zeros(()), defaultdict(float), 0.0
+    total, tokens = torch.zeros(()), 0.0
+    sums: dict[str, float] = defaultdict(float)
     for batch in make_batches(case, 0):
         mask = batch["loss_mask"]
         objective, report = reference_losses(model, batch, how)

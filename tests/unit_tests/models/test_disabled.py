@@ -64,10 +64,9 @@ def observe(build: Any, case: Case, layout: Layout) -> dict[str, Any]:
     }
 
 
-def observe_all(layout: Layout) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    return {
-        name: (observe(build_plain, case, layout), observe(build_disabled, case, layout)) for name, case in CASES.items()
-    }
+def observe_all(layout: Layout) -> dict[str, tuple[dict[str, Any], ...]]:
+    builders = (build_plain, build_disabled)
+    return {name: tuple(observe(build, case, layout) for build in builders) for name, case in CASES.items()}
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sequence_parallel=True)], ids=["tp1", "tp2-sp"])

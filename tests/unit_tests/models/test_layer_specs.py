@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.distributed import run_distributed
-from tests.models import (
-    HEADS,
-    SEQ,
-    Case,
-    Layout,
-    build_model,
-    document_mask,
-    relative_error,
-    start_parallel,
-    transformer_config,
-)
+from tests.models import HEADS, SEQ, Case, Layout, build_model, document_mask, start_parallel, transformer_config
+from tests.unit_tests.models.comparing import relative_error
 
 BATCH, HEAD_DIM = 2, 8
 

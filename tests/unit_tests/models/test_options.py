@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.models import OPTIONS, Case, Layout, build_model, named_parameters, start_parallel, train
+from tests.models import Case, Layout, build_model, named_parameters, start_parallel, train
+from tests.unit_tests.models.options import OPTIONS
 
 ADAM = {"lr": 1e-2, "clip_grad": 1.0}
 

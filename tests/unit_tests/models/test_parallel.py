@@ -7,10 +7,13 @@ from functools import cache
 import pytest
 
 from tests.distributed import run_distributed
-from tests.models import Case, Layout, Training, build_optimizer, build_wrapped, run_schedule, train, worst_error
+from tests.models import Case, Layout, Training, build_optimizer, build_wrapped, run_schedule, train
+from tests.unit_tests.models.comparing import worst_error
 
-# The clipping is active: the norms are above 0.1 from the first step on.
-ADAM = {"lr": 1e-2, "clip_grad": 0.1, "weight_decay": 0.01}
+# The clipping is active: the norms are above 0.1 from the first step on. Adam's epsilon lies between the clipped
+# gradients (about 1e-3) and their rounding errors (1e-9): with 1e-8, Adam would make full steps out of the latter where
+# a gradient is zero in theory (the keys' part of the QKV bias), and weights would part by 1e-4.
+ADAM = {"lr": 1e-2, "clip_grad": 0.1, "weight_decay": 0.01, "adam_eps": 1e-5}
 FULL = {"detach_between_refinements": False}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -23,24 +26,26 @@ CASES: dict[str, Case] = {
         optimizer=ADAM,
         steps=3,
     ),
-    "halting-last": Case(micro_batches=2, recursion={"halt_supervision": "last", "halt_target": "agrees-with-last"}),
-    "agrees-with-last": Case(micro_batches=2, recursion={"halt_target": "agrees-with-last", "num_refinement_blocks": 3}),
-    "no-halting-none": Case(micro_batches=2, recursion={"halt_loss_weight": 0.0, "state_norm": "none", **FULL}),
+    "halting-last": Case(recursion={"halt_supervision": "last", "halt_target": "agrees-with-last"}, micro_batches=2),
+    "agrees-with-last": Case(
+        recursion={"halt_target": "agrees-with-last", "num_refinement_blocks": 3}, micro_batches=2
+    ),
+    "no-halting-none": Case(recursion={"halt_loss_weight": 0.0, "state_norm": "none", **FULL}, micro_batches=2),
     "llama-like": Case(
         recursion=FULL,
         transformer={"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "num_query_groups": 2},
         model={"share_embeddings_and_output_weights": False},
         micro_batches=2,
     ),
-    "qk-norm": Case(micro_batches=2, transformer={"qk_layernorm": True, "num_query_groups": 2}),
+    "qk-norm": Case(transformer={"qk_layernorm": True, "num_query_groups": 2}, micro_batches=2),
     "zero-centered-learned": Case(
         transformer={"layernorm_zero_centered_gamma": True},
         model={"position_embedding_type": "learned_absolute"},
         micro_batches=2,
     ),
-    "documents": Case(micro_batches=2, documents=True),
+    "documents": Case(documents=True, micro_batches=2),
     "per-token-loss": Case(transformer={"calculate_per_token_loss": True}, optimizer=ADAM, steps=2),
-    "recompute": Case(micro_batches=2, transformer=RECOMPUTE, recursion=FULL),
+    "recompute": Case(transformer=RECOMPUTE, recursion=FULL, micro_batches=2),
 }
 
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -79,16 +84,13 @@ class TestParallelEqualsSerial:
         expected = serial()[case].metrics
         for rank in parallel(layout):
             for mine, theirs in zip(rank[case].metrics, expected, strict=True):
-                # 1e-5 and not 1e-6: later steps start from weights that Adam has moved apart (see below).
-                assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+                assert mine == pytest.approx(theirs, rel=5e-6, abs=1e-6)
 
     def test_all_gradients(self, layout: str, case: str) -> None:
         expected = serial()[case].gradients
         for rank in parallel(layout):
-            assert worst_error(rank[case].gradients[0], expected[0])[0] <= 1e-5
-            for mine, theirs in zip(rank[case].gradients[1:], expected[1:], strict=True):
-                # Steps 2 and 3 start from weights that differ by up to 1e-4 (next test but one).
-                assert worst_error(mine, theirs)[0] <= 1e-4
+            for mine, theirs in zip(rank[case].gradients, expected, strict=True):
+                assert worst_error(mine, theirs)[0] <= 1e-5
 
     def test_gradient_norm(self, layout: str, case: str) -> None:
         expected = serial()[case].gradient_norms
@@ -97,11 +99,9 @@ class TestParallelEqualsSerial:
             assert rank[case].gradient_norms == pytest.approx(expected, rel=1e-5)
 
     def test_trained_parameters(self, layout: str, case: str) -> None:
-        """1e-4, not 1e-5: Adam divides a gradient by its own size, and so makes full steps out of rounding errors
-        where the gradient is zero in theory (the keys' part of the QKV bias)."""
         expected = serial()[case].parameters
         for rank in parallel(layout):
-            assert worst_error(rank[case].parameters, expected)[0] <= 1e-4
+            assert worst_error(rank[case].parameters, expected)[0] <= 1e-5
 
 
 def steps_around_an_evaluation(case: Case, layout: Layout) -> tuple[list[dict[str, float]], list[str]]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from megatron_recursive.plan import DecoderPass, RecursionPlan
 from tests.distributed import run_distributed
-from tests.models import Case, Layout, Training, train, worst_error
+from tests.models import Case, Layout, Training, train
+from tests.unit_tests.models.comparing import worst_error
 
 HOW: dict[str, dict[str, Any]] = {
     "none": {},
@@ -52,3 +54,30 @@ def test_recompute_changes_no_gradient(layout: str, dropout: float, recursion: s
 def test_dropout_was_on() -> None:
     with_dropout, without = trained(0.1, "tp1")[0], trained(0.0, "tp1")[0]
     assert with_dropout["detach", "none"].metrics != without["detach", "none"].metrics
+
+
+# The first pass with gradient reads nothing that carries one: its layers must be trained all the same.
+BLIND_START = RecursionPlan(
+    "core",
+    (
+        DecoderPass(0, 0, "latent", ("output", "latent", "input"), grad=False),
+        DecoderPass(1, 0, "output", ("output", "latent"), grad=False),
+        DecoderPass(2, 1, "output", ("output", "latent"), grad=True, cuts_states=True),
+        DecoderPass(3, 1, "latent", ("output", "latent", "input"), grad=True),
+        DecoderPass(4, 1, "output", ("output", "latent"), grad=True, supervised_weight=1.0),
+    ),
+    embedding_multiplier=3.0,
+)
+
+
+def train_blind_start() -> dict[str, Training]:
+    return {
+        how: train(Case(plan=BLIND_START, transformer=options, micro_batches=2), Layout())
+        for how, options in HOW.items()
+    }
+
+
+def test_recompute_of_a_pass_whose_input_carries_no_gradient() -> None:
+    training = run_distributed(train_blind_start, 1)[0]
+    for recomputed in training.values():
+        assert worst_error(recomputed.gradients[0], training["none"].gradients[0])[0] <= 1e-6

@@ -96,9 +96,9 @@ def test_garbage_is_no_plan(text: str) -> None:
         RecursionPlan.from_json(text)
 
 
-def replaced(index: int, **changes: object) -> tuple[DecoderPass, ...]:
+def replaced(place: int, **changes: object) -> tuple[DecoderPass, ...]:
     passes = list(make_plan().passes)  # latent, latent, output; latent, latent, output (with gradient)
-    passes[index] = dataclasses.replace(passes[index], **changes)  # type: ignore[arg-type]
+    passes[place] = dataclasses.replace(passes[place], **changes)  # type: ignore[arg-type]
     return tuple(passes)
 
 
@@ -145,3 +145,19 @@ def test_the_plan_folder_imports_no_torch() -> None:
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "megatron_recursive.plan.recursion_plan" in modules
     assert not {"torch", "megatron", "numpy"} & {name.split(".")[0] for name in modules}
+
+
+@pytest.mark.parametrize("weight", ["supervised_weight", "halt_weight"])
+def test_a_loss_inside_a_block_is_refused(weight: str) -> None:
+    passes = [dataclasses.replace(p, block=0) for p in make_plan(detach_between_refinements=False).passes]
+    passes[2] = dataclasses.replace(passes[2], **{"halt_weight": 0.0, weight: 1.0})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Pass 2"):
+        RecursionPlan("core", tuple(passes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"state_init": "learned"}, {"state_norm": "each"}, {"embedding_multiplier": -1.0}], ids=str
+)
+def test_senseless_values_for_all_passes_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(UserError):
+        RecursionPlan.from_json(broken_json(**changes))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,11 @@ def in_worker(argv: list[str]) -> str | None:
     return None
 
 
-def train(*argv: str | Path, recursion: list[str] | None = None, world_size: int = 1) -> str | None:
+def train(
+    *argv: str | Path, recursion: Sequence[str] = RECURSION, flags: Sequence[str] = FLAGS, world_size: int = 1
+) -> str | None:
     """Train the tiny model; later flags win. Returns None, or the sentence of a refusal."""
-    flags = [*FLAGS, *(RECURSION if recursion is None else recursion), *map(str, argv)]
-    return run_distributed(in_worker, world_size, flags, timeout=120)[0]
+    return run_distributed(in_worker, world_size, [*flags, *recursion, *map(str, argv)], timeout=120)[0]
 
 
 def save_to(folder: Path, every: int = 3) -> list[str]:
@@ -62,3 +65,79 @@ def metrics_of(folder: Path) -> dict[int, dict[str, Any]]:
 
 def losses_of(folder: Path) -> dict[int, float]:
     return {iteration: record["lm loss"] for iteration, record in metrics_of(folder).items()}
+
+
+def copy_checkpoint(source: Path, target: Path, iteration: int) -> None:
+    """Make a checkpoint folder that holds one iteration of another."""
+    name = f"iter_{iteration:07d}"
+    shutil.copytree(source / name, target / name)
+    (target / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content, but for the metrics, which a run may begin to append to."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.jsonl"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def entries_of(folder: Path) -> set[str]:
+    """Every key of an iteration folder, tensors and objects (such as ``_extra_state``)."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    """The tensors of an iteration folder by their key, read by torch alone."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def stock_gpt_in_worker(argv: list[str], our_layers: bool = False) -> None:
+    """Train Megatron's GPT as a program without this package would: its arguments, its config, its builder.
+
+    ``our_layers`` gives it this package's local layer spec, whose attention kernel rounds differently.
+    """
+    from megatron.core.enums import ModelType
+    from megatron.training import arguments, training
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.global_vars import set_global_variables
+
+    from megatron_recursive.training import wheel
+    from megatron_recursive.training.forward_step import datasets_provider, forward_step
+
+    for name in ("training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint"):
+        function = getattr(training, name)  # an earlier job on this worker wrapped it
+        setattr(training, name, getattr(function, "__wrapped__", function))
+    training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
+    local = (
+        "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion "
+        "--no-gradient-accumulation-fusion --distributed-backend gloo --no-create-attention-mask-in-dataloader"
+    )
+    sys.argv = ["stock", *argv, *local.split()]
+    args = arguments.parse_args()
+    arguments.validate_args(args, {})
+    set_global_variables(args)
+    wheel.install()
+    gpt = gpt_config_from_args(args)
+    if our_layers:
+        gpt.transformer_layer_spec = _our_layers
+    config = pretrain_cfg_container_from_args(args, gpt)
+    training.pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
+def _our_layers(config: Any, vp_stage: int | None = None) -> Any:
+    from megatron_recursive.models.layer_specs import local_block_spec
+
+    return local_block_spec(config.transformer, vp_stage)

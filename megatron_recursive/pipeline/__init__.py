@@ -1,0 +1,1 @@
+"""Recursion across pipeline stages: the ring."""

@@ -1,0 +1,255 @@
+"""The ring: a plan's passes as virtual stages of Megatron's unmodified interleaved schedule.
+
+A stage holds its layers once. Pass k + 1 on stage 0 needs pass k from the last stage, which is what the interleaved
+schedule sends from model chunk k to chunk k + 1. So the schedule is handed V parameter-less views of the one wrapped
+module, one per pass. Only one hidden tensor [S, B, H] travels; stage 0 keeps the states of each micro-batch, and all
+sums happen there. The last stage reads the heads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_attr_wrapped_model, get_model_config, make_viewless_tensor
+from torch import Tensor
+
+from megatron_recursive.models.recursion_state import RecursionState, initial_output
+from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
+from megatron_recursive.pipeline.autograd import InjectLoss, JoinLeafGradient
+from megatron_recursive.plan import DecoderPass
+
+
+@dataclass
+class MicroBatch:
+    """What a rank remembers of one micro-batch between its passes."""
+
+    inputs: dict[str, Any]
+    loss_func: Callable[..., Any] | None = None
+    state: RecursionState | None = None  # stage 0
+    embedding: Tensor | None = None  # stage 0: with its graph; the state reads a leaf
+    before: Tensor | None = None  # last stage: the output state before the block, detached
+    readouts: list[BlockReadout] = field(default_factory=list)  # last stage
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # last stage
+
+
+class PassView(torch.nn.Module):
+    """One pass of the wrapped module, posing as a model chunk. It holds no parameters of its own."""
+
+    step: RingStep
+    decoder_pass: DecoderPass
+    received: Tensor | None
+    micro_batch: int
+
+    def __init__(self, step: RingStep, decoder_pass: DecoderPass) -> None:
+        super().__init__()
+        # Past Module.__setattr__: a registered submodule would show its parameters V times.
+        self.__dict__.update(
+            step=step, decoder_pass=decoder_pass, module=step.wrapped, config=step.config, vp_stage=None,
+            model_type=step.model.model_type, pg_collection=step.model.pg_collection, received=None, micro_batch=-1,
+        )  # fmt: skip
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
+        self.__dict__["received"] = tensor[0] if isinstance(tensor, list) else tensor
+
+    def set_is_first_microbatch(self) -> None:
+        """Transformer Engine caches quantised weights per step; one pass may say that a step begins."""
+        if self.decoder_pass is self.step.passes[0]:
+            self.step.model.set_is_first_microbatch()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | RecursiveOutput:
+        return self.step.run_pass(self, *args, **kwargs)
+
+
+class RingStep:
+    """One forward (and backward) of all micro-batches through a run of passes."""
+
+    def __init__(
+        self,
+        wrapped: torch.nn.Module,
+        forward_step: Callable[..., Any],
+        num_microbatches: int,
+        passes: Sequence[DecoderPass],
+        *,
+        forward_only: bool,
+    ) -> None:
+        self.wrapped, self.forward_step_func, self.passes = wrapped, forward_step, tuple(passes)
+        self.model: RecursiveGPTModel = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
+        self.plan = self.model.plan
+        self.train = not forward_only and torch.is_grad_enabled()
+        self.num_microbatches = num_microbatches
+        self.config = self._schedule_config(get_model_config(wrapped))
+        self.micro_batches: dict[int, MicroBatch] = {}
+        self.zeros: Tensor | None = None
+        self.views = [PassView(self, decoder_pass) for decoder_pass in self.passes]
+
+    def _schedule_config(self, config: Any) -> Any:
+        """The model's config as the interleaved schedule must see it. A copy: the model and checkpoints stay plain."""
+        ring = copy.copy(config)
+        stages = self.model.pg_collection.pp.size()
+        ring.virtual_pipeline_model_parallel_size = len(self.passes)
+        ring.microbatch_group_size_per_vp_stage = microbatch_group_size(stages, self.num_microbatches)
+        # Batched point-to-point pairs activations with gradients at two stages, silently wrong.
+        ring.overlap_p2p_comm, ring.batch_p2p_comm = True, False
+        ring.grad_sync_func = ring.param_sync_func = None
+        if config.finalize_model_grads_func is not None:
+            finalize = config.finalize_model_grads_func
+            ring.finalize_model_grads_func = lambda model, *a, **k: finalize([self.wrapped], *a, **k)
+        return ring
+
+    # -- called by the schedule ----------------------------------------------------------------------------------
+
+    def forward_step(self, data_iterator: Any, view: PassView, *_: Any) -> tuple[Any, Callable[..., Any] | None]:
+        """The user's forward step runs once per micro-batch, in the first pass of this rank; later passes replay."""
+        number = view.__dict__["micro_batch"] = view.micro_batch + 1
+        known = self.micro_batches.get(number)
+        if known is None:
+            output, loss_func = self.forward_step_func(data_iterator, view)
+            self.micro_batches[number].loss_func = loss_func
+        else:
+            output, loss_func = view(**known.inputs), known.loss_func
+        if view.decoder_pass is self.passes[-1]:
+            del self.micro_batches[number]
+        return output, loss_func
+
+    def run_pass(
+        self,
+        view: PassView,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> Tensor | RecursiveOutput:
+        """One pass of one micro-batch on this stage: [S, B, H] for the next stage, or the output of the model."""
+        decoder_pass, model = view.decoder_pass, self.model
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask,
+                  "labels": labels, "loss_mask": loss_mask}  # fmt: skip
+        batch = self.micro_batches.setdefault(view.micro_batch, MicroBatch(inputs))
+        received = self._answer(view.received, decoder_pass)
+        view.set_input_tensor(None)
+        with torch.set_grad_enabled(self.train and decoder_pass.grad):
+            hidden = self._stage_input(batch, decoder_pass, received) if model.pre_process else None
+            model.decoder.set_input_tensor(None if model.pre_process else received)
+            output: Tensor | RecursiveOutput = model.decode(hidden, attention_mask)
+            model.decoder.set_input_tensor(None)
+        if model.post_process and self.plan.is_block_end(decoder_pass):
+            assert isinstance(output, Tensor)
+            with torch.set_grad_enabled(self.train):  # the halting head learns from grad-free blocks too
+                output = self._read_block(batch, decoder_pass, output)
+        if isinstance(output, Tensor) and not (self.train and decoder_pass.grad):
+            return output.detach()  # Megatron's blocks may mark it as requiring gradient
+        return output
+
+    # -- stage 0: the states -------------------------------------------------------------------------------------
+
+    def _stage_input(self, batch: MicroBatch, decoder_pass: DecoderPass, received: Tensor | None) -> Tensor:
+        """What the first stage feeds to the decoder: the sum of states that the plan names."""
+        if batch.state is None:
+            with torch.set_grad_enabled(self.train):
+                batch.embedding = self.model.embed(batch.inputs["input_ids"], batch.inputs["position_ids"])
+            leaf = batch.embedding.detach().requires_grad_(self.train)
+            batch.state = self.model.initial_state(leaf)
+        state, plan = batch.state, self.plan
+        if received is not None:
+            state.update(plan.passes[decoder_pass.index - 1], received)
+        if self.train and decoder_pass.index == plan.first_grad_pass:
+            leaf = state.values["input"]
+            state.values["input"] = JoinLeafGradient.apply(batch.embedding, leaf)
+            hidden = state.gather(decoder_pass)
+            state.values["input"] = leaf
+        else:
+            hidden = state.gather(decoder_pass)
+        if decoder_pass is self.passes[-1]:
+            batch.state = batch.embedding = None
+        return hidden
+
+    def _answer(self, received: Tensor | None, decoder_pass: DecoderPass) -> Tensor | None:
+        """A received tensor that gets no gradient must still be answered on the way back, or its sender waits for ever.
+
+        It is given a zero gradient at once; what the schedule keeps of it until then is freed.
+        """
+        if received is None or not self.train or not received.requires_grad:
+            return received
+        gets_gradient = decoder_pass.grad
+        if self.model.pre_process:
+            sender = self.plan.passes[decoder_pass.index - 1]
+            gets_gradient = gets_gradient and sender.grad and not decoder_pass.cuts_states
+        if gets_gradient:
+            return received
+        if self.zeros is None:
+            self.zeros = torch.zeros_like(received, requires_grad=False)
+        received.grad = self.zeros
+        kept = received.detach()
+        received.data = received.new_empty(1)
+        return kept
+
+    # -- last stage: the heads -----------------------------------------------------------------------------------
+
+    def _read_block(self, batch: MicroBatch, decoder_pass: DecoderPass, output: Tensor) -> Tensor | RecursiveOutput:
+        """Ask the heads after a block; after the last one, put the model's output together."""
+        labels, model = batch.inputs["labels"], self.model
+        is_last = decoder_pass is self.plan.passes[-1]
+        if labels is None:
+            return model.logits_BSV(output) if is_last else output
+        mask_BS = batch.inputs["loss_mask"]
+        mask_BS = torch.ones_like(labels, dtype=torch.float) if mask_BS is None else mask_BS.float()
+        readout = model.read_block(decoder_pass, output, labels)
+        before = initial_output(self.plan, output) if batch.before is None else batch.before
+        model.observe_state(before, output, mask_BS, decoder_pass, batch.metrics)
+        batch.before = None if is_last else output.detach()
+        if self.train and decoder_pass.supervised_weight > 0 and not is_last:
+            assert readout.lm_loss_BS is not None
+            loss = (readout.lm_loss_BS.float() * mask_BS).sum() * decoder_pass.supervised_weight
+            if not self.config.calculate_per_token_loss:
+                loss = loss / mask_BS.sum().clamp(min=1)
+            # Viewless, since the schedule swaps the data of what it has sent.
+            output = make_viewless_tensor(InjectLoss.apply(output, loss, self._loss_scale), True, True)
+            readout.lm_loss_BS = readout.lm_loss_BS.detach()
+        batch.readouts.append(readout)
+        return model.objective(batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
+
+    def _loss_scale(self) -> float | Tensor:
+        """What the schedule multiplies the objective with before it is backpropagated."""
+        scale: float | Tensor = 1.0
+        if self.config.grad_scale_func is not None:
+            scale = self.config.grad_scale_func(torch.ones(1)).reshape(())
+        return scale if self.config.calculate_per_token_loss else scale / self.num_microbatches
+
+
+def microbatch_group_size(stages: int, num_microbatches: int) -> int:
+    """The smallest N >= stages of which num_microbatches is a multiple, or leaves a remainder >= stages."""
+    group = stages
+    while 0 < num_microbatches % group < stages:
+        group += 1
+    return group
+
+
+def ring_forward_backward(
+    *,
+    forward_step_func: Callable[..., Any],
+    data_iterator: Any,
+    model: Any,
+    num_microbatches: int,
+    forward_only: bool = False,
+    **kwargs: Any,
+) -> list[dict[str, Tensor]]:
+    """Megatron's forward-backward contract for a recursive model on several pipeline stages."""
+    wrapped = model[0] if isinstance(model, list) else model
+    inner = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
+    step = RingStep(wrapped, forward_step_func, num_microbatches, inner.plan.passes, forward_only=forward_only)
+    iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+    for unused in ("adjust_tensor_shapes_fn", "decoder_seq_length", "p2p_communicator", "pg_collection"):
+        kwargs.pop(unused, None)
+    return schedules.forward_backward_pipelining_with_interleaving(
+        forward_step_func=step.forward_step,
+        data_iterator=[iterator] * len(step.views),
+        model=step.views,
+        num_microbatches=num_microbatches,
+        forward_only=forward_only,
+        **kwargs,
+    )

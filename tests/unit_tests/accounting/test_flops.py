@@ -1,0 +1,81 @@
+"""Counted FLOPs against torch's counter on a real training step."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from megatron_recursive.accounting import flops_per_token
+from megatron_recursive.plan import RecursionConfig, build_plan
+from tests.distributed import run_distributed
+from tests.models import MICRO_BATCH, SEQ, Case, build_model, make_batches, start_parallel
+from tests.unit_tests.accounting.test_params import shape_of
+from tests.unit_tests.models.options import OPTIONS
+
+FULL = {"detach_between_refinements": False}
+LLAMA_LIKE = OPTIONS["rmsnorm-swiglu-untied-no-bias"]
+CASES: dict[str, Case] = {
+    "detach": Case(),
+    "full": Case(recursion=FULL),
+    "halting-last": Case(recursion={"halt_supervision": "last", "num_refinement_blocks": 3}),
+    "no-halting": Case(recursion={"halt_loss_weight": 0.0}),
+    "disabled": OPTIONS["disabled"],
+    "llama-like-detach": LLAMA_LIKE,
+    "llama-like-full": Case(FULL, None, LLAMA_LIKE.transformer, LLAMA_LIKE.model),
+    "grouped-queries": OPTIONS["grouped-queries-qkv-bias"],
+    "wide-heads": OPTIONS["qk-norm-layernorm-wide-heads"],
+}
+
+
+def counted_by_torch() -> dict[str, tuple[int, int]]:
+    """FLOPs of the forward pass and of the whole step, for one micro-batch.
+
+    On the CPU the counter does not know torch's fused attention, so the attention is decomposed into the two matrix
+    products that it does know. It counts both in full, hence ``causal=False`` below.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    start_parallel()
+    counts = {}
+    for name, case in CASES.items():
+        model, batch = build_model(case), make_batches(case, 0)[0]
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            output = model.train()(**batch)
+            forward = counter.get_total_flops()
+            getattr(output, "objective_BS", output).sum().backward()
+        counts[name] = (forward, counter.get_total_flops())
+    return counts
+
+
+@cache
+def counted() -> dict[str, tuple[int, int]]:
+    return run_distributed(counted_by_torch, 1)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_of_a_step(name: str) -> None:
+    """1%: the halting head (2 H of a token's FLOPs) and the rotary tables are not counted."""
+    case, tokens = CASES[name], MICRO_BATCH * SEQ
+    flops = flops_per_token(shape_of(case), build_plan(case.resolved_recursion()), causal=False)
+    forward, total = counted()[name]
+    assert flops.forward == pytest.approx(forward / tokens, rel=0.01)
+    assert flops.total == pytest.approx(total / tokens, rel=0.01)
+
+
+def test_gradient_free_passes_have_no_backward() -> None:
+    shape = shape_of(Case())
+    detached, full = (build_plan(Case(recursion=r).resolved_recursion()) for r in ({}, FULL))
+    some, all_ = flops_per_token(shape, detached), flops_per_token(shape, full)
+    assert some.passes_forward == all_.passes_forward
+    assert all_.passes_backward == 2 * all_.passes_forward == 2 * some.passes_backward
+    assert some.head_forward == 2 * some.head_backward / 2  # two blocks are read, one of them is supervised
+
+
+def test_causal_attention_counts_half_of_the_scores() -> None:
+    shape, plan = shape_of(Case()), build_plan(RecursionConfig().resolved(embedding_init_std=0.02))
+    saved = flops_per_token(shape, plan, causal=False).passes_forward - flops_per_token(shape, plan).passes_forward
+    assert saved == plan.num_passes * shape.num_layers * 2 * shape.seq_length * shape.query_size
+    assert torch.tensor(flops_per_token(shape, plan).total).isfinite()

@@ -1,0 +1,201 @@
+"""Every mistake on the command line ends in one sentence that names the flag, before anything is built."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.unit_tests.training.runs import FLAGS, metrics_of, train
+
+DATA = [flag for flag in FLAGS if flag != "--mock-data"]
+
+# Flags (they follow the tiny run's, and later ones win) | what the sentence says.
+FEATURES = [
+    ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size"),
+    ("--num-experts 4", "--num-experts"),
+    ("--mtp-num-layers 1", "--mtp-num-layers"),
+    ("--multi-latent-attention", "--multi-latent-attention"),
+    ("--context-parallel-size 2", "--context-parallel-size"),
+    ("--fp8-format e4m3", "--fp8-format"),
+    ("--fp4-format e2m1", "--fp4-format"),
+    ("--use-megatron-fsdp", "--use-megatron-fsdp"),
+    ("--use-torch-fsdp2", "--use-torch-fsdp2"),
+    ("--use-mup", "--use-mup"),
+    ("--tp-comm-overlap", "--tp-comm-overlap"),
+    ("--heterogeneous-layers-config-path x.json", "--heterogeneous-layers-config-path"),
+    ("--ckpt-format torch", "--ckpt-format torch_dist"),
+]
+CUDA_ONLY = [
+    ("--distributed-backend nccl", "use --distributed-backend gloo"),
+    ("--transformer-impl transformer_engine", "use --transformer-impl local"),
+    ("--use-flash-attn", "--use-flash-attn"),
+    ("--attention-backend flash", "use --attention-backend auto"),
+    ("--fp16", "use --bf16"),
+]
+VALUES = [
+    ("--num-latent-refinements 0", "--num-latent-refinements must be at least 1, but is 0"),
+    ("--num-refinement-blocks 0", "--num-refinement-blocks must be at least 1, but is 0"),
+    ("--num-refinement-blocks -3", "--num-refinement-blocks must be at least 1, but is -3"),
+    ("--halt-threshold 0", "--halt-threshold must lie strictly between 0 and 1"),
+    ("--halt-threshold 1", "--halt-threshold must lie strictly between 0 and 1"),
+    ("--halt-threshold 1.5", "--halt-threshold must lie strictly between 0 and 1"),
+    ("--halt-threshold nan", "--halt-threshold must lie strictly between 0 and 1"),
+    ("--num-latent-refinements many", "--num-latent-refinements: invalid int value: 'many'"),
+    ("--halt-loss-weight much", "--halt-loss-weight: invalid float value: 'much'"),
+    ("--embedding-multiplier 0", "--embedding-multiplier must be a positive number"),
+    ("--state-init ones", "--state-init: invalid choice"),
+    ("--hidden-size wide", "--hidden-size: invalid int value: 'wide'"),
+    ("--no-such-flag 3", "--no-such-flag"),
+    ("--disable-recursive-refinement --embedding-multiplier 2", "--embedding-multiplier 2 together with"),
+    ("--hidden-size 33", "--hidden-size 33 is not divisible by --num-attention-heads 4"),
+    ("--num-layers 0", "--num-layers is 0; give a positive number"),
+    ("--group-query-attention --num-query-groups 3", "--num-query-groups 3 must divide"),
+    ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size 2 does not divide the 1 processes"),
+    ("--global-batch-size 5", "--global-batch-size 5 is not divisible by 2"),
+    ("--seq-length 32", "--seq-length 32 is larger than --max-position-embeddings 16"),
+    ("--train-iters 4 --train-samples 4", "either --train-iters or --train-samples"),
+    ("--lr-warmup-fraction 0.1", "one of --lr-warmup-fraction and --lr-warmup-iters"),  # an assertion of Megatron's
+    ("--save x", "--save needs --save-interval"),
+    ("--vocab-size 0", "--vocab-size is 0"),
+    ("--padded-vocab-size 64", "--padded-vocab-size 64 is smaller than the vocabulary of 127"),
+    ("--use-checkpoint-args", "--use-checkpoint-args needs a checkpoint"),
+]
+
+
+def sentences(cases: list[list[str]]) -> list[str]:
+    """What ``parse_arguments`` refuses each command line with; the empty string where it does not."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    from megatron_recursive.errors import UserError
+    from megatron_recursive.training.arguments import parse_arguments
+
+    said = []
+    for flags in cases:
+        sys.argv = ["pretrain", *flags]
+        try:
+            parse_arguments()
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+        destroy_global_vars()
+        destroy_num_microbatches_calculator()
+    return said
+
+
+def check(cases: list[tuple[list[str], str]], world_size: int = 1) -> None:
+    said = run_distributed(sentences, world_size, [flags for flags, _ in cases], timeout=120)[0]
+    wrong = []
+    for (flags, expected), sentence in zip(cases, said, strict=True):
+        one_sentence = sentence.endswith(".") and not sentence.endswith("..") and "\n" not in sentence
+        if expected not in sentence or not one_sentence or "(--help" not in sentence and "--" not in sentence:
+            wrong.append(f"... {' '.join(flags[-6:])}: {expected!r} expected, but: {sentence!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("table", [FEATURES, CUDA_ONLY, VALUES], ids=["features", "cuda-only", "values"])
+def test_flags_are_refused_in_a_sentence(table: list[tuple[str, str]]) -> None:
+    check([([*FLAGS, *flags.split()], expected) for flags, expected in table])
+
+
+def test_good_flags_are_not_refused() -> None:
+    good = ["", "--bf16", "--hidden-dropout 0", "--vocab-size 200", "--no-detach-between-refinements"]
+    assert run_distributed(sentences, 1, [[*FLAGS, *flags.split()] for flags in good], timeout=60) == [[""] * len(good)]
+
+
+def test_heads_must_be_divisible_by_the_tensor_parallel_size() -> None:
+    flags = "--num-attention-heads 1 --tensor-model-parallel-size 2".split()
+    check([([*FLAGS, *flags], "--num-attention-heads 1 is not divisible by --tensor-model-parallel-size 2")], 2)
+
+
+def write_dataset(prefix: Path, lengths: list[int]) -> None:
+    """An indexed dataset of documents 1, 2, 3, ... (the layout is tested in tests/unit_tests/data)."""
+    count = len(lengths)
+    offsets = [2 * sum(lengths[:i]) for i in range(count)]
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, count, count + 1)
+    index += struct.pack(f"<{count}i{count}q{count + 1}q", *lengths, *offsets, *range(count + 1))
+    prefix.with_suffix(".idx").write_bytes(index)
+    tokens = [1 + position % 100 for length in lengths for position in range(length)]
+    prefix.with_suffix(".bin").write_bytes(struct.pack(f"<{len(tokens)}H", *tokens))
+
+
+def test_data_is_checked_up_front(tmp_path: Path) -> None:
+    good, cut, garbage = tmp_path / "good", tmp_path / "cut", tmp_path / "garbage"
+    for prefix in (good, cut, garbage):
+        write_dataset(prefix, [10] * 20)
+    cut.with_suffix(".bin").write_bytes(good.with_suffix(".bin").read_bytes()[:-7])
+    garbage.with_suffix(".idx").write_bytes(b"not an index at all" * 20)
+    listed = tmp_path / "blend.txt"
+    listed.write_text(f"0.5 {good} 0.5 {tmp_path / 'nowhere'}")
+    per_split = tmp_path / "splits.json"
+    per_split.write_text(f'{{"train": ["1", "{good}"], "valid": "1 {cut}", "test": null}}')
+    no_json = tmp_path / "no.json"
+    no_json.write_text("{train")
+    check([
+        (DATA, "No training data: give --data-path"),
+        ([*DATA, "--data-path", str(tmp_path / "nowhere")], "nowhere.bin does not exist"),
+        ([*DATA, "--data-path", f"{good}.bin"], "give the prefix without .bin"),
+        ([*DATA, "--data-path", str(cut)], "cut.bin has 393 bytes but cut.idx promises 400"),
+        ([*DATA, "--train-data-path", str(cut)], "--train-data-path"),
+        ([*DATA, "--data-path", str(garbage)], "garbage.idx is not an index"),
+        ([*DATA, "--data-path", "0.5", str(good), "0.5"], "the weight 0.5 has no prefix"),
+        ([*DATA, "--data-path", "0.5", str(good), "lots", str(good)], "the weight 0.5 has no prefix"),
+        ([*DATA, "--data-path", "-1", str(good)], "--data-path"),
+        ([*DATA, "--data-path", "nan", str(good)], "the weights nan must be positive numbers"),
+        ([*DATA, "--data-args-path", str(listed)], "nowhere.bin does not exist"),
+        ([*DATA, "--data-args-path", str(tmp_path / "none.txt")], "--data-args-path"),
+        ([*DATA, "--per-split-data-args-path", str(per_split)], "cut.bin has 393 bytes"),
+        ([*DATA, "--per-split-data-args-path", str(no_json)], "--per-split-data-args-path"),
+        ([*DATA, "--data-path", str(good), "--valid-data-path", str(good)], "--data-path excludes"),
+    ])  # fmt: skip
+    assert run_distributed(sentences, 1, [[*DATA, "--data-path", "0.3", str(good), "0.7", str(good)]]) == [[""]]
+
+
+def test_tokenizers_and_output_folders_are_checked_up_front(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tokenizer.json").write_text('{"version": ')
+    file = tmp_path / "file"
+    file.write_text("occupied")
+    hugging_face = [*FLAGS, "--tokenizer-type", "HuggingFaceTokenizer"]
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nowhere" / "at" / "all")
+    save = [*FLAGS, "--save-interval", "1", "--save"]
+    at = FLAGS.index("--tokenizer-type")
+    check([
+        ([*FLAGS[:at], *FLAGS[at + 2:]], "No tokenizer: give --tokenizer-type"),
+        (hugging_face, "--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model"),
+        ([*hugging_face, "--tokenizer-model", str(tmp_path / "none")], "--tokenizer-model"),
+        ([*hugging_face, "--tokenizer-model", str(broken)], "cannot be loaded"),
+        ([*save, str(file)], f"--save {file} cannot be written, since {file} is not a folder"),
+        ([*save, str(file / "below")], "is not a folder"),
+        ([*save, str(dangling)], f"--save {dangling} cannot be written"),
+    ])  # fmt: skip
+    assert file.read_text() == "occupied"
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path) -> None:
+    tokenizer_files = pytest.importorskip("tokenizers")
+    tokenizer = tokenizer_files.Tokenizer(tokenizer_files.models.WordLevel({f"w{i}": i for i in range(40)}, "w0"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w1"}')
+    flags = [*FLAGS, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path)]
+    check([([*flags, "--vocab-size", "20"], "--vocab-size 20 is smaller than the tokenizer's vocabulary of 4")])
+
+
+def test_too_little_data_for_the_split(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "one", [200])
+    data = [*DATA, "--data-path", str(tmp_path / "one")]
+    check([
+        (data, "has 1 documents, so that --split 90,5,5 leaves none for valid"),
+        ([*data, "--split", "0,100,0"], "--split 0,100,0 must be"),
+        ([*data, "--split", "most,some,few"], "--split most,some,few must be"),
+    ])  # fmt: skip
+    run = tmp_path / "run"
+    enough = ["--split", "100,0,0", "--train-iters", "2", "--data-cache-path", str(tmp_path / "cache")]
+    assert train(*data[len(DATA) :], *enough, "--metrics-file", run / "metrics.jsonl", flags=DATA) is None
+    assert sorted(metrics_of(run)) == [1, 2]

@@ -1,0 +1,202 @@
+"""Checkpoints through real (tiny) training runs: resume, reshard, start from a plain GPT, refuse what does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.unit_tests.training.runs import (
+    FLAGS,
+    PLAIN,
+    copy_checkpoint,
+    entries_of,
+    files_of,
+    losses_of,
+    metrics_of,
+    save_to,
+    stock_gpt_in_worker,
+    tensors_of,
+    train,
+)
+
+NO_DROPOUT = ["--hidden-dropout", "0", "--attention-dropout", "0"]
+FROZEN = ["--lr", "0", "--min-lr", "0", "--override-opt_param-scheduler"]
+LONGER = ["--train-iters", "9", "--override-opt_param-scheduler"]
+
+
+@pytest.fixture(scope="module")
+def recursive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six uninterrupted iterations (with dropout), saved after 3 and 6."""
+    folder = tmp_path_factory.mktemp("recursive")
+    assert train(*save_to(folder)) is None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two iterations of this package's model with recursion off."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert train(*save_to(folder), "--train-iters", "2", recursion=PLAIN) is None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two iterations of Megatron's GPTModel, built by Megatron's builder from arguments that know no recursion."""
+    folder = tmp_path_factory.mktemp("stock")
+    run_distributed(stock_gpt_in_worker, 1, [*FLAGS, "--train-iters", "2", *save_to(folder)], timeout=120)
+    return folder
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(recursive: Path, tmp_path: Path) -> None:
+    copy_checkpoint(recursive, tmp_path, 3)
+    assert train(*save_to(tmp_path)) is None
+    whole, resumed = metrics_of(recursive), metrics_of(tmp_path)
+    assert sorted(resumed) == [4, 5, 6]
+    assert [resumed[i] for i in (4, 5, 6)] == [whole[i] for i in (4, 5, 6)]
+    assert_tensors_equal(recursive / "iter_0000006", tmp_path / "iter_0000006")
+
+
+def test_resharding_between_tensor_parallel_sizes(recursive: Path, tmp_path: Path) -> None:
+    """The vocabulary of 127 stays padded to 128 although Megatron would pad it to 256 under TP 2."""
+    one, two, back = tmp_path / "one", tmp_path / "two", tmp_path / "back"
+    for folder in (one, two):
+        copy_checkpoint(recursive, folder, 3)
+    tp2 = ["--tensor-model-parallel-size", "2"]
+    assert train(*save_to(two), *NO_DROPOUT, *tp2, world_size=2) is None
+    assert train(*save_to(one, every=6), *NO_DROPOUT, *LONGER) is None
+    copy_checkpoint(two, back, 6)
+    assert train(*save_to(back), *NO_DROPOUT, *LONGER) is None
+    reference = losses_of(one)
+    assert losses_of(two) == pytest.approx({i: reference[i] for i in (4, 5, 6)}, rel=1e-5)
+    assert losses_of(back) == pytest.approx({i: reference[i] for i in (7, 8, 9)}, rel=1e-5)
+
+
+@pytest.mark.parametrize("origin", ["plain", "stock"])
+def test_init_from_gpt(origin: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The weights are the GPT's, everything else starts fresh; started again, the run resumes from its own."""
+    gpt = request.getfixturevalue(origin)
+    frozen = ["--init-from-gpt", gpt, *FROZEN, "--train-iters", "2"]
+    assert train(*save_to(tmp_path, every=1), *frozen, "--train-iters", "1") is None
+    (first,) = metrics_of(tmp_path).values()
+    assert (first["iteration"], first["consumed samples"]) == (1, 4)
+    weights, started = tensors_of(gpt / "iter_0000002"), tensors_of(tmp_path / "iter_0000001")
+    own = {key for key in started if not key.startswith("optimizer")}
+    assert own - weights.keys() == {"halting_head.weight", "halting_head.bias"}
+    assert all((started[key] == weights[key]).all() for key in own & weights.keys())
+    assert started["halting_head.bias"].tolist() == [-5.0]
+    assert {key for key in weights if not key.startswith("optimizer")} <= own
+    assert train(*save_to(tmp_path, every=1), *frozen) is None
+    assert sorted(metrics_of(tmp_path)) == [1, 2]
+
+
+@pytest.mark.parametrize("knobs", [["--state-norm", "none"], ["--state-init", "trunc-normal"]], ids=" ".join)
+def test_init_from_gpt_with_other_states(plain: Path, tmp_path: Path, knobs: list[str]) -> None:
+    flags = ["--init-from-gpt", plain, *knobs, *FROZEN]
+    assert train(*save_to(tmp_path, every=1), *flags, "--train-iters", "1") is None
+    weights, started = tensors_of(plain / "iter_0000002"), tensors_of(tmp_path / "iter_0000001")
+    kept = [key for key in weights if not key.startswith("optimizer")]
+    assert all((started[key] == weights[key]).all() for key in kept)
+    assert ("initial_output" in started) == ("trunc-normal" in knobs)
+    assert train(*save_to(tmp_path, every=1), *flags, "--train-iters", "2") is None
+    assert sorted(metrics_of(tmp_path)) == [1, 2]
+
+
+def test_a_disabled_recursion_is_megatrons_own_gpt(plain: Path, stock: Path, tmp_path: Path) -> None:
+    """The same keys on disk, and with the same layers Megatron goes on with the same weights, bit for bit."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert entries_of(plain / "iter_0000002") == entries_of(stock / "iter_0000002")
+    copy_checkpoint(plain, ours, 2)
+    copy_checkpoint(plain, theirs, 2)
+    more = ["--train-iters", "4", "--override-opt_param-scheduler"]
+    assert train(*save_to(ours, every=4), *more, recursion=PLAIN) is None
+    run_distributed(stock_gpt_in_worker, 1, [*FLAGS, *save_to(theirs, every=4), *more], our_layers=True, timeout=120)
+    assert_tensors_equal(ours / "iter_0000004", theirs / "iter_0000004")
+
+
+def test_megatrons_own_checkpoint_is_continued_with_recursion_off(plain: Path, stock: Path, tmp_path: Path) -> None:
+    copy_checkpoint(stock, tmp_path / "stock", 2)
+    copy_checkpoint(plain, tmp_path / "plain", 2)
+    more = ["--train-iters", "4", "--override-opt_param-scheduler"]
+    for name in ("stock", "plain"):
+        assert train(*save_to(tmp_path / name, every=4), *more, recursion=PLAIN) is None
+    assert losses_of(tmp_path / "stock") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
+
+
+OTHER_RECURSIONS = [
+    (["--num-refinement-blocks", "3"], ["--num-refinement-blocks 2 (this run: 3)", "--override-recursion-depth"]),
+    (["--num-latent-refinements", "2"], ["--num-latent-refinements 1 (this run: 2)", "--override-recursion-depth"]),
+    (["--state-init", "trunc-normal"], ["--state-init zeros (this run: trunc-normal)"]),
+    (["--state-norm", "none", "--override-recursion-depth"], ["--state-norm final (this run: none)"]),
+    (["--embedding-multiplier", "3"], ["--embedding-multiplier 50.0 (this run: 3.0)"]),
+    (PLAIN, ["--enable-recursive-refinement on (this run: off)"]),
+    (["--num-refinement-blocks", "3", "--state-norm", "none"], ["--num-refinement-blocks 2", "--state-norm final"]),
+    (["--padded-vocab-size", "256"], ["--padded-vocab-size 256 is not the 128 of the checkpoint"]),
+    (["--init-from-gpt", "SELF"], ["--init-from-gpt", "of a recursive model; continue it with --load"]),
+]
+
+
+def test_a_checkpoint_of_another_recursion_is_refused_by_flag(recursive: Path, plain: Path, stock: Path) -> None:
+    before = files_of(recursive)
+    for flags, expected in OTHER_RECURSIONS:
+        source = ["--load", recursive] if "SELF" not in flags else []
+        said = train(*source, *[str(recursive) if flag == "SELF" else flag for flag in flags])
+        assert said is not None and all(part in said for part in expected), (flags, said)
+        assert said.endswith(".") and "\n" not in said
+    assert files_of(recursive) == before
+    assert "--enable-recursive-refinement off (this run: on)" in str(train("--load", plain))
+    assert "start from it with --init-from-gpt" in str(train("--load", stock))
+
+
+def test_what_binds_nothing_is_a_note_and_depth_can_be_overridden(recursive: Path, tmp_path: Path) -> None:
+    free = ["--halt-loss-weight", "0.5", "--halt-threshold", "0.7", "--no-detach-between-refinements"]
+    assert train("--load", recursive, *free, *LONGER) is None
+    deeper = ["--num-refinement-blocks", "3", "--override-recursion-depth"]
+    assert train("--load", recursive, *deeper, *LONGER, "--metrics-file", tmp_path / "metrics.jsonl") is None
+    assert sorted(metrics_of(tmp_path)) == [7, 8, 9]
+    assert "lm loss block 3" in metrics_of(tmp_path)[7]
+
+
+def test_another_schedule_says_which_flags_settle_it(recursive: Path) -> None:
+    assert "--override-opt_param-scheduler" in str(train("--load", recursive, "--train-iters", "9"))
+
+
+def damage(folder: Path, how: str) -> None:
+    shards = sorted((folder / "iter_0000003").glob("*.distcp"))
+    if how == "truncated shard":
+        shards[0].write_bytes(shards[0].read_bytes()[: shards[0].stat().st_size // 2])
+    elif how == "missing shard":
+        shards[0].unlink()
+    elif how == "missing index":
+        (folder / "iter_0000003" / ".metadata").unlink()
+    elif how == "missing folder":
+        shutil.rmtree(folder / "iter_0000003")
+    else:
+        (folder / "latest_checkpointed_iteration.txt").write_bytes(how.encode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated shard", "missing shard", "missing index", "missing folder", "gar\xffbage", ""]
+)
+def test_a_damaged_checkpoint_is_a_sentence_and_stays_as_it_is(recursive: Path, tmp_path: Path, how: str) -> None:
+    copy_checkpoint(recursive, tmp_path, 3)
+    damage(tmp_path, how)
+    before = files_of(tmp_path)
+    said = train(*save_to(tmp_path))
+    assert said is not None and said.endswith(".") and "\n" not in said
+    assert str(tmp_path) in said
+    assert files_of(tmp_path) == before
+
+
+def assert_tensors_equal(folder: Path, other: Path) -> None:
+    mine, theirs = tensors_of(folder), tensors_of(other)
+    assert mine.keys() == theirs.keys()
+    assert {key for key in mine if not _same(mine[key], theirs[key])} == set()
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    return mine.shape == theirs.shape and bool((mine == theirs).all())
