@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 run=${RUN:-runs/default}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=1 TOKENIZERS_PARALLELISM=false
 ranks=${RANKS:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
+stages=$((ranks % 2 == 0 ? 2 : 1)) # an even number of ranks: two pipeline stages, and data parallelism over the pairs
 
 say() { printf '\n== %s\n' "$*"; }
 step() { printf '\n$ %s\n' "$*"; "$@"; }
@@ -32,7 +33,8 @@ train=(
   --num-refinement-blocks 3 --num-latent-refinements 2
   --train-data-path "$run/data/train" --valid-data-path "$run/data/valid" --test-data-path "$run/data/valid"
   --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokenizer" --num-workers 0
-  --micro-batch-size 4 --global-batch-size $((4 * ranks)) --train-iters 300
+  --pipeline-model-parallel-size "$stages"
+  --micro-batch-size $((4 / stages)) --global-batch-size $((4 * ranks)) --train-iters 300
   --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --clip-grad 1.0
   --weight-decay 0.1 --adam-beta2 0.95
   --log-interval 10 --eval-interval 100 --eval-iters 8

@@ -6,7 +6,8 @@ factory calls. :func:`install` answers those questions for the CPU. Importing th
 
 What is patched, for the process: functions of ``torch.cuda`` (the table below), ``Tensor.cuda``, ``Module.cuda``,
 ``Tensor.to``, ``Tensor.type``, the factory functions of torch (their ``device`` only; a global ``TorchFunctionMode``
-would tax every operation), ``torch.accelerator.is_available``, and ``torch.compile``, which compiles nothing.
+would tax every operation), ``torch.accelerator.is_available``, ``torch.compile``, which compiles nothing, and the
+generator of ``torch.utils.data.DataLoader``.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def install() -> bool:
         method = f"new_{name}"
         setattr(torch.Tensor, method, _on_cpu(getattr(torch.Tensor, method)))
     torch.accelerator.is_available = lambda: False
+    _patch_data_loader()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     # Here the "GPU's" random state is the CPU's, so the tracker's warning that both moved is always true.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
@@ -69,6 +71,26 @@ def install() -> bool:
     if int(os.environ.get("RANK", "0")) == 0:
         logger.info("No CUDA device: Megatron runs on the CPU, under gloo.")
     return True
+
+
+def _patch_data_loader() -> None:
+    """A data loader without a generator gets one of its own.
+
+    An iterator draws a seed for its workers from the CPU's random state, which here is also dropout's. A resumed run
+    makes its iterators after the checkpoint has restored that state, and would go on with other dropout masks than the
+    uninterrupted run.
+    """
+    import torch.utils.data
+
+    original = torch.utils.data.DataLoader.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("generator") is None:
+            kwargs["generator"] = torch.Generator()
+        original(self, *args, **kwargs)
+
+    torch.utils.data.DataLoader.__init__ = __init__  # type: ignore[method-assign]
 
 
 class _Stream:

@@ -51,6 +51,8 @@ class RecursiveGPTModel(GPTModel):
         All other arguments are GPTModel's.
     """
 
+    pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
+
     def __init__(
         self, *args: Any, recursion: RecursionConfig, plan: RecursionPlan | None = None, **kwargs: Any
     ) -> None:

@@ -4,6 +4,9 @@ A stage holds its layers once. Pass k + 1 on stage 0 needs pass k from the last 
 schedule sends from model chunk k to chunk k + 1. So the schedule is handed V parameter-less views of the one wrapped
 module, one per pass. Only one hidden tensor [S, B, H] travels; stage 0 keeps the states of each micro-batch, and all
 sums happen there. The last stage reads the heads.
+
+Where the plan begins with grad-free passes, two phases may be faster: those passes forward-only over all micro-batches,
+then the passes with gradient. The output state of each micro-batch is streamed from the last stage to stage 0.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, make_viewless_tensor
 from torch import Tensor
@@ -66,7 +70,10 @@ class PassView(torch.nn.Module):
 
 
 class RingStep:
-    """One forward (and backward) of all micro-batches through a run of passes."""
+    """One forward (and backward) of all micro-batches through a run of passes.
+
+    ``first_phase`` is the step that ran the passes before these, if another did.
+    """
 
     def __init__(
         self,
@@ -76,14 +83,17 @@ class RingStep:
         passes: Sequence[DecoderPass],
         *,
         forward_only: bool,
+        first_phase: RingStep | None = None,
     ) -> None:
         self.wrapped, self.forward_step_func, self.passes = wrapped, forward_step, tuple(passes)
         self.model: RecursiveGPTModel = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
         self.plan = self.model.plan
         self.train = not forward_only and torch.is_grad_enabled()
+        self.hands_over = self.passes[-1] is not self.plan.passes[-1]  # a second phase follows
         self.num_microbatches = num_microbatches
         self.config = self._schedule_config(get_model_config(wrapped))
-        self.micro_batches: dict[int, MicroBatch] = {}
+        self.micro_batches: dict[int, MicroBatch] = first_phase.micro_batches if first_phase else {}
+        self.handover: Handover = first_phase.handover if first_phase else Handover(self.model)
         self.zeros: Tensor | None = None
         self.views = [PassView(self, decoder_pass) for decoder_pass in self.passes]
 
@@ -113,6 +123,8 @@ class RingStep:
         else:
             output, loss_func = view(**known.inputs), known.loss_func
         if view.decoder_pass is self.passes[-1]:
+            if self.hands_over:
+                return output, _no_loss
             del self.micro_batches[number]
         return output, loss_func
 
@@ -132,6 +144,8 @@ class RingStep:
         batch = self.micro_batches.setdefault(view.micro_batch, MicroBatch(inputs))
         received = self._answer(view.received, decoder_pass)
         view.set_input_tensor(None)
+        if model.pre_process and decoder_pass is self.passes[0] and decoder_pass.index > 0:
+            received = self.handover.receive(batch)
         with torch.set_grad_enabled(self.train and decoder_pass.grad):
             hidden = self._stage_input(batch, decoder_pass, received) if model.pre_process else None
             model.decoder.set_input_tensor(None if model.pre_process else received)
@@ -142,7 +156,9 @@ class RingStep:
             with torch.set_grad_enabled(self.train):  # the halting head learns from grad-free blocks too
                 output = self._read_block(batch, decoder_pass, output)
         if isinstance(output, Tensor) and not (self.train and decoder_pass.grad):
-            return output.detach()  # Megatron's blocks may mark it as requiring gradient
+            output = output.detach()  # Megatron's blocks may mark it as requiring gradient
+            if model.post_process and self.hands_over and decoder_pass is self.passes[-1]:
+                self.handover.send(output)
         return output
 
     # -- stage 0: the states -------------------------------------------------------------------------------------
@@ -164,7 +180,7 @@ class RingStep:
             state.values["input"] = leaf
         else:
             hidden = state.gather(decoder_pass)
-        if decoder_pass is self.passes[-1]:
+        if decoder_pass is self.plan.passes[-1]:
             batch.state = batch.embedding = None
         return hidden
 
@@ -173,7 +189,7 @@ class RingStep:
 
         It is given a zero gradient at once; what the schedule keeps of it until then is freed.
         """
-        if received is None or not self.train or not received.requires_grad:
+        if received is None or not self.train or self.hands_over or not received.requires_grad:
             return received
         gets_gradient = decoder_pass.grad
         if self.model.pre_process:
@@ -221,6 +237,47 @@ class RingStep:
         return scale if self.config.calculate_per_token_loss else scale / self.num_microbatches
 
 
+class Handover:
+    """Streams the output state of each micro-batch from the last stage to stage 0, between two phases.
+
+    It has Megatron's embedding group (first and last stage) to itself while the schedule runs, so that its messages
+    never stand between those of the schedule.
+    """
+
+    def __init__(self, model: RecursiveGPTModel) -> None:
+        self.model = model
+        self.sending: list[tuple[Any, Tensor]] = []  # with the tensors, which must live until they are sent
+
+    def send(self, output: Tensor) -> None:
+        group = parallel_state.get_embedding_group()
+        output = output.contiguous()
+        request = torch.distributed.isend(output, torch.distributed.get_global_rank(group, 0), group=group)
+        self.sending.append((request, output))
+
+    def receive(self, batch: MicroBatch) -> Tensor:
+        assert batch.embedding is not None
+        group = parallel_state.get_embedding_group()
+        output = torch.empty_like(batch.embedding, requires_grad=False)
+        torch.distributed.recv(output, torch.distributed.get_global_rank(group, 1), group=group)
+        return output
+
+    def finish(self) -> None:
+        for request, _ in self.sending:
+            request.wait()
+        self.sending.clear()
+
+
+def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What the schedule asks of the last virtual stage, for a phase that has no loss."""
+    zero = torch.zeros((), device=output.device)
+    return zero, torch.zeros((), dtype=torch.int, device=output.device), {}
+
+
+def two_phases_are_faster(stages: int, num_microbatches: int) -> bool:
+    """Simulated over 2 to 8 stages: one phase wins below two micro-batches a stage, two phases from there on."""
+    return num_microbatches >= 2 * stages
+
+
 def microbatch_group_size(stages: int, num_microbatches: int) -> int:
     """The smallest N >= stages of which num_microbatches is a multiple, or leaves a remainder >= stages."""
     group = stages
@@ -241,15 +298,31 @@ def ring_forward_backward(
     """Megatron's forward-backward contract for a recursive model on several pipeline stages."""
     wrapped = model[0] if isinstance(model, list) else model
     inner = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
-    step = RingStep(wrapped, forward_step_func, num_microbatches, inner.plan.passes, forward_only=forward_only)
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
     for unused in ("adjust_tensor_shapes_fn", "decoder_seq_length", "p2p_communicator", "pg_collection"):
         kwargs.pop(unused, None)
-    return schedules.forward_backward_pipelining_with_interleaving(
-        forward_step_func=step.forward_step,
-        data_iterator=[iterator] * len(step.views),
-        model=step.views,
-        num_microbatches=num_microbatches,
-        forward_only=forward_only,
-        **kwargs,
-    )
+
+    def run(step: RingStep, *, forward_only: bool) -> list[dict[str, Tensor]]:
+        return schedules.forward_backward_pipelining_with_interleaving(
+            forward_step_func=step.forward_step,
+            data_iterator=[iterator] * len(step.views),
+            model=step.views,
+            num_microbatches=num_microbatches,
+            forward_only=forward_only,
+            **kwargs,
+        )
+
+    plan, stages = inner.plan, inner.pg_collection.pp.size()
+    two = inner.pipeline_phases == "two"
+    if inner.pipeline_phases == "auto":
+        two = two_phases_are_faster(stages, num_microbatches)
+    split = plan.first_grad_pass if two and not forward_only else 0
+    free = None
+    if split:
+        free = RingStep(wrapped, forward_step_func, num_microbatches, plan.passes[:split], forward_only=False)
+        run(free, forward_only=True)
+    step = RingStep(wrapped, forward_step_func, num_microbatches, plan.passes[split:], forward_only=forward_only,
+                    first_phase=free)  # fmt: skip
+    losses = run(step, forward_only=forward_only)
+    step.handover.finish()
+    return losses

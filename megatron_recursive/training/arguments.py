@@ -79,6 +79,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Load a checkpoint that was trained with other --num-refinement-blocks or --num-latent-refinements.",
     )
     group.add_argument(
+        "--pipeline-phases", choices=("auto", "one", "two"), default="auto",
+        help="Over pipeline stages, run the grad-free blocks forward-only before the rest (two), or all passes in one "
+        "schedule (one); auto takes the one that is faster by simulation.",
+    )
+    group.add_argument(
         "--metrics-file", metavar="FILE",
         help="Append every logged and evaluated metric to this file, a JSON object a line "
         "(default: metrics.jsonl in --save).",

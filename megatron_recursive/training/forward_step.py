@@ -57,7 +57,9 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
     )
 
 
-def loss_func(loss_mask_BS: Tensor | None, output: Tensor | RecursiveOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_func(
+    loss_mask_BS: Tensor | None, output: Tensor | RecursiveOutput
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What the schedule wants: the summed objective, the tokens that it sums over, and (sum, count) pairs to report.
 
     ``output`` is a RecursiveOutput, or the [B, S] losses of a model whose recursion is disabled.

@@ -27,6 +27,7 @@ class RecursiveGPTModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = "megatron_recursive.training.model_provider.RecursiveGPTModelBuilder"
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
+    pipeline_phases: str = "auto"
 
     @property
     def plan(self) -> RecursionPlan:
@@ -46,7 +47,7 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
         vp_stage: int | None = None,
     ) -> RecursiveGPTModel:
         config = self._model_config
-        return RecursiveGPTModel(
+        model = RecursiveGPTModel(
             config=config.transformer,
             transformer_layer_spec=_layer_spec(config, vp_stage),
             vocab_size=config.vocab_size,
@@ -67,6 +68,8 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
             vp_stage=vp_stage,
             recursion=config.recursion,
         )
+        model.pipeline_phases = config.pipeline_phases
+        return model
 
 
 def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
@@ -90,6 +93,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
         transformer.output_layer_init_method = scaled_init_method_normal(transformer.init_method_std, unrolled)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
+    config.pipeline_phases = args.pipeline_phases
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
     return config

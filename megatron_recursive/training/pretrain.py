@@ -26,14 +26,14 @@ def main() -> None:
 
 def _run() -> None:
     _prepare_environment()
-    if cpu.install():
-        _shield_random_state_from_data_loaders()
+    cpu.install()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
         from megatron.core.enums import ModelType
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.training import pretrain
 
+        from megatron_recursive.pipeline import dispatch
         from megatron_recursive.training import checkpointing, metrics_log, throughput, wheel
         from megatron_recursive.training.arguments import parse_arguments
         from megatron_recursive.training.forward_step import datasets_provider, forward_step
@@ -44,6 +44,7 @@ def _run() -> None:
     args, recursion = parse_arguments()
     model_config = model_config_from_args(args, recursion)
     announce(args, model_config)
+    dispatch.install()
     wheel.install()
     throughput.install(model_config)
     metrics_log.install(recursion)
@@ -86,28 +87,6 @@ def _prepare_environment() -> None:
     os.environ.update(alone)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", port)
-
-
-def _shield_random_state_from_data_loaders() -> None:
-    """Patch of torch: a data loader without a generator gets one of its own.
-
-    An iterator draws a seed for its workers from the CPU's random state. Under the CPU backend that state is also the
-    one of dropout, and a resumed run makes its iterators after the checkpoint has restored it: it would go on with
-    other dropout masks than the uninterrupted run.
-    """
-    import torch.utils.data
-
-    original = torch.utils.data.DataLoader.__init__
-    if getattr(original, "__wrapped__", None) is not None:
-        return
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("generator") is None:
-            kwargs["generator"] = torch.Generator()
-        original(self, *args, **kwargs)
-
-    torch.utils.data.DataLoader.__init__ = __init__  # type: ignore[method-assign]
 
 
 def _end_with(error: UserError) -> None:

@@ -19,8 +19,11 @@ SPLITS = ("train", "valid", "test")
 
 # What is refused | when | what to do instead. Read by the argument check, in this order.
 NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
-    ("--pipeline-model-parallel-size > 1", lambda a: a.pipeline_model_parallel_size > 1,
-     "use tensor and data parallelism"),
+    ("virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank, "
+     "--pipeline-model-parallel-layout)",
+     lambda a: a.num_layers_per_virtual_pipeline_stage or a.num_virtual_stages_per_pipeline_rank
+     or a.pipeline_model_parallel_layout,
+     "leave them out, since the passes of the recursion take their place in the schedule"),
     ("mixture of experts (--num-experts)", lambda a: a.num_experts, "use dense layers"),
     ("multi-token prediction (--mtp-num-layers)", lambda a: a.mtp_num_layers, "leave it out"),
     ("multi-latent attention (--multi-latent-attention)", lambda a: a.multi_latent_attention,
@@ -82,7 +85,7 @@ def refuse_features(args: argparse.Namespace, *, on_cpu: bool) -> None:
 
 def refuse_shapes(args: argparse.Namespace) -> None:
     """Dimensions that do not divide."""
-    tp, heads = args.tensor_model_parallel_size, args.num_attention_heads
+    tp, pp, heads = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.num_attention_heads
     for flag in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
         value = getattr(args, flag)
         if value is None or value < 1:
@@ -92,6 +95,12 @@ def refuse_shapes(args: argparse.Namespace) -> None:
         raise UserError(
             f"--tensor-model-parallel-size {tp} does not divide the {args.world_size} processes of this run; "
             "start a multiple of it (torchrun --nproc_per_node)."
+        )
+    if pp < 1 or args.world_size % (tp * pp):
+        raise UserError(
+            f"--pipeline-model-parallel-size {pp} times --tensor-model-parallel-size {tp} does not divide the "
+            f"{args.world_size} processes of this run; start a multiple of {tp * max(pp, 1)} (torchrun "
+            "--nproc_per_node)."
         )
     if heads % tp:
         raise UserError(f"--num-attention-heads {heads} is not divisible by --tensor-model-parallel-size {tp}.")
@@ -113,14 +122,42 @@ def refuse_schedule(args: argparse.Namespace) -> None:
     positions = args.max_position_embeddings
     if positions is not None and args.seq_length > positions:
         raise UserError(f"--seq-length {args.seq_length} is larger than --max-position-embeddings {positions}.")
-    step = args.micro_batch_size * (args.world_size // args.tensor_model_parallel_size)
+    replicas = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    step = args.micro_batch_size * replicas
     if args.global_batch_size is not None and args.global_batch_size % step:
         raise UserError(
             f"--global-batch-size {args.global_batch_size} is not divisible by {step}, which is --micro-batch-size "
             f"{args.micro_batch_size} times the data-parallel size."
         )
+    if args.enable_recursive_refinement and args.pipeline_model_parallel_size > 1:
+        _refuse_pipeline(args, replicas)
     if args.save is not None and not args.save_interval:
         raise UserError("--save needs --save-interval, the iterations between two checkpoints.")
+
+
+def _refuse_pipeline(args: argparse.Namespace, replicas: int) -> None:
+    """What the ring cannot schedule: fewer micro-batches than stages, layers that do not divide."""
+    stages = args.pipeline_model_parallel_size
+    split = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+             "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")  # fmt: skip
+    if args.num_layers % stages and not any(getattr(args, flag) for flag in split):
+        raise UserError(
+            f"--num-layers {args.num_layers} is not divisible by --pipeline-model-parallel-size {stages}; say how to "
+            "split with --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers."
+        )
+    train = args.global_batch_size or args.micro_batch_size * replicas
+    smallest = int(args.rampup_batch_size[0]) if args.rampup_batch_size else train
+    batches = (("--global-batch-size", smallest, args.micro_batch_size),
+               ("--eval-global-batch-size", args.eval_global_batch_size or train,
+                args.eval_micro_batch_size or args.micro_batch_size))  # fmt: skip
+    for flag, batch, micro in batches:
+        count = batch // (micro * replicas)
+        if count < stages:
+            raise UserError(
+                f"{flag} {batch} makes {count} micro-batches a replica, fewer than the {stages} stages of "
+                f"--pipeline-model-parallel-size; a recursion needs at least as many, so raise it to "
+                f"{stages * micro * replicas} or lower the micro-batch size."
+            )
 
 
 def refuse_tokenizer(args: argparse.Namespace) -> None:

@@ -42,6 +42,8 @@ def in_worker(argv: list[str]) -> str | None:
         pretrain._run()
     except UserError as error:
         return str(error)
+    except SystemExit as stop:  # --exit-interval
+        assert not stop.code, stop
     return None
 
 

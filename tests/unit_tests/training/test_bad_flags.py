@@ -15,7 +15,6 @@ DATA = [flag for flag in FLAGS if flag != "--mock-data"]
 
 # Flags (they follow the tiny run's, and later ones win) | what the sentence says.
 FEATURES = [
-    ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size"),
     ("--num-experts 4", "--num-experts"),
     ("--mtp-num-layers 1", "--mtp-num-layers"),
     ("--multi-latent-attention", "--multi-latent-attention"),
