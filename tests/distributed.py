@@ -252,6 +252,8 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # Megatron's checkpointing leaves a manager process behind
 
 
 class WorkerPool:

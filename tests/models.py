@@ -7,7 +7,6 @@ pytest's own process, which only writes cases down, never loads it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,11 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_recursive.plan import RecursionConfig, RecursionPlan
+from tests.parameters import EMBEDDING_STD, Tensors, fill_weights, full_gradients, gathered, named_parameters
 
 HIDDEN, HEADS, FFN, LAYERS, VOCAB, SEQ, MICRO_BATCH = 32, 4, 64, 2, 64, 16, 2
-EMBEDDING_STD = 0.15
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class Case:
         micro_batches: of all data-parallel ranks together.
         optimizer: arguments of OptimizerConfig; None takes no optimizer step.
         documents: give an explicit attention mask that hides earlier documents.
+        evaluate: also evaluate after every step.
     """
 
     recursion: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +44,7 @@ class Case:
     optimizer: Mapping[str, Any] | None = None
     steps: int = 1
     documents: bool = False
+    evaluate: bool = False
 
     def resolved_recursion(self) -> RecursionConfig:
         knobs = {"num_refinement_blocks": 2, "num_latent_refinements": 2, **self.recursion}
@@ -54,21 +53,36 @@ class Case:
 
 @dataclass(frozen=True)
 class Layout:
-    """How it is spread over ranks; ``ddp`` are arguments of DistributedDataParallelConfig."""
+    """How it is spread over ranks.
+
+    Attributes:
+        tp, pp: tensor- and pipeline-parallel sizes; the other ranks are data-parallel.
+        ddp: arguments of DistributedDataParallelConfig.
+        stages: arguments of TransformerConfig that say which stage holds which layers.
+        phases: of the ring.
+    """
 
     tp: int = 1
     sequence_parallel: bool = False
     ddp: Mapping[str, Any] = field(default_factory=dict)
+    pp: int = 1
+    stages: Mapping[str, Any] = field(default_factory=dict)
+    phases: str = "auto"
 
 
 @dataclass
 class Training:
-    """What a run gives, as one process would hold it; all but the parameters by step."""
+    """What a run gives, as one process would hold it; all but the parameters by step.
+
+    On several pipeline stages a rank has the gradients and parameters of its own stage, named as in the whole model,
+    and metrics on the last stage only.
+    """
 
     metrics: list[dict[str, float]]
     gradients: list[Tensors]
     gradient_norms: list[float]
     parameters: Tensors
+    evaluations: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(case: Case, layout: Layout) -> Training:
@@ -86,6 +100,8 @@ def train(case: Case, layout: Layout) -> Training:
             succeeded, norm, _ = optimizer.step()
             assert succeeded
             result.gradient_norms.append(float(norm))
+        if case.evaluate:
+            result.evaluations.append(run_schedule(wrapped, case, step + 100, forward_only=True))
     if optimizer is not None and layout.ddp.get("overlap_param_gather"):
         wrapped.disable_forward_pre_hook(param_sync=True)  # parameters are gathered by the next forward otherwise
     result.parameters = gathered({n: p.data for n, p in named_parameters(wrapped).items()}, wrapped)
@@ -95,13 +111,13 @@ def train(case: Case, layout: Layout) -> Training:
 # --- building -------------------------------------------------------------------------------------------------------
 
 
-def start_parallel(tp: int = 1, seed: int = 123) -> None:
+def start_parallel(tp: int = 1, pp: int = 1, seed: int = 123) -> None:
     """Megatron's process groups and random state; a second call within one job starts over."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    parallel_state.initialize_model_parallel(tp, pp)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
@@ -114,8 +130,9 @@ def transformer_config(case: Case, layout: Layout) -> Any:
         init_method_std=EMBEDDING_STD, hidden_dropout=0.0, attention_dropout=0.0, bias_dropout_fusion=False,
         bias_activation_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
         apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
+        pipeline_model_parallel_size=layout.pp, pipeline_dtype=torch.float32, deallocate_pipeline_outputs=True,
     )  # fmt: skip
-    values.update(case.transformer)
+    values.update(case.transformer, **layout.stages)
     if values.get("bf16"):
         values["params_dtype"] = values["pipeline_dtype"] = torch.bfloat16
     if values.pop("swiglu", False):
@@ -124,15 +141,20 @@ def transformer_config(case: Case, layout: Layout) -> Any:
 
 
 def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = True) -> Any:  # noqa: B008
-    """The bare model; :func:`start_parallel` must have been called."""
+    """The bare model, or this rank's stage of it; :func:`start_parallel` must have been called."""
+    from megatron.core import parallel_state
+
     from megatron_recursive.models.layer_specs import local_block_spec
     from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 
     config = transformer_config(case, layout)
     arguments = {"position_embedding_type": "rope", "share_embeddings_and_output_weights": True, **case.model}
     model = RecursiveGPTModel(
-        config, local_block_spec(config), VOCAB, SEQ, recursion=case.resolved_recursion(), plan=case.plan, **arguments
-    )
+        config, local_block_spec(config), VOCAB, SEQ, recursion=case.resolved_recursion(), plan=case.plan,
+        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+        **arguments,
+    )  # fmt: skip
+    model.pipeline_phases = layout.phases
     if known_weights:
         fill_weights(model)
     return model
@@ -143,7 +165,7 @@ def build_wrapped(case: Case, layout: Layout) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.module import Float16Module
 
-    start_parallel(layout.tp)
+    start_parallel(layout.tp, layout.pp)
     model = build_model(case, layout)
     config = model.config
     if config.bf16:
@@ -164,81 +186,6 @@ def build_optimizer(case: Case, layout: Layout, wrapped: Any) -> Any:
     shared = {flag: layout.ddp.get(flag, False) for flag in ("use_distributed_optimizer", "overlap_param_gather")}
     precision = {"bf16": wrapped.config.bf16, "params_dtype": wrapped.config.params_dtype}
     return get_megatron_optimizer(OptimizerConfig(optimizer="adam", **precision, **shared, **case.optimizer), [wrapped])
-
-
-def unwrapped(module: Any) -> Any:
-    """The model inside DDP and Float16Module."""
-    while hasattr(module, "module"):
-        module = module.module
-    return module
-
-
-def named_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
-    return dict(unwrapped(module).named_parameters())
-
-
-# --- known weights, and tensors spread over tensor-parallel ranks ---------------------------------------------------
-
-
-def fill_weights(model: Any) -> None:
-    """Weights that depend on the parameter's name alone, not on the layout; none is zero, so every path counts."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            pieces = _pieces(name, model.config)
-            shape = list(parameter.shape)
-            if getattr(parameter, "tensor_model_parallel", False):
-                shape[parameter.partition_dim] *= model.config.tensor_model_parallel_size
-            generator = torch.Generator().manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
-            full = EMBEDDING_STD * torch.randn(shape, generator=generator)
-            if "norm" in name and name.endswith("weight") and not model.config.layernorm_zero_centered_gamma:
-                full += 1.0
-            parameter.copy_(_shard(full, parameter, pieces))
-
-
-def _pieces(name: str, config: Any) -> int:
-    """Megatron shards the two halves of a gated MLP's first matrix apart."""
-    return 2 if config.gated_linear_unit and "linear_fc1" in name else 1
-
-
-def _shard(full: Tensor, parameter: Any, pieces: int) -> Tensor:
-    from megatron.core import parallel_state
-
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return full
-    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    axis = parameter.partition_dim
-    return torch.cat([piece.chunk(size, axis)[rank] for piece in full.chunk(pieces, axis)], axis)
-
-
-def gathered(local: Mapping[str, Tensor], module: Any) -> Tensors:
-    """Tensors shaped like the parameters of the same names, whole. Replicated ones are this rank's own."""
-    from megatron.core import parallel_state
-
-    group, parameters = parallel_state.get_tensor_model_parallel_group(), named_parameters(module)
-    full = {}
-    for name, tensor in local.items():
-        parameter, pieces = parameters[name], _pieces(name, unwrapped(module).config)
-        if getattr(parameter, "tensor_model_parallel", False) and group.size() > 1:
-            shards = [torch.empty_like(tensor) for _ in range(group.size())]
-            dist.all_gather(shards, tensor.contiguous(), group=group)
-            axis = parameter.partition_dim
-            halves = zip(*(shard.chunk(pieces, axis) for shard in shards), strict=True)
-            tensor = torch.cat([torch.cat(half, axis) for half in halves], axis)
-        full[name] = tensor.detach().clone()
-    return full
-
-
-def full_gradients(wrapped: Any) -> Tensors:
-    """``main_grad`` of every parameter after the schedule, gathered over both groups."""
-    if wrapped.ddp_config.use_distributed_optimizer:
-        for buffer in wrapped.buffers:
-            for bucket in buffer.buckets:  # each data-parallel rank has reduced its own part
-                shards = list(bucket.grad_data.chunk(buffer.data_parallel_world_size))
-                own = shards[dist.get_rank(buffer.data_parallel_group)].clone()
-                whole = [torch.empty_like(own) for _ in shards]
-                dist.all_gather(whole, own, group=buffer.data_parallel_group)
-                bucket.grad_data.copy_(torch.cat(whole))
-    return gathered({name: p.main_grad for name, p in named_parameters(wrapped).items()}, wrapped)
 
 
 # --- one training step ----------------------------------------------------------------------------------------------
@@ -280,18 +227,23 @@ def loss_func(loss_mask_BS: Tensor, output: Any) -> tuple[Tensor, Tensor, dict[s
 
 
 def run_schedule(wrapped: Any, case: Case, step: int = 0, *, forward_only: bool = False) -> dict[str, float]:
-    """One step of Megatron's unmodified schedule: this rank's micro-batches, forward and backward; the report."""
+    """One step of the schedule that Megatron picks: this rank's micro-batches, forward and backward; the report."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+    from megatron_recursive.pipeline import dispatch
+
+    dispatch.install()
     group = parallel_state.get_data_parallel_group()
     batches = make_batches(case, step)[group.rank() :: group.size()]
     wrapped.train(not forward_only)
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(batches), model=[wrapped], num_microbatches=len(batches),
-        seq_length=SEQ, micro_batch_size=MICRO_BATCH, forward_only=forward_only,
-    )  # fmt: skip
-    return {name: _ratio([report[name] for report in reports], group) for name in reports[0]}
+    with torch.set_grad_enabled(not forward_only):
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter(batches), model=[wrapped], num_microbatches=len(batches),
+            seq_length=SEQ, micro_batch_size=MICRO_BATCH, forward_only=forward_only,
+        )  # fmt: skip
+    names = reports[0] if reports else ()
+    return {name: _ratio([report[name] for report in reports], group) for name in names}
 
 
 def _ratio(pairs: list[Tensor], group: Any) -> float:

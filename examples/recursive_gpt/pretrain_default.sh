@@ -35,7 +35,7 @@ train=(
   --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokenizer" --num-workers 0
   --pipeline-model-parallel-size "$stages"
   --micro-batch-size $((4 / stages)) --global-batch-size $((4 * ranks)) --train-iters 300
-  --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --clip-grad 1.0
+  --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20 --clip-grad 1.0
   --weight-decay 0.1 --adam-beta2 0.95
   --log-interval 10 --eval-interval 100 --eval-iters 8
   --save "$run/checkpoints" --load "$run/checkpoints" --save-interval 100 --ckpt-format torch_dist

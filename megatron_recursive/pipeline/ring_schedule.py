@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from megatron_recursive.models.recursion_state import RecursionState, initial_output
 from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
 from megatron_recursive.pipeline.autograd import InjectLoss, JoinLeafGradient
-from megatron_recursive.plan import DecoderPass
+from megatron_recursive.plan import DecoderPass, RecursionPlan
 
 
 @dataclass
@@ -173,7 +174,7 @@ class RingStep:
         state, plan = batch.state, self.plan
         if received is not None:
             state.update(plan.passes[decoder_pass.index - 1], received)
-        if self.train and decoder_pass.index == plan.first_grad_pass:
+        if self.train and decoder_pass is next(p for p in plan.grad_passes if "input" in p.reads):
             leaf = state.values["input"]
             state.values["input"] = JoinLeafGradient.apply(batch.embedding, leaf)
             hidden = state.gather(decoder_pass)
@@ -193,8 +194,7 @@ class RingStep:
             return received
         gets_gradient = decoder_pass.grad
         if self.model.pre_process:
-            sender = self.plan.passes[decoder_pass.index - 1]
-            gets_gradient = gets_gradient and sender.grad and not decoder_pass.cuts_states
+            gets_gradient = feeds_gradient(self.plan, self.plan.passes[decoder_pass.index - 1])
         if gets_gradient:
             return received
         if self.zeros is None:
@@ -224,16 +224,17 @@ class RingStep:
             if not self.config.calculate_per_token_loss:
                 loss = loss / mask_BS.sum().clamp(min=1)
             # Viewless, since the schedule swaps the data of what it has sent.
-            output = make_viewless_tensor(InjectLoss.apply(output, loss, self._loss_scale), True, True)
+            scale = partial(self._loss_scale, loss.device)
+            output = make_viewless_tensor(InjectLoss.apply(output, loss, scale), True, True)
             readout.lm_loss_BS = readout.lm_loss_BS.detach()
         batch.readouts.append(readout)
         return model.objective(batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
 
-    def _loss_scale(self) -> float | Tensor:
+    def _loss_scale(self, device: torch.device) -> float | Tensor:
         """What the schedule multiplies the objective with before it is backpropagated."""
         scale: float | Tensor = 1.0
         if self.config.grad_scale_func is not None:
-            scale = self.config.grad_scale_func(torch.ones(1)).reshape(())
+            scale = self.config.grad_scale_func(torch.ones(1, device=device)).reshape(())
         return scale if self.config.calculate_per_token_loss else scale / self.num_microbatches
 
 
@@ -265,6 +266,20 @@ class Handover:
         for request, _ in self.sending:
             request.wait()
         self.sending.clear()
+
+
+def feeds_gradient(plan: RecursionPlan, sender: DecoderPass) -> bool:
+    """Whether a pass with gradient reads what ``sender`` computed, before it is cut from the graph or replaced."""
+    if not sender.grad:
+        return False
+    for later in plan.passes[sender.index + 1 :]:
+        if later.cuts_states:
+            return False
+        if sender.target in later.reads:
+            return True
+        if sender.target == later.target:
+            return False
+    return False
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -317,6 +332,8 @@ def ring_forward_backward(
     if inner.pipeline_phases == "auto":
         two = two_phases_are_faster(stages, num_microbatches)
     split = plan.first_grad_pass if two and not forward_only else 0
+    if min(split, plan.num_passes - split) < 2:  # the interleaved schedule needs two virtual stages
+        split = 0
     free = None
     if split:
         free = RingStep(wrapped, forward_step_func, num_microbatches, plan.passes[:split], forward_only=False)

@@ -33,7 +33,9 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         UserError: one sentence on what is wrong.
     """
     args = megatron_arguments.parse_args(_add_arguments)
-    _check_recursion_flags(args)
+    RecursionConfig.from_mapping(vars(args))  # refuses bad knobs before anything else is looked at
+    if args.tokenizer_type is None and args.vocab_file is not None and args.merge_file is not None:
+        args.tokenizer_type = "GPT2BPETokenizer"  # as Megatron's own GPT script
     refusals.refuse_features(args, on_cpu=cpu.is_installed())
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
@@ -53,16 +55,6 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         rebuild_tokenizer(args)
     _set_padded_vocabulary(args, asked)
     return args, recursion
-
-
-def _check_recursion_flags(args: argparse.Namespace) -> None:
-    """Refuse bad knobs before anything else is looked at."""
-    recursion = RecursionConfig.from_mapping(vars(args))
-    if not recursion.enable_recursive_refinement and recursion.embedding_multiplier not in (None, 1.0):
-        raise UserError(
-            f"--embedding-multiplier {recursion.embedding_multiplier:g} together with --disable-recursive-refinement "
-            "would not be Megatron's GPT; leave one of the two out."
-        )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

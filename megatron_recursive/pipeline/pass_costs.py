@@ -1,0 +1,62 @@
+"""What the passes of a plan cost on each pipeline stage, priced by the FLOPs of ``accounting``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_recursive.accounting import ModelShape
+from megatron_recursive.accounting.flops import layer_forward_flops
+from megatron_recursive.plan import RecursionPlan
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """What each pass costs on each stage, in units of one forward of an average stage's layers.
+
+    Attributes:
+        forward, backward: ``[pass][stage]``.
+        grad: by pass, whether it is recorded (and its activations live) until its backward.
+    """
+
+    forward: tuple[tuple[float, ...], ...]
+    backward: tuple[tuple[float, ...], ...]
+    grad: tuple[bool, ...]
+
+    @property
+    def stages(self) -> int:
+        return len(self.forward[0])
+
+    def busy(self, micro_batches: int) -> list[float]:
+        """Work of each stage in a step."""
+        columns = zip(zip(*self.forward, strict=True), zip(*self.backward, strict=True), strict=True)
+        return [micro_batches * (sum(forward) + sum(backward)) for forward, backward in columns]
+
+
+def equal_costs(plan: RecursionPlan, stages: int, backward_cost: float = 2.0) -> PassCosts:
+    """Every pass costs 1 forward on every stage, and ``backward_cost`` backward where it carries gradient."""
+    forward = ((1.0,) * stages,) * plan.num_passes
+    backward = tuple((backward_cost if p.grad else 0.0,) * stages for p in plan.passes)
+    return PassCosts(forward, backward, tuple(p.grad for p in plan.passes))
+
+
+def price_passes(
+    plan: RecursionPlan, shape: ModelShape, layers_per_stage: Sequence[int], backward_cost: float = 2.0
+) -> PassCosts:
+    """FLOPs per token of each pass on each stage, as ``accounting`` counts them, over those of an average stage's pass.
+
+    The vocabulary projection stands on the last stage, at block ends that are supervised or teach the halting head;
+    backward it costs where the language-model loss is taken. The embedding is a lookup of no FLOPs.
+    """
+    last = len(layers_per_stage) - 1
+    unit = sum(layers_per_stage) * layer_forward_flops(shape) / len(layers_per_stage)
+    layers = [count * layer_forward_flops(shape) / unit for count in layers_per_stage]
+    head = 2 * shape.hidden_size * shape.vocab_size / unit
+    forward, backward = [], []
+    for p in plan.passes:
+        projected, supervised = p.supervised_weight > 0 or p.halt_weight > 0, p.supervised_weight > 0
+        forward.append(tuple(c + head * (projected and stage == last) for stage, c in enumerate(layers)))
+        backward.append(tuple(
+            backward_cost * c * p.grad + 2 * head * (supervised and stage == last) for stage, c in enumerate(layers)
+        ))  # fmt: skip
+    return PassCosts(tuple(forward), tuple(backward), tuple(p.grad for p in plan.passes))

@@ -1,0 +1,283 @@
+"""When each stage of the ring computes what, simulated before a run: idle time, efficiency, live activations.
+
+The order of operations on a rank is Megatron's: its ``get_schedule_table`` and its warm-up formula, at the group size
+of ``ring_schedule``. An operation starts when its rank is free and its input is there; messages take no time. Megatron
+gives every pass a backward slot. That of a grad-free pass costs nothing, but waits its turn, as its zero answer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
+from torch import Tensor
+
+from megatron_recursive.accounting import ModelShape
+from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
+from megatron_recursive.pipeline.ring_schedule import microbatch_group_size
+from megatron_recursive.plan import RecursionPlan
+
+FORWARD, BACKWARD = 0, 1
+Progress = Callable[[float], None]
+
+
+class Operation(NamedTuple):
+    """One forward ("F") or backward ("B") of one pass of one micro-batch on a stage."""
+
+    kind: str
+    pass_index: int
+    micro_batch: int
+
+
+# --- the order, from Megatron ---------------------------------------------------------------------------------------
+
+
+def forward_order(stages: int, passes: int, micro_batches: int) -> list[tuple[int, int]]:
+    """(micro-batch, pass) of the forwards of every rank; backwards take the passes from the last to the first."""
+    # A single micro-batch at a time is what the naive ring does; Megatron itself refuses fewer than stages.
+    group = microbatch_group_size(stages, micro_batches) if micro_batches >= stages else micro_batches
+    return get_schedule_table(micro_batches, passes, group)
+
+
+def warm_up(stages: int, rank: int, passes: int, micro_batches: int, *, interleaved: bool = True) -> int:
+    """How many forwards a rank runs before its first pair of a forward and a backward."""
+    group = microbatch_group_size(stages, micro_batches) if micro_batches >= stages else micro_batches
+    communicator = SimpleNamespace(
+        pp_group=SimpleNamespace(size=lambda: stages, rank=lambda: rank),
+        virtual_pipeline_model_parallel_size=passes if interleaved else None,
+    )
+    return get_pp_rank_microbatches(micro_batches, passes, group, p2p_communicator=communicator)[2]
+
+
+def schedule_order(
+    stages: int, rank: int, passes: int, micro_batches: int, forward_only: bool = False, *, interleaved: bool = True
+) -> list[Operation]:
+    """The operations of a rank, in order. Grad-free passes have their backward slots too, without work in them."""
+    table = forward_order(stages, passes, micro_batches)
+    forwards = [Operation("F", index, batch) for batch, index in table]
+    if forward_only:
+        return forwards
+    backwards = [Operation("B", passes - 1 - index, batch) for batch, index in table]
+    warm = warm_up(stages, rank, passes, micro_batches, interleaved=interleaved)
+    pairs = [op for pair in zip(forwards[warm:], backwards, strict=False) for op in pair]
+    return forwards[:warm] + pairs + backwards[len(forwards) - warm :]
+
+
+# --- the simulation -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A run of passes through one schedule. ``ends`` is [kind, position in the rank's order of that kind, rank]."""
+
+    first_pass: int
+    passes: int
+    forward_only: bool
+    order: list[tuple[int, int]]
+    ends: Tensor
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated step: one phase, or a forward-only one and one with backwards. Lists are by rank."""
+
+    costs: PassCosts
+    micro_batches: int
+    phases: tuple[Phase, ...]
+    makespan: float
+    busy: list[float]
+    peak_live: list[int]
+    interleaved: bool = True
+
+    @property
+    def idle(self) -> list[float]:
+        return [self.makespan - work for work in self.busy]
+
+    @property
+    def efficiency(self) -> float:
+        return sum(self.busy) / (len(self.busy) * self.makespan)
+
+    def operations(self, rank: int) -> list[tuple[float, float, Operation]]:
+        """(start, end, operation) of a rank, in order."""
+        found = []
+        for phase in self.phases:
+            backward = {(batch, phase.passes - 1 - index): at for at, (batch, index) in enumerate(phase.order)}
+            forward = {entry: at for at, entry in enumerate(phase.order)}
+            for op in schedule_order(self.costs.stages, rank, phase.passes, self.micro_batches, phase.forward_only,
+                                     interleaved=self.interleaved):  # fmt: skip
+                kind, where = (FORWARD, forward) if op.kind == "F" else (BACKWARD, backward)
+                end = float(phase.ends[kind, where[op.micro_batch, op.pass_index], rank])
+                op = op._replace(pass_index=op.pass_index + phase.first_pass)
+                prices = self.costs.forward if op.kind == "F" else self.costs.backward
+                found.append((end - prices[op.pass_index][rank], end, op))
+        return found
+
+    def spans(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Start, end and code of what a rank works on, by start: pass + 1 forward, -(pass + 1) backward."""
+        parts = []
+        for phase in self.phases:
+            index = torch.tensor([index for _, index in phase.order])
+            for kind in (FORWARD,) if phase.forward_only else (FORWARD, BACKWARD):
+                number = phase.first_pass + (index if kind == FORWARD else phase.passes - 1 - index)
+                prices = torch.tensor(self.costs.backward if kind else self.costs.forward, dtype=torch.float64)
+                cost, end = prices[number, rank], phase.ends[kind, :, rank]
+                code = -(number + 1) if kind else number + 1
+                parts.append(torch.stack([end - cost, end, code.double()])[:, cost > 0])
+        start, end, code = torch.cat(parts, 1)[:, torch.cat(parts, 1)[0].argsort()]
+        return start, end, code.long()
+
+    def sample(self, ranks: Sequence[int], columns: int) -> list[list[int]]:
+        """The codes of :meth:`spans` at the middle of each of ``columns`` equal times, 0 where idle; a row a rank."""
+        times, rows = (torch.arange(columns, dtype=torch.float64) + 0.5) * self.makespan / columns, []
+        for rank in ranks:
+            start, end, code = self.spans(rank)
+            at = (torch.searchsorted(start, times, right=True) - 1).clamp(min=0)
+            rows.append(torch.where((start[at] <= times) & (times < end[at]), code[at], 0).tolist())
+        return rows
+
+    def boxes(self, rank: int, columns: int = 2000) -> list[tuple[float, float, int]]:
+        """(start, end, code) to draw a rank with: all of its operations, or what is seen in that many columns."""
+        start, end, code = self.spans(rank)
+        if len(code) <= columns:
+            return list(zip(start.tolist(), end.tolist(), code.tolist(), strict=True))
+        (row,), width, found = self.sample([rank], columns), self.makespan / columns, []
+        for value, run in groupby(enumerate(row), key=itemgetter(1)):
+            at = [column for column, _ in run]
+            if value:
+                found.append((at[0] * width, (at[-1] + 1) * width, value))
+        return found
+
+
+def simulate(
+    costs: PassCosts, micro_batches: int, *, two_phases: bool = False, interleaved: bool = True,
+    progress: Progress | None = None,
+) -> Timeline:  # fmt: skip
+    """One training step of the ring. Takes about 2 M V rounds of vectors over ranks, and 16 M V P bytes.
+
+    Args:
+        two_phases: run the grad-free passes forward-only first; each output state is handed to stage 0 at once.
+        interleaved: False is Megatron's plain 1F1B of a single pass.
+        progress: called now and then with the share of operations that are done.
+    """
+    stages, passes = costs.stages, len(costs.grad)
+    split = costs.grad.index(True) if two_phases else 0
+    free, ready = torch.zeros(stages, dtype=torch.float64), torch.zeros(micro_batches, dtype=torch.float64)
+    phases, live = [], torch.zeros(stages, dtype=torch.long)
+    for first, last in ((0, split), (split, passes)):
+        if first == last:
+            continue
+        share = (last - first) * (1 if last == split else 2) / (split + 2 * (passes - split))
+        before = 0.0 if last == split else 1.0 - share
+
+        def report(done: float, before: float = before, share: float = share) -> None:
+            if progress is not None:
+                progress(before + share * done)
+
+        engine = _Engine(costs, first, last, micro_batches, forward_only=last == split, interleaved=interleaved)
+        free, live = engine.run(free, ready, report)
+        phases.append(engine.phase())
+        ready = engine.outputs()
+    busy = costs.busy(micro_batches)
+    return Timeline(costs, micro_batches, tuple(phases), float(free.max()), busy, live.tolist(), interleaved)
+
+
+def simulated_speedup(
+    plan: RecursionPlan, shape: ModelShape, *, stages: int, micro_batches: int, two_phases: bool
+) -> float:
+    """How much faster a step is on stages of equally many layers than on one rank that does all of the work."""
+    costs = price_passes(plan, shape, [shape.num_layers // stages] * stages)
+    return sum(costs.busy(micro_batches)) / simulate(costs, micro_batches, two_phases=two_phases).makespan
+
+
+class _Engine:
+    """Runs one phase: in each round every rank does its next operation if the input of that is there.
+
+    ``ends`` holds when operations end, [kind, position, column]. Rank p has column p + 1; a forward needs the end one
+    column to its left, a backward the one to its right. Columns 0 and P + 1 hold what comes round the ring.
+    """
+
+    def __init__(
+        self, costs: PassCosts, first: int, last: int, micro_batches: int, *, forward_only: bool, interleaved: bool
+    ) -> None:
+        self.first, self.passes, self.forward_only = first, last - first, forward_only
+        self.stages, self.micro_batches = costs.stages, micro_batches
+        self.order = forward_order(self.stages, self.passes, micro_batches)
+        self.total = len(self.order)
+        index = torch.tensor([index for _, index in self.order])
+        index = torch.cat([index, torch.zeros(1, dtype=torch.long)])  # a row that nothing reaches, for finished ranks
+        self.pass_of = torch.cat([first + index, len(costs.grad) + last - 1 - index])
+        self.costs = torch.tensor([*costs.forward, *costs.backward], dtype=torch.float64).flatten()
+        grad = torch.tensor(costs.grad, dtype=torch.long)
+        self.live_change = torch.cat([grad, -grad])
+        warm = self.total if forward_only else None
+        self.warm = torch.tensor([
+            warm or warm_up(self.stages, rank, self.passes, micro_batches, interleaved=interleaved)
+            for rank in range(self.stages)
+        ])  # fmt: skip
+        self.ends = torch.full((2, self.total + 1, self.stages + 2), torch.nan, dtype=torch.float64)
+        self.position = {entry: at for at, entry in enumerate(self.order)}
+
+    def _hand_round(self, position: int, kind: int) -> None:
+        """Pass on what the last stage (forward) or the first stage (backward) has just done."""
+        batch, index = self.order[position]
+        following = self.position.get((batch, index + 1))
+        end = self.ends[kind, position, self.stages if kind == FORWARD else 1]
+        if following is not None:
+            self.ends[kind, following, 0 if kind == FORWARD else -1] = end
+        elif kind == FORWARD:
+            self.ends[BACKWARD, self.position[batch, 0], -1] = end
+
+    def run(self, free: Tensor, ready: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+        """From when ranks are free and micro-batches ready, to when ranks are done and their most live passes."""
+        for batch, when in enumerate(ready):
+            self.ends[FORWARD, self.position[batch, 0], 0] = when
+        ends, width, rows = self.ends.view(-1), self.stages + 2, self.total + 1
+        own = torch.arange(self.stages)
+        forwards, backwards, live, peak = (torch.zeros(self.stages, dtype=torch.long) for _ in range(4))
+        remaining = everything = self.total * self.stages * (1 if self.forward_only else 2)
+        rounds = 0
+        while remaining:
+            wanted = (self.warm + backwards + (not self.forward_only)).clamp_(max=self.total)
+            is_backward = forwards >= wanted
+            if self.forward_only:
+                is_backward.fill_(False)
+            row = torch.where(is_backward, backwards + rows, forwards)
+            address = row * width + own + 1
+            come = ends[address + 2 * is_backward - 1]
+            done = ~come.isnan()
+            number = self.pass_of[row]
+            end = torch.maximum(free, come) + self.costs[number * self.stages + own]
+            ends[address] = end  # NaN where it cannot run yet, which is what stands there already
+            free = torch.where(done, end, free)
+            live += self.live_change[number] * done
+            peak = torch.maximum(peak, live)
+            forwards += done & ~is_backward
+            backwards += done & is_backward
+            count, first_done, first_back, last_done, last_back, first_row, last_row = torch.stack([
+                done.sum(), done[0], is_backward[0], done[-1], is_backward[-1], row[0], row[-1]
+            ]).tolist()  # fmt: skip
+            if not count:
+                raise RuntimeError(f"the schedule stands still with {remaining} operations left")
+            if last_done and not last_back:
+                self._hand_round(last_row, FORWARD)
+            if first_done and first_back:
+                self._hand_round(first_row - rows, BACKWARD)
+            remaining -= count
+            rounds += 1
+            if rounds % 2000 == 0:
+                progress(1.0 - remaining / everything)
+        return free, peak
+
+    def outputs(self) -> Tensor:
+        """When the last stage has the result of the last pass, by micro-batch."""
+        rows = [self.position[batch, self.passes - 1] for batch in range(self.micro_batches)]
+        return self.ends[FORWARD, rows, self.stages].clone()
+
+    def phase(self) -> Phase:
+        return Phase(self.first, self.passes, self.forward_only, self.order, self.ends[:, :-1, 1:-1])

@@ -1,0 +1,140 @@
+"""Pictures and words for a simulated pipeline. A code is pass + 1 forward, -(pass + 1) backward, 0 idle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan import RecursionPlan
+
+FORMATS = ("png", "pdf", "svg")
+EXACT_COLUMNS, SAMPLED_COLUMNS = 160, 120
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def text_columns(makespan: float) -> int:
+    """How many columns to sample: one per time unit where they fit on a line."""
+    return round(makespan) if makespan <= EXACT_COLUMNS else SAMPLED_COLUMNS
+
+
+def text_timeline(rows: Sequence[Sequence[int]], ranks: Sequence[int], plan: RecursionPlan, makespan: float) -> str:
+    """A line per rank: a letter per pass (or block, where passes are too many), capital in the backward, idle a dot."""
+    by_pass = plan.num_passes <= len(LETTERS)
+    lines = []
+    for rank, row in zip(ranks, rows, strict=True):
+        letters = []
+        for code in row:
+            group = abs(code) - 1 if by_pass or not code else plan.passes[abs(code) - 1].block
+            letter = LETTERS[group % len(LETTERS)]
+            letters.append("." if code == 0 else letter if code > 0 else letter.upper())
+        lines.append(f"rank {rank:<4}{''.join(letters)}")
+    what = "pass" if by_pass else "block"
+    lines.append(f"(a = forward of {what} 1, A = its backward, b and B those of {what} 2, ..., . = idle; a column "
+                 f"is {makespan / len(rows[0]):.3g} time units)")  # fmt: skip
+    return "\n".join(lines)
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """What was simulated, in lines. One time unit is one forward of an average stage's layers."""
+    idle, peak = report["idle"], report["peak_live_activations"]
+    lines = [
+        f"{report['stages']} stages, {report['micro_batches']} micro-batches, {report['passes']} passes "
+        f"({report['passes_with_gradient']} with gradient), {'two phases' if report['phases'] == 2 else 'one phase'}",
+        "time unit: one forward of an average stage's layers; messages take no time",
+        "",
+        f"{'schedule':<32}{'efficiency':>10}{'step time':>12}",
+    ]
+    for name, one in report["schedules"].items():
+        lines.append(f"{name:<32}{one['efficiency']:>10.3f}{one['step_time']:>12.1f}")
+    lines += ["(efficiency: work / (stages x step time))", "", f"{'rank':<32}{'idle':>10}{'peak live':>12}"]
+    shown = range(len(idle)) if len(idle) <= 16 else (*range(4), None, *range(len(idle) - 4, len(idle)))
+    lines += ["..." if r is None else f"{r:<32}{idle[r]:>10.1f}{peak[r]:>12}" for r in shown]
+    lines.append("(peak live: most passes of micro-batches whose activations a rank holds at once)")
+    lines += ["", f"{'messages in a step':<32}{'forward':>10}{'backward':>12}{'of which zero answers':>24}"]
+    names = {"neighbours": "each stage to the next", "last to first": "last stage to first"}
+    for where, n in report["messages"].items():
+        lines.append(f"{names[where]:<32}{n['forward']:>10}{n['backward']:>12}{n['zero answers']:>24}")
+    return "\n".join(lines)
+
+
+def plot_timeline(
+    rows: Sequence[Sequence[tuple[float, float, int]]],
+    ranks: Sequence[int],
+    plan: RecursionPlan,
+    title: str,
+    output: str | Path,
+) -> Path:
+    """Draw (start, end, code) boxes, a row per rank: forwards blue, backwards red, darker from pass to pass.
+
+    Raises:
+        UserError: the suffix is no picture's, matplotlib is not installed, or the picture cannot be written.
+    """
+    output = Path(output)
+    if output.suffix[1:] not in FORMATS:
+        raise UserError(f"--output {output} has no picture's suffix; end it with one of .{', .'.join(FORMATS)}.")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("Drawing needs matplotlib; run pip install matplotlib.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    height = min(max(0.38 * len(rows), 1.0), 9.0) + 1.5
+    figure, axis = pyplot.subplots(figsize=(12, height), layout="constrained")
+    try:
+        edge = 0.4 if sum(map(len, rows)) < 2500 else 0.0
+        for at, row in enumerate(rows):
+            spans = [(start, end - start) for start, end, _ in row]
+            axis.broken_barh(spans, (at - 0.45, 0.9), facecolors=[_color(code, plan) for *_, code in row],
+                             edgecolors="white", linewidth=edge)  # fmt: skip
+        _axes(axis, ranks, max(end for row in rows for _, end, _ in row), title)
+        figure.legend(handles=_legend(plan), loc="outside lower center", ncols=8, fontsize="small", frameon=False)
+        _save(figure, output)
+    finally:
+        pyplot.close(figure)
+    return output
+
+
+def _axes(axis: Any, ranks: Sequence[int], end: float, title: str) -> None:
+    axis.set_xlim(0, end)
+    axis.set_ylim(len(ranks) - 0.5, -0.5)
+    step = max(1, len(ranks) // 16)
+    axis.set_yticks(range(0, len(ranks), step), [f"rank {rank}" for rank in ranks[::step]])
+    axis.set_xlabel("time, in forwards of an average stage's layers")
+    axis.set_title(title, fontsize="medium")
+    axis.set_facecolor("#eeeeee")
+
+
+def _color(code: int, plan: RecursionPlan) -> tuple[float, float, float]:
+    """Forward: blue, backward: red, pale in the first pass and full in the last."""
+    depth = (abs(code) - 1) / max(plan.num_passes - 1, 1)
+    pale, full = ((0.78, 0.87, 0.97), (0.05, 0.25, 0.55)) if code > 0 else ((0.99, 0.85, 0.75), (0.70, 0.07, 0.10))
+    red, green, blue = (a + depth * (b - a) for a, b in zip(pale, full, strict=True))
+    return red, green, blue
+
+
+def _legend(plan: RecursionPlan) -> list[Any]:
+    from matplotlib.patches import Patch
+
+    shown = sorted({0, plan.num_passes // 2, plan.num_passes - 1})
+    grad = sorted({plan.first_grad_pass, plan.num_passes - 1})
+    handles = [Patch(color=_color(k + 1, plan), label=f"forward of pass {k + 1}") for k in shown]
+    handles += [Patch(color=_color(-k - 1, plan), label=f"backward of pass {k + 1}") for k in grad]
+    return [*handles, Patch(color="#eeeeee", label="idle")]
+
+
+def _save(figure: Any, output: Path) -> None:
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, format=output.suffix[1:], dpi=110)
+        os.replace(partial, output)
+    except OSError as error:
+        raise UserError(f"cannot write {output} ({error.strerror}); choose another --output") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()

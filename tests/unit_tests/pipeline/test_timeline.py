@@ -1,0 +1,278 @@
+"""The simulated pipeline against known efficiencies, against its own dependencies, and against what Megatron ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from tests.distributed import REPOSITORY, run_distributed
+from tests.models import Case, Layout, build_wrapped, run_schedule
+
+SHAPE = dict(num_layers=8, hidden_size=64, ffn_hidden_size=256, num_attention_heads=4, num_query_groups=4,
+             kv_channels=16, vocab_size=512, seq_length=32)  # fmt: skip
+
+
+def plan_of(blocks: int, latents: int, *, detach: bool = False, **knobs: Any) -> RecursionPlan:
+    config = RecursionConfig(num_refinement_blocks=blocks, num_latent_refinements=latents,
+                             detach_between_refinements=detach, **knobs)  # fmt: skip
+    return build_plan(config.resolved(embedding_init_std=0.02))
+
+
+# --- arithmetic (in a worker, which has Megatron loaded) ------------------------------------------------------------
+
+
+def _equal_passes() -> list[tuple[Any, ...]]:
+    from megatron_recursive.pipeline.pass_costs import equal_costs
+    from megatron_recursive.pipeline.timeline import simulate
+
+    found = []
+    for stages in (2, 3, 4, 8):
+        for batches in (stages, stages + 1, 2 * stages, 2 * stages + 1, 4 * stages):
+            for latents in (1, 2, 6, 20):
+                timeline = simulate(equal_costs(plan_of(1, latents), stages), batches)
+                found.append((stages, batches, latents + 1, timeline.efficiency, timeline.idle, timeline.peak_live))
+    return found
+
+
+def test_equal_passes_idle_three_slots_per_further_stage() -> None:
+    """However many passes and micro-batches: forward 1 + backward 2 slots for each of the other P - 1 stages."""
+    (found,) = run_distributed(_equal_passes, 1)
+    for stages, batches, passes, efficiency, idle, peak in found:
+        assert max(peak) <= passes * batches
+        if batches % stages:
+            assert efficiency > 0.5
+            continue
+        assert idle == pytest.approx([3.0 * (stages - 1)] * stages)
+        assert efficiency == pytest.approx(batches * passes / (batches * passes + stages - 1))
+        assert peak[0] == min(2 * (stages - 1) + (passes - 1) * stages + 1, passes * batches) == max(peak)
+
+
+def _references() -> dict[str, float]:
+    from megatron_recursive.pipeline.planner import Pipeline, plan_pipeline
+
+    timeline, report = plan_pipeline(Pipeline(plan_of(1, 6), stages=4, micro_batches=8))
+    assert timeline.efficiency == report["schedules"]["ring, one phase"]["efficiency"]
+    return {name: one["efficiency"] for name, one in report["schedules"].items()}
+
+
+def test_the_alternatives() -> None:
+    (found,) = run_distributed(_references, 1)
+    assert found == pytest.approx({
+        "ring, one phase": 56 / 59, "naive ring": 1 / 4, "plain 1F1B, layers passed once": 8 / 11
+    })  # fmt: skip
+
+
+def _check_grid() -> int:
+    """Every operation once and in Megatron's order, none before its input; unequal passes, one and two phases."""
+    from megatron_recursive.accounting import ModelShape
+    from megatron_recursive.pipeline.timeline import price_passes, schedule_order, simulate
+
+    shape, seen = ModelShape(**SHAPE), 0
+    for stages, batches in ((2, 2), (2, 5), (3, 4), (4, 4), (4, 7), (4, 9), (5, 13)):
+        for blocks, latents, detach in ((1, 1, False), (2, 1, True), (3, 2, True), (2, 3, False)):
+            plan = plan_of(blocks, latents, detach=detach)
+            costs = price_passes(plan, shape, [8 - stages + 1] + [1] * (stages - 1))
+            for two in {False, plan.first_grad_pass > 0}:
+                timeline = simulate(costs, batches, two_phases=two)
+                by_rank = [timeline.operations(rank) for rank in range(stages)]
+                ends = {(op, rank): end for rank, ops in enumerate(by_rank) for _, end, op in ops}
+                free = plan.first_grad_pass if two else 0
+                assert len(ends) == stages * batches * (2 * plan.num_passes - free)
+                for rank, ops in enumerate(by_rank):
+                    assert all(a[1] <= b[0] + 1e-9 for a, b in zip(ops, ops[1:], strict=False))
+                    for start, _, op in ops:
+                        needed = _input_of(op, rank, stages, plan.num_passes)
+                        assert needed is None or ends[needed] <= start + 1e-9
+                if not two:
+                    order = schedule_order(stages, 1, plan.num_passes, batches)
+                    assert [op for *_, op in by_rank[1]] == order
+                seen += 1
+    return seen
+
+
+def _input_of(op: Any, rank: int, stages: int, passes: int) -> Any:
+    """The operation whose result an operation needs, written down again from the definition of the ring."""
+    if op.kind == "F":
+        if rank == 0:
+            return (op._replace(pass_index=op.pass_index - 1), stages - 1) if op.pass_index else None
+        return op, rank - 1
+    if rank < stages - 1:
+        return op, rank + 1
+    last = op.pass_index == passes - 1
+    return (op._replace(kind="F"), rank) if last else (op._replace(pass_index=op.pass_index + 1), 0)
+
+
+def test_nothing_starts_before_its_input() -> None:
+    assert run_distributed(_check_grid, 1, timeout=120) == [42]
+
+
+def _prices() -> dict[str, Any]:
+    from megatron_recursive.accounting import ModelShape, flops_per_token
+    from megatron_recursive.accounting.flops import layer_forward_flops
+    from megatron_recursive.pipeline.timeline import price_passes, simulate, simulated_speedup
+
+    shape, plan, ratios = ModelShape(**SHAPE), plan_of(3, 2, detach=True), []
+    for split in ((4, 4), (5, 3), (1, 2, 5)):
+        unit = 8 * layer_forward_flops(shape) / len(split)
+        ratios.append(sum(price_passes(plan, shape, split).busy(1)) * unit / flops_per_token(shape, plan).total)
+    both = {two: simulate(price_passes(plan, shape, (2,) * 4), 8, two_phases=two) for two in (False, True)}
+    promised = simulated_speedup(plan, shape, stages=4, micro_batches=8, two_phases=True)
+    return {"ratios": ratios, "makespans": [both[two].makespan for two in (False, True)],
+            "speed-up": (promised, 4 * both[True].efficiency)}  # fmt: skip
+
+
+def test_prices_add_up_to_the_flops_of_accounting_and_two_phases_are_faster() -> None:
+    (found,) = run_distributed(_prices, 1)
+    assert found["ratios"] == pytest.approx([1.0] * 3)
+    one, two = found["makespans"]
+    assert two < one
+    assert found["speed-up"][0] == pytest.approx(found["speed-up"][1])
+
+
+def _large() -> tuple[float, float]:
+    import time
+
+    from megatron_recursive.pipeline.pass_costs import equal_costs
+    from megatron_recursive.pipeline.timeline import simulate
+
+    start, progress = time.perf_counter(), []
+    timeline = simulate(equal_costs(plan_of(3, 2), 512), 512, progress=progress.append)
+    assert progress == sorted(progress) and progress and progress[-1] <= 1
+    return timeline.efficiency, time.perf_counter() - start
+
+
+def test_hundreds_of_stages_take_seconds() -> None:
+    ((efficiency, seconds),) = run_distributed(_large, 1, timeout=120)
+    assert efficiency == pytest.approx(512 * 9 / (512 * 9 + 511))
+    assert seconds < 40  # 2 on an idle core
+
+
+# --- a real run -----------------------------------------------------------------------------------------------------
+
+
+def _recorded(case: Case, layout: Layout) -> tuple[list[tuple[str, int, int]], list[Any], dict[int, set[bool]]]:
+    """What Megatron's schedule did on this rank, what the simulation says, and which passes had work backward.
+
+    An operation is recorded where the schedule calls ``forward_step`` and ``backward_step``; the latter is known by the
+    very tensor that the former returned. Backward slots of grad-free passes are called, and compared, like the others;
+    they hold a tensor without a graph.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import schedules
+
+    from megatron_recursive.pipeline.timeline import schedule_order
+
+    operations: list[tuple[str, int, int]] = []
+    outputs: list[tuple[Any, int, int]] = []
+    works: dict[int, set[bool]] = {}
+    forward, backward = schedules.forward_step, schedules.backward_step
+
+    def forward_step(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        view = args[2]
+        outputs.append((result[0], view.decoder_pass.index, view.micro_batch))
+        operations.append(("F", view.decoder_pass.index, view.micro_batch))
+        return result
+
+    def backward_step(received: Any, output: Any, *args: Any) -> Any:
+        ((index, batch),) = [(index, batch) for tensor, index, batch in outputs if tensor is output]
+        operations.append(("B", index, batch))
+        works.setdefault(index, set()).add(output.requires_grad)
+        return backward(received, output, *args)
+
+    wrapped = build_wrapped(case, layout)
+    schedules.forward_step, schedules.backward_step = forward_step, backward_step
+    try:
+        run_schedule(wrapped, case)
+    finally:
+        schedules.forward_step, schedules.backward_step = forward, backward
+    plan = build_plan(case.resolved_recursion())
+    rank, split, expected = parallel_state.get_pipeline_model_parallel_rank(), 0, []
+    if layout.phases == "two":
+        split = plan.first_grad_pass
+        expected += schedule_order(layout.pp, rank, split, case.micro_batches, forward_only=True)
+    for op in schedule_order(layout.pp, rank, plan.num_passes - split, case.micro_batches):
+        expected.append(op._replace(pass_index=op.pass_index + split))
+    return operations, expected, works
+
+
+FULL = {"detach_between_refinements": False}
+FOUR_LAYERS = {"num_layers": 4}
+RUNS = {
+    "full, 2 stages": (Case(recursion=FULL), Layout(pp=2, phases="one")),
+    "full, 2 stages, ragged": (Case(recursion=FULL, micro_batches=5), Layout(pp=2, phases="one")),
+    "detached, 2 stages": (Case(), Layout(pp=2, phases="one")),
+    "detached, 2 stages, two phases": (Case(micro_batches=5), Layout(pp=2, phases="two")),
+    "detached, 4 stages": (Case(transformer=FOUR_LAYERS, micro_batches=6), Layout(pp=4, phases="one")),
+    "detached, 4 stages, two phases": (Case(transformer=FOUR_LAYERS, micro_batches=8), Layout(pp=4, phases="two")),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_megatron_runs_in_the_simulated_order(name: str) -> None:
+    case, layout = RUNS[name]
+    plan = build_plan(case.resolved_recursion())
+    first_answered = plan.first_grad_pass if layout.phases == "two" else 0
+    for operations, expected, works in run_distributed(_recorded, layout.pp, case, layout, timeout=180):
+        assert operations == [tuple(op) for op in expected]
+        assert works == {p.index: {p.grad} for p in plan.passes[first_answered:]}
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def _command(folder: Any, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools/plan_pipeline.py"), *flags]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+
+
+def test_the_command(tmp_path: Any) -> None:
+    depth = ("--num-refinement-blocks", "2", "--num-latent-refinements", "1")
+    done = _command(tmp_path, "--pp", "2", "--micro-batches", "4", "--unit-costs", *depth, "--output", "new/a.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ring, two phases" in done.stdout and "rank 1   .aabbaabbccdDDdDDcCCcCCdDDdDDCCCC.." in done.stdout
+    assert (tmp_path / "new/a.png").read_bytes().startswith(b"\x89PNG")
+
+    done = _command(tmp_path, "--pp", "3", "--micro-batches", "9", "--json", "--layers-per-stage", "4", "4", "2")
+    report = json.loads(done.stdout)
+    assert report["messages"]["neighbours"] == {"forward": 21 * 9, "backward": 7 * 9, "zero answers": 0}
+    assert report["messages"]["last to first"] == {"forward": 20 * 9, "backward": 6 * 9, "zero answers": 0}
+
+
+def _messages_and_errors() -> tuple[dict[str, dict[str, int]], list[str]]:
+    from megatron_recursive.accounting import ModelShape
+    from megatron_recursive.errors import UserError
+    from megatron_recursive.pipeline.planner import Pipeline, messages
+
+    shape, plan = ModelShape(**SHAPE), plan_of(2, 1)
+    plain = build_plan(RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=0.02))
+    said = []
+    for wrong in (
+        dict(stages=1), dict(micro_batches=3), dict(stages=3), dict(layers_per_stage=(5, 3)), dict(plan=plain),
+        dict(backward_cost=0.0),
+    ):  # fmt: skip
+        try:
+            Pipeline(**{"plan": plan, "stages": 4, "micro_batches": 4, "shape": shape, **wrong})
+        except UserError as error:
+            said.append(str(error))
+    return messages(plan_of(2, 1, detach=True), 2, 1, two_phases=False), said
+
+
+def test_messages_and_refusals() -> None:
+    ((counted, said),) = run_distributed(_messages_and_errors, 1)
+    assert counted == {
+        "neighbours": {"forward": 4, "backward": 4, "zero answers": 2},
+        "last to first": {"forward": 3, "backward": 3, "zero answers": 2},
+    }
+    flags = ("--pp 1", "--micro-batches 3", "--layers-per-stage", "--layers-per-stage",
+             "--disable-recursive-refinement", "--backward-cost")  # fmt: skip
+    assert len(said) == len(flags)
+    for text, flag in zip(said, flags, strict=True):
+        assert flag in text and text.endswith(".") and "\n" not in text
