@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import sys
-import time
 import warnings
 
 from megatron_recursive.accounting import ModelShape
@@ -23,8 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pp", type=int, required=True, help="pipeline stages")
     parser.add_argument("--micro-batches", type=int, required=True, help="micro-batches per step on a pipeline")
     parser.add_argument("--pipeline-phases", choices=("auto", "one", "two"), default="auto", help="as in training")
-    parser.add_argument("--two-phase", dest="pipeline_phases", action="store_const", const="two",
-                        help="short for --pipeline-phases two")
+    parser.add_argument("--two-phase", dest="pipeline_phases", action="store_const", const="two", help="phases: two")
     parser.add_argument("--num-layers", type=int, help="default: 4 per stage, or the sum of --layers-per-stage")
     parser.add_argument("--layers-per-stage", type=int, nargs="+", help="default: equally many")
     for name, default in (("hidden-size", 1024), ("ffn-hidden-size", None), ("num-attention-heads", 16),
@@ -50,7 +48,7 @@ def shape_of(args: argparse.Namespace) -> ModelShape | None:
 
 def show_progress(share: float) -> None:
     if sys.stderr.isatty():
-        print(f"\rsimulating: {share:4.0%}\r", end="", file=sys.stderr, flush=True)
+        print(f"simulating: {share:4.0%}", end="\r", file=sys.stderr, flush=True)
 
 
 @report_user_errors
@@ -64,19 +62,16 @@ def main() -> None:
     pipeline = Pipeline(plan, args.pp, args.micro_batches, shape_of(args),
                         tuple(args.layers_per_stage) if args.layers_per_stage else None,
                         args.backward_cost, args.pipeline_phases)  # fmt: skip
-    start = time.perf_counter()
     timeline, report = plan_pipeline(pipeline, show_progress)
-    report["seconds"] = time.perf_counter() - start
     if not args.json and args.pp <= MAX_TEXT_RANKS:
         rows = timeline.sample(range(args.pp), text_columns(timeline.makespan))
         print(text_timeline(rows, range(args.pp), plan, timeline.makespan), end="\n\n")
-    text = f"{report_text(report)}\n\nsimulated in {report['seconds']:.1f} s"
-    print(json.dumps(report) if args.json else text)
+    print(json.dumps(report) if args.json else report_text(report))
     if args.output:
         ranks = range(0, args.pp, -(-args.pp // MAX_ROWS))
-        boxes = [timeline.boxes(rank) for rank in ranks]
-        title = f"{args.pp} stages, {args.micro_batches} micro-batches, {plan.num_passes} passes: efficiency "
-        drawn = plot_timeline(boxes, ranks, plan, f"{title}{timeline.efficiency:.3f}", args.output)
+        title = (f"{args.pp} stages, {args.micro_batches} micro-batches, {plan.num_passes} passes: "
+                 f"efficiency {timeline.efficiency:.3f}")  # fmt: skip
+        drawn = plot_timeline(list(map(timeline.boxes, ranks)), ranks, plan, title, args.output)
         print(drawn, file=sys.stderr if args.json else sys.stdout)
 
 

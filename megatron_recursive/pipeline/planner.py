@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ def plan_pipeline(pipeline: Pipeline, progress: Progress | None = None) -> tuple
     The other number of phases; the *naive ring*, which sends one micro-batch at a time through all passes, forward and
     back; and plain Megatron 1F1B of the same layers passed once, at the same costs.
     """
+    started = time.perf_counter()
     plan, stages, batches = pipeline.plan, pipeline.stages, pipeline.micro_batches
     costs, names = pipeline.costs(plan), ("ring, one phase", "ring, two phases")
     chosen = simulate(costs, batches, two_phases=pipeline.two_phases, progress=progress)
@@ -96,6 +98,7 @@ def plan_pipeline(pipeline: Pipeline, progress: Progress | None = None) -> tuple
         "idle": chosen.idle,
         "peak_live_activations": chosen.peak_live,
         "messages": messages(plan, stages, batches, two_phases=pipeline.two_phases),
+        "seconds": time.perf_counter() - started,
     }
 
 

@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, make_viewless_tensor
 from torch import Tensor
 
+from megatron_recursive.errors import UserError
 from megatron_recursive.models.recursion_state import RecursionState, initial_output
 from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
 from megatron_recursive.pipeline.autograd import InjectLoss, JoinLeafGradient
@@ -328,6 +329,12 @@ def ring_forward_backward(
         )
 
     plan, stages = inner.plan, inner.pg_collection.pp.size()
+    if num_microbatches < stages or plan.num_passes < 2:
+        raise UserError(
+            f"A recursion of {plan.num_passes} passes over --pipeline-model-parallel-size {stages} with "
+            f"{num_microbatches} micro-batches a step cannot be scheduled; it needs two passes or more, and at least as "
+            "many micro-batches as stages (raise --global-batch-size)."
+        )
     two = inner.pipeline_phases == "two"
     if inner.pipeline_phases == "auto":
         two = two_phases_are_faster(stages, num_microbatches)

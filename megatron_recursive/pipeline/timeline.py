@@ -7,10 +7,9 @@ gives every pass a backward slot. That of a grad-free pass costs nothing, but wa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from megatron_recursive.pipeline.ring_schedule import microbatch_group_size
 from megatron_recursive.plan import RecursionPlan
 
 FORWARD, BACKWARD = 0, 1
+COLUMN_SAMPLES = 17
 Progress = Callable[[float], None]
 
 
@@ -141,16 +141,18 @@ class Timeline:
             rows.append(torch.where((start[at] <= times) & (times < end[at]), code[at], 0).tolist())
         return rows
 
-    def boxes(self, rank: int, columns: int = 2000) -> list[tuple[float, float, int]]:
-        """(start, end, code) to draw a rank with: all of its operations, or what is seen in that many columns."""
+    def boxes(self, rank: int, columns: int = 1000) -> list[tuple[float, float, int]]:
+        """(start, end, code) to draw a rank with: its operations, or, of too many, the busy share of each column."""
         start, end, code = self.spans(rank)
-        if len(code) <= columns:
+        if len(code) <= 2 * columns:
             return list(zip(start.tolist(), end.tolist(), code.tolist(), strict=True))
-        (row,), width, found = self.sample([rank], columns), self.makespan / columns, []
-        for value, run in groupby(enumerate(row), key=itemgetter(1)):
-            at = [column for column, _ in run]
-            if value:
-                found.append((at[0] * width, (at[-1] + 1) * width, value))
+        (row,), width = self.sample([rank], COLUMN_SAMPLES * columns), self.makespan / columns
+        found: list[tuple[float, float, int]] = []
+        for column in range(columns):
+            counts = Counter(filter(None, row[column * COLUMN_SAMPLES : (column + 1) * COLUMN_SAMPLES]))
+            if counts:
+                share, most = counts.total() / COLUMN_SAMPLES, counts.most_common(1)[0][0]
+                found.append((column * width, (column + share) * width, most))
         return found
 
 

@@ -58,6 +58,7 @@ def report_text(report: dict[str, Any]) -> str:
     names = {"neighbours": "each stage to the next", "last to first": "last stage to first"}
     for where, n in report["messages"].items():
         lines.append(f"{names[where]:<32}{n['forward']:>10}{n['backward']:>12}{n['zero answers']:>24}")
+    lines += ["", f"simulated in {report['seconds']:.1f} s"]
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("numpy", "pyarrow", "tokenizers", "transformers", "tqdm", "megatron.core.datasets"),
     "losses": (f"{OURS}.plan", "torch", "megatron.core"),
     "models": (f"{OURS}.plan", f"{OURS}.losses", "torch", "megatron.core"),
-    "pipeline": (f"{OURS}.plan", f"{OURS}.models", "torch", "megatron.core"),
+    "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "training": (
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "pipeline")),
         "torch", "megatron.core", "megatron.training",
