@@ -332,8 +332,8 @@ def ring_forward_backward(
     if num_microbatches < stages or plan.num_passes < 2:
         raise UserError(
             f"A recursion of {plan.num_passes} passes over --pipeline-model-parallel-size {stages} with "
-            f"{num_microbatches} micro-batches a step cannot be scheduled; it needs two passes or more, and at least as "
-            "many micro-batches as stages (raise --global-batch-size)."
+            f"{num_microbatches} micro-batches a step cannot be scheduled; it needs two passes or more, and at least "
+            "as many micro-batches as stages (raise --global-batch-size)."
         )
     two = inner.pipeline_phases == "two"
     if inner.pipeline_phases == "auto":
