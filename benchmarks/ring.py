@@ -223,8 +223,8 @@ def main() -> None:
         "# The ring on two cores",
         "",
         f"`python benchmarks/ring.py --rounds {args.rounds}` at commit {commit.strip()}: {size}, one thread a rank; "
-        "medians. Waiting: the longest time that a rank spends in point-to-point messages, bubbles included. What else "
-        "is missing to the simulated speed-up is compute: gloo's own threads share the two cores with the ranks.",
+        "medians. Waiting: the longest time that a rank spends in point-to-point messages, bubbles included. The rest "
+        "of what is missing to the simulated speed-up is compute that takes longer than half of one stage's.",
         "",
         "| plan | one stage | two stages | waiting | speed-up | simulated | measured / simulated |",
         "|---|---|---|---|---|---|---|",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plots.metrics_file import read_records
+from megatron_recursive.plots.picture import save_picture
 
 DRAWN = ("train", "valid")
 LOSSES = ("lm loss", "halt loss", "total loss")
@@ -74,7 +73,7 @@ def plot_loss_curve(metrics_file: str | Path, output: str | Path | None = None) 
             axis.grid(alpha=0.3)
             axis.legend(fontsize="small", frameon=False)
         figure.suptitle(str(metrics_file), fontsize="medium")
-        _save(figure, output)
+        save_picture(figure, output, dpi=150)
     finally:
         pyplot.close(figure)
     return output
@@ -135,16 +134,3 @@ def _blocks(curves: Curves, metric: str, kinds: tuple[str, ...]) -> dict[int, Cu
         if found:
             return dict(sorted(found.items()))
     return {}
-
-
-def _save(figure: Any, output: Path) -> None:
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, format=output.suffix[1:], dpi=150)
-        os.replace(partial, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output} ({error.strerror}); choose another --output") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plots.picture import save_picture
 
 FORMATS = ("png", "pdf", "svg")
 EXACT_COLUMNS, SAMPLED_COLUMNS = 160, 120
@@ -94,7 +93,7 @@ def plot_timeline(
                              edgecolors="white", linewidth=edge)  # fmt: skip
         _axes(axis, ranks, max(end for row in rows for _, end, _ in row), title)
         figure.legend(handles=_legend(plan), loc="outside lower center", ncols=8, fontsize="small", frameon=False)
-        _save(figure, output)
+        save_picture(figure, output, dpi=110)
     finally:
         pyplot.close(figure)
     return output
@@ -126,16 +125,3 @@ def _legend(plan: RecursionPlan) -> list[Any]:
     handles = [Patch(color=_color(k + 1, plan), label=f"forward of pass {k + 1}") for k in shown]
     handles += [Patch(color=_color(-k - 1, plan), label=f"backward of pass {k + 1}") for k in grad]
     return [*handles, Patch(color="#eeeeee", label="idle")]
-
-
-def _save(figure: Any, output: Path) -> None:
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, format=output.suffix[1:], dpi=110)
-        os.replace(partial, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output} ({error.strerror}); choose another --output") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
