@@ -55,6 +55,9 @@ say "5/5 summary"
 step python tools/summarize_run.py --metrics "$run/checkpoints/metrics.jsonl"
 cat <<TEXT
 
+steps:  each is a command of its own, printed above after a $: tools/build_corpus.py, tools/train_tokenizer.py,
+        tools/preprocess_data.py, examples/recursive_gpt/pretrain_recursive_gpt.py (twice: train, resume),
+        tools/plot_metrics.py, tools/summarize_run.py
 files:  checkpoints and metrics.jsonl in $run/checkpoints, curves in $run/loss_curve.png,
         TensorBoard events in $run/tensorboard, corpus and tokens in $run/data, tokenizer in $run/tokenizer
 next:   tensorboard --logdir $run/tensorboard
