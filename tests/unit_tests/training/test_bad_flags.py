@@ -49,7 +49,7 @@ VALUES = [
     ("--state-init ones", "--state-init: invalid choice"),
     ("--hidden-size wide", "--hidden-size: invalid int value: 'wide'"),
     ("--no-such-flag 3", "--no-such-flag"),
-    ("--disable-recursive-refinement --embedding-multiplier 2", "--embedding-multiplier 2 together with"),
+    ("--disable-recursive-refinement --embedding-multiplier 2", "--embedding-multiplier 2.0 belongs to a recursion"),
     ("--hidden-size 33", "--hidden-size 33 is not divisible by --num-attention-heads 4"),
     ("--num-layers 0", "--num-layers is 0; give a positive number"),
     ("--group-query-attention --num-query-groups 3", "--num-query-groups 3 must divide"),
