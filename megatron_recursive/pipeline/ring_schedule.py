@@ -27,7 +27,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.models.recursion_state import RecursionState, initial_output
 from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
 from megatron_recursive.pipeline.autograd import InjectLoss, JoinLeafGradient
-from megatron_recursive.plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan import DecoderPass
 
 
 @dataclass
@@ -175,7 +175,7 @@ class RingStep:
         state, plan = batch.state, self.plan
         if received is not None:
             state.update(plan.passes[decoder_pass.index - 1], received)
-        if self.train and decoder_pass is next(p for p in plan.grad_passes if "input" in p.reads):
+        if self.train and decoder_pass is plan.first_input_gradient:
             leaf = state.values["input"]
             state.values["input"] = JoinLeafGradient.apply(batch.embedding, leaf)
             hidden = state.gather(decoder_pass)
@@ -195,7 +195,7 @@ class RingStep:
             return received
         gets_gradient = decoder_pass.grad
         if self.model.pre_process:
-            gets_gradient = feeds_gradient(self.plan, self.plan.passes[decoder_pass.index - 1])
+            gets_gradient = self.plan.feeds_gradient(self.plan.passes[decoder_pass.index - 1])
         if gets_gradient:
             return received
         if self.zeros is None:
@@ -267,20 +267,6 @@ class Handover:
         for request, _ in self.sending:
             request.wait()
         self.sending.clear()
-
-
-def feeds_gradient(plan: RecursionPlan, sender: DecoderPass) -> bool:
-    """Whether a pass with gradient reads what ``sender`` computed, before it is cut from the graph or replaced."""
-    if not sender.grad:
-        return False
-    for later in plan.passes[sender.index + 1 :]:
-        if later.cuts_states:
-            return False
-        if sender.target in later.reads:
-            return True
-        if sender.target == later.target:
-            return False
-    return False
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

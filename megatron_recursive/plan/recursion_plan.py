@@ -137,6 +137,24 @@ class RecursionPlan:
         return tuple(p for p in self.passes if p.grad)
 
     @cached_property
+    def first_input_gradient(self) -> DecoderPass | None:
+        """The first pass with gradient that reads the input: the embedding's gradient is complete behind it."""
+        return next((p for p in self.grad_passes if "input" in p.reads), None)
+
+    def feeds_gradient(self, sender: DecoderPass) -> bool:
+        """Whether a pass with gradient reads what ``sender`` computed, before it is cut from the graph or replaced."""
+        if not sender.grad:
+            return False
+        for later in self.passes[sender.index + 1 :]:
+            if later.cuts_states:
+                return False
+            if sender.target in later.reads:
+                return True
+            if sender.target == later.target:
+                return False
+        return False
+
+    @cached_property
     def has_halting(self) -> bool:
         return any(p.halt_weight > 0 for p in self.passes)
 
