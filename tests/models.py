@@ -60,6 +60,7 @@ class Layout:
         ddp: arguments of DistributedDataParallelConfig.
         stages: arguments of TransformerConfig that say which stage holds which layers.
         phases: of the ring.
+        recompute_passes: replay passes in the backward.
     """
 
     tp: int = 1
@@ -68,6 +69,7 @@ class Layout:
     pp: int = 1
     stages: Mapping[str, Any] = field(default_factory=dict)
     phases: str = "auto"
+    recompute_passes: bool = False
 
 
 @dataclass
@@ -154,7 +156,7 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         **arguments,
     )  # fmt: skip
-    model.pipeline_phases = layout.phases
+    model.pipeline_phases, model.recompute_passes = layout.phases, layout.recompute_passes
     if known_weights:
         fill_weights(model)
     return model

@@ -57,7 +57,7 @@ class RecursionState:
             for name in ("output", "latent"):
                 self.values[name] = self.values[name].detach()
         first, *others = (self.values[name] for name in decoder_pass.reads)
-        total = first
+        total = first.view_as(first)  # a tensor of its own also where nothing is added: a ring frees states
         for other in others:
             total = total + other
         if torch.is_grad_enabled() and not total.requires_grad:

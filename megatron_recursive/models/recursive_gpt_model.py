@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
@@ -52,6 +53,7 @@ class RecursiveGPTModel(GPTModel):
     """
 
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
+    recompute_passes: bool = False  # keep the input of a pass only, and replay it in the backward
 
     def __init__(
         self, *args: Any, recursion: RecursionConfig, plan: RecursionPlan | None = None, **kwargs: Any
@@ -84,7 +86,17 @@ class RecursiveGPTModel(GPTModel):
     def decode(self, hidden_SBH: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """One pass through the layers of this stage. Off the first stage the decoder reads its own input tensor."""
         _, rotary, *_ = self._preprocess(input_ids=None, position_ids=None, decoder_input=hidden_SBH)
-        return self.decoder(hidden_states=hidden_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary)
+
+        def layers(given_SBH: Tensor | None) -> Tensor:
+            if not self.pre_process:
+                self.decoder.set_input_tensor(given_SBH)
+            return self.decoder(hidden_states=given_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary)
+
+        # Given as an argument: what the decoder holds by the time of the replay belongs to another pass.
+        given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor
+        if self.recompute_passes and torch.is_grad_enabled():
+            return tensor_parallel.checkpoint(layers, False, given_SBH)
+        return layers(given_SBH)
 
     def read_block(self, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor) -> BlockReadout:
         """Ask the heads about the output state after a block.

@@ -37,6 +37,7 @@ class MicroBatch:
     inputs: dict[str, Any]
     loss_func: Callable[..., Any] | None = None
     state: RecursionState | None = None  # stage 0
+    received: dict[str, Tensor] = field(default_factory=dict)  # stage 0: what the schedule sent, by state
     embedding: Tensor | None = None  # stage 0: with its graph; the state reads a leaf
     before: Tensor | None = None  # last stage: the output state before the block, detached
     readouts: list[BlockReadout] = field(default_factory=list)  # last stage
@@ -144,12 +145,13 @@ class RingStep:
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask,
                   "labels": labels, "loss_mask": loss_mask}  # fmt: skip
         batch = self.micro_batches.setdefault(view.micro_batch, MicroBatch(inputs))
-        received = self._answer(view.received, decoder_pass)
+        sent, received = view.received, self._answer(view.received, decoder_pass)
         view.set_input_tensor(None)
         if model.pre_process and decoder_pass is self.passes[0] and decoder_pass.index > 0:
             received = self.handover.receive(batch)
         with torch.set_grad_enabled(self.train and decoder_pass.grad):
             hidden = self._stage_input(batch, decoder_pass, received) if model.pre_process else None
+            self._free_superseded(batch, decoder_pass, sent)
             model.decoder.set_input_tensor(None if model.pre_process else received)
             output: Tensor | RecursiveOutput = model.decode(hidden, attention_mask)
             model.decoder.set_input_tensor(None)
@@ -183,8 +185,30 @@ class RingStep:
         else:
             hidden = state.gather(decoder_pass)
         if decoder_pass is self.plan.passes[-1]:
+            if self.train:
+                batch.received["input"] = state.values["input"]
             batch.state = batch.embedding = None
+        elif decoder_pass is self.passes[-1]:  # the handover brings the next value of this state
+            state.values.pop(decoder_pass.target)
         return hidden
+
+    def _free_superseded(self, batch: MicroBatch, decoder_pass: DecoderPass, sent: Tensor | None) -> None:
+        """Sums keep nothing of what they add: the data of a state goes with its next value, its gradient comes later.
+
+        The schedule holds on to what was sent until the backward of the pass.
+        """
+        if not self.model.pre_process or not self.train:
+            return
+        done = []
+        if sent is not None:
+            target = self.plan.passes[decoder_pass.index - 1].target
+            done = [batch.received.get(target)]
+            batch.received[target] = sent
+        if decoder_pass is self.plan.passes[-1]:
+            done += batch.received.values()
+        for tensor in done:
+            if tensor is not None and tensor.grad is None:
+                tensor.data = tensor.new_empty(1).expand_as(tensor)
 
     def _answer(self, received: Tensor | None, decoder_pass: DecoderPass) -> Tensor | None:
         """A received tensor that gets no gradient must still be answered on the way back, or its sender waits for ever.

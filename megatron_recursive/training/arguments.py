@@ -76,6 +76,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "schedule (one); auto takes the one that is faster by simulation.",
     )
     group.add_argument(
+        "--recompute-passes", action="store_true",
+        help="Keep only the input of each pass with gradient and replay the pass in the backward: one hidden tensor a "
+        "pass instead of all activations. May be combined with --recompute-granularity.",
+    )
+    group.add_argument(
         "--metrics-file", metavar="FILE",
         help="Append every logged and evaluated metric to this file, a JSON object a line "
         "(default: metrics.jsonl in --save).",

@@ -28,6 +28,7 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     builder: ClassVar[str] = "megatron_recursive.training.model_provider.RecursiveGPTModelBuilder"
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     pipeline_phases: str = "auto"
+    recompute_passes: bool = False
 
     @property
     def plan(self) -> RecursionPlan:
@@ -69,6 +70,7 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
             recursion=config.recursion,
         )
         model.pipeline_phases = config.pipeline_phases
+        model.recompute_passes = config.recompute_passes
         return model
 
 
@@ -94,6 +96,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
     config.pipeline_phases = args.pipeline_phases
+    config.recompute_passes = args.recompute_passes
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
     return config

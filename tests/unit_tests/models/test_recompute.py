@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,10 @@ HOW: dict[str, dict[str, Any]] = {
     "full-both-layers": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "passes": {"passes": True},
+    "passes-and-layers": {
+        "passes": True, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+    },
 }
 RECURSIONS: dict[str, dict[str, Any]] = {
     "detach": {},
@@ -26,10 +31,16 @@ RECURSIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def train_how(case: Case, options: dict[str, Any], layout: Layout) -> Training:
+    options = {**options}
+    layout = replace(layout, recompute_passes=options.pop("passes", False))
+    return train(replace(case, transformer={**case.transformer, **options}), layout)
+
+
 def train_all(dropout: float, layout: Layout) -> dict[tuple[str, str], Training]:
     base = {"hidden_dropout": dropout, "attention_dropout": dropout}
     return {
-        (name, how): train(Case(recursion, transformer={**base, **options}, micro_batches=2), layout)
+        (name, how): train_how(Case(recursion, transformer=base, micro_batches=2), options, layout)
         for name, recursion in RECURSIONS.items()
         for how, options in HOW.items()
     }
@@ -71,10 +82,8 @@ BLIND_START = RecursionPlan(
 
 
 def train_blind_start() -> dict[str, Training]:
-    return {
-        how: train(Case(plan=BLIND_START, transformer=options, micro_batches=2), Layout())
-        for how, options in HOW.items()
-    }
+    case = Case(plan=BLIND_START, micro_batches=2)
+    return {how: train_how(case, options, Layout()) for how, options in HOW.items()}
 
 
 def test_recompute_of_a_pass_whose_input_carries_no_gradient() -> None:

@@ -149,6 +149,8 @@ FREE_PASSES = [name for name, case in CASES.items() if case.plan in (None, SUPER
                and case.recursion.get("detach_between_refinements", True) and name != "two-passes"]  # fmt: skip
 ON_TENSOR_PARALLEL = ("detach", "full-untied", "none-trunc-normal-untied", "supervised-cut", "halting-agrees-none")
 ON_TWO_PHASES = ("2-micro-batches", "5-micro-batches", "supervised-after-free", "blind-start", "one-pass-with-gradient")
+ON_REPLAYED_PASSES = ("detach", "full", "none-trunc-normal-full", "supervised-cut", "supervised-scaled", "llama-like",
+                      "5-micro-batches-full", "documents-full", "blind-start", "unread")  # fmt: skip
 ON_DATA_PARALLEL = ("detach", "full", "supervised-cut", "supervised-per-token", "none-trunc-normal-untied")
 
 # Layout -> (number of ranks, layout, cases).
@@ -156,12 +158,17 @@ LAYOUTS: dict[str, tuple[int, Layout, list[str]]] = {
     "pp2": (2, Layout(pp=2), [*CASES]),
     "pp2-one-phase": (2, Layout(pp=2, phases="one"), FREE_PASSES),
     "pp2-two-phases": (2, Layout(pp=2, phases="two"), [*ON_TWO_PHASES]),
+    "pp2-recompute-passes": (2, Layout(pp=2, recompute_passes=True), [*ON_REPLAYED_PASSES]),
     "pp2-overlap-grad-reduce": (2, Layout(pp=2, ddp=BUCKETS), SEVERAL_STEPS),
     "pp2-first-1": (2, Layout(pp=2, stages={"num_layers_in_first_pipeline_stage": 1}), [*THREE_LAYER_CASES]),
     "pp2-last-1": (2, Layout(pp=2, stages={"num_layers_in_last_pipeline_stage": 1}), [*THREE_LAYER_CASES]),
     "pp4": (4, Layout(pp=4), [*FOUR_LAYER_CASES]),
+    "pp4-recompute-passes": (4, Layout(pp=4, recompute_passes=True), ["4-layers-full-untied",
+                                                                      "4-layers-6-micro-batches-recompute"]),
+    "pp2-tp2-sp-recompute-passes": (4, Layout(tp=2, pp=2, sequence_parallel=True, recompute_passes=True),
+                                    ["full-untied", "supervised-cut"]),
     "pp2-tp2": (4, Layout(tp=2, pp=2), [*ON_TENSOR_PARALLEL]),
     "pp2-tp2-sp": (4, Layout(tp=2, pp=2, sequence_parallel=True), [*ON_TENSOR_PARALLEL]),
     "pp2-dp2": (4, Layout(pp=2, ddp=OVERLAP), [*ON_DATA_PARALLEL]),
     "pp2-dp2-two-phases": (4, Layout(pp=2, ddp=OVERLAP, phases="two"), ["detach", "none-trunc-normal-untied"]),
-}
+}  # fmt: skip

@@ -19,24 +19,31 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"recursion": FULL},
     "supervised": {"plan": SUPERVISED_HALTING},
 }
-RECOMPUTES = {"none": {}, "full": FULL_RECOMPUTE, "selective": SELECTIVE_RECOMPUTE}
-PP2 = Layout(pp=2)
+PP2, PASSES = Layout(pp=2), Layout(pp=2, recompute_passes=True)
+Variants = dict[str, tuple[dict[str, Any], Layout]]
+RECOMPUTES: Variants = {
+    "none": (DROPOUT, PP2),
+    "full": ({**DROPOUT, **FULL_RECOMPUTE}, PP2),
+    "selective": ({**DROPOUT, **SELECTIVE_RECOMPUTE}, PP2),
+    "passes": (DROPOUT, PASSES),
+    "passes-and-layers": ({**DROPOUT, **FULL_RECOMPUTE}, PASSES),
+}
 
 
-def train_each(transformers: dict[str, dict[str, Any]], layout: Layout) -> dict[tuple[str, str], Training]:
+def train_each(variants: Variants) -> dict[tuple[str, str], Training]:
     return {
         (kind, name): train(Case(**arguments, transformer=transformer), layout)
         for kind, arguments in KINDS.items()
-        for name, transformer in transformers.items()
+        for name, (transformer, layout) in variants.items()
     }
 
 
 @cache
 def with_dropout() -> list[dict[tuple[str, str], Training]]:
-    return run_distributed(train_each, 2, {k: {**DROPOUT, **v} for k, v in RECOMPUTES.items()}, PP2, timeout=120)
+    return run_distributed(train_each, 2, RECOMPUTES, timeout=120)
 
 
-@pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.parametrize("how", [how for how in RECOMPUTES if how != "none"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_recompute_repeats_the_dropout_masks(kind: str, how: str) -> None:
     """At one seed, recompute changes no gradient."""
@@ -48,7 +55,8 @@ def test_recompute_repeats_the_dropout_masks(kind: str, how: str) -> None:
 
 @cache
 def precisions(stages: int) -> list[dict[tuple[str, str], Training]]:
-    return run_distributed(train_each, stages, {"bf16": {"bf16": True}, "fp32": {}}, Layout(pp=stages), timeout=120)
+    layout = Layout(pp=stages)
+    return run_distributed(train_each, stages, {"bf16": ({"bf16": True}, layout), "fp32": ({}, layout)}, timeout=120)
 
 
 @pytest.mark.parametrize("kind", KINDS)
