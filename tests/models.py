@@ -29,7 +29,7 @@ class Case:
     Attributes:
         recursion: knobs that differ from the defaults of this file (T=2, n=2, embedding multiplier 1 / 0.15).
         plan: a plan of one's own, instead of the one that the knobs give.
-        transformer, model: arguments of TransformerConfig and of the model that differ.
+        transformer, model, norms: arguments of TransformerConfig, of the model and of NormLayout that differ.
         micro_batches: of all data-parallel ranks together.
         optimizer: arguments of OptimizerConfig; None takes no optimizer step.
         documents: give an explicit attention mask that hides earlier documents.
@@ -40,6 +40,7 @@ class Case:
     plan: RecursionPlan | None = None
     transformer: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=dict)
     micro_batches: int = 4
     optimizer: Mapping[str, Any] | None = None
     steps: int = 1
@@ -147,12 +148,14 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
     from megatron.core import parallel_state
 
     from megatron_recursive.models.layer_specs import local_block_spec
+    from megatron_recursive.models.norm_placement import NormLayout
     from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 
     config = transformer_config(case, layout)
     arguments = {"position_embedding_type": "rope", "share_embeddings_and_output_weights": True, **case.model}
     model = RecursiveGPTModel(
-        config, local_block_spec(config), VOCAB, SEQ, recursion=case.resolved_recursion(), plan=case.plan,
+        config, local_block_spec(config, norms=NormLayout(**case.norms)), VOCAB, SEQ,
+        recursion=case.resolved_recursion(), plan=case.plan,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         **arguments,
     )  # fmt: skip
@@ -162,12 +165,17 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
     return model
 
 
-def build_wrapped(case: Case, layout: Layout) -> Any:
-    """The model under Float16Module (bf16 only) and Megatron's DDP, wired to the schedule as in Megatron's training."""
+def build_wrapped(case: Case, layout: Layout, *, start: bool = True) -> Any:
+    """The model under Float16Module (bf16 only) and Megatron's DDP, wired to the schedule as in Megatron's training.
+
+    ``start`` begins with new process groups. Gloo's are slow to make and never given back: a job of many cases of one
+    layout starts once.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.module import Float16Module
 
-    start_parallel(layout.tp, layout.pp)
+    if start:
+        start_parallel(layout.tp, layout.pp)
     model = build_model(case, layout)
     config = model.config
     if config.bf16:

@@ -10,7 +10,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "RECURSIVE_GPT_IMPLEMENTATION_GUIDE.md", "CONTRIBUTING.md")
+DOCUMENTS = (
+    "README.md", "RECURSIVE_GPT_IMPLEMENTATION_GUIDE.md", "CONTRIBUTING.md", "examples/recursive_gpt/README.md",
+)  # fmt: skip
 QUOTE = re.compile(r"(<!-- quote (?P<file>[\w./]+):(?P<name>\w+) -->\n)(```python\n.*?\n```\n)?", re.DOTALL)
 
 

@@ -1,6 +1,10 @@
-"""Parameters and FLOPs of a recursive model, computed from its shape and its plan without building it."""
+"""Parameters, FLOPs and memory of a recursive model, computed from its shape and its plan without building it."""
 
 from megatron_recursive.accounting.flops import FlopsPerToken, flops_per_token
+from megatron_recursive.accounting.memory import Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.accounting.params import ModelShape, ParameterCount, count_parameters
 
-__all__ = ["FlopsPerToken", "ModelShape", "ParameterCount", "count_parameters", "flops_per_token"]
+__all__ = [
+    "FlopsPerToken", "ModelShape", "ParameterCount", "Recording", "StageMemory", "StateBytes", "count_parameters",
+    "flops_per_token", "stage_memory",
+]  # fmt: skip

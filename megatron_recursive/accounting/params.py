@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_recursive.plan import RecursionPlan
@@ -9,7 +10,10 @@ from megatron_recursive.plan import RecursionPlan
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The dimensions of a dense GPT, in the names of Megatron's flags; ``vocab_size`` is the padded one."""
+    """The dimensions of a dense GPT, in the names of Megatron's flags; ``vocab_size`` is the padded one.
+
+    ``norms_per_layer`` counts those over the hidden size; ``qk_norm_full`` norms queries and keys over all heads.
+    """
 
     num_layers: int
     hidden_size: int
@@ -25,7 +29,9 @@ class ModelShape:
     linear_bias: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_full: bool = False
     norm_bias: bool = True
+    norms_per_layer: int = 2
 
     @property
     def query_size(self) -> int:
@@ -62,13 +68,15 @@ def count_parameters(shape: ModelShape, plan: RecursionPlan) -> ParameterCount:
     norm = hidden * (2 if shape.norm_bias else 1)
     fc1_rows = ffn * (2 if shape.gated_linear_unit else 1)
     qkv_rows = shape.query_size + shape.key_value_size
-    layer = hidden * qkv_rows + shape.query_size * hidden + hidden * fc1_rows + ffn * hidden + 2 * norm
+    layer = hidden * qkv_rows + shape.query_size * hidden + hidden * fc1_rows + ffn * hidden
+    layer += shape.norms_per_layer * norm
     if shape.linear_bias:
         layer += qkv_rows + hidden + fc1_rows + hidden
     elif shape.qkv_bias:
         layer += qkv_rows
     if shape.qk_norm:
-        layer += 2 * shape.kv_channels * (2 if shape.norm_bias else 1)
+        widths = shape.query_size + shape.key_value_size // 2 if shape.qk_norm_full else 2 * shape.kv_channels
+        layer += widths * (2 if shape.norm_bias else 1)
     return ParameterCount(
         embedding=(shape.vocab_size + shape.learned_positions) * hidden,
         layers=shape.num_layers * layer,
@@ -77,3 +85,31 @@ def count_parameters(shape: ModelShape, plan: RecursionPlan) -> ParameterCount:
         halting_head=hidden + 1 if plan.has_halting else 0,
         num_passes=plan.num_passes,
     )
+
+
+def tensor_parallel_parameters(
+    shape: ModelShape, plan: RecursionPlan, tensor_parallel: int, layers_per_stage: Sequence[int]
+) -> list[float]:
+    """The parameters that a rank of each pipeline stage holds.
+
+    Norms, biases behind row-parallel layers, position embeddings and the halting head are held by every tensor-parallel
+    rank. A tied embedding is held on the first and on the last stage.
+    """
+    counted = count_parameters(shape, plan)
+    norm = counted.final_norm
+    replicated = shape.norms_per_layer * norm + (2 * shape.hidden_size if shape.linear_bias else 0)
+    if shape.qk_norm and not shape.qk_norm_full:
+        replicated += 2 * shape.kv_channels * (2 if shape.norm_bias else 1)
+    layer = counted.layers // shape.num_layers
+    words, positions = shape.vocab_size * shape.hidden_size, shape.learned_positions * shape.hidden_size
+    stages = []
+    for stage, layers in enumerate(layers_per_stage):
+        is_first, is_last = stage == 0, stage == len(layers_per_stage) - 1
+        size = layers * ((layer - replicated) / tensor_parallel + replicated)
+        if is_first:
+            size += words / tensor_parallel + positions
+        if is_last:
+            own_head = not shape.tied_embeddings or not is_first
+            size += norm + counted.halting_head + (words / tensor_parallel if own_head else 0)
+        stages.append(size)
+    return stages

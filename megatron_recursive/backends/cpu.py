@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.utils._device  # not imported by torch itself
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ def install() -> bool:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it under tensor parallelism
     _patch_cuda_module()
     _patch_tensor_methods()
+    # "with torch.device(...)" knows factories by identity, from a table that is made once: it must hold the originals.
+    torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in ("empty", "full", "ones", "tensor", "zeros"):

@@ -26,11 +26,11 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
             target.parent.mkdir(parents=True, exist_ok=True)
         yield partials
         for partial in partials:
-            _sync(partial)
+            sync(partial)
         for partial, target in zip(partials, targets, strict=True):
             os.replace(partial, target)
     except OSError as error:
-        raise _cannot_write(targets[0], error) from error
+        raise cannot_write(targets[0], error) from error
     finally:
         for partial in partials:
             with suppress(OSError):
@@ -56,7 +56,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         else:
             os.rename(partial, target)
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -66,11 +66,12 @@ def _partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial-{os.getpid()}")
 
 
-def _sync(path: Path) -> None:
-    # Without it a power cut after the rename can leave a complete-looking name on an empty file.
+def sync(path: Path) -> None:
+    """Wait until a file is on disk: a power cut after a rename could else leave the final name on an empty file."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
 
-def _cannot_write(target: Path, error: OSError) -> UserError:
+def cannot_write(target: Path, error: OSError) -> UserError:
+    """The sentence for an output that cannot be written."""
     return UserError(f"cannot write {target} ({error.strerror or error}); choose another --output or mend that one")

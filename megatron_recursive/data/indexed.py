@@ -5,17 +5,11 @@ from __future__ import annotations
 import logging
 import struct
 import warnings
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from megatron_recursive.data.files import replacing
-from megatron_recursive.data.progress import Progress
-from megatron_recursive.data.readers import find_input_files, iter_documents, total_bytes
-from megatron_recursive.data.tokenizer import encode_documents, id_range, load_tokenizer
 from megatron_recursive.errors import UserError
 
 # Layout of an .idx (megatron/core/datasets/indexed_dataset.py): magic, version, type code, sequences, documents; then
@@ -24,64 +18,6 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 _REMOTE = ("s3://", "msc://")
-
-
-@dataclass(frozen=True)
-class IndexedSummary:
-    """What :func:`preprocess` wrote; tokens include the end-of-document tokens."""
-
-    bin_file: Path
-    idx_file: Path
-    documents: int
-    tokens: int
-
-
-def preprocess(
-    inputs: Sequence[str | Path],
-    prefix: str | Path,
-    tokenizer_folder: str | Path,
-    json_key: str = "text",
-    workers: int = 1,
-    append_eod: bool = True,
-) -> IndexedSummary:
-    """Tokenize documents into ``PREFIX.bin`` and ``PREFIX.idx``; the files do not depend on ``workers``.
-
-    ``.idx`` is renamed into place last, so that its presence proves the pair complete.
-
-    Raises:
-        UserError: an input is missing, empty or malformed, the tokenizer is missing or has no end-of-document token,
-            or the files cannot be written.
-    """
-    bin_file, idx_file = _output_files(str(prefix))
-    if workers < 1:
-        raise UserError(f"--workers {workers} is not a number of processes; give 1 or more")
-    files = find_input_files(inputs)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    if append_eod and tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {tokenizer_folder} has no eos_token; set one or pass --no-append-eod")
-    suffix = [tokenizer.eos_token_id] if append_eod else []
-    documents = tokens = 0
-    encoded = encode_documents(iter_documents(files, json_key), tokenizer, workers)
-    with closing(encoded), replacing(bin_file, idx_file) as (partial_bin, partial_idx):
-        # Read and encode something first: a mistake in the first lines is then reported before the slow import.
-        first = next(encoded, None)
-        if first is None:
-            raise UserError(f"--input {' '.join(map(str, inputs))} holds no text; name files with documents in them")
-        megatron = _megatron_indexed_dataset()
-        dtype = megatron.DType.optimal_dtype(id_range(tokenizer))
-        builder = megatron.IndexedDatasetBuilder(str(partial_bin), dtype=dtype)
-        with Progress("encoding", total_bytes(files)) as progress:
-            for batch in chain([first], encoded):
-                for ids in batch.ids:
-                    if ids:
-                        builder.add_document(ids + suffix, [len(ids + suffix)])
-                        documents += 1
-                        tokens += len(ids + suffix)
-                progress.advance(len(batch.ids), batch.size)
-        builder.finalize(str(partial_idx))
-        # An old .idx must not stand beside a new .bin, not even for a moment.
-        idx_file.unlink(missing_ok=True)
-    return IndexedSummary(bin_file, idx_file, documents, tokens)
 
 
 def check_indexed_dataset(prefix: str | Path) -> None:
@@ -140,22 +76,20 @@ def _mend_missing(prefix: str, again: str) -> str:
     return f"mend the path, or {again}"
 
 
-def _output_files(prefix: str) -> tuple[Path, Path]:
-    for suffix in (".bin", ".idx"):
-        if prefix.endswith(suffix):
-            raise UserError(f"--output {prefix} is a file name; give the prefix without {suffix}")
-    if prefix.endswith("/"):
-        raise UserError(f"--output {prefix} is a folder; give a prefix in it, such as {prefix}train")
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+def megatron_indexed_dataset() -> ModuleType:
+    """Megatron's module; importing it takes ten seconds, so that it is done late."""
+    with quiet_megatron():
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
 
 
-def _megatron_indexed_dataset() -> ModuleType:
-    # Imported late (it takes ten seconds) and quietly: it warns of GPU libraries that nothing here uses.
+@contextmanager
+def quiet_megatron() -> Iterator[None]:
+    """Keep back what Megatron says of GPU libraries and process groups, which nothing here uses."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from megatron.core.datasets import indexed_dataset
+            yield
     finally:
         logging.disable(logging.NOTSET)
-    return indexed_dataset

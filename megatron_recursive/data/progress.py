@@ -8,16 +8,21 @@ from types import TracebackType
 
 
 class Progress:
-    """Shows bytes read, documents, rate and time left on stderr.
+    """Shows bytes and documents read, their rates, and the time left, on stderr.
 
     Args:
         label: the first word of the bar or line, such as ``encoding``.
         total_bytes: bytes that will be read in all.
         interval_s: seconds between two plain lines, when stderr is no terminal.
+        done_bytes: bytes that were read by an earlier run; they do not count in the rates.
+        things: what is counted beside the bytes.
     """
 
-    def __init__(self, label: str, total_bytes: int, interval_s: float = 10.0) -> None:
-        self.label, self.total_bytes, self.interval_s = label, total_bytes, interval_s
+    def __init__(
+        self, label: str, total_bytes: int, interval_s: float = 10.0, done_bytes: int = 0, things: str = "documents"
+    ) -> None:
+        self.things = things
+        self.label, self.total_bytes, self.interval_s, self.done_bytes = label, total_bytes, interval_s, done_bytes
         self.documents = self.bytes = 0
         self._bar = None
 
@@ -26,7 +31,9 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.total_bytes, desc=self.label, unit="B", unit_scale=True)
+            self._bar = tqdm(
+                total=self.total_bytes, initial=self.done_bytes, desc=self.label, unit="B", unit_scale=True
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -38,18 +45,25 @@ class Progress:
         self.documents += documents
         self.bytes += size
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self.documents:,} documents", refresh=False)
+            rate = self.documents / max(time.monotonic() - self._start, 1e-3)
+            self._bar.set_postfix_str(f"{self.documents:,} {self.things}, {rate:,.0f}/s", refresh=False)
             self._bar.update(size)
         elif time.monotonic() - self._shown >= self.interval_s:
             self._shown = time.monotonic()
             self._print_line()
 
     def _print_line(self) -> None:
-        rate = self.bytes / (self._shown - self._start)
-        left = max(self.total_bytes - self.bytes, 0) / rate if rate else 0.0
+        seconds = self._shown - self._start
+        rate = self.bytes / seconds
+        if not rate:
+            print(f"{self.label}: starting", file=sys.stderr, flush=True)
+            return
+        left = max(self.total_bytes - self.done_bytes - self.bytes, 0) / rate
         print(
-            f"{self.label}: {self.bytes / 1e6:.1f} of {self.total_bytes / 1e6:.1f} MB, {self.documents:,} documents, "
-            f"{rate / 1e6:.2f} MB/s, {int(left) // 60}:{int(left) % 60:02d} left",
+            f"{self.label}: {(self.done_bytes + self.bytes) / 1e6:.1f} of {self.total_bytes / 1e6:.1f} MB, "
+            f"{self.documents:,} {self.things}, {self.documents / seconds:,.0f} {self.things}/s, "
+            f"{rate / 1e6:.2f} MB/s, "
+            f"{int(left) // 60}:{int(left) % 60:02d} left",
             file=sys.stderr,
             flush=True,
         )

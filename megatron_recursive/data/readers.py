@@ -1,15 +1,24 @@
-"""Documents of ``.txt`` and ``.jsonl`` files, and of folders of them."""
+"""Documents of .txt, .jsonl and .parquet files; a mistake is named by file and line."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
+from megatron_recursive.data.parquet import read_rows
+from megatron_recursive.data.sources import TEXT_DOCUMENT_BYTES, SourceFile, whole
+from megatron_recursive.data.spans import Span, open_source
 from megatron_recursive.errors import UserError
 
-SUFFIXES = (".jsonl", ".txt")
+Reject = Callable[[UserError], None]
+"""Is given each malformed document; may raise the error, which ends the reading, or count it."""
+
+_CHUNK = 2**18
 
 
 @dataclass(frozen=True)
@@ -20,63 +29,182 @@ class Document:
     size: int
 
 
-def find_input_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Expand folders (recursively, in name order) into the ``.txt`` and ``.jsonl`` files below them.
-
-    Raises:
-        UserError: a path is missing, a file has another suffix, or a folder holds no such file.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            if not found:
-                raise UserError(f"--input {path} holds no .txt or .jsonl file; name a folder or file that does")
-            files += found
-        elif not path.exists():
-            raise UserError(f"--input {path} does not exist; name a .txt or .jsonl file, or a folder of them")
-        elif path.suffix not in SUFFIXES:
-            raise UserError(f"--input {path} is neither .txt nor .jsonl; convert or rename it")
-        else:
-            files.append(path)
-    return files
+def refuse(error: UserError) -> None:
+    """The :data:`Reject` that ends the reading."""
+    raise error
 
 
-def total_bytes(files: Sequence[Path]) -> int:
-    """Size of the files together, in bytes."""
-    return sum(file.stat().st_size for file in files)
-
-
-def iter_documents(files: Sequence[Path], json_key: str = "text") -> Iterator[Document]:
-    """Yield the documents of the files in order: a ``.txt`` file is one document, a ``.jsonl`` line another.
-
-    Documents of white space only are left out.
-
-    Raises:
-        UserError: a file cannot be read, is not UTF-8, or has a line that is no JSON object with a string under
-            ``json_key``; the message names file and line.
-    """
+def iter_documents(files: Sequence[SourceFile], json_key: str = "text", reject: Reject = refuse) -> Iterator[Document]:
+    """Yield the documents of whole files in order; see :func:`read_span`."""
     for file in files:
-        try:
-            documents = _read_jsonl(file, json_key) if file.suffix == ".jsonl" else _read_txt(file)
-            yield from (document for document in documents if document.text.strip())
-        except OSError as error:
-            raise UserError(f"cannot read {file} ({error.strerror}); mend its permissions or leave it out") from error
+        yield from read_span(whole(file), json_key, reject)
 
 
-def _read_txt(file: Path) -> Iterator[Document]:
-    raw = file.read_bytes()
+def read_span(span: Span, json_key: str = "text", reject: Reject = refuse) -> Iterator[Document]:
+    """Yield the documents of a span: a .jsonl line or a .parquet row each, or a .txt file.
+
+    Documents of white space only are left out. What cannot be read, is not UTF-8, or has no string under ``json_key``
+    goes to ``reject`` as an error that names file and line.
+    """
+    if span.path.endswith(".parquet"):
+        pairs = read_rows(span, json_key, reject)
+    elif ".jsonl" in span.path.rpartition("/")[2]:
+        pairs = _read_lines(span, json_key, reject)
+    else:
+        pairs = _read_text(span, reject)
+    for text, size in pairs:
+        if not text.isspace() and text:
+            yield Document(text, size)
+
+
+def _read_lines(span: Span, json_key: str, reject: Reject) -> Iterator[tuple[str, int]]:
+    import orjson
+
+    number = 0
     try:
-        yield Document(raw.decode("utf-8-sig"), len(raw))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 (byte {error.start}); convert it or leave it out") from error
+        with open_source(span.path) as stream:
+            for number, (raw, size, _) in enumerate(_lines(stream, span), start=1):
+                try:
+                    text = orjson.loads(raw)[json_key]
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                if type(text) is str:
+                    yield text, size
+                elif not raw.isspace():
+                    # The slow way tells what is wrong, and takes what only orjson refuses (NaN, a byte order mark).
+                    where = f"{span.path}:{_lines_before(span) + number}"
+                    try:
+                        text = _text_of_line(raw, json_key, where)
+                    except UserError as error:
+                        reject(error)
+                    else:
+                        yield text, size
+    except _UNREADABLE as error:
+        reject(_cannot_read(f"{span.path}:{_lines_before(span) + number + 1}", error))
 
 
-def _read_jsonl(file: Path, json_key: str) -> Iterator[Document]:
-    with open(file, "rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            if raw.strip():
-                yield Document(_text_of_line(raw, json_key, f"{file}:{number}"), len(raw))
+def _read_text(span: Span, reject: Reject) -> Iterator[tuple[str, int]]:
+    """A document is made of the lines that begin in the same ``TEXT_DOCUMENT_BYTES`` of the (unpacked) file."""
+    number, first, end = 0, 1, 0
+    lines: list[bytes] = []
+    size = 0
+
+    def document() -> Iterator[tuple[str, int]]:
+        raw = b"".join(lines)
+        try:
+            yield raw.decode("utf-8-sig"), size
+        except UnicodeDecodeError as error:
+            line = _lines_before(span) + first + raw.count(b"\n", 0, error.start)
+            reject(UserError(f"{span.path}:{line} is not UTF-8; convert the file or leave it out"))
+
+    try:
+        with open_source(span.path) as stream:
+            for number, (raw, taken, position) in enumerate(_lines(stream, span), start=1):
+                if position >= end:
+                    if lines:
+                        yield from document()
+                    lines, size, first = [], 0, number
+                    end = (position // TEXT_DOCUMENT_BYTES + 1) * TEXT_DOCUMENT_BYTES
+                lines.append(raw)
+                size += taken
+            if lines:
+                yield from document()
+    except _UNREADABLE as error:
+        reject(_cannot_read(f"{span.path}:{_lines_before(span) + number + 1}", error))
+
+
+def _lines(stream: BinaryIO, span: Span) -> Iterator[tuple[bytes, int, int]]:
+    """(line with its end, bytes it took on disk, where it begins in the unpacked file) of the span's lines."""
+    packed, position = _unpacked(stream, span.path), span.start
+    if packed is not None:
+        seen = 0
+        for raw in packed:
+            yield raw, stream.tell() - seen, position
+            seen = stream.tell()
+            position += len(raw)
+        return
+    if position:
+        stream.seek(position - 1)
+        position += len(stream.readline()) - 1
+    if position < span.stop:
+        for raw in stream:
+            yield raw, len(raw), position
+            position += len(raw)
+            if position >= span.stop:
+                return
+
+
+def _lines_before(span: Span) -> int:
+    """Lines that begin before the span, counted when an error must name a line."""
+    count, left = 0, span.start
+    with open_source(span.path) as stream:
+        while left > 0 and (chunk := stream.read(min(_CHUNK, left))):
+            count += chunk.count(b"\n")
+            left -= len(chunk)
+            last = chunk[-1:]
+        if span.start and last != b"\n":
+            count += 1
+    return count
+
+
+def _unpacked(stream: BinaryIO, path: str) -> BinaryIO | None:
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
+    if path.endswith(".zst"):
+        return io.BufferedReader(_Zstandard(stream), _CHUNK)
+    return None
+
+
+class _Zstandard(io.RawIOBase):
+    """The bytes packed in a .zst file of one or more frames; the library's own reader takes a cut-off file for whole.
+
+    Raises:
+        EOFError: the file ends within a frame.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        import zstandard
+
+        self._stream, self._frames = stream, zstandard.ZstdDecompressor()
+        self._frame = self._frames.decompressobj()
+        self._fresh = True  # nothing of the present frame was read yet
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._left:
+            chunk = self._stream.read(_CHUNK) if not self._frame.eof else self._frame.unused_data
+            if self._frame.eof:
+                self._frame, self._fresh = self._frames.decompressobj(), True
+                if not chunk:
+                    chunk = self._stream.read(_CHUNK)
+            if not chunk:
+                if not self._fresh:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self._fresh = False
+            self._left = self._frame.decompress(chunk)
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+def _zstandard_error() -> type[Exception]:
+    try:
+        import zstandard
+    except ImportError:  # without it no .zst file can be opened, and nothing raises its error
+        return EOFError
+    return zstandard.ZstdError
+
+
+_UNREADABLE = (OSError, EOFError, zlib.error, _zstandard_error())
+
+
+def _cannot_read(where: str, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return UserError(f"{where} cannot be read ({reason.rstrip('.')}); mend the file or leave it out")
 
 
 def _text_of_line(raw: bytes, json_key: str, where: str) -> str:

@@ -1,120 +1,110 @@
-"""Byte-level BPE tokenizers in Hugging Face's folder format: training, loading, and encoding in parallel."""
+"""Tokenizers: loading them from what a user names, and encoding many documents at a time."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_recursive.data.files import replacing_folder
-from megatron_recursive.data.progress import Progress
-from megatron_recursive.data.readers import Document, find_input_files, iter_documents, total_bytes
 from megatron_recursive.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-MIN_VOCAB_SIZE = 300
-"""256 bytes, two special tokens, and a few merges."""
+Encode = Callable[[list[str]], list[list[int]]]
+"""Token ids of each text, without special tokens around them."""
 
-_BATCH_DOCUMENTS = 64
-_BATCH_CHARACTERS = 2**20
-_BATCHES_PER_WORKER = 4
+_MAKE = "make one with tools/train_tokenizer.py"
 
 
 @dataclass(frozen=True)
-class TrainedTokenizer:
-    """What :func:`train_tokenizer` wrote; ``vocab_size`` is below the one asked for if the corpus has too few pairs."""
+class TokenizerChoice:
+    """What the user names: a folder, a SentencePiece .model or a name of the Hugging Face hub, or GPT-2's two files."""
 
-    folder: Path
-    vocab_size: int
-    documents: int
-    characters: int
+    path: str | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+
+    def check(self) -> TokenizerChoice:
+        """Itself, if it names one tokenizer.
+
+        Raises:
+            UserError: it names none, two, or half of GPT-2's files.
+        """
+        files = [self.vocab_file is not None, self.merge_file is not None]
+        if any(files) != all(files) or (self.path is not None) == any(files):
+            raise UserError("give either --tokenizer, or both --vocab-file and --merge-file")
+        return self
+
+    def __str__(self) -> str:
+        return self.path if self.path is not None else f"{self.vocab_file} and {self.merge_file}"
 
 
-def train_tokenizer(
-    inputs: Sequence[str | Path], output: str | Path, vocab_size: int, json_key: str = "text"
-) -> TrainedTokenizer:
-    """Train a byte-level BPE and write it as a folder that ``transformers.AutoTokenizer`` loads.
+@dataclass(frozen=True)
+class StoredTokenizer:
+    """A tokenizer as one file, which other processes load in a moment.
 
-    ``<|endoftext|>``, token 0, ends and begins documents; ``<|pad|>``, token 1, is apart from it, because Megatron's
-    datasets take no loss on padding. The same input gives the same folder.
-
-    Raises:
-        UserError: the vocabulary is too small, an input is missing, empty or malformed, or the folder is not writable.
+    ``eod`` ends documents (None: there is none); ids are below ``id_range``; ``digest`` tells one from another.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"--vocab-size {vocab_size} is too small for the 256 bytes; give at least {MIN_VOCAB_SIZE}")
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; name a folder")
-    files = find_input_files(inputs)
 
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    characters = 0
-
-    def texts(progress: Progress) -> Iterator[str]:
-        nonlocal characters
-        for document in iter_documents(files, json_key):
-            characters += len(document.text)
-            progress.advance(1, document.size)
-            yield document.text
-        print(f"learning {vocab_size:,} tokens ...", file=sys.stderr, flush=True)
-
-    with Progress("reading", total_bytes(files)) as progress:
-        tokenizer.train_from_iterator(texts(progress), trainer)
-    if not characters:
-        raise UserError(f"--input {' '.join(map(str, inputs))} holds no text; name files with documents in them")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=PADDING
-    )
-    with replacing_folder(output) as partial:
-        fast.save_pretrained(partial)
-    return TrainedTokenizer(output, len(fast), progress.documents, characters)
+    file: Path
+    eod: int | None
+    id_range: int
+    digest: str
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local folder; nothing is downloaded and no code of the folder is run.
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder of Hugging Face's, or GPT-2's ``vocab.json`` and ``merges.txt``; or by a hub name.
+
+    Nothing is downloaded for a folder, and no code of it is run.
 
     Raises:
         UserError: the folder is missing or holds no tokenizer that ``transformers`` can load.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"tokenizer folder {folder} does not exist; make one with tools/train_tokenizer.py")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise UserError(f"{folder} holds no tokenizer (no tokenizer.json); make one with tools/train_tokenizer.py")
+    folder = Path(path)
+    is_local = folder.exists() or folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")
+    if is_local and not folder.is_dir():
+        raise UserError(f"tokenizer folder {path} does not exist; {_MAKE}")
+    if is_local and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return gpt2_tokenizer(folder / "vocab.json", folder / "merges.txt")
+        if not (folder / "tokenizer.model").is_file():
+            raise UserError(f"{folder} holds no tokenizer (no tokenizer.json); {_MAKE}")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=is_local, trust_remote_code=False)
     # transformers and the Rust tokenizers raise bare Exception, ValueError, KeyError and OSError for a broken folder.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load the tokenizer {path} ({_reason(error)}); check the name, or {_MAKE}") from error
+
+
+def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path) -> PreTrainedTokenizerBase:
+    """GPT-2's tokenizer with the vocabulary and merges of two files; ``<|endoftext|>`` ends documents.
+
+    Raises:
+        UserError: a file is missing or is not what it should be.
+    """
+    from transformers import GPT2Tokenizer
+
+    for flag, file in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
+        if not Path(file).is_file():
+            raise UserError(f"{flag} {file} does not exist; name GPT-2's vocab.json and merges.txt")
+    try:
+        vocabulary = json.loads(Path(vocab_file).read_text("utf-8"))
+        lines = Path(merge_file).read_text("utf-8").split("\n")
+        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        return GPT2Tokenizer(vocab=vocabulary, merges=merges)
+    # As above: the Rust tokenizers raise a bare Exception for a merge that is no pair of known tokens.
+    except Exception as error:
         raise UserError(
-            f"cannot load the tokenizer in {folder} ({reason}); make it again with tools/train_tokenizer.py"
+            f"--vocab-file {vocab_file} and --merge-file {merge_file} are no GPT-2 tokenizer ({_reason(error)}); "
+            "name a matching vocab.json and merges.txt"
         ) from error
 
 
@@ -123,89 +113,80 @@ def id_range(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Token ids of consecutive documents, and the bytes these took on disk."""
-
-    ids: list[list[int]]
-    size: int
-
-
-def encode_documents(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, workers: int
-) -> Generator[EncodedBatch]:
-    """Encode documents without adding special tokens, in their order whatever the number of workers.
-
-    At most ``4 * workers`` batches are held at a time, so that the corpus need not fit into memory.
+def store_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
+    """Load the tokenizer that the user names, and write it into ``folder`` as ``tokenizer.json`` or ``.model``.
 
     Raises:
-        UserError: a worker process was killed, usually for want of memory.
+        UserError: there is no such tokenizer, or one that neither ``tokenizers`` nor SentencePiece can run.
     """
-    batches = _batches(documents)
-    if workers == 1:
-        for texts, size in batches:
-            yield EncodedBatch([_encode(tokenizer, text) for text in texts], size)
-        return
-    # The first batch is read before any process starts: a mistake in the first lines is then reported at once.
-    first = next(batches, None)
-    if first is None:
-        return
-    pending: deque[tuple[Future[list[list[int]]], int]] = deque()
-    # spawn, not fork: the caller may hold threads (torch, Rust), and a forked child can then wait for ever on a lock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer,)) as pool:
-        try:
-            for texts, size in chain([first], batches):
-                pending.append((pool.submit(_encode_in_worker, texts), size))
-                if len(pending) >= _BATCHES_PER_WORKER * workers:
-                    ids, done = pending.popleft()
-                    yield EncodedBatch(ids.result(), done)
-            while pending:
-                ids, done = pending.popleft()
-                yield EncodedBatch(ids.result(), done)
-        except BrokenProcessPool as error:
-            raise UserError("a worker was killed, probably for want of memory; give a smaller --workers") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    model = _sentencepiece_model(choice.check())
+    if model is not None:
+        return _store_sentencepiece(model, folder)
+    if choice.vocab_file is not None and choice.merge_file is not None:
+        tokenizer = gpt2_tokenizer(choice.vocab_file, choice.merge_file)
+    else:
+        tokenizer = load_tokenizer(str(choice.path))
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    if rust is None:
+        raise UserError(f"{choice} is a tokenizer in Python, which is too slow here; convert it to a tokenizer.json")
+    text = rust.to_str()
+    file = folder / "tokenizer.json"
+    file.write_text(text, "utf-8")
+    return StoredTokenizer(file, tokenizer.eos_token_id, id_range(tokenizer), _digest(text.encode()))
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[str], int]]:
-    texts: list[str] = []
-    characters = size = 0
-    for document in documents:
-        texts.append(document.text)
-        characters += len(document.text)
-        size += document.size
-        if len(texts) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield texts, size
-            texts, characters, size = [], 0, 0
-    if texts:
-        yield texts, size
+def _sentencepiece_model(choice: TokenizerChoice) -> Path | None:
+    if choice.path is None:
+        return None
+    path = Path(choice.path)
+    if path.name.endswith(".model"):
+        if not path.is_file():
+            raise UserError(f"--tokenizer {path} does not exist; {_MAKE}")
+        return path
+    known = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    if (path / "tokenizer.model").is_file() and not any((path / name).is_file() for name in known):
+        return path / "tokenizer.model"
+    return None
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: documents longer than the model's context are no mistake here, they are packed later.
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+def _store_sentencepiece(model: Path, folder: Path) -> StoredTokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(model_file=str(model))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{model} is no SentencePiece model ({_reason(error)}); {_MAKE}") from error
+    file = folder / "tokenizer.model"
+    shutil.copyfile(model, file)
+    eod = processor.eos_id()
+    return StoredTokenizer(file, eod if eod >= 0 else None, processor.get_piece_size(), _digest(file.read_bytes()))
 
 
-_worker_tokenizer: PreTrainedTokenizerBase | None = None
+@functools.lru_cache(maxsize=1)
+def load_encoder(stored: StoredTokenizer) -> Encode:
+    """What encodes texts with a stored tokenizer, in the calling thread (``TOKENIZERS_PARALLELISM`` may say more)."""
+    if stored.file.suffix == ".model":
+        from sentencepiece import SentencePieceProcessor
+
+        processor = SentencePieceProcessor(model_file=str(stored.file))
+        return functools.partial(processor.encode, out_type=int, num_threads=1)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(stored.file))
+    # Documents are neither cut nor filled up here, whatever a model's own tokenizer.json asks for.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        # Without the positions of tokens in the text, which nobody needs here.
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Workers of a killed parent would wait for work for ever: each holds the writing end of its own queue open.
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:16]
 
 
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list[list[int]]:
-    assert _worker_tokenizer is not None
-    return [_encode(_worker_tokenizer, text) for text in texts]
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")

@@ -1,12 +1,12 @@
-"""The layer spec for machines without Transformer Engine: torch's fused attention, a norm for sequence parallelism.
+"""The layer spec for machines without Transformer Engine: torch's fused attention, norms for sequence parallelism.
 
-Everything else is Megatron's own local spec. Parameter names and checkpoint keys stay Megatron's.
+Everything else is Megatron's own local spec. Parameter names and checkpoint keys stay Megatron's; those of norms that
+its layer lacks are in ``norm_placement.py``.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,34 +21,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-
-class SequenceParallelNorm(torch.nn.Module):
-    """RMSNorm or LayerNorm over torch's kernels, for CPU and for GPUs without Transformer Engine.
-
-    Under sequence parallelism each tensor-parallel rank norms its own tokens, so the gradients of weight and bias must
-    be summed over the ranks; Megatron does that for parameters whose ``sequence_parallel`` is set
-    (finalize_model_grads). Megatron's torch norm refuses sequence parallelism because it sets no such mark.
-
-    Input and output: [..., hidden_size].
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps, self.shape = eps, (hidden_size,)
-        self.is_rms = config.normalization == "RMSNorm"
-        self.zero_centered = config.layernorm_zero_centered_gamma
-        make = torch.zeros if self.zero_centered else torch.ones
-        self.weight = torch.nn.Parameter(make(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        if not self.is_rms:
-            self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-            self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight + 1 if self.zero_centered else self.weight
-        if self.is_rms:
-            return F.rms_norm(x, self.shape, weight, self.eps)
-        return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
+from megatron_recursive.models.norm_placement import NormLayout, place_norms
+from megatron_recursive.models.norms import SequenceParallelNorm
 
 
 class SDPACoreAttention(MegatronModule):
@@ -120,7 +94,10 @@ class SDPACoreAttention(MegatronModule):
 
 
 def local_block_spec(
-    config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+    norms: NormLayout = NormLayout(),  # noqa: B008  (it is frozen)
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, for CPU and for GPUs without Transformer Engine."""
     spec = copy.deepcopy(
@@ -132,5 +109,6 @@ def local_block_spec(
     attention.core_attention = SDPACoreAttention
     if attention.q_layernorm is not IdentityOp:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
+    place_norms(layer, config, norms)
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=SequenceParallelNorm)

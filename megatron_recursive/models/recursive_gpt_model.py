@@ -83,14 +83,24 @@ class RecursiveGPTModel(GPTModel):
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
         return RecursionState(embedding_SBH, {k: v for k, v in initial.items() if v is not None})
 
-    def decode(self, hidden_SBH: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """One pass through the layers of this stage. Off the first stage the decoder reads its own input tensor."""
-        _, rotary, *_ = self._preprocess(input_ids=None, position_ids=None, decoder_input=hidden_SBH)
+    def decode(
+        self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None
+    ) -> Tensor:
+        """One pass through the layers of this stage. Off the first stage the decoder reads its own input tensor.
+
+        ``inference_context``: keys and values of earlier tokens, of this pass alone (Megatron keys them by layer).
+        """
+        _, rotary, *_ = self._preprocess(
+            input_ids=None, position_ids=None, decoder_input=hidden_SBH, inference_context=inference_context
+        )
 
         def layers(given_SBH: Tensor | None) -> Tensor:
             if not self.pre_process:
                 self.decoder.set_input_tensor(given_SBH)
-            return self.decoder(hidden_states=given_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary)
+            return self.decoder(
+                hidden_states=given_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary,
+                inference_context=inference_context,
+            )  # fmt: skip
 
         # Given as an argument: what the decoder holds by the time of the replay belongs to another pass.
         given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor

@@ -19,8 +19,10 @@ from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
-from megatron_recursive.training import refusals
-from megatron_recursive.training.checkpointing import checkpoint_to_read, saved_arguments
+from megatron_recursive.training import gpt2_tokenizer, profiling, refusals
+from megatron_recursive.training.checkpointing import check_vocabulary, checkpoint_to_read, saved_arguments
+from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms, take_checkpoint_norms
+from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
 
 
 def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
@@ -40,26 +42,36 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
     refusals.refuse_shapes(args)
+    refuse_norms(args)
+    refuse_samples(args)
     refusals.refuse_schedule(args)
     refusals.refuse_tokenizer(args)
     refusals.refuse_data(args)
     refusals.refuse_output(args)
+    profiling.check(args, on_cpu=cpu.is_installed())
     if args.init_from_gpt is not None:
         args.pretrained_checkpoint = args.init_from_gpt  # Megatron's name for "weights only, start at iteration 0"
     recursion = _resolve_recursion(args)
     with _megatron_speaks_in_sentences(args):
         megatron_arguments.validate_args(args, {})
         set_global_variables(args, build_tokenizer=False)
+    profiling.place_trace(args)
     asked = args.padded_vocab_size  # the tokenizer's builder puts Megatron's own figure there
     with _tokenizer_errors(args):
-        rebuild_tokenizer(args)
+        if gpt2_tokenizer.is_asked_for(args):
+            gpt2_tokenizer.install(args)
+        else:
+            rebuild_tokenizer(args)
     _set_padded_vocabulary(args, asked)
     return args, recursion
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print a thousand lines of usage
+    parser.fromfile_prefix_chars = "@"  # @FILE: a flag a line, such as tools/convert_hf.py writes
     add_recursion_arguments(parser)
+    add_norm_arguments(parser)
+    add_sample_arguments(parser)
     group = parser.add_argument_group("recursive runs")
     group.add_argument(
         "--init-from-gpt", metavar="DIR",
@@ -117,6 +129,7 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
         raise UserError("--use-checkpoint-args needs a checkpoint in --load or --init-from-gpt.")
     with _megatron_speaks_in_sentences(args):
         megatron_arguments_from_checkpoint(args, from_plain_gpt)
+    take_checkpoint_norms(args, saved_arguments(folder))
     if not from_plain_gpt:
         for name, value in RecursionConfig.from_mapping(saved_arguments(folder)).to_dict().items():
             setattr(args, name, value)
@@ -167,8 +180,11 @@ def _padded_vocabulary(args: argparse.Namespace, asked: int | None) -> tuple[int
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
     folder, _ = checkpoint_to_read(args)
-    saved = saved_arguments(folder).get("padded_vocab_size") if folder is not None else None
-    if saved is not None:
+    checkpoint = saved_arguments(folder) if folder is not None else {}
+    saved = checkpoint.get("padded_vocab_size")
+    if folder is not None and saved is not None:
+        if asked is None:
+            check_vocabulary(folder, checkpoint, args.vocab_size)
         if asked not in (None, saved):
             raise UserError(f"--padded-vocab-size {asked} is not the {saved} of the checkpoint {folder}; leave it out.")
         return saved, f"The checkpoint's padded vocabulary (--padded-vocab-size, {folder}) of"

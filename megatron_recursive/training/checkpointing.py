@@ -1,17 +1,23 @@
-"""Patch of megatron-core 0.19: ``load_checkpoint`` refuses a checkpoint of another recursion, in words.
+"""Patch of megatron-core 0.19: checkpoints of another model are refused in words, and faults leave the last good one.
 
-``megatron.training.training`` calls ``load_checkpoint`` as a global of its own; there is no hook. The wrapper compares
-the recursion knobs stored in the checkpoint with this run's before any weight is read, tells the model that a
-checkpoint is being read (see ``models/checkpoint_keys.py``), and turns what goes wrong into one sentence.
+``megatron.training.training`` calls ``load_checkpoint`` and ``save_checkpoint`` as globals of its own, without a hook.
+Before any weight is read, the first wrapper compares the shape and the recursion knobs stored in the checkpoint with
+this run's, and tells the model that a checkpoint is being read (see ``models/checkpoint_keys.py``). Both turn what goes
+wrong into one sentence that names the last complete checkpoint. Megatron writes its tracker file in place, so that a
+kill at the wrong moment would leave it empty; here it is written beside and renamed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException  # NOTE it derives from BaseException
 
 from megatron_recursive.errors import UserError
@@ -20,34 +26,97 @@ from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import Difference, flag_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
+COMPLETE = "metadata.json"  # Megatron writes it last, so that a save that was cut short has none
+
+# Megatron's arguments that make other weights, or another function of the same weights.
+ARCHITECTURE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
+    "num_query_groups", "kv_channels", "swiglu", "normalization", "qk_layernorm", "add_qkv_bias",
+    "position_embedding_type", "untie_embeddings_and_output_weights",
+    "norm_placement", "output_norm_scope", "qk_norm_scope",
+)  # fmt: skip
 
 
 def install(recursion: RecursionConfig) -> None:
-    """Wrap the ``load_checkpoint`` that ``pretrain`` calls."""
-    from megatron.training import training
+    """Wrap the ``load_checkpoint`` and ``save_checkpoint`` that ``pretrain`` calls, and the writing of the tracker."""
+    from megatron.training import checkpointing, training
 
-    original = training.load_checkpoint
-    training.load_checkpoint = _wrap(getattr(original, "__wrapped__", original), recursion)
+    training.load_checkpoint = _wrap_load(_unwrapped(training.load_checkpoint), recursion)
+    training.save_checkpoint = _wrap_save(_unwrapped(training.save_checkpoint))
+    checkpointing.maybe_msc = FilesWithAtomicTracker(_unwrapped(checkpointing.maybe_msc))
 
 
-def _wrap(original: Callable[..., Any], recursion: RecursionConfig) -> Callable[..., Any]:
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+def _unwrapped(original: Any) -> Any:
+    return getattr(original, "__wrapped__", original)
+
+
+class FilesWithAtomicTracker:
+    """Megatron's door to files, but the tracker changes from one iteration to the next in one step."""
+
+    def __init__(self, original: Any) -> None:
+        self.__wrapped__ = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__wrapped__, name)
+
+    def open(self, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "w" and os.path.basename(file) == TRACKER and "://" not in str(file):
+            return _replacing(Path(file))
+        return self.__wrapped__.open(file, mode, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[IO[str]]:
+    partial = target.with_name(f"{target.name}.partial")
+    with open(partial, "w") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, target)
+
+
+def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
+    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        run = get_args()
+        root = Path(run.save)
+        try:
+            if run.rank == 0:  # a folder that is written again is not complete meanwhile
+                (root / f"iter_{iteration:07d}" / COMPLETE).unlink(missing_ok=True)
+            return original(iteration, *args, **kwargs)
+        except (OSError, CheckpointException) as error:
+            free = shutil.disk_usage(root).free if root.is_dir() else 0
+            raise UserError(
+                f"The checkpoint of iteration {iteration} cannot be written to {root}, where {free / 1e6:,.1f} MB are "
+                f"free ({_reason(error)}); make room and start the same command again, since {_last_complete(root)}."
+            ) from error
+
+    save_checkpoint.__wrapped__ = original  # type: ignore[attr-defined]
+    return save_checkpoint
+
+
+def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig) -> Callable[..., Any]:
+    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args, print_rank_0
 
         run = get_args()
         folder, from_plain_gpt = checkpoint_to_read(run)
         if folder is not None:
             saved = saved_arguments(folder)
+            check_architecture(folder, saved, run)
             if from_plain_gpt:
                 check_is_plain_gpt(folder, saved)
             else:
                 for note in check_recursion(folder, saved, recursion, run.override_recursion_depth):
                     print_rank_0(f"> {note}")
         try:
-            with reading_checkpoint(from_plain_gpt=from_plain_gpt):
-                return original(*args, **kwargs)
+            with reading_checkpoint(from_plain_gpt=from_plain_gpt), _torch_adam_mended(optimizer, folder):
+                return original(ddp_model, optimizer, *args, **kwargs)
         except (Exception, CheckpointException) as error:
             reason = _reason(error)
+            if folder is None:
+                raise
             if "OptimizerParamScheduler" in reason:
                 raise UserError(
                     f"The schedule of this run is not that of the checkpoint {folder} ({reason}); take this run's with "
@@ -55,12 +124,48 @@ def _wrap(original: Callable[..., Any], recursion: RecursionConfig) -> Callable[
                 ) from error
             raise UserError(
                 f"The checkpoint {folder} cannot be loaded into this model ({reason}); "
-                f"check that the architecture flags are those it was trained with and that no file is damaged, or "
-                f"point {TRACKER} at an earlier iteration."
+                f"check that the architecture flags are those it was trained with and that no file is damaged; "
+                f"{_advise_other(folder)}."
             ) from error
 
     load_checkpoint.__wrapped__ = original  # type: ignore[attr-defined]
     return load_checkpoint
+
+
+@contextlib.contextmanager
+def _torch_adam_mended(optimizer: Any, folder: Path | None) -> Iterator[None]:
+    """Mend what keeps torch's own Adam from being read back into the distributed optimizer.
+
+    Without Apex and Transformer Engine, Megatron 0.19 asks for the step before the optimizer's state exists, copies
+    into fp32 parameters while gradients are recorded, and overwrites the step that it has read with the fresh one; it
+    stays right in the parameter groups.
+    """
+    inner = [] if folder is None else _torch_optimizers(optimizer)
+    for each, _, parameter in _parameters_of(inner):
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        each.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    with torch.no_grad():
+        yield
+    for each, group, parameter in _parameters_of(inner):  # the groups are new ones
+        each.state[parameter]["step"] = torch.tensor(float(group.get("step", 0.0)))
+
+
+def _parameters_of(
+    optimizers: list[torch.optim.Optimizer],
+) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], torch.Tensor]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield optimizer, group, parameter
+
+
+def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The fresh torch optimizers of the Adam kind inside Megatron's distributed ones."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [each.optimizer for each in chained if isinstance(each, DistributedOptimizer)]
+    return [each for each in inner if isinstance(each, torch.optim.Adam | torch.optim.AdamW) and not each.state]
 
 
 def checkpoint_to_read(args: argparse.Namespace) -> tuple[Path | None, bool]:
@@ -88,19 +193,31 @@ def iteration_folder(root: Path, flag: str, step: int | None = None) -> Path | N
     text = tracker.read_text(errors="replace").strip() if step is None else str(step)
     if text != "release" and not (text.isascii() and text.isdigit()):
         raise UserError(
-            f"{flag}: {tracker} must hold an iteration number, but holds {text[:40]!r}; {_advise_iteration(root)}."
+            f"{flag}: {tracker} must hold an iteration number, but holds {text[:40]!r}; {_last_complete(root)}."
         )
     folder = root / ("release" if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir():
         named = f"{TRACKER} names iteration {text}" if step is None else f"--ckpt-step is {step}"
-        raise UserError(f"{flag} {root}: {named}, but {folder} does not exist; {_advise_iteration(root)}.")
+        raise UserError(f"{flag} {root}: {named}, but {folder} does not exist; {_last_complete(root)}.")
     return folder
 
 
-def _advise_iteration(root: Path) -> str:
-    # Megatron writes metadata.json last, so that a save that was cut short has none.
-    complete = sorted(int(file.parent.name.removeprefix("iter_")) for file in root.glob("iter_[0-9]*/metadata.json"))
+def complete_iterations(root: Path) -> list[int]:
+    """The iterations below a checkpoint root whose save came to its end, in order."""
+    return sorted(int(file.parent.name.removeprefix("iter_")) for file in root.glob(f"iter_[0-9]*/{COMPLETE}"))
+
+
+def _last_complete(root: Path) -> str:
+    complete = complete_iterations(root)
     return f"the last complete one there is {complete[-1]}" if complete else "no complete one is there"
+
+
+def _advise_other(folder: Path) -> str:
+    """Which checkpoint to take instead of one that cannot be read."""
+    others = [i for i in complete_iterations(folder.parent) if f"iter_{i:07d}" != folder.name]
+    if not others:
+        return f"{folder.parent} holds no other complete checkpoint"
+    return f"the last complete one beside it is {others[-1]}: write that number into {TRACKER}, or give --ckpt-step"
 
 
 def saved_arguments(folder: Path) -> dict[str, Any]:
@@ -111,8 +228,7 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
         saved = load_common_state_dict(str(folder)).get("args")
     except (Exception, CheckpointException) as error:
         raise UserError(
-            f"The checkpoint {folder} cannot be read ({_reason(error)}); "
-            f"point {TRACKER} beside it at an earlier iteration."
+            f"The checkpoint {folder} cannot be read ({_reason(error)}); {_advise_other(folder)}."
         ) from error
     if saved is None:
         raise UserError(f"The checkpoint {folder} stores no arguments, so that its recursion is unknown.")
@@ -125,6 +241,28 @@ def _reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300].rstrip(" :")
+
+
+def check_architecture(folder: Path, saved: dict[str, Any], run: argparse.Namespace) -> None:
+    """Refuse a checkpoint of other layers by the flags that differ, before Megatron compares tensor by tensor."""
+    stored = [name for name in ARCHITECTURE if saved.get(name) is not None]
+    if not saved.get("group_query_attention"):  # of no meaning then, and Megatron puts different figures there
+        stored = [name for name in stored if name != "num_query_groups"]
+    changed = [Difference(n, saved[n], getattr(run, n), True) for n in stored if saved[n] != getattr(run, n)]
+    if changed:
+        raise UserError(
+            f"The checkpoint {folder} was trained with {', '.join(map(_tell, changed))}; give the checkpoint's values."
+        )
+
+
+def check_vocabulary(folder: Path, saved: dict[str, Any], vocab_size: int) -> None:
+    """Refuse a checkpoint whose token ids mean something else. ``vocab_size`` is this run's, without padding."""
+    known = saved.get("vocab_size")
+    if known is not None and known != vocab_size:
+        raise UserError(
+            f"The checkpoint {folder} was trained with a vocabulary of {known} (this run: {vocab_size}); give its "
+            f"tokenizer, or --padded-vocab-size {saved.get('padded_vocab_size')} to keep its rows for another one."
+        )
 
 
 def check_recursion(

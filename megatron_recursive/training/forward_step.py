@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_recursive.errors import UserError
 from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.recursive_gpt_model import RecursiveOutput
 
@@ -26,11 +29,13 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
     """The next micro-batch on every tensor-parallel rank: [B, S] tensors under ``BATCH_KEYS``.
 
-    The first pipeline stage gets tokens, the last one labels, a middle one nothing.
+    The first pipeline stage gets tokens, the last one labels, a middle one nothing. Where the loader makes an attention
+    mask [B, 1, S, S] every stage gets it. (Megatron's own script gives middle stages none, and documents leak there.)
     """
     args = get_args()
-    if not is_first_or_last_pipeline_stage(None):
+    if not _stage_reads_data():
         return dict.fromkeys(BATCH_KEYS)
+    is_last = parallel_state.is_pipeline_last_stage()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Tensor | None] = {}
     if tp_rank == 0:
@@ -48,12 +53,12 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         broadcast_group=parallel_state.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
-        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+        is_pipeline_first_stage=not is_last,  # a middle stage reads the same samples, and uses their mask
+        is_pipeline_last_stage=is_last,
     )
 
 
@@ -110,6 +115,9 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     """Megatron's GPT datasets for the three splits, built where a rank reads them."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = None
+    if args.per_dataset_sequences_path is not None:
+        sequences = json.loads(Path(args.per_dataset_sequences_path).read_text(encoding="utf-8"))
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -129,11 +137,16 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=sequences,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
     print_rank_0("> building train, validation, and test datasets ...")
     kind = MockGPTDataset if args.mock_data else GPTDataset
     builder = BlendedMegatronDatasetBuilder(kind, train_valid_test_num_samples, _reads_data, config)
     datasets = builder.build()
+    if args.dataloader_type != "cyclic":
+        _check_enough(datasets[0], train_valid_test_num_samples[0], args)
     print_rank_0("> finished creating datasets ...")
     return datasets
 
@@ -141,5 +154,19 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron builds it on every rank
 
 
+def _check_enough(train: Any, wanted: int | None, args: Any) -> None:
+    """A blend without weights is one epoch of each of its sources, whatever the run needs; Megatron would just stop."""
+    if train is not None and wanted is not None and len(train) < wanted:
+        raise UserError(
+            f"The training data holds {len(train)} samples of --seq-length {args.seq_length}, but the run needs "
+            f"{wanted}: a list of prefixes without weights is read once, so put a weight before each prefix, or train "
+            "for fewer iterations."
+        )
+
+
 def _reads_data() -> bool:
-    return is_first_or_last_pipeline_stage(None) and parallel_state.get_tensor_model_parallel_rank() == 0
+    return _stage_reads_data() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def _stage_reads_data() -> bool:
+    return is_first_or_last_pipeline_stage(None) or get_args().create_attention_mask_in_dataloader

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
 
 WINDOW = 50  # iterations that an alarm averages over
@@ -41,13 +42,19 @@ def append_metrics(file: str | None, record: dict[str, Any]) -> None:
     """Append one JSON object to the metrics file (None: nowhere). What a killed run left of a line is cut off."""
     if file is None:
         return
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+b") as stream:
-        stream.seek(0)
-        text = stream.read() if record["kind"] == "run" else b""
-        if text and not text.endswith(b"\n"):
-            stream.truncate(text.rfind(b"\n") + 1)
-        stream.write(json.dumps(record).encode() + b"\n")
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a+b") as stream:
+            stream.seek(0)
+            text = stream.read() if record["kind"] == "run" else b""
+            if text and not text.endswith(b"\n"):
+                stream.truncate(text.rfind(b"\n") + 1)
+            stream.write(json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise UserError(
+            f"The metrics file {file} cannot be written ({error.strerror}); make room and start the same command "
+            "again, which goes on from its last checkpoint, or name another file with --metrics-file."
+        ) from error
 
 
 class HealthAlarms:

@@ -17,8 +17,10 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.models.layer_specs import local_block_spec
+from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.training.norm_arguments import norm_layout
 
 
 @dataclass(kw_only=True)
@@ -27,6 +29,7 @@ class RecursiveGPTModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = "megatron_recursive.training.model_provider.RecursiveGPTModelBuilder"
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
+    norms: NormLayout = field(default_factory=NormLayout)
     pipeline_phases: str = "auto"
     recompute_passes: bool = False
 
@@ -79,7 +82,9 @@ def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> Module
     spec = config.transformer_layer_spec
     if spec is None:
         local = config.transformer.transformer_impl == "local"
-        return local_block_spec(config.transformer, vp_stage) if local else default_layer_spec(config, vp_stage)
+        if local:
+            return local_block_spec(config.transformer, vp_stage, norms=config.norms)
+        return default_layer_spec(config, vp_stage)
     if callable(spec) and not isinstance(spec, ModuleSpec):
         takes_stage = "vp_stage" in inspect.signature(spec).parameters
         return spec(config, vp_stage=vp_stage) if takes_stage else spec(config)
@@ -95,6 +100,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
         transformer.output_layer_init_method = scaled_init_method_normal(transformer.init_method_std, unrolled)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
+    config.norms = norm_layout(vars(args))
     config.pipeline_phases = args.pipeline_phases
     config.recompute_passes = args.recompute_passes
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
@@ -120,5 +126,7 @@ def model_shape(config: RecursiveGPTModelConfig, seq_length: int) -> ModelShape:
         linear_bias=transformer.add_bias_linear,
         qkv_bias=transformer.add_qkv_bias,
         qk_norm=transformer.qk_layernorm,
+        qk_norm_full=config.norms.qk_norm_scope == "full",
         norm_bias=transformer.normalization == "LayerNorm",
+        norms_per_layer=config.norms.norms_per_layer,
     )

@@ -34,11 +34,20 @@ def _run() -> None:
         from megatron.training.training import pretrain
 
         from megatron_recursive.pipeline import dispatch
-        from megatron_recursive.training import checkpointing, metrics_log, throughput, wheel
+        from megatron_recursive.training import (
+            checkpointing,
+            memory_report,
+            metrics_log,
+            run_record,
+            samples,
+            throughput,
+            wheel,
+        )
         from megatron_recursive.training.arguments import parse_arguments
         from megatron_recursive.training.forward_step import datasets_provider, forward_step
         from megatron_recursive.training.model_provider import model_config_from_args
         from megatron_recursive.training.report import announce
+        from megatron_recursive.training.result_checks import said_in_a_sentence
     warnings.filterwarnings("ignore", message=".*is deprecated.*", module="megatron")
 
     args, recursion = parse_arguments()
@@ -47,14 +56,18 @@ def _run() -> None:
     dispatch.install()
     wheel.install()
     throughput.install(model_config)
+    memory_report.install(model_config)
     metrics_log.install(recursion)
     checkpointing.install(recursion)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        _in_sentences(datasets_provider),
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    samples.install(args)
+    run_record.install(args, model_config)
+    with said_in_a_sentence():
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            _in_sentences(datasets_provider),
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
     _leave()
 
 
@@ -65,6 +78,8 @@ def _in_sentences(datasets_provider: Callable[..., Any]) -> Callable[..., Any]:
     def provide(*args: Any, **kwargs: Any) -> Any:
         try:
             return datasets_provider(*args, **kwargs)
+        except UserError:
+            raise
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             reason = " ".join(str(error).split())[:200] or (frame.line or "").removeprefix("assert ").rstrip(" ,(")

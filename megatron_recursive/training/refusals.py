@@ -48,6 +48,8 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     ("reinforcement learning (--perform-rl-step)", lambda a: a.perform_rl_step, "leave it out"),
     ("packed fine-tuning (--sft)", lambda a: a.sft, "tokenize documents instead"),
     ("fill-in-the-middle data (--fim-data)", lambda a: a.fim_data, "leave it out"),
+    ("packed documents (--dataloader-inter-document-masking)", lambda a: a.dataloader_inter_document_masking,
+     "use --reset-attention-mask and --reset-position-ids"),
     ("YAML configs (--yaml-cfg)", lambda a: a.yaml_cfg is not None, "give flags"),
     ("checkpoints other than torch_dist (--ckpt-format)", lambda a: a.ckpt_format != "torch_dist",
      "use --ckpt-format torch_dist"),
@@ -67,6 +69,13 @@ NOT_IN_LOCAL_SPEC: tuple[tuple[str, Test, str], ...] = (
     ("sliding-window attention (--window-size)", lambda a: a.window_size is not None, "leave it out"),
     ("--softmax-type other than vanilla", lambda a: a.softmax_type != "vanilla", "--softmax-type vanilla"),
     ("--qk-l2-norm", lambda a: getattr(a, "qk_l2_norm", False), "--qk-layernorm"),
+    ("--recompute-modules layernorm",
+     lambda a: a.recompute_granularity == "selective" and "layernorm" in (a.recompute_modules or ()),
+     "--recompute-modules core_attn"),
+    # Megatron's checkpoint function hands the bias through as an output, and its backward then calls itself for ever.
+    ("--recompute-modules mlp with biases",
+     lambda a: a.recompute_granularity == "selective" and "mlp" in (a.recompute_modules or ()) and a.add_bias_linear,
+     "--disable-bias-linear"),
 )
 
 
@@ -180,10 +189,31 @@ def refuse_tokenizer(args: argparse.Namespace) -> None:
     needs_model = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "Llama2Tokenizer")
     if args.tokenizer_type in needs_model and args.tokenizer_model is None:
         raise UserError(f"--tokenizer-type {args.tokenizer_type} needs --tokenizer-model.")
+    if args.tokenizer_type == "GPT2BPETokenizer" and not (args.vocab_file and args.merge_file):
+        raise UserError("--tokenizer-type GPT2BPETokenizer needs --vocab-file and --merge-file.")
 
 
 def refuse_data(args: argparse.Namespace) -> None:
-    """No data, or data of which a file is missing or half written."""
+    """No data, data of which a file is missing or half written, or documents that cannot be kept apart."""
+    if args.reset_attention_mask and args.transformer_impl != "local":
+        raise UserError(
+            "--reset-attention-mask has no effect on Transformer Engine's causal attention, which reads no mask; add "
+            "--transformer-impl local, or leave it out."
+        )
+    rotary = args.use_rotary_position_embeddings or args.position_embedding_type in ("rope", "yarn")
+    if rotary and args.reset_position_ids and not args.reset_attention_mask:
+        raise UserError(
+            "--reset-position-ids has no effect on rotary positions, which are relative and only end with attention; "
+            "add --reset-attention-mask, or use --position-embedding-type learned_absolute."
+        )
+    if args.per_dataset_sequences_path is not None:
+        try:
+            json.loads(Path(args.per_dataset_sequences_path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--per-dataset-sequences-path {args.per_dataset_sequences_path} cannot be read as JSON "
+                f"({type(error).__name__}: {_one_line(error)})."
+            ) from error
     if args.mock_data:
         return
     blends = _blends(args)

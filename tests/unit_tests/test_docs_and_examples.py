@@ -51,6 +51,9 @@ def test_every_flag_exists() -> None:
     for command in (*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         known |= set(FLAG.findall(command.read_text()))
     known |= {"--help", "--standalone", "--nproc_per_node", "--upgrade", "--logdir", "--no-build-isolation"}
+    known |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # torchrun reads them in test_examples.py
+    known |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time",
+              "--requeue"}  # sbatch
     for name, text in {**TEXTS, **SCRIPTS}.items():
         unknown = {flag for flag in FLAG.findall(text) if flag not in known}
         assert not unknown, f"{name} names {sorted(unknown)}"

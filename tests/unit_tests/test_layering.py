@@ -21,13 +21,24 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "accounting": (f"{OURS}.plan",),
     "plots": (f"{OURS}.plan", "matplotlib"),
     "backends": ("torch",),
-    "data": ("numpy", "pyarrow", "tokenizers", "transformers", "tqdm", "megatron.core.datasets"),
+    "data": (
+        "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "loguru",
+        "tqdm", "megatron.core.datasets",
+    ),
     "losses": (f"{OURS}.plan", "torch", "megatron.core"),
     "models": (f"{OURS}.plan", f"{OURS}.losses", "torch", "megatron.core"),
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
+    "hf": (
+        *(f"{OURS}.{module}" for module in ("plan", "models", "data.progress")), "torch", "transformers", "safetensors",
+        "huggingface_hub", "gguf", "megatron.core",
+    ),
     "training": (
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "pipeline")),
         "torch", "megatron.core", "megatron.training",
+    ),
+    "inference": (
+        *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "models", "hf")), "torch", "transformers",
+        "megatron.core",
     ),
 }  # fmt: skip
 
@@ -123,6 +134,16 @@ PLANTED = [
 def test_a_planted_violation_is_found(module: str, source: str, name: str) -> None:
     (found,) = violations(source, module)
     assert module in found and name in found
+
+
+def test_one_adapter_brings_megatron_checkpoints_to_inference() -> None:
+    found = {
+        module
+        for module, (source, is_package) in SOURCES.items()
+        for _, name in imports_of(source, module, is_package=is_package)
+        if is_within(module, f"{OURS}.inference") and any(is_within(name, x) for x in ("megatron", f"{OURS}.models"))
+    }
+    assert found == {f"{OURS}.inference.megatron_model", f"{OURS}.inference.pass_contexts"}
 
 
 def test_relative_imports_of_a_package_are_resolved() -> None:

@@ -32,6 +32,8 @@ def shape_of(case: Case) -> ModelShape:
         linear_bias=linear_bias,
         qkv_bias=options.get("add_qkv_bias", False),
         qk_norm=options.get("qk_layernorm", False),
+        qk_norm_full=case.norms.get("qk_norm_scope") == "full",
+        norms_per_layer=4 if case.norms.get("norm_placement") == "sandwich" else 2,
         norm_bias=options.get("normalization", "LayerNorm") == "LayerNorm",
     )
 

@@ -51,12 +51,15 @@ for device in ("cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda", 0
         made[str(tensor.device)] = made.get(str(tensor.device), 0) + 1
 moved = [like.to("cuda"), like.to("cuda:0", torch.bfloat16), like.cuda(), like.to(torch.device("cuda"))]
 module = torch.nn.Linear(1, 1).to("cuda").cuda()
+with torch.device("meta"):
+    context = str(torch.empty(1).device)
 result.update({
     "made": made,
     "moved": sorted({str(tensor.device) for tensor in [*moved, module.weight]}),
     "moved dtype": str(moved[1].dtype),
     "default": str(torch.empty(1).device),
     "meta": str(torch.empty(1, device="meta").device),
+    "context": context,
     "type": like.type(),
     "cast": str(like.type(torch.bfloat16).dtype),
     "compiled": [torch.compile(len)([1, 2]), torch.compile(dynamic=True)(len)([1, 2])],
@@ -100,7 +103,7 @@ def test_import_changes_nothing_and_install_changes_it_once() -> None:
 def test_cuda_devices_mean_the_cpu() -> None:
     found = installed()
     assert found["made"] == {"cpu": 8 * 11} and found["moved"] == ["cpu"]
-    assert found["default"] == "cpu" and found["meta"] == "meta"
+    assert found["default"] == "cpu" and found["meta"] == found["context"] == "meta"
     assert found["moved dtype"] == found["cast"] == "torch.bfloat16" and found["type"] == "torch.cuda.FloatTensor"
     assert found["compiled"] == [2, 2]
 

@@ -1,13 +1,32 @@
+import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
-from megatron_recursive.data.readers import find_input_files, iter_documents, total_bytes
+from megatron_recursive.data import readers, sources
+from megatron_recursive.data.readers import iter_documents, read_span
+from megatron_recursive.data.sources import find_files, plan_parts, total_bytes
 from megatron_recursive.errors import UserError
 
 
 def texts(*paths, json_key="text"):
-    return [document.text for document in iter_documents(find_input_files(paths), json_key)]
+    return [document.text for document in iter_documents(find_files(paths), json_key)]
+
+
+def texts_by_parts(part_bytes, *paths):
+    parts = plan_parts(find_files(paths), part_bytes)
+    return len(parts), [document.text for part in parts for span in part for document in read_span(span)]
+
+
+def jsonl(*documents):
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in documents)
+
+
+def write_parquet(file, values, rows=3, key="text"):
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(values))), key: values}), file, row_group_size=rows)
 
 
 def test_folders_are_read_in_name_order_and_blank_documents_left_out(tmp_path):
@@ -21,42 +40,161 @@ def test_folders_are_read_in_name_order_and_blank_documents_left_out(tmp_path):
     assert texts(tmp_path / "sub", tmp_path / "a.txt") == ["below", "whole\n\nfile\n"]
 
 
+def test_all_formats_give_the_same_documents(tmp_path):
+    documents = [f"document {n} ü" for n in range(10)]
+    raw = jsonl(*documents)
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw[:40]) + gzip.compress(raw[40:]))
+    pack = zstandard.ZstdCompressor().compress
+    (tmp_path / "c.jsonl.zst").write_bytes(pack(raw[:100]) + pack(raw[100:]))  # two frames, cut within a line
+    write_parquet(tmp_path / "d.parquet", documents)
+    assert texts(tmp_path) == documents * 4
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"packed text\n"))
+    (tmp_path / "f.txt.zst").write_bytes(pack(b"packed text\n"))
+    assert texts(tmp_path / "e.txt.gz", tmp_path / "f.txt.zst") == ["packed text\n"] * 2
+
+
+@pytest.mark.parametrize("part_bytes", [1, 7, 60, 61, 62, 63, 200, 10**6])
+def test_byte_ranges_cut_at_line_ends_lose_and_repeat_nothing(tmp_path, part_bytes):
+    documents = [f"{n} " + "x" * (n * 7 % 50) for n in range(40)]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(*documents[:20]) + b"\n\n" + jsonl(*documents[20:39]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(documents[39])[:-1])
+    parts, read = texts_by_parts(part_bytes, tmp_path)
+    assert read == documents
+    assert parts == 1 if part_bytes == 10**6 else parts > 5
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_row_groups_of_a_table_are_read_apart(tmp_path, rows):
+    documents = [f"document {n}" for n in range(10)]
+    write_parquet(tmp_path / "a.parquet", documents, rows)
+    assert texts_by_parts(1, tmp_path) == (-(-10 // rows), documents)
+
+
+def test_a_long_text_file_becomes_documents_that_end_with_lines(tmp_path, monkeypatch):
+    for module in (readers, sources):
+        monkeypatch.setattr(module, "TEXT_DOCUMENT_BYTES", 100)
+    lines = [f"line {n} " + "y" * (n % 30) + "\n" for n in range(60)] + ["z" * 450 + "\n", "end"]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    _, whole = texts_by_parts(10**6, tmp_path)
+    assert "".join(whole) == "".join(lines) and len(whole) > 5
+    assert all(document.endswith("\n") for document in whole[:-1])
+    for part_bytes in (1, 130, 250):
+        parts, read = texts_by_parts(part_bytes, tmp_path)
+        assert read == whole and parts > 3
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    assert texts(tmp_path / "b.txt.gz") == whole
+
+
 def test_progress_sizes_add_up_to_the_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "ü"}\n{"body": "x", "n": [1]}\n', "utf-8")
-    files = find_input_files([tmp_path])
+    files = find_files([tmp_path])
     assert sum(d.size for d in iter_documents(files, "body")) == total_bytes(files)
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        (b'{"text": "cut', "is not valid JSON"),
-        (b'["text"]', "is not a JSON object"),
-        (b'{"body": "x", "n": 1}', "has no key 'text' (its keys: 'body', 'n'); name the text's key with --json-key"),
-        (b'{"text": 3}', "has a int under 'text'"),
-        (b'{"text": "\xff"}', "is not UTF-8"),
-        (b'{"text": "\\ud800"}', "half a surrogate pair"),
-        (b"[" * 100_000, "is not valid JSON"),
-    ],
-)
+BAD_LINES = [
+    (b'{"text": "cut', "is not valid JSON"),
+    (b'["text"]', "is not a JSON object"),
+    (b'"text"', "is not a JSON object"),
+    (b'{"body": "x", "n": 1}', "has no key 'text' (its keys: 'body', 'n'); name the text's key with --json-key"),
+    (b'{"text": 3}', "has a int under 'text'"),
+    (b'{"text": null}', "has a NoneType under 'text'"),
+    (b'{"text": "\xff"}', "is not UTF-8"),
+    (b'{"text": "\\ud800"}', "half a surrogate pair"),
+    (b"[" * 100_000, "is not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_LINES)
 def test_a_malformed_line_is_named(tmp_path, line, said):
     file = tmp_path / "bad.jsonl"
-    file.write_bytes(json.dumps({"text": "good"}).encode() + b"\n" + line + b"\n")
+    file.write_bytes(jsonl("good") + line + b"\n" + jsonl("better"))
     with pytest.raises(UserError) as caught:
         texts(file)
     assert f"{file}:2 " in str(caught.value) and said in str(caught.value)
     assert "\n" not in str(caught.value)
+    rejected = []
+    assert [d.text for d in iter_documents(find_files([file]), reject=rejected.append)] == ["good", "better"]
+    assert [str(error) for error in rejected] == [str(caught.value)]
+
+
+def test_lines_are_numbered_within_the_whole_file(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(jsonl(*["x" * 30] * 20) + b"{\n" + jsonl("last"))
+    for part_bytes in range(1, 130, 8):
+        with pytest.raises(UserError, match="bad.jsonl:21 is not valid JSON"):
+            texts_by_parts(part_bytes, file)
+
+
+def test_what_only_the_fast_parser_refuses_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one", "score": NaN}\n{"text": "two", "n": 1e999}\n')
+    assert texts(tmp_path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_cut_off_file_is_named_and_can_be_skipped(tmp_path, suffix):
+    file = tmp_path / f"cut.{suffix}"
+    raw = jsonl(*(f"{n} {hash(n) * 7919 % 10007}" for n in range(2000)))
+    if suffix == "parquet":
+        write_parquet(file, ["text"] * 50)
+    else:
+        file.write_bytes(gzip.compress(raw) if suffix.endswith("gz") else zstandard.ZstdCompressor().compress(raw))
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(UserError, match=f"cut.{suffix}(:[0-9]+ cannot be read| is no readable .parquet)") as caught:
+        texts(file)
+    assert "\n" not in str(caught.value)
+    if suffix != "parquet":
+        rejected = []
+        list(iter_documents(find_files([file]), reject=rejected.append))
+        assert len(rejected) == 1
+
+
+def test_tables_with_another_column_or_type_are_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["x"], key="body")
+    with pytest.raises(UserError, match="a.parquet has no column 'text' .its columns: id, body.; name the text's"):
+        texts(tmp_path)
+    assert texts(tmp_path, json_key="body") == ["x"]
+    write_parquet(tmp_path / "a.parquet", ["x"] * 4 + [None], rows=2)
+    with pytest.raises(UserError, match="a.parquet: row 5 has a NoneType under 'text'"):
+        texts(tmp_path)
 
 
 def test_missing_and_unknown_inputs_are_refused(tmp_path):
     (tmp_path / "a.md").write_text("x")
-    (tmp_path / "b.txt").write_bytes(b"\xff")
+    (tmp_path / "b.txt").write_bytes(b"one\ntwo\xff")
     with pytest.raises(UserError, match="does not exist"):
         texts(tmp_path / "none.txt")
-    with pytest.raises(UserError, match="neither .txt nor .jsonl"):
+    with pytest.raises(UserError, match="a.md is no .txt or .jsonl .also .gz, .zst. or .parquet file"):
         texts(tmp_path / "a.md")
-    with pytest.raises(UserError, match="not UTF-8 .byte 0"):
+    with pytest.raises(UserError, match="b.txt:2 is not UTF-8"):
         texts(tmp_path / "b.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no .txt or .jsonl file"):
+    with pytest.raises(UserError, match="empty holds no .txt or .jsonl"):
         texts(tmp_path / "empty")
+
+
+def test_urls_are_read_through_fsspec(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/sub/b.jsonl", jsonl("two", "three"))
+    memory.pipe("/corpus/a.txt", b"one\n")
+    memory.pipe("/corpus/README.md", b"no text")
+    files = find_files(["memory://corpus"])
+    assert [(file.path, file.size) for file in files] == [
+        ("memory:///corpus/a.txt", 4),
+        ("memory:///corpus/sub/b.jsonl", len(jsonl("two", "three"))),
+    ]
+    assert texts("memory://corpus") == ["one\n", "two", "three"]
+    assert texts("memory://corpus/sub/b.jsonl") == ["two", "three"]
+    assert texts_by_parts(5, "memory://corpus")[1] == ["one\n", "two", "three"]
+    with pytest.raises(UserError, match="memory://none cannot be listed|memory://none holds no"):
+        texts("memory://none")
+
+
+def test_a_hub_that_is_out_of_reach_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="hf://someone/corpus cannot be listed .*check the name and the") as caught:
+        find_files(["hf://someone/corpus"])
+    assert "\n" not in str(caught.value)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_recursive.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_recursive.data.tokenizer import TokenizerChoice, load_encoder, load_tokenizer, store_tokenizer
+from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -80,3 +81,55 @@ def test_the_command_reports_a_malformed_line_without_a_traceback(tmp_path):
     assert done.stderr.startswith(f"error: {bad}:2 is not valid JSON")
     assert done.stderr.count("\n") == 1 and done.stdout == ""
     assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_all_ways_to_name_a_tokenizer_give_the_same_ids(tmp_path, corpus):
+    folder = train_tokenizer([corpus], tmp_path / "tok", 320).folder
+    (tmp_path / "gpt2").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "gpt2" / name).write_bytes((folder / name).read_bytes())
+    two_files = TokenizerChoice(vocab_file=str(folder / "vocab.json"), merge_file=str(folder / "merges.txt"))
+    expected = load_tokenizer(folder).encode(TEXT, add_special_tokens=False)
+    for number, choice in enumerate((TokenizerChoice(str(folder)), TokenizerChoice(str(tmp_path / "gpt2")), two_files)):
+        (tmp_path / str(number)).mkdir()
+        stored = store_tokenizer(choice, tmp_path / str(number))
+        assert (stored.eod, stored.id_range) == (0, 320)
+        assert load_encoder(stored)([TEXT, "", TEXT]) == [expected, [], expected]
+
+
+def test_a_folders_truncation_and_padding_are_left_out(tmp_path, corpus):
+    from tokenizers import Tokenizer
+
+    folder = train_tokenizer([corpus], tmp_path / "tok", 320).folder
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    full = tokenizer.encode(TEXT).ids
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=7)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    stored = store_tokenizer(TokenizerChoice(str(folder)), tmp_path)
+    assert load_encoder(stored)([TEXT, "a"]) == [full, tokenizer.encode("a").ids[:1]]
+
+
+def test_sentencepiece_gives_the_text_back(tmp_path, corpus):
+    trained = train_tokenizer([corpus], tmp_path / "sp", 300, kind="sentencepiece")
+    train_tokenizer([corpus], tmp_path / "again", 300, kind="sentencepiece")
+    model = trained.folder / "tokenizer.model"
+    assert model.read_bytes() == (tmp_path / "again/tokenizer.model").read_bytes()
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(model))
+    assert trained.vocab_size == processor.get_piece_size() <= 300
+    ids = (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id())
+    assert ids == (0, 1, 2, 3)
+    for text in (TEXT, " leading, double  space\n\ttab", "Größe 漢字 🙂"):
+        assert processor.decode(processor.encode(text)) == text
+
+
+def test_files_that_are_no_tokenizer_are_named(tmp_path):
+    (tmp_path / "x.model").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="x.model is no SentencePiece model"):
+        store_tokenizer(TokenizerChoice(str(tmp_path / "x.model")), tmp_path)
+    with pytest.raises(UserError, match="--tokenizer .*y.model does not exist"):
+        store_tokenizer(TokenizerChoice(str(tmp_path / "y.model")), tmp_path)
+    with pytest.raises(UserError, match="--vocab-file .*none does not exist"):
+        store_tokenizer(TokenizerChoice(vocab_file=str(tmp_path / "none"), merge_file="m"), tmp_path)

@@ -20,6 +20,14 @@ OPTIONS: dict[str, Case] = {
     "qk-norm-rmsnorm": Case(transformer={"normalization": "RMSNorm", "qk_layernorm": True, "num_query_groups": 2}),
     "qk-norm-layernorm-wide-heads": Case(transformer={"qk_layernorm": True, "kv_channels": 16}),
     "zero-centered-norm": Case(transformer={"layernorm_zero_centered_gamma": True, "normalization": "RMSNorm"}),
+    "post-norm-full-qk": Case(
+        transformer={"normalization": "RMSNorm", "qk_layernorm": True, "num_query_groups": 2, "add_bias_linear": False},
+        norms={"norm_placement": "post", "qk_norm_scope": "full"},
+    ),
+    "sandwich-full-qk-layernorm": Case(
+        transformer={"qk_layernorm": True}, norms={"norm_placement": "sandwich", "qk_norm_scope": "full"}
+    ),
+    "sandwich-residual": Case(norms={"norm_placement": "sandwich", "output_norm_scope": "residual"}),
     "no-halting": Case(recursion={"halt_loss_weight": 0.0}),
     "state-norm-none": Case(recursion={"state_norm": "none"}, model={"share_embeddings_and_output_weights": False}),
     "trunc-normal": Case(recursion={"state_init": "trunc-normal"}),

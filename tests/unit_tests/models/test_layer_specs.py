@@ -125,7 +125,7 @@ def test_ranks_drop_differently_whether_or_not_under_sequence_parallelism() -> N
 
 
 def norm_errors() -> list[tuple[str, float]]:
-    from megatron_recursive.models.layer_specs import SequenceParallelNorm
+    from megatron_recursive.models.norms import SequenceParallelNorm
 
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1)) * 2 + 0.5
     errors = []
@@ -152,7 +152,7 @@ def test_norm_follows_its_formula() -> None:
 
 
 def norms_of_a_model() -> tuple[set[float], int, int]:
-    from megatron_recursive.models.layer_specs import SequenceParallelNorm
+    from megatron_recursive.models.norms import SequenceParallelNorm
 
     start_parallel(2)
     case = Case(transformer={"layernorm_epsilon": 3e-4, "qk_layernorm": True})

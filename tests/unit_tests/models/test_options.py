@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ ADAM = {"lr": 1e-2, "clip_grad": 1.0}
 def train_options() -> dict[str, Any]:
     results = {}
     for name, option in OPTIONS.items():
-        case = Case(option.recursion, None, option.transformer, option.model, micro_batches=2, optimizer=ADAM, steps=2)
+        case = replace(option, micro_batches=2, optimizer=ADAM, steps=2)
         results[name] = train(case, Layout())
     return results
 

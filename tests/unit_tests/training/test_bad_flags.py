@@ -27,6 +27,8 @@ FEATURES = [
     ("--tp-comm-overlap", "--tp-comm-overlap"),
     ("--heterogeneous-layers-config-path x.json", "--heterogeneous-layers-config-path"),
     ("--ckpt-format torch", "--ckpt-format torch_dist"),
+    ("--recompute-granularity selective --recompute-modules mlp", "--recompute-modules mlp with biases"),
+    ("--recompute-granularity selective --recompute-modules layernorm", "--recompute-modules layernorm"),
 ]
 CUDA_ONLY = [
     ("--distributed-backend nccl", "use --distributed-backend gloo"),
@@ -62,6 +64,11 @@ VALUES = [
     ("--vocab-size 0", "--vocab-size is 0"),
     ("--padded-vocab-size 64", "--padded-vocab-size 64 is smaller than the vocabulary of 127"),
     ("--use-checkpoint-args", "--use-checkpoint-args needs a checkpoint"),
+    ("--norm-placement last", "--norm-placement: invalid choice"),
+    ("--output-norm-scope residual", "--output-norm-scope residual needs --norm-placement post or sandwich"),
+    ("--qk-norm-scope full", "--qk-norm-scope full needs --qk-layernorm"),
+    ("--norm-placement post --spec a b", "--norm-placement post and --spec exclude each other"),
+    ("--qk-layernorm --qk-norm-scope full --apply-wd-to-qk-layernorm", "--apply-wd-to-qk-layernorm does not reach"),
 ]
 
 

@@ -14,7 +14,9 @@ def _facts() -> dict[str, Any]:
     """What the patches rely on, read from the installed Megatron."""
     import megatron.core
     from megatron.core.models.gpt import gpt_model
-    from megatron.training import initialize, training
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.rerun_state_machine import RerunStateMachine
+    from megatron.training import checkpointing, initialize, training
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_recursive.training.model_provider import RecursiveGPTModelBuilder
@@ -28,12 +30,20 @@ def _facts() -> dict[str, Any]:
             "training_log": calls(training.train, "training_log"),
             "evaluate_and_print_results": calls(training.train, "evaluate_and_print_results"),
             "evaluate": calls(training.evaluate_and_print_results, "evaluate"),
+            "checkpoint_and_decide_exit": calls(training.train, "checkpoint_and_decide_exit"),
             "load_checkpoint": calls(training.setup_model_and_optimizer, "load_checkpoint"),
             "num_floating_point_operations": calls(training.training_log, "num_floating_point_operations"),
+            "report_theoretical_memory": calls(training.training_log, "report_theoretical_memory"),
+            "save_checkpoint": calls(training.save_checkpoint_and_time, "save_checkpoint"),
             "compile_helpers": calls(initialize._compile_dependencies, "compile_helpers"),
         },
         "training_log": list(inspect.signature(training.training_log).parameters),
         "evaluate_and_print_results": list(inspect.signature(training.evaluate_and_print_results).parameters),
+        "report_theoretical_memory": list(inspect.signature(training.report_theoretical_memory).parameters),
+        "trace": "f\"{args.tensorboard_dir}/../torch_profile\"" in inspect.getsource(training.train),
+        "tracker": "maybe_msc.open(tracker_filename, 'w')" in inspect.getsource(checkpointing.save_checkpoint),
+        "step": "assert len(steps) == 1" in inspect.getsource(DistributedOptimizer.state_dict),
+        "raised": "raise RuntimeError(full_message)" in inspect.getsource(RerunStateMachine.validate_result),
         "upstream builder": _keywords(GPTModelBuilder.build_model, "GPTModel"),
         "our builder": _keywords(RecursiveGPTModelBuilder.build_model, "RecursiveGPTModel"),
         "preprocess returns": "preproc_output = (\n            decoder_input,\n            rotary_pos_emb,"
@@ -55,7 +65,9 @@ def test_what_is_patched_is_still_where_it_was() -> None:
     assert all(facts["global calls"].values()), facts["global calls"]
     assert {"loss_dict", "iteration", "learning_rate", "grad_norm"} <= set(facts["training_log"])
     assert {"prefix", "iteration"} <= set(facts["evaluate_and_print_results"])
-    assert facts["preprocess returns"]
+    assert facts["report_theoretical_memory"] == ["args", "num_microbatches", "verbose"]
+    assert facts["preprocess returns"] and facts["trace"] and facts["raised"]
+    assert facts["tracker"] and facts["step"]
 
 
 def test_our_builder_passes_what_upstream_passes() -> None:

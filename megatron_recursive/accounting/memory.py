@@ -1,0 +1,208 @@
+"""Theoretical memory of a training rank: weights and optimizer held once, activations by recorded pass.
+
+What a layer keeps for its backward follows Korthikanti et al. (https://arxiv.org/abs/2205.05198, table 2, attention
+without a score matrix), for any width of heads, groups and MLP. Vectors of a few numbers per token (norm statistics,
+log-sum-exp) and rotary tables are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_recursive.accounting.params import ModelShape, tensor_parallel_parameters
+from megatron_recursive.plan import RecursionPlan
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What decides how much a pass keeps. Sizes are in bytes an element.
+
+    Attributes:
+        micro_batch: samples of a micro-batch.
+        element: of weights and activations, 2 or 4.
+        tensor_parallel, sequence_parallel: tensor-parallel size; whether its ranks also share out the sequence.
+        rotary: queries and keys are rotated, which copies them.
+        dropout_mask: a kept mask of hidden dropout; 0 without dropout.
+        splits_norm: the norm is computed by several operations, which keep the normalized input too.
+        splits_activation: a gated MLP's activation is computed by several operations.
+        attention_mask: an element of an explicit attention mask that every layer keeps, [B, S, S]; 0 without one.
+        recompute_layers: layers that are replayed together (``--recompute-method uniform``); 0 replays none.
+        recompute_block: layers of a stage that are replayed one by one, the others not (``--recompute-method block``).
+        recompute_mlp: the MLP is replayed (``--recompute-modules mlp``).
+        recompute_passes: a pass keeps its input and is replayed.
+    """
+
+    micro_batch: int
+    element: int = 2
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    rotary: bool = True
+    dropout_mask: int = 0
+    splits_norm: bool = False
+    splits_activation: bool = False
+    attention_mask: int = 0
+    recompute_layers: int = 0
+    recompute_block: int = 0
+    recompute_mlp: bool = False
+    recompute_passes: bool = False
+
+    @property
+    def replicas(self) -> int:
+        """Over how many ranks a tensor [S, B, H] between the layers is spread."""
+        return self.tensor_parallel if self.sequence_parallel else 1
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes a parameter: the parameter itself, its gradient, and the optimizer's states of it.
+
+    ``optimizer_shards`` is the data-parallel size under a distributed optimizer.
+    """
+
+    parameter: int = 2
+    gradient: int = 4
+    optimizer: int = 12
+    optimizer_shards: int = 1
+
+    @property
+    def total(self) -> float:
+        return self.parameter + self.gradient + self.optimizer / self.optimizer_shards
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each rank of a pipeline stage at the peak of a step.
+
+    Attributes:
+        weights: parameters, gradients and optimizer states.
+        decoder: what the recorded passes keep.
+        replay: of one pass (or of some layers) while its backward recomputes it.
+        heads: logits and halting head, on the last stage; free again before a replay begins.
+        states: embedding, output and latent of the micro-batches in flight, on the first stage.
+    """
+
+    weights: float
+    decoder: float
+    replay: float
+    heads: float
+    states: float
+
+    @property
+    def activations(self) -> float:
+        return self.decoder + max(self.replay, self.heads) + self.states
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.activations
+
+
+def hidden_bytes(shape: ModelShape, recording: Recording) -> float:
+    """One hidden tensor [S, B, H] of a micro-batch."""
+    tokens = shape.seq_length * recording.micro_batch
+    return tokens * shape.hidden_size * recording.element / recording.replicas
+
+
+def layer_bytes(shape: ModelShape, recording: Recording) -> float:
+    """What one layer keeps of one micro-batch, without recomputation of whole layers."""
+    hidden = shape.hidden_size
+    # The inputs of all norms; what the norms in front of attention and MLP give. Sums keep nothing.
+    between = (shape.norms_per_layer + 2) * hidden
+    if recording.splits_norm:
+        between += shape.norms_per_layer * hidden
+    within = 2 * shape.query_size + shape.key_value_size  # queries, keys, values; attention's result
+    queries_and_keys = shape.query_size + shape.key_value_size // 2
+    if recording.rotary:
+        within += queries_and_keys
+    if shape.qk_norm and recording.splits_norm:
+        within += queries_and_keys
+    if not recording.recompute_mlp:
+        within += _mlp_elements(shape, recording)
+    elements = between / recording.replicas + within / recording.tensor_parallel
+    masks = 2 * hidden * recording.dropout_mask / recording.replicas + shape.seq_length * recording.attention_mask
+    return shape.seq_length * recording.micro_batch * (elements * recording.element + masks)
+
+
+def _mlp_elements(shape: ModelShape, recording: Recording) -> int:
+    """What the MLP of a layer keeps of one token, without its input: what goes into its activation and out of it."""
+    ffn = shape.ffn_hidden_size
+    if not shape.gated_linear_unit:
+        return 2 * ffn
+    return (5 if recording.splits_activation else 3) * ffn
+
+
+def pass_bytes(
+    shape: ModelShape, recording: Recording, layers: int, *, closing_norm: bool = True
+) -> tuple[float, float]:
+    """(kept until the backward of a pass, held besides while that backward replays) of one micro-batch.
+
+    Args:
+        layers: of this pipeline stage. closing_norm: whether the pass ends with the final norm here.
+    """
+    hidden, layer = hidden_bytes(shape, recording), layer_bytes(shape, recording)
+    norm = hidden * (2 if recording.splits_norm else 1) if closing_norm else 0.0
+    kept, replay = layers * layer + norm, 0.0
+    if recording.recompute_mlp:
+        tokens = shape.seq_length * recording.micro_batch
+        replay = tokens * _mlp_elements(shape, recording) * recording.element / recording.tensor_parallel
+    if recording.recompute_layers:
+        chunk = min(recording.recompute_layers, layers)
+        kept, replay = -(-layers // chunk) * hidden + norm, chunk * layer + replay
+    elif recording.recompute_block:
+        replayed = min(recording.recompute_block, layers)
+        kept, replay = replayed * hidden + (layers - replayed) * layer + norm, layer + replay
+    if recording.recompute_passes:
+        return hidden, kept + replay
+    return kept, replay
+
+
+def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> tuple[float, float]:
+    """(kept by the heads until the backward of the last pass, kept of each micro-batch that waits for its last pass).
+
+    The cross-entropy keeps fp32 probabilities. The halting head keeps the state that it read, at every block end that
+    teaches it; of the last one the language-model head keeps the same tensor.
+    """
+    tokens, hidden = shape.seq_length * recording.micro_batch, hidden_bytes(shape, recording)
+    supervised = [p for p in plan.passes if p.supervised_weight > 0]
+    halting = [p for p in plan.passes if p.halt_weight > 0 and p not in supervised]
+    probabilities = len(supervised) * tokens * shape.vocab_size * 4 / recording.tensor_parallel
+    kept = len(supervised) * hidden
+    if plan.state_norm == "none":  # the norm before the head
+        kept += hidden * (2 if recording.splits_norm else 1)
+    return probabilities + kept, len(halting) * hidden
+
+
+def stage_memory(
+    shape: ModelShape,
+    plan: RecursionPlan,
+    recording: Recording,
+    state: StateBytes,
+    *,
+    layers_per_stage: Sequence[int] = (),
+    live_passes: Sequence[int] = (),
+    in_flight: int = 1,
+) -> list[StageMemory]:
+    """The memory of every pipeline stage.
+
+    Args:
+        layers_per_stage: all layers on one stage if left out.
+        live_passes: the most recorded passes that each stage holds at once; all passes with gradient if left out.
+        in_flight: micro-batches whose states the first stage holds at once.
+    """
+    split = tuple(layers_per_stage) or (shape.num_layers,)
+    live = tuple(live_passes) or (len(plan.grad_passes),)
+    sizes = tensor_parallel_parameters(shape, plan, recording.tensor_parallel, split)
+    hidden, (head, waiting) = hidden_bytes(shape, recording), head_bytes(shape, plan, recording)
+    stages = []
+    for stage, (layers, passes) in enumerate(zip(split, live, strict=True)):
+        is_first, is_last = stage == 0, stage == len(split) - 1
+        closing = is_last and plan.state_norm == "final"
+        kept, replay = pass_bytes(shape, recording, layers, closing_norm=closing)
+        stages.append(StageMemory(
+            weights=sizes[stage] * state.total,
+            decoder=passes * kept,
+            replay=replay,
+            heads=head + in_flight * waiting if is_last else 0.0,
+            states=in_flight * 3 * hidden if is_first else 0.0,
+        ))  # fmt: skip
+    return stages

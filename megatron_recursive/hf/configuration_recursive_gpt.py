@@ -1,0 +1,178 @@
+"""Configuration of recursive GPTs in transformers. Ships inside an export: it imports transformers alone."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+_PLAIN_PASS = {"index": 0, "block": 0, "target": "output", "reads": ["input"], "grad": True, "supervised_weight": 1.0}
+_CHOICES = {
+    "norm_type": ("rmsnorm", "layernorm"),
+    "qk_norm": (None, "head", "full"),
+    "norm_placement": ("pre", "post", "sandwich"),
+    "output_norm_scope": ("branch", "residual"),
+    "position_embedding": ("rope", "learned", "none"),
+}
+_PLAN_CHOICES = {"state_init": ("zeros", "trunc-normal"), "state_norm": ("final", "none")}
+_PASS_KEYS = {"index", "block", "target", "reads", "grad", "cuts_states", "supervised_weight", "halt_weight"}
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class RecursiveGPTConfig(PreTrainedConfig):
+    r"""A GPT whose layers are applied once per pass of a plan.
+
+    Llama's names where Llama has one, and:
+
+    Args:
+        num_hidden_layers: layers held, when a config is first made. It is then remembered as ``num_layers``, and
+            ``num_hidden_layers`` becomes ``num_layers`` times the number of passes, so that caches hold one slot per
+            pass and layer (as HRM-Text does in transformers).
+        norm_type: ``rmsnorm`` or ``layernorm``; norm_eps; layernorm_one_centered: the stored weight is added to 1.
+        norm_placement: ``pre``, ``post`` (on what attention and MLP give) or ``sandwich`` (both); output_norm_scope:
+            ``branch``, before it is added to the residual stream, or ``residual``, of their sum.
+        qk_norm: None, ``head`` (each head's queries and keys) or ``full`` (all heads' together, as OLMo-2).
+        attention_bias, attention_out_bias, mlp_bias: biases of q, k, v; of the output projection; of the MLP.
+        mlp_gated: ``down(act(gate(x)) * up(x))``, or without a gate ``down(act(up(x)))``.
+        position_embedding: ``rope`` (rope_parameters, partial_rotary_factor), ``learned`` or ``none``.
+        plan: the passes and what holds for all of them, as written by ``RecursionPlan.to_json``; None is a plain GPT.
+        recursion: the knobs beside the plan: halt_loss_weight, halt_target, halt_bias, halt_threshold,
+            max_inference_refinement_steps.
+    """
+
+    model_type = "recursive_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    # Any: None when not given, which __post_init__ replaces.
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_layers: Any = None
+    num_attention_heads: int = 12
+    num_key_value_heads: Any = None
+    head_dim: Any = None
+    hidden_act: str = "silu"
+    mlp_gated: bool = True
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    attention_dropout: float = 0.0
+    qk_norm: str | None = None
+    norm_type: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    norm_placement: str = "pre"
+    output_norm_scope: str = "branch"
+    layernorm_one_centered: bool = False
+    position_embedding: str = "rope"
+    rope_parameters: Any = None
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    sliding_window: int | None = None
+    plan: Any = None
+    recursion: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_layers is None:
+            self.num_layers = self.num_hidden_layers
+        self.recursion = dict(self.recursion or {})
+        self.set_plan(self.plan)
+        super().__post_init__(**kwargs)
+        self._check_choices()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    # -- the plan ------------------------------------------------------------------------------------------------
+
+    def set_plan(self, plan: dict | None) -> None:
+        """Take another plan, and size caches for it."""
+        plan = {"family": "plain", "passes": [_PLAIN_PASS]} if plan is None else plan
+        unknown = set(plan) - {"family", "passes", "embedding_multiplier", *_PLAN_CHOICES}
+        for each in plan.get("passes", ()):
+            unknown |= set(each) - _PASS_KEYS
+        if unknown:
+            raise ValueError(f"The plan holds '{sorted(unknown)[0]}', which this version of the model does not know.")
+        if not plan.get("passes"):
+            raise ValueError("A plan needs at least one pass.")
+        for name, choices in _PLAN_CHOICES.items():
+            if plan.get(name, choices[0]) not in choices:
+                raise ValueError(f"{name} of the plan must be one of {', '.join(choices)}, but is {plan[name]}.")
+        self.plan = deepcopy(plan)
+        self.num_hidden_layers = self.num_layers * len(plan["passes"])
+
+    @property
+    def num_refinement_blocks(self) -> int:
+        return self.plan["passes"][-1]["block"] + 1
+
+    @property
+    def has_halting(self) -> bool:
+        return any(each.get("halt_weight") for each in self.plan["passes"])
+
+    def with_refinement_blocks(self, count: int) -> dict:
+        """The plan with another number of blocks: inner blocks are dropped or repeated, first and last one stay."""
+        if count < 1:
+            raise ValueError(f"The number of refinement blocks must be at least 1, but is {count}.")
+        held = self.num_refinement_blocks
+        blocks = [[p for p in self.plan["passes"] if p["block"] == block] for block in range(held)]
+        inner = blocks[-2] if held > 1 else [{**p, "supervised_weight": 0.0} for p in blocks[-1]]
+        chosen = [blocks[b] if b < held - 1 else inner for b in range(count - 1)] + [blocks[-1]]
+        passes = [{**p, "block": block} for block, members in enumerate(chosen) for p in members]
+        total = [sum(p.get("halt_weight", 0.0) for p in each) for each in (self.plan["passes"], passes)]
+        for index, each in enumerate(passes):
+            each["index"] = index
+            if each.get("halt_weight"):
+                each["halt_weight"] *= total[0] / total[1]
+        return {**self.plan, "passes": passes}
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                allowed = ", ".join(str(choice) for choice in choices)
+                raise ValueError(f"{name} must be one of {allowed}, but is {getattr(self, name)}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        if self.sliding_window is not None:
+            raise ValueError("RecursiveGPT attends to all earlier tokens; sliding_window must be None.")
+        if self.norm_placement == "pre" and self.output_norm_scope == "residual":
+            raise ValueError("output_norm_scope residual needs norm_placement post or sandwich.")
+        rope = (self.rope_parameters or {}).get("rope_type", "default")
+        if self.position_embedding == "rope" and rope not in _ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {', '.join(_ROPE_TYPES)}, but is {rope}.")
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        attention = "layers.*.self_attn."
+        plan = dict(type(self).base_model_tp_plan)
+        if not self.mlp_gated:
+            del plan["layers.*.mlp.gate_proj"]
+        if self.qk_norm == "head":
+            plan.update({f"{attention}{x}_norm": "replicated_with_grad_allreduce" for x in "qk"})
+        elif self.qk_norm == "full":  # the norm runs over all heads: they are gathered before it, and split after
+            plan.update({f"{attention}{x}_proj": "colwise_gather_output" for x in "qkv"})
+            plan[f"{attention}o_proj"] = "rowwise_split_input"
+        return plan
+
+
+__all__ = ["RecursiveGPTConfig"]

@@ -1,0 +1,222 @@
+"""The layers of recursive GPTs. Ships inside an export: it imports torch, transformers and its neighbours alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_recursive_gpt import RecursiveGPTConfig
+from .exits_recursive_gpt import TokensOfPass
+
+# --- norms and positions --------------------------------------------------------------------------------------------
+
+
+class RecursiveGPTNorm(nn.Module):
+    """RMSNorm or LayerNorm; ``one_centered`` adds 1 to the stored weight."""
+
+    def __init__(self, config: RecursiveGPTConfig, size: int) -> None:
+        super().__init__()
+        self.shape, self.eps, self.one_centered = (size,), config.norm_eps, config.layernorm_one_centered
+        self.weight = nn.Parameter(torch.zeros(size) if self.one_centered else torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm_type == "layernorm" else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = self.weight + 1 if self.one_centered else self.weight
+        if self.bias is None:
+            return F.rms_norm(hidden, self.shape, weight, self.eps)
+        return F.layer_norm(hidden, self.shape, weight, self.bias, self.eps)
+
+
+class RecursiveGPTRMSNorm(nn.Module):
+    """The plain RMSNorm, under a name and with attributes by which serving engines know it."""
+
+    def __init__(self, config: RecursiveGPTConfig, size: int) -> None:
+        super().__init__()
+        self.shape, self.variance_epsilon = (size,), config.norm_eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.shape, self.weight, self.variance_epsilon)
+
+
+def make_norm(config: RecursiveGPTConfig, size: int) -> nn.Module:
+    plain = config.norm_type == "rmsnorm" and not config.layernorm_one_centered
+    return RecursiveGPTRMSNorm(config, size) if plain else RecursiveGPTNorm(config, size)
+
+
+class RecursiveGPTRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary angles, [B, S, rotary size]."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: RecursiveGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        default = {"default": self.compute_default_rope_parameters}
+        inv_freq, self.attention_scaling = {**ROPE_INIT_FUNCTIONS, **default}[self.rope_type](config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: RecursiveGPTConfig, **_: Any) -> tuple[Tensor, float]:
+        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        return 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size), 1.0
+
+    @torch.no_grad()
+    def forward(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(like.dtype), sin.to(like.dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first ``cos.shape[-1]`` numbers of each head; heads: [B, heads, S, D]."""
+    turned, kept = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float, dropout: float = 0.0, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class RecursiveGPTPassAttention(nn.Module):
+    """Attention of one layer in one pass: no parameters, but a cache slot of its own.
+
+    Engines that keep keys and values themselves (vLLM's Transformers backend) look for modules like this one, which
+    call the attention interface and carry ``layer_idx``.
+    """
+
+    def __init__(self, config: RecursiveGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.attention_dropout, self.is_causal = config.attention_dropout, True
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        past_key_values: Cache | None = None, tokens: TokensOfPass | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Queries, keys and values [B, heads, S, D] to [B, S, heads, D], and the weights if there are any."""
+        if tokens is not None:
+            query, key, value = tokens.place(self.layer_idx, query, key, value)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        settings = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
+        if tokens is not None and tokens.rows is not None:
+            return tokens.attend_rows(attend, self, query, key, value, attention_mask, settings), None
+        result, weights = attend(self, query, key, value, attention_mask, **settings)
+        return (result if tokens is None else tokens.pick(result)), weights
+
+
+class RecursiveGPTAttention(nn.Module):
+    def __init__(self, config: RecursiveGPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer, self.head_dim = config, layer, config.head_dim
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
+        self.norms_all_heads, self.norms_each_head = config.qk_norm == "full", config.qk_norm == "head"
+        if config.qk_norm is not None:
+            self.q_norm = make_norm(config, self.head_dim if self.norms_each_head else queries)
+            self.k_norm = make_norm(config, self.head_dim if self.norms_each_head else keys)
+        self.passes = nn.ModuleList()
+        self.hold_passes(len(config.plan["passes"]))
+
+    def hold_passes(self, count: int) -> None:
+        """Have attention modules for at least so many passes."""
+        for index in range(len(self.passes), count):
+            module = RecursiveGPTPassAttention(self.config, index * self.config.num_layers + self.layer)
+            self.passes.append(module.train(self.training))
+
+    def forward(
+        self, hidden_states: Tensor, pass_index: int = 0,
+        position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        input_shape = hidden_states.shape[:-1]
+        heads_shape = (*input_shape, -1, self.head_dim)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        if self.norms_all_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(heads_shape), key.view(heads_shape)
+        if self.norms_each_head:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if position_embeddings is not None:
+            cos, sin = (each.unsqueeze(1) for each in position_embeddings)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        result, weights = self.passes[pass_index](query, key, value, attention_mask, past_key_values, **kwargs)
+        return self.o_proj(result.reshape(*input_shape, -1)), weights
+
+
+class RecursiveGPTMLP(nn.Module):
+    def __init__(self, config: RecursiveGPTConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias) if config.mlp_gated else None
+        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RecursiveGPTDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: RecursiveGPTConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = RecursiveGPTAttention(config, layer)
+        self.mlp = RecursiveGPTMLP(config)
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        self.norms_the_sum = config.output_norm_scope == "residual"
+        self.input_layernorm = make_norm(config, config.hidden_size) if before else None
+        self.post_attention_layernorm = make_norm(config, config.hidden_size) if after else None
+        self.pre_feedforward_layernorm = make_norm(config, config.hidden_size) if before else None
+        self.post_feedforward_layernorm = make_norm(config, config.hidden_size) if after else None
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        residual = hidden_states
+        if self.input_layernorm is not None:
+            hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states, **kwargs)
+        residual = hidden_states = self._add(residual, hidden_states, self.post_attention_layernorm)
+        if self.pre_feedforward_layernorm is not None:
+            hidden_states = self.pre_feedforward_layernorm(hidden_states)
+        return self._add(residual, self.mlp(hidden_states), self.post_feedforward_layernorm)
+
+    def _add(self, residual: Tensor, branch: Tensor, norm: nn.Module | None) -> Tensor:
+        if norm is None:
+            return residual + branch
+        return norm(residual + branch) if self.norms_the_sum else residual + norm(branch)

@@ -1,0 +1,437 @@
+"""Which Hugging Face tensor becomes which Megatron tensor: one table a family, and how a family's config is read.
+
+A table's row is ``Row(Megatron's key, transform, {HF name: shape})``. Layer rows leave out ``decoder.layers.`` and
+``model.layers.{i}.``. Shapes are written in symbols: h hidden, q = heads x head_dim, k = groups x head_dim, d head_dim,
+f the MLP's width, v the true vocabulary, p positions. A row with ``when`` exists only for such an architecture.
+Megatron keeps a pre-norm's weight beside the linear layer that follows it (``linear_qkv.layer_norm_weight``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.architecture import Architecture, padded_vocabulary
+from megatron_recursive.hf.torch_dist import LAYERS
+from megatron_recursive.hf.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
+
+Condition = Callable[[Architecture], bool]
+
+
+def _always(_: Architecture) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Row:
+    megatron: str
+    transform: Transform
+    hf: Mapping[str, str]
+    when: Condition = _always
+
+
+# --- the tables -----------------------------------------------------------------------------------------------------
+
+_EMBEDDING = Row("embedding.word_embeddings.weight", VOCABULARY, {"model.embed_tokens.weight": "v h"})
+_FINAL_NORM = Row("decoder.final_layernorm.weight", COPY, {"model.norm.weight": "h"})
+_HEAD = Row("output_layer.weight", VOCABULARY, {"lm_head.weight": "v h"}, when=lambda a: not a.tied)
+
+_QKV_WEIGHT = Row("self_attention.linear_qkv.weight", QKV, {
+    "self_attn.q_proj.weight": "q h", "self_attn.k_proj.weight": "k h", "self_attn.v_proj.weight": "k h"})
+_QKV_BIAS = Row("self_attention.linear_qkv.bias", QKV, {
+    "self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "k", "self_attn.v_proj.bias": "k"},
+    when=lambda a: a.qkv_bias)
+_PROJ = Row("self_attention.linear_proj.weight", COPY, {"self_attn.o_proj.weight": "h q"})
+_GATE_UP = Row("mlp.linear_fc1.weight", GATE_UP, {"mlp.gate_proj.weight": "f h", "mlp.up_proj.weight": "f h"},
+               when=lambda a: a.gated)
+_DOWN = Row("mlp.linear_fc2.weight", COPY, {"mlp.down_proj.weight": "h f"})
+
+# Llama 1, 2, 3.x, TinyLlama, SmolLM, SmolLM2, and Mistral: norms before attention and MLP, SwiGLU, rotary positions,
+# no biases. Some descendants have one on every linear layer (attention_bias and mlp_bias).
+LLAMA = (
+    Row("self_attention.linear_qkv.layer_norm_weight", COPY, {"input_layernorm.weight": "h"}),
+    _QKV_WEIGHT,
+    _QKV_BIAS,
+    _PROJ,
+    Row("self_attention.linear_proj.bias", COPY, {"self_attn.o_proj.bias": "h"}, when=lambda a: a.linear_bias),
+    Row("mlp.linear_fc1.layer_norm_weight", COPY, {"post_attention_layernorm.weight": "h"}),
+    _GATE_UP,
+    Row("mlp.linear_fc1.bias", GATE_UP, {"mlp.gate_proj.bias": "f", "mlp.up_proj.bias": "f"},
+        when=lambda a: a.linear_bias),
+    _DOWN,
+    Row("mlp.linear_fc2.bias", COPY, {"mlp.down_proj.bias": "h"}, when=lambda a: a.linear_bias),
+)
+
+# Qwen2, Qwen2.5: Llama with a bias on q, k and v alone.
+QWEN2 = (
+    Row("self_attention.linear_qkv.layer_norm_weight", COPY, {"input_layernorm.weight": "h"}),
+    _QKV_WEIGHT,
+    _QKV_BIAS,
+    _PROJ,
+    Row("mlp.linear_fc1.layer_norm_weight", COPY, {"post_attention_layernorm.weight": "h"}),
+    _GATE_UP,
+    _DOWN,
+)
+
+# Qwen3: no bias, a norm over each head of q and of k before the rotation, head_dim given apart.
+QWEN3 = (
+    Row("self_attention.linear_qkv.layer_norm_weight", COPY, {"input_layernorm.weight": "h"}),
+    _QKV_WEIGHT,
+    Row("self_attention.q_layernorm.weight", COPY, {"self_attn.q_norm.weight": "d"}),
+    Row("self_attention.k_layernorm.weight", COPY, {"self_attn.k_norm.weight": "d"}),
+    _PROJ,
+    Row("mlp.linear_fc1.layer_norm_weight", COPY, {"post_attention_layernorm.weight": "h"}),
+    _GATE_UP,
+    _DOWN,
+)
+
+# OLMo-2: no norm before, but one on what attention and MLP add to the residual stream; q and k normed over all heads.
+OLMO2 = (
+    _QKV_WEIGHT,
+    Row("self_attention.q_norm.weight", COPY, {"self_attn.q_norm.weight": "q"}),
+    Row("self_attention.k_norm.weight", COPY, {"self_attn.k_norm.weight": "k"}),
+    _PROJ,
+    Row("self_attention.linear_proj.post_layernorm.weight", COPY, {"post_attention_layernorm.weight": "h"}),
+    _GATE_UP,
+    _DOWN,
+    Row("mlp.linear_fc2.post_layernorm.weight", COPY, {"post_feedforward_layernorm.weight": "h"}),
+)
+
+
+def _norm(megatron: str, hf: str, when: Condition) -> tuple[Row, Row]:
+    """Weight, and under LayerNorm bias, of one norm. ``megatron`` ends where "weight" or "bias" follows."""
+    return (Row(f"{megatron}weight", COPY, {f"{hf}.weight": "h"}, when=when),
+            Row(f"{megatron}bias", COPY, {f"{hf}.bias": "h"}, when=lambda a: when(a) and a.norm == "layernorm"))
+
+
+def _normed_before(arch: Architecture) -> bool:
+    return arch.norm_placement in ("pre", "sandwich")
+
+
+def _branch_normed(arch: Architecture) -> bool:
+    return arch.norm_placement in ("post", "sandwich") and arch.output_norm_scope == "branch"
+
+
+def _sum_normed(arch: Architecture) -> bool:
+    return arch.norm_placement in ("post", "sandwich") and arch.output_norm_scope == "residual"
+
+
+def _qk_norm(letter: str, scope: str) -> tuple[Row, Row]:
+    module, shape = (f"{letter}_layernorm", "d") if scope == "head" else (f"{letter}_norm", letter)
+    megatron, hf = f"self_attention.{module}", f"self_attn.{letter}_norm"
+    return (
+        Row(f"{megatron}.weight", COPY, {f"{hf}.weight": shape}, when=lambda a: a.qk_norm == scope),
+        Row(f"{megatron}.bias", COPY, {f"{hf}.bias": shape},
+            when=lambda a: a.qk_norm == scope and a.norm == "layernorm"),
+    )
+
+
+# Our own model (modeling_recursive_gpt.py): every option of the Megatron model, norms with Gemma-2's names.
+RECURSIVE_GPT = (
+    *_norm("self_attention.linear_qkv.layer_norm_", "input_layernorm", _normed_before),
+    _QKV_WEIGHT,
+    _QKV_BIAS,
+    *_qk_norm("q", "head"), *_qk_norm("k", "head"), *_qk_norm("q", "full"), *_qk_norm("k", "full"),
+    _PROJ,
+    Row("self_attention.linear_proj.bias", COPY, {"self_attn.o_proj.bias": "h"}, when=lambda a: a.linear_bias),
+    *_norm("self_attention.linear_proj.post_layernorm.", "post_attention_layernorm", _branch_normed),
+    *_norm("self_attn_bda.post_layernorm.", "post_attention_layernorm", _sum_normed),
+    *_norm("mlp.linear_fc1.layer_norm_", "pre_feedforward_layernorm", _normed_before),
+    _GATE_UP,
+    Row("mlp.linear_fc1.weight", COPY, {"mlp.up_proj.weight": "f h"}, when=lambda a: not a.gated),
+    Row("mlp.linear_fc1.bias", GATE_UP, {"mlp.gate_proj.bias": "f", "mlp.up_proj.bias": "f"},
+        when=lambda a: a.linear_bias and a.gated),
+    Row("mlp.linear_fc1.bias", COPY, {"mlp.up_proj.bias": "f"}, when=lambda a: a.linear_bias and not a.gated),
+    _DOWN,
+    Row("mlp.linear_fc2.bias", COPY, {"mlp.down_proj.bias": "h"}, when=lambda a: a.linear_bias),
+    *_norm("mlp.linear_fc2.post_layernorm.", "post_feedforward_layernorm", _branch_normed),
+    *_norm("mlp_bda.post_layernorm.", "post_feedforward_layernorm", _sum_normed),
+)  # fmt: skip
+
+_TOP = (_EMBEDDING, _FINAL_NORM, _HEAD)
+_RECURSIVE_TOP = (
+    _EMBEDDING,
+    Row("embedding.position_embeddings.weight", COPY, {"model.embed_positions.weight": "p h"},
+        when=lambda a: a.positions == "learned"),
+    *_norm("decoder.final_layernorm.", "model.norm", _always),
+    _HEAD,
+)
+
+# What recursion adds, where the plan has it.
+HALTING_ROWS = (
+    Row("halting_head.weight", ROW_VECTOR, {"halting_head.weight": "1 h"}),
+    Row("halting_head.bias", COPY, {"halting_head.bias": "1"}),
+)
+INITIAL_STATE_ROWS = (
+    Row("initial_output", COPY, {"model.initial_output": "h"}),
+    Row("initial_latent", COPY, {"model.initial_latent": "h"}),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A table, and the model type and class that it belongs to."""
+
+    model_type: str
+    architecture: str  # transformers' class, as config.json names it
+    layer_rows: tuple[Row, ...]
+    top_rows: tuple[Row, ...] = _TOP
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaForCausalLM", LLAMA),
+        Family("mistral", "MistralForCausalLM", LLAMA),
+        Family("qwen2", "Qwen2ForCausalLM", QWEN2),
+        Family("qwen3", "Qwen3ForCausalLM", QWEN3),
+        Family("olmo2", "Olmo2ForCausalLM", OLMO2),
+        Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, _RECURSIVE_TOP),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One Megatron tensor (a layer of it) and the HF tensors that it is made of.
+
+    Attributes:
+        key, layer: in the checkpoint; layer is None for tensors that no layer holds.
+        hf: full HF names to shapes.
+    """
+
+    key: str
+    layer: int | None
+    transform: Transform
+    hf: dict[str, tuple[int, ...]]
+
+    def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
+        """Of the merged tensor, without the axis of the layers."""
+        if self.transform is ROW_VECTOR:
+            return (arch.hidden_size,)
+        rows, *rest = next(iter(self.hf.values()))
+        if self.transform is VOCABULARY:
+            return (arch.padded_vocab_size, *rest)
+        return (sum(shape[0] for shape in self.hf.values()), *rest)
+
+
+def items(
+    family: Family, arch: Architecture, layers: list[int] | None = None, extra: tuple[Row, ...] = ()
+) -> Iterator[Item]:
+    """Every tensor of a model, in the order of the layers.
+
+    Args:
+        layers: HF layer that each Megatron layer is taken from; None for all in order.
+        extra: rows of what recursion adds.
+    """
+    top = [row for row in (*family.top_rows, *extra) if row.when(arch)]
+    yield from (Item(row.megatron, None, row.transform, _shapes(row, arch)) for row in top)
+    for layer, source in enumerate(layers or range(arch.num_layers)):
+        for row in family.layer_rows:
+            if row.when(arch):
+                shapes = _shapes(row, arch, f"model.layers.{source}.")
+                yield Item(LAYERS + row.megatron, layer, row.transform, shapes)
+
+
+def _shapes(row: Row, arch: Architecture, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return {prefix + name: tuple(map(arch.dimension, shape.split())) for name, shape in row.hf.items()}
+
+
+# --- configs --------------------------------------------------------------------------------------------------------
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json; refuses what has no table, and what is quantised."""
+    quantised = config.get("quantization_config") or config.get("compression_config")
+    if quantised:
+        method = quantised.get("quant_method", "an unknown method") if isinstance(quantised, dict) else quantised
+        raise UserError(f"{where} is quantised ({method}); give the unquantised model.")
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise UserError(
+            f"{where} has the model type {config.get('model_type')!r}, for which there is no table; known are "
+            f"{', '.join(FAMILIES)}."
+        )
+    named = config.get("architectures") or [family.architecture]
+    if named != [family.architecture]:
+        raise UserError(f"{where} is a {', '.join(map(str, named))}; only {family.architecture} can be converted.")
+    return family
+
+
+def read_config(family: Family, config: Any, where: str) -> Architecture:
+    """The architecture of a transformers config object.
+
+    Raises:
+        UserError: an option that Megatron's model does not have.
+    """
+    model_type = family.model_type
+    own = model_type == "recursive_gpt"
+    if not own and config.hidden_act != "silu":
+        raise UserError(f"{where} has hidden_act {config.hidden_act}; a {model_type} model must have silu.")
+    _refuse_sliding_window(config, where)
+    attention_bias, mlp_bias = (bool(getattr(config, name, False)) for name in ("attention_bias", "mlp_bias"))
+    out_bias = bool(getattr(config, "attention_out_bias", attention_bias)) if own else attention_bias
+    everywhere = attention_bias and out_bias and mlp_bias
+    if not everywhere and (out_bias or mlp_bias):
+        raise UserError(
+            f"{where} has attention_bias {attention_bias} and mlp_bias {mlp_bias}; Megatron has biases on every linear "
+            "layer, on q, k and v alone, or nowhere."
+        )
+    values: dict[str, Any] = {
+        "num_layers": config.num_layers if own else config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": padded_vocabulary(config.vocab_size),
+        "max_positions": config.max_position_embeddings,
+        "norm_eps": config.norm_eps if own else config.rms_norm_eps,
+        "qkv_bias": attention_bias or model_type == "qwen2",
+        "linear_bias": everywhere,
+        "qk_norm": {"qwen3": "head", "olmo2": "full"}.get(model_type),
+        "norm_placement": "post" if model_type == "olmo2" else "pre",
+        "tied": bool(config.tie_word_embeddings),
+        "init_std": config.initializer_range,
+    }
+    if own:
+        activation = {"gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act)
+        values.update(
+            norm=config.norm_type, norm_one_centered=config.layernorm_one_centered, activation=activation,
+            gated=config.mlp_gated, qk_norm=config.qk_norm, norm_placement=config.norm_placement,
+            output_norm_scope=config.output_norm_scope, positions=config.position_embedding,
+        )  # fmt: skip
+    if values.get("positions", "rope") == "rope":
+        values.update(_read_rope(config, where))
+    arch = Architecture(**values)
+    if arch.num_attention_heads % arch.num_query_groups:
+        raise UserError(f"{where}: {arch.num_query_groups} key-value heads do not divide {arch.num_attention_heads}.")
+    return arch
+
+
+def _refuse_sliding_window(config: Any, where: str) -> None:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise UserError(
+            f"{where} attends to a sliding window of {window} tokens, shorter than its context of "
+            f"{config.max_position_embeddings}; only full attention can be converted."
+        )
+
+
+def _read_rope(config: Any, where: str) -> dict[str, Any]:
+    """Rotary options. Llama 3's frequency factors must be the constants that Megatron has built in."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    kind, base = rope.get("rope_type", "default"), rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))
+    if base is None or base != int(base):
+        raise UserError(f"{where} has rope_theta {base}; Megatron's --rotary-base is a whole number.")
+    percent = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
+    values: dict[str, Any] = {"rotary_base": int(base), "rotary_percent": float(percent)}
+    if kind == "llama3":
+        for name, constant in (("low_freq_factor", 1), ("high_freq_factor", 4),
+                               ("original_max_position_embeddings", 8192)):  # fmt: skip
+            if rope.get(name) != constant:
+                raise UserError(f"{where} has the rope {name} {rope.get(name)}; Megatron's is fixed at {constant}.")
+        values["llama3_factor"] = float(rope["factor"])
+    elif kind == "linear":
+        if rope["factor"] != int(rope["factor"]):
+            raise UserError(f"{where} has the linear rope factor {rope['factor']}; Megatron's is a whole number.")
+        values["linear_factor"] = int(rope["factor"])
+    elif kind != "default":
+        raise UserError(f"{where} has rope scaling of type {kind}; Megatron has default, linear and llama3.")
+    return values
+
+
+def rope_parameters(arch: Architecture) -> dict[str, Any]:
+    """The inverse of what :func:`read_config` reads."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(arch.rotary_base)}
+    if arch.llama3_factor is not None:
+        rope.update(rope_type="llama3", factor=arch.llama3_factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                    original_max_position_embeddings=8192)  # fmt: skip
+    elif arch.linear_factor is not None:
+        rope.update(rope_type="linear", factor=float(arch.linear_factor))
+    if arch.rotary_percent != 1.0:
+        rope["partial_rotary_factor"] = arch.rotary_percent
+    return rope
+
+
+def donor_family(arch: Architecture) -> Family | None:
+    """The family whose own class computes what this architecture does without recursion, if there is one."""
+    common = (arch.norm == "rmsnorm" and not arch.norm_one_centered and arch.gated and arch.activation == "silu"
+              and arch.positions == "rope" and arch.rotary_percent == 1.0)  # fmt: skip
+    square = arch.hidden_size % arch.num_attention_heads == 0
+    if not common:
+        return None
+    if arch.norm_placement == "post":
+        whole = arch.head_dim * arch.num_attention_heads == arch.hidden_size
+        plain = arch.qk_norm == "full" and arch.output_norm_scope == "branch" and not arch.qkv_bias and whole
+        return FAMILIES["olmo2"] if plain else None
+    if arch.norm_placement != "pre" or arch.qk_norm == "full":
+        return None
+    if arch.qk_norm == "head":
+        return FAMILIES["qwen3"] if not arch.qkv_bias else None
+    if arch.qkv_bias and not arch.linear_bias:
+        return FAMILIES["qwen2"]
+    return FAMILIES["llama"] if square else FAMILIES["mistral"] if not arch.linear_bias else None
+
+
+def donor_config(family: Family, arch: Architecture) -> dict[str, Any]:
+    """config.json of a donor family, without token ids and dtype."""
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups,
+        "head_dim": arch.head_dim,
+        "hidden_act": arch.activation,
+        "max_position_embeddings": arch.max_positions,
+        "rms_norm_eps": arch.norm_eps,
+        "rope_parameters": rope_parameters(arch),
+        "tie_word_embeddings": arch.tied,
+        "initializer_range": arch.init_std,
+        "attention_dropout": 0.0,
+    }
+    if family.model_type == "llama":
+        config.update(attention_bias=arch.linear_bias, mlp_bias=arch.linear_bias)
+    if family.model_type == "mistral":
+        config["sliding_window"] = None
+    return config
+
+
+def recursive_config(arch: Architecture) -> dict[str, Any]:
+    """The architecture's part of our own model's config.json."""
+    return {
+        "architectures": ["RecursiveGPTForCausalLM"],
+        "model_type": "recursive_gpt",
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups,
+        "head_dim": arch.head_dim,
+        "hidden_act": arch.activation,
+        "mlp_gated": arch.gated,
+        "norm_type": arch.norm,
+        "norm_eps": arch.norm_eps,
+        "layernorm_one_centered": arch.norm_one_centered,
+        "attention_bias": arch.qkv_bias,
+        "attention_out_bias": arch.linear_bias,
+        "mlp_bias": arch.linear_bias,
+        "qk_norm": arch.qk_norm,
+        "norm_placement": arch.norm_placement,
+        "output_norm_scope": arch.output_norm_scope,
+        "position_embedding": arch.positions,
+        "rope_parameters": rope_parameters(arch) if arch.positions == "rope" else None,
+        "max_position_embeddings": arch.max_positions,
+        "tie_word_embeddings": arch.tied,
+        "initializer_range": arch.init_std,
+        "attention_dropout": 0.0,
+        "sliding_window": None,
+    }

@@ -1,0 +1,451 @@
+"""Recursive GPTs in transformers: layers that are applied once per pass of the config's plan.
+
+Ships inside an export, so that ``AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`` works without the
+package that trained the model; it imports torch, transformers and its neighbours alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_recursive_gpt import RecursiveCache
+from .configuration_recursive_gpt import RecursiveGPTConfig
+from .exits_recursive_gpt import (
+    EXIT_ARGUMENTS,
+    ExitOptions,
+    ExitReport,
+    ExitRule,
+    real_and_visible,
+    run_with_exits,
+)
+from .layers_recursive_gpt import (
+    RecursiveGPTAttention,
+    RecursiveGPTDecoderLayer,
+    RecursiveGPTNorm,
+    RecursiveGPTRotaryEmbedding,
+    make_norm,
+)
+
+INITIAL_STATE_SEED = 20251006  # the states that training starts from when they are not zeros
+
+
+class PlanPass(NamedTuple):
+    """One application of all layers: ``state[target] = layers(sum of what it reads)``. Fields as in the plan."""
+
+    block: int
+    target: str
+    reads: tuple[str, ...]
+    grad: bool
+    cuts_states: bool
+    supervised_weight: float
+    halt_weight: float
+    ends_block: bool
+
+
+def read_passes(config: RecursiveGPTConfig) -> list[PlanPass]:
+    found, passes = [], config.plan["passes"]
+    for each, after in zip(passes, [*passes[1:], None], strict=True):
+        ends_block = after is None or after["block"] != each["block"]
+        found.append(PlanPass(
+            each["block"], each["target"], tuple(each["reads"]), each["grad"], each.get("cuts_states", False),
+            each.get("supervised_weight", 0.0), each.get("halt_weight", 0.0), ends_block,
+        ))  # fmt: skip
+    return found
+
+
+@dataclass
+class RecursiveGPTModelOutput(BaseModelOutputWithPast):
+    """``block_states``: output states after the blocks, as the plan leaves them; ``blocks``: [B, S] blocks run."""
+
+    block_states: tuple[Tensor, ...] | None = None
+    blocks: Tensor | None = None
+
+
+@dataclass
+class RecursiveGPTOutput(CausalLMOutputWithPast):
+    """Beside what every causal model returns:
+
+    Attributes:
+        loss: the training objective: supervised blocks, plus halt_loss_weight times the halting loss.
+        lm_loss: cross-entropy after the last block. halt_loss: of the halting head, as the plan weighs the blocks.
+        block_logits: [T, B, S, V], on ``output_blocks=True``: what the model would say after each block.
+        block_halting: [T, B, S], on ``output_blocks=True``: halting probability after each block (None: no head).
+        blocks: [B, S], under an exit: blocks that each token took.
+    """
+
+    lm_loss: Tensor | None = None
+    halt_loss: Tensor | None = None
+    block_logits: Tensor | None = None
+    block_halting: Tensor | None = None
+    blocks: Tensor | None = None
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+class RecursiveGPTPreTrainedModel(PreTrainedModel):
+    config: RecursiveGPTConfig
+    config_class = RecursiveGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RecursiveGPTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": RecursiveGPTDecoderLayer, "attentions": RecursiveGPTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RecursiveGPTNorm):
+            (init.zeros_ if module.one_centered else init.ones_)(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RecursiveGPTModel) and hasattr(module, "initial_output"):
+            generator = torch.Generator(device="cpu").manual_seed(INITIAL_STATE_SEED)
+            for buffer in (module.initial_output, module.initial_latent):
+                vector = torch.empty(buffer.shape, device="cpu")
+                init.copy_(buffer, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
+        elif isinstance(module, RecursiveGPTForCausalLM) and module.halting_head is not None:
+            init.zeros_(module.halting_head.weight)
+            init.constant_(module.halting_head.bias, self.config.recursion.get("halt_bias", -5.0))
+
+
+class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
+    """Embedding, the passes of the plan, final norm."""
+
+    def __init__(self, config: RecursiveGPTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(RecursiveGPTDecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = make_norm(config, config.hidden_size)
+        self.rotary_emb = RecursiveGPTRotaryEmbedding(config) if config.position_embedding == "rope" else None
+        if config.plan.get("state_init") == "trunc-normal":
+            for name in ("initial_output", "initial_latent"):
+                self.register_buffer(name, torch.zeros(config.hidden_size))
+        self.gradient_checkpointing = False
+        self._read_plan()
+        self.post_init()
+
+    def _read_plan(self) -> None:
+        self.passes = read_passes(self.config)
+        self.embedding_multiplier = float(self.config.plan.get("embedding_multiplier", 1.0))
+        self.norm_closes_passes = self.config.plan.get("state_norm", "final") == "final"
+
+    def hold_passes(self, count: int) -> None:
+        """Have attention modules for at least so many passes."""
+        layers: Any = self.layers
+        for layer in layers:
+            layer.self_attn.hold_passes(count)
+
+    def run_pass(self, index: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, pass_index=index, **kwargs)
+        return self.norm(hidden_states) if self.norm_closes_passes else hidden_states
+
+    def read_state(self, state: Tensor) -> Tensor:
+        """What the heads see of an output state."""
+        return state if self.norm_closes_passes else self.norm(state)
+
+    def initial_states(self, embedding: Tensor) -> dict[str, Tensor]:
+        states = {"input": embedding}
+        for name in ("output", "latent"):
+            vector = getattr(self, f"initial_{name}", None)
+            states[name] = torch.zeros_like(embedding) if vector is None else vector.to(embedding).expand_as(embedding)
+        return states
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor) -> Tensor:
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.position_embedding == "learned":
+            hidden = hidden + self.embed_positions(position_ids)
+        return hidden if self.embedding_multiplier == 1.0 else hidden * self.embedding_multiplier
+
+    def _positions(self, given: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        past, length = cache.get_seq_length() if cache is not None else 0, given.shape[1]
+        learned = self.config.position_embedding == "learned"
+        if learned and isinstance(past, int) and past + length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{past + length} tokens are more than the {self.config.max_position_embeddings} learned positions."
+            )
+        if learned and attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return (torch.arange(length, device=given.device) + past).unsqueeze(0)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_block_states: bool = False,
+        exit_rule: ExitRule | None = None,
+        **kwargs: Any,
+    ) -> RecursiveGPTModelOutput:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config) if exit_rule is None else RecursiveCache(self.config)
+        if position_ids is None:
+            position_ids = self._positions(given, attention_mask, past_key_values)
+        embedding = self._embed(input_ids, inputs_embeds, position_ids)
+        causal_mask = create_causal_mask(
+            config=self.config, inputs_embeds=embedding, attention_mask=attention_mask,
+            past_key_values=past_key_values, position_ids=position_ids,
+        )  # fmt: skip
+        shared = {
+            "attention_mask": causal_mask,
+            "position_embeddings": self.rotary_emb(embedding, position_ids) if self.rotary_emb is not None else None,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        states, blocks = self.initial_states(embedding), None
+        if exit_rule is None:
+            kept = self._run_plan(states, output_block_states, {"position_ids": position_ids, **shared})
+        else:
+            kept, blocks = run_with_exits(self, states, attention_mask, exit_rule, output_block_states, shared)
+        return RecursiveGPTModelOutput(
+            last_hidden_state=self.read_state(states["output"]),
+            past_key_values=past_key_values,
+            block_states=tuple(kept) if output_block_states else None,
+            blocks=blocks,
+        )
+
+    def _run_plan(self, states: dict[str, Tensor], keeps_states: bool, shared: dict[str, Any]) -> list[Tensor]:
+        """Run every pass on ``states``, in place; the output state after each block, if it is to be kept."""
+        kept = []
+        for index, each in enumerate(self.passes):
+            if each.cuts_states:
+                states["output"], states["latent"] = states["output"].detach(), states["latent"].detach()
+            if each.grad or not torch.is_grad_enabled():
+                states[each.target] = self.run_pass(index, self.gather(each, states), **shared)
+            else:
+                with torch.no_grad():
+                    states[each.target] = self.run_pass(index, self.gather(each, states), **shared)
+            if each.ends_block and keeps_states:
+                kept.append(states["output"])
+        return kept
+
+    @staticmethod
+    def gather(each: PlanPass, states: dict[str, Tensor]) -> Tensor:
+        total = states[each.reads[0]]
+        for name in each.reads[1:]:
+            total = total + states[name]
+        return total
+
+
+class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
+    """The model with its heads. ``last_exit_report`` says what the last call with an exit cost."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: RecursiveGPTConfig) -> None:
+        super().__init__(config)
+        self.model = RecursiveGPTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.halting_head = nn.Linear(config.hidden_size, 1) if config.has_halting else None
+        self.last_exit_report: ExitReport | None = None
+        self._open_report: ExitReport | None = None
+        self.post_init()
+
+    def set_num_refinement_blocks(self, count: int) -> None:
+        """Run so many blocks from now on; inner blocks are dropped or repeated."""
+        plan = self.config.with_refinement_blocks(count)
+        if self.config.plan.get("family") == "plain":
+            raise ValueError("This model is a plain GPT; it has no refinement blocks.")
+        self.config.set_plan(plan)
+        self.model._read_plan()
+        self.model.hold_passes(len(self.model.passes))
+
+    def halting_logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] to [...], in fp32: q = w . h + b of each token's own state."""
+        head = self.halting_head
+        assert head is not None
+        return F.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        output_blocks: bool = False,
+        exit: str | None = None,
+        halt_threshold: float | None = None,
+        exit_threshold: float | None = None,
+        exit_stable_blocks: int | None = None,
+        max_inference_refinement_steps: int | None = None,
+        **kwargs: Any,
+    ) -> RecursiveGPTOutput:
+        """Run the plan and read the heads.
+
+        Args:
+            labels: [B, S], as input_ids; shifted here, -100 does not count. shift_labels: already shifted.
+            num_items_in_batch: what the loss is divided by, instead of the number of labels that count.
+            output_blocks: also return what the heads say after every block.
+            exit: ``halting``, ``output-change``, ``kl`` or ``argmax``; None runs all blocks of the plan. The other
+                exit arguments are described in :class:`ExitOptions`.
+        """
+        options = ExitOptions.make(
+            self.config, exit, halt_threshold=halt_threshold, exit_threshold=exit_threshold,
+            exit_stable_blocks=exit_stable_blocks, max_inference_refinement_steps=max_inference_refinement_steps,
+        )  # fmt: skip
+        if options is not None and self.training:
+            raise ValueError("An exit is for inference; call model.eval() first.")
+        wanted = labels is not None or shift_labels is not None
+        if use_cache is None and self.training:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_block_states=output_blocks or (wanted and options is None),
+            exit_rule=None if options is None else ExitRule(options, self.halting_logits, self._logits_of_state),
+            **kwargs,
+        )  # fmt: skip
+        hidden = outputs.last_hidden_state
+        result = RecursiveGPTOutput(
+            past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions, blocks=outputs.blocks,
+        )  # fmt: skip
+        if not wanted:
+            result.logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        else:
+            logits = self.lm_head(hidden)
+            if shift_labels is None:
+                assert labels is not None
+                shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+            states = outputs.block_states if options is None else ()
+            self._read_losses(result, states, hidden, logits, shift_labels.to(logits.device), num_items_in_batch)
+            result.logits = slice_logits_to_keep(logits, logits_to_keep)
+        if output_blocks:
+            self._read_blocks(result, outputs.block_states, logits_to_keep)
+        if options is not None:
+            self._report(options, outputs, attention_mask, math.prod(result.logits.shape[:-1]))
+        return result
+
+    def _logits_of_state(self, state: Tensor) -> Tensor:
+        return self.lm_head(self.model.read_state(state))
+
+    @torch.no_grad()
+    def _read_blocks(self, result: RecursiveGPTOutput, states: tuple[Tensor, ...], keep: int | Tensor) -> None:
+        hidden = [self.model.read_state(slice_logits_to_keep(state, keep)) for state in states]
+        result.block_logits = torch.stack([self.lm_head(each) for each in hidden])
+        if self.halting_head is not None:
+            result.block_halting = torch.stack([torch.sigmoid(self.halting_logits(each)) for each in hidden])
+
+    def _read_losses(
+        self, result: RecursiveGPTOutput, states: tuple[Tensor, ...], hidden: Tensor, logits: Tensor, labels: Tensor,
+        count: int | Tensor | None,
+    ) -> None:  # fmt: skip
+        """The training objective, as the plan weighs the blocks; without states (an exit), the loss of the answers."""
+        valid = (labels != -100).float()
+        count = valid.sum().clamp(min=1) if count is None else count
+
+        def mean(values: Tensor) -> Tensor:
+            return (values * valid).sum() / count
+
+        def cross_entropy(block_logits: Tensor) -> Tensor:
+            flat = F.cross_entropy(block_logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
+            return flat.view_as(labels)
+
+        lm_loss = mean(cross_entropy(logits))
+        result.lm_loss = lm_loss.detach()
+        if not states:
+            result.loss = lm_loss
+            return
+        ends = [each for each in self.model.passes if each.ends_block]
+        result.loss = ends[-1].supervised_weight * lm_loss
+        halt_loss = torch.zeros_like(lm_loss)
+        last_choice = logits.detach().argmax(-1)
+        for each, state in zip(ends, states, strict=True):
+            is_last, block_logits, seen = each is ends[-1], logits, hidden
+            if not is_last and each.supervised_weight:
+                seen = self.model.read_state(state)
+                block_logits = self.lm_head(seen)
+                result.loss = result.loss + each.supervised_weight * mean(cross_entropy(block_logits))
+            elif not is_last and each.halt_weight:
+                with torch.no_grad():
+                    seen = self.model.read_state(state)
+                    block_logits = self.lm_head(seen)
+            if each.halt_weight:
+                choice = block_logits.detach().argmax(-1)
+                correct = self.config.recursion.get("halt_target", "correct") == "correct"
+                goal = choice.eq(labels if correct else last_choice).float()
+                asked = self.halting_logits(seen if is_last else seen.detach())
+                losses = F.binary_cross_entropy_with_logits(asked, goal, reduction="none")
+                halt_loss = halt_loss + each.halt_weight * mean(losses)
+        if self.halting_head is not None:
+            result.halt_loss = halt_loss.detach()
+            result.loss = result.loss + self.config.recursion.get("halt_loss_weight", 1.0) * halt_loss
+
+    # -- generation with an exit ---------------------------------------------------------------------------------
+
+    def _report(self, options: ExitOptions, outputs: RecursiveGPTModelOutput, mask: Tensor | None, logits: int) -> None:
+        blocks, cache = outputs.blocks, outputs.past_key_values
+        assert blocks is not None
+        past = 0 if cache is None else int(cache.get_seq_length()) - blocks.shape[1]
+        report = ExitReport(self.config) if self._open_report is None else self._open_report
+        visible = real_and_visible(mask, blocks, past)[1]
+        report.add(options, blocks, visible, decoded=past > 0, logits=logits)
+        self.last_exit_report = report
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers. ``exit=...`` and its arguments (or the same entries of the generation config)
+        let each token leave after its own block; ``last_exit_report`` then says what that saved."""
+        self._open_report, self.last_exit_report = ExitReport(self.config), None
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._open_report = None
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in EXIT_ARGUMENTS:  # entries of a generation config that forward() takes
+            if getattr(generation_config, name, None) is not None:
+                model_kwargs.setdefault(name, getattr(generation_config, name))
+        if model_kwargs.get("exit") is not None:
+            generation_config.disable_compile = True  # what is computed depends on the data
+        return generation_config, model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        fresh = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+        if model_kwargs.get("exit") is not None and fresh and generation_config.cache_implementation is None:
+            model_kwargs["past_key_values"] = RecursiveCache(self.config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+
+__all__ = ["RecursiveGPTForCausalLM", "RecursiveGPTModel", "RecursiveGPTPreTrainedModel"]

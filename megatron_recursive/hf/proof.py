@@ -1,0 +1,241 @@
+"""Logits of both worlds on a fixed text, with one layer of the model in memory at a time.
+
+A model is built without storage for its parameters. Embedding, layers and head get theirs just before they run and give
+them back right after, by hooks, so that the forward pass itself is transformers' own, or Megatron's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.architecture import Architecture
+from megatron_recursive.hf.mappings import Family
+from megatron_recursive.plan import RecursionConfig
+
+TOLERANCE = 1e-4  # of the largest absolute logit
+MAX_TOKENS = 48
+TEXT = (
+    "A converter that copies weights must show that nothing was lost on the way. The capital of France is Paris, "
+    "2 + 2 = 4, and def f(x): return x * x is a function; the rest of this sentence is here to fill the context."
+)
+Fetch = Callable[[str], Tensor]
+
+
+def proof_tokens(vocab_size: int, tokenizer: Any, max_positions: int) -> Tensor:
+    """The fixed text as ids [1, S]; without a tokenizer, fixed ids spread over the vocabulary."""
+    length = min(MAX_TOKENS, max_positions)
+    ids = [] if tokenizer is None else [i for i in tokenizer(TEXT)["input_ids"] if i < vocab_size][:length]
+    if len(ids) < min(8, length):
+        ids = [(7919 * (index + 1) + index * index) % vocab_size for index in range(length)]
+    return torch.tensor([ids])
+
+
+def hf_logits(family: Family, config: Any, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits [S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
+    with _parameters_without_storage():
+        if family.model_type == "recursive_gpt":
+            from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+
+            config._attn_implementation = "sdpa"
+            model = RecursiveGPTForCausalLM(config)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model.eval()
+    layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
+    _stream(model, ["model.embed_tokens", *layers, "lm_head"], fetch, dtype)
+    with torch.no_grad():
+        return model(input_ids=tokens_BS, use_cache=False).logits[0]
+
+
+def megatron_logits(
+    arch: Architecture, recursion: RecursionConfig, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Logits [S, true V] of our Megatron model.
+
+    Args:
+        fetch: gives a parameter by its checkpoint key, that of a layer as ``decoder.layers.{i}.<rest of the key>``.
+    """
+    with one_process():
+        with _parameters_without_storage():
+            model = build_megatron(arch, recursion, dtype)
+        model.eval()
+        layers = [f"decoder.layers.{i}" for i in range(arch.num_layers)]
+        _stream(model, ["embedding", *layers, "output_layer"], lambda name: fetch(checkpoint_key(name)), dtype)
+        if arch.tied:
+            _give_tied_weight(model, fetch, dtype)
+        positions = torch.arange(tokens_BS.shape[1])[None].expand_as(tokens_BS)
+        with torch.no_grad():
+            logits = model(tokens_BS, positions, None)[0]
+    return logits[:, : arch.vocab_size]
+
+
+def relative_error(reference: Tensor, other: Tensor) -> float:
+    """Largest difference over the largest absolute logit; NaN where either holds one."""
+    difference = (reference.double() - other.double()).abs().max()
+    return float(difference / reference.double().abs().max())
+
+
+def check(error: float, what: str) -> None:
+    if not error <= TOLERANCE:  # NaN fails too
+        raise UserError(
+            f"The proof failed: logits of {what} differ by {error:.3g} of the largest, more than {TOLERANCE:g}; "
+            "nothing was written."
+        )
+
+
+# --- models without storage -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _parameters_without_storage() -> Iterator[None]:
+    """Parameters made inside are on the meta device; buffers are real, since models compute with them."""
+    original = torch.nn.Module.register_parameter
+
+    def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None:
+            hollow = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+            hollow.__dict__.update(parameter.__dict__)
+            module._parameters[name] = hollow
+
+    torch.nn.Module.register_parameter = register  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _stream(model: torch.nn.Module, units: list[str], fetch: Fetch, dtype: torch.dtype) -> None:
+    """Fill the units while they run, and everything else (norms, small heads, initial states) for good."""
+    for unit in units:
+        module = model.get_submodule(unit)
+        module.register_forward_pre_hook(lambda m, _, unit=unit: _fill(m, f"{unit}.", fetch, dtype))
+        module.register_forward_hook(lambda m, *_: _empty(m))
+    for name, module in model.named_modules():
+        if not any(name == unit or name.startswith(f"{unit}.") for unit in units):
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[leaf] = _loaded(fetch(f"{name}.{leaf}" if name else leaf), parameter, dtype)
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in ("initial_output", "initial_latent"):
+            buffer.data = fetch(name).to(dtype)
+
+
+def _fill(module: torch.nn.Module, prefix: str, fetch: Fetch, dtype: torch.dtype) -> None:
+    for path, part in module.named_modules():
+        for leaf, parameter in part._parameters.items():
+            if parameter is not None:
+                name = f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}"
+                part._parameters[leaf] = _loaded(fetch(name), parameter, dtype)
+
+
+def _empty(module: torch.nn.Module) -> None:
+    for part in module.modules():
+        for leaf, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[leaf] = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def _loaded(tensor: Tensor, hollow: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parameter:
+    if tensor.shape != hollow.shape:
+        raise UserError(f"The proof failed: a tensor of shape {tuple(tensor.shape)} for one of {tuple(hollow.shape)}.")
+    filled = torch.nn.Parameter(tensor.to(dtype), requires_grad=False)
+    filled.__dict__.update(hollow.__dict__)
+    return filled
+
+
+# --- Megatron -------------------------------------------------------------------------------------------------------
+
+_KEYS = (
+    (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
+    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+    ("output_norm.", "decoder.final_layernorm."),
+)
+
+
+def checkpoint_key(parameter: str) -> str:
+    """The checkpoint key of a parameter of the model with the local layer spec (its layer number still in it)."""
+    for name, key in _KEYS:
+        parameter = parameter.replace(name, key) if name.startswith(".") or parameter.startswith(name) else parameter
+    return parameter
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Megatron's process groups, in a world of one process; a world that is there already is used."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError("The converter runs in one process; start it without torchrun.")
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    groups = not parallel_state.model_parallel_is_initialized()
+    if groups:
+        parallel_state.initialize_model_parallel()
+    try:
+        yield
+    finally:
+        if groups:
+            parallel_state.destroy_model_parallel()
+        if ours:
+            dist.destroy_process_group()
+
+
+def build_megatron(
+    arch: Architecture, recursion: RecursionConfig, dtype: torch.dtype, tp: int = 1, pp: int = 1
+) -> Any:
+    """The Megatron model, or this rank's part of it, with the local layer spec; its parameters are not initialised."""
+    from megatron.core import parallel_state
+    from megatron.core.activations import squared_relu
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_recursive.models.layer_specs import local_block_spec
+    from megatron_recursive.models.norm_placement import NormLayout
+    from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+
+    activations: dict[str, Any] = {
+        "silu": F.silu, "gelu": F.gelu, "relu2": squared_relu,
+        "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }  # fmt: skip
+    config = TransformerConfig(
+        num_layers=arch.num_layers, hidden_size=arch.hidden_size, ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads, num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim, normalization="RMSNorm" if arch.norm == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=arch.norm_eps, layernorm_zero_centered_gamma=arch.norm_one_centered,
+        gated_linear_unit=arch.gated, activation_func=activations[arch.activation],
+        add_bias_linear=arch.linear_bias, add_qkv_bias=arch.qkv_bias, qk_layernorm=arch.qk_norm is not None,
+        params_dtype=dtype, use_cpu_initialization=True, perform_initialization=False, hidden_dropout=0.0,
+        attention_dropout=0.0, bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=dtype,
+    )  # fmt: skip
+    norms = NormLayout(arch.norm_placement, arch.output_norm_scope, arch.qk_norm or "head")
+    return RecursiveGPTModel(
+        config, local_block_spec(config, norms=norms), arch.padded_vocab_size, arch.max_positions,
+        position_embedding_type={"learned": "learned_absolute"}.get(arch.positions, arch.positions),
+        rotary_percent=arch.rotary_percent, rotary_base=arch.rotary_base,
+        rope_scaling=arch.llama3_factor is not None, rope_scaling_factor=arch.llama3_factor or 8.0,
+        seq_len_interpolation_factor=arch.linear_factor, share_embeddings_and_output_weights=arch.tied,
+        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+        recursion=recursion,
+    )  # fmt: skip
+
+
+def _give_tied_weight(model: Any, fetch: Fetch, dtype: torch.dtype) -> None:
+    """GPTModel hands the embedding's weight to the output layer, when the embedding has already given it back."""
+
+    def replace(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "weight": fetch("embedding.word_embeddings.weight").to(dtype)}
+
+    model.output_layer.register_forward_pre_hook(replace, with_kwargs=True)

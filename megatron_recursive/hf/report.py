@@ -1,0 +1,53 @@
+"""What became of every tensor of a conversion: none is left unaccounted for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+STATUSES = ("copied", "merged", "split", "dropped", "new")
+
+
+@dataclass
+class Report:
+    """One line a source tensor, and one a target tensor that has no source.
+
+    Attributes:
+        lines: name to (status, where it went, or why not).
+        facts: what else the conversion's JSON says.
+    """
+
+    lines: dict[str, tuple[str, str]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    max_logit_error: float | None = None
+
+    def add(self, status: str, name: str, note: str) -> None:
+        assert status in STATUSES
+        self.lines[name] = (status, note)
+
+    def counts(self) -> dict[str, int]:
+        counted = Counter(status for status, _ in self.lines.values())
+        return {status: counted[status] for status in STATUSES}
+
+    def summary(self) -> dict[str, Any]:
+        """The last line of a command: what was merged or split was copied too, so that ``copied`` counts it."""
+        counts = self.counts()
+        copied = counts["copied"] + counts["merged"] + counts["split"]
+        return {"max_logit_error": self.max_logit_error, **counts, "copied": copied, **self.facts}
+
+    def to_json(self) -> str:
+        tensors = [{"tensor": k, "status": status, "note": note} for k, (status, note) in sorted(self.lines.items())]
+        return json.dumps({"summary": self.summary(), "tensors": tensors}, indent=1) + "\n"
+
+    def describe(self) -> str:
+        """The counts, and each dropped or new tensor by name (a few of many)."""
+        counts = self.counts()
+        lines = [", ".join(f"{count} {status}" for status, count in counts.items() if count) or "no tensors"]
+        for status in ("dropped", "new"):
+            named = [(name, note) for name, (found, note) in self.lines.items() if found == status]
+            lines += [f"  {status}: {name} ({note})" for name, note in named[:6]]
+            if len(named) > 6:
+                lines.append(f"  {status}: {len(named) - 6} more, listed in the report file")
+        return "\n".join(lines)

@@ -1,0 +1,188 @@
+"""Safetensors folders: checked when opened, read one tensor at a time, written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_recursive.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+
+# safetensors' names of the dtypes that weights have; others (FP8, packed integers) mean a quantised model.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass
+class SafetensorsFolder:
+    """The tensors of a folder. The headers of all files are read, and the files' lengths checked, when it is opened.
+
+    Attributes:
+        shapes, dtypes: by tensor name; a dtype is safetensors' own name for it.
+        nbytes: of all tensors together.
+    """
+
+    folder: Path
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    nbytes: int = 0
+    _files: dict[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path) -> SafetensorsFolder:
+        """Raises UserError where a file is missing, damaged, or holds other tensors than the index says."""
+        found = cls(folder)
+        index = _read_index(folder)
+        for file in _files_of(folder, index):
+            found._add(file)
+        if index is not None:
+            missing, surplus = sorted(index.keys() - found._files.keys()), sorted(found._files.keys() - index.keys())
+            if missing or surplus:
+                what = f"does not hold {missing[0]}" if missing else f"holds {surplus[0]} besides"
+                raise UserError(f"{folder} {what}, against its {INDEX}; fetch the model again.")
+        return found
+
+    def _add(self, file: Path) -> None:
+        for name, (dtype, shape, size) in read_header(file).items():
+            if name in self._files:
+                raise UserError(f"{name} is in both {self._files[name].name} and {file.name} of {self.folder}.")
+            self._files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
+            self.nbytes += size
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def get(self, name: str) -> Tensor:
+        # Opened anew each time: pages of a file that stays mapped would count as this process's memory.
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Tensor name to (dtype, shape, bytes); the file's length is held against the header's offsets."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass  # the library's own check of header, offsets and length
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{file} is damaged or no safetensors file ({reason}); fetch it again.") from error
+    header.pop("__metadata__", None)
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not (isinstance(index, dict) and all(isinstance(file, str) for file in index.values())):
+            raise ValueError("weight_map is no map of names to files")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); fetch it again.") from error
+    return index
+
+
+def _files_of(folder: Path, index: dict[str, str] | None) -> list[Path]:
+    if index is not None:
+        files = [folder / name for name in sorted(set(index.values()))]
+        for file in files:
+            if file.parent != folder:
+                raise UserError(f"{folder / INDEX} names {file}, outside of its folder.")
+            if not file.is_file():
+                raise UserError(f"{file} is missing, which {INDEX} names; fetch the model again.")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / SINGLE) in files:
+        return [folder / SINGLE]
+    if len(files) == 1:
+        return files
+    if files:
+        raise UserError(f"{folder} holds {len(files)} safetensors files but no {INDEX}; fetch the model again.")
+    pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]
+    if pickled:
+        raise UserError(
+            f"{folder} holds pickled weights ({pickled[0]}), which can run code and are never read here; load them "
+            "where you trust them and write safetensors with save_pretrained."
+        )
+    if list(folder.glob("*.gguf")):
+        raise UserError(f"{folder} holds GGUF files; name one of them instead of the folder.")
+    raise UserError(f"{folder} holds no *.safetensors file; give a Hugging Face model folder.")
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A tensor that is going to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+def write_folder(
+    folder: Path, promises: list[Promise], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the promised tensors, which must come in the promised order, one at a time."""
+    shards: list[list[Promise]] = [[]]
+    for promise in promises:
+        if shards[-1] and sum(p.nbytes for p in shards[-1]) + promise.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(promise)
+    single = len(shards) == 1
+    given, weight_map = iter(tensors), {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / name, shard, given)
+        weight_map.update({promise.name: name for promise in shard})
+    if next(given, None) is not None:
+        raise AssertionError("more tensors than promised")
+    if not single:
+        total = sum(p.nbytes for p in promises)
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, promises: list[Promise], given: Iterator[tuple[str, Tensor]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for promise in promises:
+        end = offset + promise.nbytes
+        header[promise.name] = {"dtype": NAMES[promise.dtype], "shape": list(promise.shape),
+                                "data_offsets": [offset, end]}  # fmt: skip
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for promise in promises:
+            name, tensor = next(given)
+            if (name, tuple(tensor.shape), tensor.dtype) != (promise.name, promise.shape, promise.dtype):
+                raise AssertionError(f"{name} {tuple(tensor.shape)} {tensor.dtype} is not the promised {promise}")
+            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,250 @@
+"""Where pretrained weights come from: a safetensors folder, a name in the hub's cache, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.architecture import Architecture
+from megatron_recursive.hf.mappings import (
+    FAMILIES,
+    HALTING_ROWS,
+    INITIAL_STATE_ROWS,
+    Family,
+    Row,
+    family_of,
+    items,
+    read_config,
+)
+from megatron_recursive.hf.safetensors_files import DTYPES, NAMES, SafetensorsFolder
+
+# Buffers that old checkpoints carry; every model computes them anew.
+COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+_QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".weight_scale",
+                       ".weight_scale_inv", ".SCB", ".weight_packed")  # fmt: skip
+
+
+@dataclass
+class Source:
+    """A Hugging Face model, its tensors not yet read.
+
+    Attributes:
+        config: transformers' config object.
+        shapes, dtypes: of every tensor there is, by name; a dtype is safetensors' own name.
+        get: reads one tensor.
+        origin: how the weights were stored, for the report.
+        folder: of a safetensors model; gguf: the file, of a GGUF model.
+    """
+
+    name: str
+    family: Family
+    config: Any
+    arch: Architecture
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    get: Callable[[str], Tensor]
+    nbytes: int
+    origin: str
+    folder: Path | None = None
+    gguf: Path | None = None
+    dropped: dict[str, str] = field(default_factory=dict)  # tensors that no row takes, and why that is right
+
+    def extra_rows(self) -> tuple[Row, ...]:
+        """Rows of what recursion added to a model of ours."""
+        if self.family.model_type != "recursive_gpt":
+            return ()
+        rows = HALTING_ROWS if any(p.get("halt_weight") for p in self.config.plan["passes"]) else ()
+        initial = self.config.plan.get("state_init", "zeros") != "zeros"
+        return (*rows, *(INITIAL_STATE_ROWS if initial else ()))
+
+    def weight(self, name: str) -> Tensor:
+        """A tensor by name; a tied head is the embedding."""
+        if name == "lm_head.weight" and self.arch.tied:
+            name = "model.embed_tokens.weight"
+        return self.get(name)
+
+
+def open_source(given: str) -> Source:
+    """Open and check a model: every tensor of its table is there in its shape, and nothing else.
+
+    Raises:
+        UserError: what is wrong, in one sentence.
+    """
+    path = Path(given)
+    if path.suffix == ".gguf" and path.is_file():
+        source = _open_gguf(path)
+    elif path.is_dir():
+        source = _open_folder(path, str(path))
+    elif path.exists():
+        raise UserError(f"--hf {given} is a file; give a model folder, a .gguf file, or a name in the hub's cache.")
+    else:
+        source = _open_folder(_cached(given), given)
+    _check_tensors(source)
+    return source
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # a bad name, nothing cached, half a download: the hub has an error class for each
+        raise UserError(
+            f"--hf {name} is neither a folder nor complete in the hub's cache; fetch it with: hf download {name}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} cannot be read ({reason}); give a model folder.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object.")
+    return values
+
+
+def _open_folder(folder: Path, name: str) -> Source:
+    values = read_json(folder / "config.json")
+    family = family_of(values, name)
+    tensors = SafetensorsFolder.open(folder)
+    config = config_object(family, values, name)
+    return Source(
+        name, family, config, read_config(family, config, name), tensors.shapes, tensors.dtypes, tensors.get,
+        tensors.nbytes, "safetensors", folder,
+    )  # fmt: skip
+
+
+def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
+    """transformers' own config of a family, with its defaults; no code of the folder is run."""
+    values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
+    try:
+        if family.model_type == "recursive_gpt":
+            from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+
+            return RecursiveGPTConfig.from_dict(values)
+        from transformers import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[family.model_type].from_dict(values)
+    except Exception as error:  # transformers' validators raise classes of the hub, of its own and of Python
+        raise UserError(
+            f"The config.json of {where} is not one that transformers takes "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+        ) from error
+
+
+def _open_gguf(path: Path) -> Source:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("GGUF files need the package gguf; install it (pip install gguf).") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"transformers cannot read the GGUF file {path} ({reason}).") from error
+    config = model.config
+    family = family_of({"model_type": config.model_type}, str(path))
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    arch = read_config(family, config, str(path))
+    if arch.tied:
+        tensors.pop("lm_head.weight", None)  # the same storage as the embedding
+    return Source(
+        str(path), family, config, arch, {k: tuple(v.shape) for k, v in tensors.items()},
+        {k: NAMES[v.dtype] for k, v in tensors.items()}, tensors.__getitem__,
+        sum(t.nbytes for t in tensors.values()), "GGUF, dequantised by transformers", gguf=path,
+    )  # fmt: skip
+
+
+def _check_tensors(source: Source) -> None:
+    for name, dtype in source.dtypes.items():
+        if dtype not in DTYPES or name.endswith(_QUANTISED_SUFFIXES):
+            raise UserError(f"{source.name} is quantised ({name} is {dtype}); give the unquantised model.")
+    expected: dict[str, tuple[int, ...]] = {}
+    for item in items(source.family, source.arch, extra=source.extra_rows()):
+        expected.update(item.hf)
+    missing = [name for name in expected if name not in source.shapes]
+    if missing:
+        raise UserError(
+            f"{source.name} lacks {missing[0]}{_and_more(missing)}, which a {source.family.model_type} model of its "
+            "config.json has; fetch the model again."
+        )
+    for name in source.shapes.keys() - expected.keys():
+        source.dropped[name] = _why_surplus(source, name)
+    for name, shape in expected.items():
+        if source.shapes[name] != shape:
+            raise UserError(
+                f"{source.name}: {name} has the shape {_by(source.shapes[name])}, where its config.json says "
+                f"{_by(shape)}."
+            )
+
+
+def _why_surplus(source: Source, name: str) -> str:
+    if name.endswith(COMPUTED_SUFFIXES):
+        return "computed, not learned"
+    if name == "lm_head.weight" and source.arch.tied:
+        import torch
+
+        if torch.equal(source.get(name), source.get("model.embed_tokens.weight")):
+            return "equal to the embedding, to which it is tied"
+        raise UserError(
+            f"{source.name} ties its head to the embedding (tie_word_embeddings), but holds another lm_head.weight."
+        )
+    raise UserError(
+        f"{source.name} holds {name} ({_by(source.shapes[name])}), which a {source.family.model_type} model does not "
+        "have; its meaning would be lost."
+    )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def choose_layers(total: int, selection: str | None, count: int | None, explicit: str | None) -> list[int]:
+    """Which layers of the donor are kept.
+
+    ``uniform`` keeps the first and the last and spreads the others evenly: 4 of 24 are 0, 8, 16, 23.
+    """
+    if explicit is not None:
+        if selection is not None or count is not None:
+            raise UserError("--layers excludes --layer-selection and --num-layers; give either.")
+        try:
+            chosen = [int(part) for part in explicit.split(",")]
+        except ValueError as error:
+            raise UserError(f"--layers {explicit} must be whole numbers with commas, such as 0,8,16,23.") from error
+        if any(not 0 <= layer < total for layer in chosen):
+            raise UserError(f"--layers {explicit}: the model has the layers 0 to {total - 1}.")
+        if len(set(chosen)) != len(chosen):
+            raise UserError(f"--layers {explicit} names a layer twice.")
+        return chosen
+    if selection is None and count is None:
+        return list(range(total))
+    if count is None:
+        raise UserError(f"--layer-selection {selection} needs --num-layers, how many layers to keep.")
+    if not 1 <= count <= total:
+        raise UserError(f"--num-layers {count} must lie between 1 and the model's {total} layers.")
+    if selection == "first":
+        return list(range(count))
+    if selection == "last":
+        return list(range(total - count, total))
+    if selection == "middle":
+        start = (total - count) // 2
+        return list(range(start, start + count))
+    return [math.ceil(index * (total - 1) / (count - 1)) if count > 1 else 0 for index in range(count)]
+
+
+__all__ = ["FAMILIES", "Source", "choose_layers", "config_object", "open_source", "read_json"]

@@ -1,0 +1,56 @@
+"""How tensors of the two layouts become each other: the many-to-one ones, by name.
+
+Each transform merges the Hugging Face tensors of a table's row into Megatron's tensor, and splits that one back. Both
+directions only move numbers, so that they are exact in any dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_recursive.hf.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Transform:
+    """``merge`` and ``split`` are each other's inverse, but for the padding rows of the vocabulary."""
+
+    name: str
+    merge: Callable[[Sequence[Tensor], Architecture], Tensor]
+    split: Callable[[Tensor, Architecture], tuple[Tensor, ...]]
+
+
+def _merge_qkv(parts: Sequence[Tensor], arch: Architecture) -> Tensor:
+    """q, k, v to Megatron's fused rows: for each query group its query heads, then its key, then its value head."""
+    query, key, value = parts
+    groups, rest = arch.num_query_groups, query.shape[1:]
+    grouped = [part.view(groups, -1, *rest) for part in (query, key, value)]
+    return torch.cat(grouped, dim=1).reshape(-1, *rest)
+
+
+def _split_qkv(fused: Tensor, arch: Architecture) -> tuple[Tensor, ...]:
+    groups, width, rest = arch.num_query_groups, arch.head_dim, fused.shape[1:]
+    heads = arch.num_attention_heads // groups
+    grouped = fused.view(groups, (heads + 2) * width, *rest)
+    parts = grouped.split([heads * width, width, width], dim=1)
+    return tuple(part.reshape(-1, *rest) for part in parts)
+
+
+def _pad_vocabulary(parts: Sequence[Tensor], arch: Architecture) -> Tensor:
+    (rows,) = parts
+    missing = arch.padded_vocab_size - rows.shape[0]
+    return rows if missing == 0 else torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+
+
+COPY = Transform("copy", lambda parts, _: parts[0], lambda tensor, _: (tensor,))
+QKV = Transform("qkv", _merge_qkv, _split_qkv)
+GATE_UP = Transform(
+    "gate, up", lambda parts, _: torch.cat(list(parts)), lambda tensor, _: tuple(tensor.chunk(2, dim=0))
+)
+VOCABULARY = Transform("padded vocabulary", _pad_vocabulary, lambda tensor, arch: (tensor[: arch.vocab_size],))
+# The halting head's weight is one vector in Megatron (optimizers treat matrices apart) and a linear layer in HF.
+ROW_VECTOR = Transform("row vector", lambda parts, _: parts[0].reshape(-1), lambda tensor, _: (tensor.reshape(1, -1),))

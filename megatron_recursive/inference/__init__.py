@@ -1,0 +1,1 @@
+"""Generation: from exported folders and from Megatron checkpoints directly."""

@@ -1,0 +1,183 @@
+"""What ``tools/generate.py`` does: its flags, prompts one after the other, and a conversation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.inference import output
+from megatron_recursive.inference.generation import (
+    Answer,
+    BlockReading,
+    Settings,
+    check_length,
+    encode_prompt,
+    generate,
+)
+from megatron_recursive.inference.loading import DTYPES, Loaded, open_model
+from megatron_recursive.inference.prompts import read_prompts
+from megatron_recursive.inference.text import Messages
+
+EXITS = ("halting", "output-change", "kl", "argmax")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, metavar="DIR_OR_CKPT",
+                       help="a Hugging Face folder, a name in the hub's cache, or a Megatron checkpoint")  # fmt: skip
+    model.add_argument("--tokenizer", metavar="DIR", help="default: that of the model")
+    model.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: as the weights are stored")
+    asked = parser.add_argument_group("prompts and output")
+    asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    asked.add_argument("--prompt-file", metavar="FILE", help='a prompt a line, or .jsonl with "prompt"')
+    asked.add_argument("--interactive", action="store_true", help="a conversation, with the tokenizer's chat template")
+    asked.add_argument("--json", action="store_true", help="a JSON line per result, and nothing else on stdout")
+    asked.add_argument("--show-recursive-steps", action="store_true",
+                       help="for each new token, what every block would have said, its probability and the halting "
+                       "probability: a table on a terminal, JSON lines elsewhere")  # fmt: skip
+    chosen = parser.add_argument_group("choice of tokens")
+    chosen.add_argument("--max-tokens", type=int, default=128, help="at most so many new ones (default: 128)")
+    chosen.add_argument("--temperature", type=float, help="0: the most likely token (default without --top-k, --top-p)")
+    chosen.add_argument("--top-k", type=int, help="sample among so many tokens")
+    chosen.add_argument("--top-p", type=float, help="sample among the likeliest tokens of this probability together")
+    chosen.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid what was said")
+    chosen.add_argument("--num-beams", type=int, default=1, help="beam search with so many beams")
+    chosen.add_argument("--seed", type=int, default=0, help="of sampling, for each prompt anew (default: 0)")
+    depth = parser.add_argument_group("depth")
+    depth.add_argument("--num-refinement-blocks", type=int, metavar="T", help="run T blocks (default: as trained)")
+    depth.add_argument("--exit", choices=EXITS, help="let each token leave after its own block")
+    depth.add_argument("--halt-threshold", type=float, help="--exit halting: probability at which a token leaves")
+    depth.add_argument("--exit-threshold", type=float, help="--exit output-change or kl: leave below this change")
+    depth.add_argument("--exit-stable-blocks", type=int, help="--exit argmax: leave after so many agreeing blocks")
+    depth.add_argument("--max-inference-refinement-steps", type=int, metavar="BLOCKS", help="cap under --exit")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer every prompt, or hold a conversation.
+
+    Raises:
+        UserError: before anything is generated, if flags, model or a prompt cannot be.
+    """
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    _check_flags(args)
+    prompts = [] if args.interactive else read_prompts(args.prompt, args.prompt_file)
+    with open_model(
+        args.model, tokenizer=args.tokenizer, dtype=args.dtype, num_refinement_blocks=args.num_refinement_blocks
+    ) as loaded:
+        settings.check(loaded)
+        if args.show_recursive_steps and not loaded.recursive:
+            raise UserError(f"--show-recursive-steps needs a recursive model, but {args.model} is a plain one.")
+        if args.interactive:
+            _converse(loaded, settings, args)
+        else:
+            _answer_all(loaded, prompts, settings, args)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if args.interactive and (args.prompt or args.prompt_file or args.json):
+        raise UserError("--interactive reads what you type; leave out --prompt, --prompt-file and --json.")
+    if not args.interactive and not args.prompt and args.prompt_file is None:
+        raise UserError("There is nothing to answer; give --prompt, --prompt-file or --interactive.")
+    if args.show_recursive_steps and args.num_beams > 1:
+        raise UserError("--show-recursive-steps follows one sequence; leave out --num-beams.")
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+def _answer_all(
+    loaded: Loaded, prompts: list[tuple[str, str]], settings: Settings, args: argparse.Namespace
+) -> None:
+    encoded = [encode_prompt(loaded, prompt, name) for name, prompt in prompts]
+    for number, ((name, prompt), ids) in enumerate(zip(prompts, encoded, strict=True)):
+        _warn_of_cut(loaded, ids, settings, name)
+        shows_text = not args.json and not args.show_recursive_steps
+        streams = shows_text and sys.stdout.isatty() and settings.num_beams == 1
+        if shows_text:
+            print(prompt, end="", flush=True)
+        on_token = _step_printer(loaded, number, args) if args.show_recursive_steps else None
+        answer = generate(loaded, ids, settings, _write if streams else None, on_token)
+        if args.json:
+            output.print_json(output.answer_record(prompt, answer))
+        elif shows_text:
+            print("" if streams else answer.text, flush=True)
+        elif sys.stdout.isatty():
+            print(f"{prompt}{answer.text}", flush=True)
+        else:
+            output.print_json(output.answer_record(prompt, answer))
+        if not args.json:
+            output.say(f"[{number + 1} of {len(prompts)}: {output.summary(answer)}]")
+
+
+def _warn_of_cut(loaded: Loaded, ids: list[int], settings: Settings, name: str) -> None:
+    if loaded.max_positions is not None and len(ids) + settings.max_tokens > loaded.max_positions:
+        left = loaded.max_positions - len(ids)
+        output.say(f"note: {name} leaves {left} of the {loaded.max_positions} positions, so --max-tokens is {left}")
+
+
+def _step_printer(loaded: Loaded, prompt: int, args: argparse.Namespace) -> Callable[[int, list[BlockReading]], None]:
+    table = output.StepTable(loaded) if sys.stdout.isatty() and not args.json else None
+    step = 0
+
+    def show(token: int, readings: list[BlockReading]) -> None:
+        nonlocal step
+        step += 1
+        if table is not None:
+            table.add(step, token, readings)
+        else:
+            output.print_json(output.token_record(loaded, prompt, step, token, readings))
+
+    return show
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+# --- a conversation -------------------------------------------------------------------------------------------------
+
+
+def _converse(loaded: Loaded, settings: Settings, args: argparse.Namespace) -> None:
+    """Turns of user and model until the input ends. What does not fit is said, and the turn is dropped."""
+    has_template = loaded.text.has_chat_template
+    output.say("An empty line or Ctrl-D ends, /reset starts over." + (
+        "" if has_template else " The tokenizer has no chat template: what you type is continued as plain text."
+    ))
+    messages: Messages = []
+    while (said := _read_line()) not in ("", "/quit"):
+        if said == "/reset":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": said})
+        try:
+            answer = _reply(loaded, messages, settings, args)
+        except UserError as error:
+            output.say(f"{error} (The turn was dropped; /reset starts over.)")
+            messages.pop()
+            continue
+        output.say(f"[{output.summary(answer)}]")
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def _read_line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _reply(loaded: Loaded, messages: Messages, settings: Settings, args: argparse.Namespace) -> Answer:
+    if loaded.text.has_chat_template:
+        ids = loaded.text.encode_chat(messages)
+        check_length(loaded, ids, "The conversation")
+    else:
+        ids = encode_prompt(loaded, "".join(message["content"] for message in messages), "The conversation")
+    _warn_of_cut(loaded, ids, settings, "the conversation")
+    on_token = _step_printer(loaded, len(messages) // 2, args) if args.show_recursive_steps else None
+    streams = settings.num_beams == 1 and not args.show_recursive_steps
+    answer = generate(loaded, ids, settings, _write if streams else None, on_token)
+    print("" if streams else answer.text, flush=True)
+    return answer

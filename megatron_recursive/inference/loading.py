@@ -1,0 +1,143 @@
+"""Opening what the user names: an export of ours, any causal model of transformers, or a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_recursive.data.tokenizer import gpt2_tokenizer, load_tokenizer
+from megatron_recursive.errors import UserError
+from megatron_recursive.inference.text import NumberText, Text, TokenizerText
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRACKER = "latest_checkpointed_iteration.txt"
+TOKENIZER = "tokenizer"  # the folder that the converter puts into a checkpoint
+
+
+@dataclass
+class Loaded:
+    """A model that can generate.
+
+    Attributes:
+        max_positions: tokens of prompt and answer together that it is made for; None where it does not say.
+        recursive: whether it has refinement blocks.
+    """
+
+    name: str
+    model: Any
+    text: Text
+    max_positions: int | None
+    recursive: bool
+
+
+@contextlib.contextmanager
+def open_model(
+    given: str, *, tokenizer: str | None = None, dtype: str = "auto", num_refinement_blocks: int | None = None
+) -> Iterator[Loaded]:
+    """Load a model and its tokenizer; a Megatron checkpoint keeps its process groups while the context lasts.
+
+    Raises:
+        UserError: there is no such model, it cannot be read, or it has no blocks to change.
+    """
+    path = Path(given)
+    with contextlib.ExitStack() as stack:
+        if path.is_dir() and not (path / "config.json").is_file():
+            if not any((path / name).is_file() for name in (".metadata", TRACKER)):
+                raise UserError(
+                    f"--model {given} is neither a Hugging Face folder (config.json) nor a Megatron checkpoint "
+                    f"({TRACKER} or .metadata); name one of these."
+                )
+            loaded = _open_checkpoint(stack, given, tokenizer, DTYPES.get(dtype))
+        else:
+            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"))
+        if num_refinement_blocks is not None:
+            _set_blocks(loaded, num_refinement_blocks)
+        yield loaded
+
+
+def _set_blocks(loaded: Loaded, count: int) -> None:
+    if count < 1:
+        raise UserError(f"--num-refinement-blocks must be at least 1, but is {count}.")
+    if not loaded.recursive:
+        raise UserError(f"--num-refinement-blocks needs a recursive model, but {loaded.name} is a plain one.")
+    loaded.model.set_num_refinement_blocks(count)
+
+
+# --- Hugging Face folders -------------------------------------------------------------------------------------------
+
+
+def _open_folder(given: str, tokenizer: str | None, dtype: Any) -> Loaded:
+    path = Path(given)
+    is_name = not path.exists() and not path.is_absolute() and not given.startswith(".") and given.count("/") <= 1
+    if not path.is_dir() and not is_name:
+        raise UserError(f"--model {given} does not exist; name a Hugging Face folder or a Megatron checkpoint.")
+    try:
+        from transformers import AutoConfig
+
+        from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+
+        AutoConfig.register(RecursiveGPTConfig.model_type, RecursiveGPTConfig, exist_ok=True)
+        config = AutoConfig.from_pretrained(given, local_files_only=True, trust_remote_code=False)
+        model = _model_class(config).from_pretrained(
+            given, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    # transformers and safetensors raise OSError, ValueError, KeyError, RuntimeError and their own for broken folders.
+    except Exception as error:
+        raise UserError(f"--model {given} cannot be loaded ({_reason(error)}); check the folder.") from error
+    if torch.cuda.is_available():
+        model.cuda()
+    text = TokenizerText(load_tokenizer(given if tokenizer is None else tokenizer))
+    recursive = getattr(config, "plan", None) is not None and config.plan.get("family") != "plain"
+    return Loaded(given, model.eval(), text, getattr(config, "max_position_embeddings", None), recursive)
+
+
+def _model_class(config: Any) -> Any:
+    """Ours without running code of the folder, or transformers' own."""
+    if config.model_type == "recursive_gpt":
+        from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+
+        return RecursiveGPTForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+# --- Megatron checkpoints -------------------------------------------------------------------------------------------
+
+
+def _open_checkpoint(
+    stack: contextlib.ExitStack, given: str, tokenizer: str | None, dtype: torch.dtype | None
+) -> Loaded:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
+        from megatron_recursive.inference.megatron_model import open_megatron
+    model, found = stack.enter_context(open_megatron(given, dtype))
+    text = _checkpoint_text(given, found.checkpoint.folder.parent, found.args, tokenizer)
+    return Loaded(given, model, text, found.arch.max_positions, not found.plan.is_plain)
+
+
+def _checkpoint_text(given: str, root: Path, args: Mapping[str, Any], tokenizer: str | None) -> Text:
+    """--tokenizer, the tokenizer beside the weights, or the one that the run was started with."""
+    kind, model = args.get("tokenizer_type"), args.get("tokenizer_model")
+    for folder in (Path(given) / TOKENIZER, root / TOKENIZER):
+        if tokenizer is None and folder.is_dir():
+            tokenizer = str(folder)
+    if tokenizer is not None:
+        return TokenizerText(load_tokenizer(tokenizer))
+    if kind == "NullTokenizer":
+        return NumberText(args["vocab_size"])
+    if kind == "HuggingFaceTokenizer" and model is not None:
+        return TokenizerText(load_tokenizer(model))
+    if kind == "GPT2BPETokenizer" and args.get("vocab_file") and args.get("merge_file"):
+        return TokenizerText(gpt2_tokenizer(args["vocab_file"], args["merge_file"]))
+    raise UserError(f"The checkpoint {given} was trained with {kind}, which is not read here; give --tokenizer DIR.")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".: ")

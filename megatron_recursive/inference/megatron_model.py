@@ -1,0 +1,234 @@
+"""The one adapter through which a Megatron checkpoint generates: Megatron's model behind transformers' ``generate``.
+
+The checkpoint may have been written at any layout; it is read into one process, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+
+from megatron_recursive.backends import cpu
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+from megatron_recursive.hf.convert import checkpoint_fetch
+from megatron_recursive.hf.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule
+from megatron_recursive.hf.export import MegatronModel, open_checkpoint
+from megatron_recursive.hf.mappings import recursive_config
+from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTOutput
+from megatron_recursive.hf.proof import build_megatron, checkpoint_key, one_process
+from megatron_recursive.inference.pass_contexts import PassContexts
+from megatron_recursive.models.recursion_state import run_plan
+from megatron_recursive.plan import DecoderPass, build_plan
+
+
+class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
+    """A Megatron model of one process, with the interface of ``RecursiveGPTForCausalLM`` that generation needs.
+
+    Prompts are not padded: a batch holds one sequence or its beams. Under an exit a prompt is read token by token, so
+    that each token leaves after its own block.
+    """
+
+    config_class = RecursiveGPTConfig
+    _supports_default_dynamic_cache = staticmethod(lambda: False)
+
+    def __init__(self, config: RecursiveGPTConfig, megatron: Any) -> None:
+        super().__init__(config)
+        self.megatron = megatron
+        self.last_exit_report: ExitReport | None = None
+        self._open_report: ExitReport | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.megatron.parameters()).device
+
+    def set_num_refinement_blocks(self, count: int) -> None:
+        """Run so many blocks from now on."""
+        knobs = dataclasses.replace(self.megatron.recursion, num_refinement_blocks=count)
+        self.megatron.recursion, self.megatron.plan = knobs, build_plan(knobs)
+        self.config.set_plan(json.loads(self.megatron.plan.to_json()))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: PassContexts | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_blocks: bool = False,
+        exit: str | None = None,
+        halt_threshold: float | None = None,
+        exit_threshold: float | None = None,
+        exit_stable_blocks: int | None = None,
+        max_inference_refinement_steps: int | None = None,
+        **kwargs: Any,
+    ) -> RecursiveGPTOutput:
+        """As ``RecursiveGPTForCausalLM.forward``, of which it takes what generation gives.
+
+        Without ``past_key_values`` this is the full forward of the Megatron model.
+        """
+        if attention_mask is not None and not bool(attention_mask.bool().all()):
+            raise ValueError("A Megatron checkpoint generates without padding; give sequences of the same length.")
+        options = ExitOptions.make(
+            self.config, exit, halt_threshold=halt_threshold, exit_threshold=exit_threshold,
+            exit_stable_blocks=exit_stable_blocks, max_inference_refinement_steps=max_inference_refinement_steps,
+        )  # fmt: skip
+        batch, length = input_ids.shape
+        contexts = past_key_values
+        if contexts is None and options is not None:
+            contexts = PassContexts(length, self._passes_per_block)
+        if contexts is not None:
+            blocks = self.megatron.plan.num_blocks if options is None else options.max_blocks
+            contexts.hold_passes(blocks * self._passes_per_block, batch)
+        if options is None:
+            states, taken_BS = self._run(input_ids, contexts), None
+        else:
+            assert contexts is not None
+            steps = [self._run_token(input_ids[:, s : s + 1], contexts, options) for s in range(length)]
+            most = max(len(states) for states, _ in steps)
+            padded = [states + states[-1:] * (most - len(states)) for states, _ in steps]
+            states = [torch.cat(tokens) for tokens in zip(*padded, strict=True)]
+            taken_BS = torch.cat([taken for _, taken in steps], dim=1)
+        result = RecursiveGPTOutput(past_key_values=past_key_values, blocks=taken_BS)
+        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        result.logits = self._logits(states[-1][kept])
+        if output_blocks:
+            result.block_logits = torch.stack([self._logits(state[kept]) for state in states])
+            if self.megatron.plan.has_halting:
+                result.block_halting = torch.stack([torch.sigmoid(self._halting(state[kept])) for state in states])
+        if options is not None and taken_BS is not None and contexts is not None:
+            report = ExitReport(self.config) if self._open_report is None else self._open_report
+            seen_S = torch.arange(contexts.length - length, contexts.length, device=input_ids.device) + 1
+            report.add(options, taken_BS, seen_S.expand(batch, -1), decoded=contexts.length > length,
+                       logits=result.logits.shape[:2].numel())  # fmt: skip
+            self.last_exit_report = report
+        return result
+
+    @property
+    def _passes_per_block(self) -> int:
+        return self.megatron.plan.num_passes // self.megatron.plan.num_blocks
+
+    def _embed(self, input_ids: Tensor, start: int) -> Tensor:
+        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        return self.megatron.embed(input_ids, positions[None].expand_as(input_ids))
+
+    def _run(self, input_ids: Tensor, contexts: PassContexts | None) -> list[Tensor]:
+        """Every pass of the plan; the output state after each block, [S, B, H]."""
+        state = self.megatron.initial_state(self._embed(input_ids, 0 if contexts is None else contexts.length))
+
+        def decode(each: DecoderPass, hidden_SBH: Tensor) -> Tensor:
+            return self.megatron.decode(hidden_SBH, None, None if contexts is None else contexts.contexts[each.index])
+
+        states = [state.output for _ in run_plan(self.megatron.plan, state, decode)]
+        if contexts is not None:
+            contexts.advance(input_ids.shape[1])
+        return states
+
+    def _run_token(
+        self, input_ids: Tensor, contexts: PassContexts, options: ExitOptions
+    ) -> tuple[list[Tensor], Tensor]:
+        """Blocks until every sequence's one token has left: output states [1, B, H] after each, and blocks [B, 1].
+
+        A sequence that has left keeps its state; what is computed for it beside the others is thrown away.
+        """
+        plan, per_block = self.megatron.plan, self._passes_per_block
+        rule = ExitRule(options, self._halting_of_tokens, self._logits_of_tokens)
+        state = self.megatron.initial_state(self._embed(input_ids, contexts.length))
+        final_BH = torch.empty_like(state.output[0])
+        staying_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        blocks_B = torch.zeros_like(staying_B, dtype=torch.long)
+        states = []
+        for block in range(options.max_blocks):
+            for place in range(per_block):
+                each = plan.passes[min(block, options.trained_blocks - 1) * per_block + place]
+                context = contexts.contexts[block * per_block + place]
+                state.update(each, self.megatron.decode(state.gather(each), None, context))
+            final_BH = torch.where(staying_B[:, None], state.output[0], final_BH)
+            states.append(final_BH[None])
+            blocks_B += staying_B
+            staying_B = staying_B & ~rule(state.output[0], self.megatron._final_state(state.output, True)[0])
+            if not staying_B.any():
+                break
+        contexts.settle(blocks_B)
+        contexts.advance(1)
+        return states, blocks_B[:, None]
+
+    def _logits(self, state_SBH: Tensor) -> Tensor:
+        """[B, S, V] over the true vocabulary: rows of padding say nothing."""
+        return self.megatron.logits_BSV(state_SBH)[..., : self.config.vocab_size]
+
+    def _halting(self, state_SBH: Tensor) -> Tensor:
+        return self.megatron.halting_head(self.megatron._final_state(state_SBH, True))
+
+    def _halting_of_tokens(self, read_NH: Tensor) -> Tensor:
+        return self.megatron.halting_head(read_NH[None])[:, 0]
+
+    def _logits_of_tokens(self, state_NH: Tensor) -> Tensor:
+        return self._logits(state_NH[None])[:, 0]
+
+    # -- what transformers' generate asks ------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self._open_report, self.last_exit_report = ExitReport(self.config), None
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._open_report = None
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        if generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = PassContexts(max_cache_length + 1, self._passes_per_block)
+
+
+@contextlib.contextmanager
+def open_megatron(given: str, dtype: torch.dtype | None = None) -> Iterator[tuple[MegatronForCausalLM, MegatronModel]]:
+    """The model of a checkpoint folder, in a world of one process for as long as the context lasts.
+
+    Args:
+        dtype: of the weights; None takes the widest that the checkpoint holds.
+
+    Raises:
+        UserError: it cannot be read, or its arguments describe something else than its tensors.
+    """
+    cpu.install()
+    found = open_checkpoint(given)
+    stored = max((found.checkpoint.dtypes[item.key] for item in found.items()), key=lambda each: each.itemsize)
+    dtype = stored if dtype is None else dtype
+    with one_process():
+        megatron = build_megatron(found.arch, found.recursion, dtype)
+        _fill(megatron, found, given)
+        if torch.cuda.is_available() and not cpu.is_installed():
+            megatron.cuda()
+        megatron.eval()
+        config = RecursiveGPTConfig.from_dict({
+            **recursive_config(found.arch), "num_layers": found.arch.num_layers, "dtype": dtype,
+            "plan": json.loads(found.plan.to_json()), "recursion": found.recursion.to_dict(),
+        })  # fmt: skip
+        yield MegatronForCausalLM(config, megatron).eval(), found
+
+
+def _fill(megatron: Any, found: MegatronModel, given: str) -> None:
+    fetch = checkpoint_fetch(found.checkpoint)
+    tensors = dict(megatron.named_parameters())
+    tensors.update((n, b) for n, b in megatron.named_buffers() if n.startswith("initial_"))
+    for name, target in tensors.items():
+        try:
+            stored = fetch(checkpoint_key(name))
+        except KeyError as error:
+            raise UserError(f"The checkpoint {given} lacks {checkpoint_key(name)}; name another one.") from error
+        if stored.shape != target.shape:
+            raise UserError(
+                f"The checkpoint {given} has {checkpoint_key(name)} as {tuple(stored.shape)}, where its arguments "
+                f"describe {tuple(target.shape)}; name another one."
+            )
+        target.data.copy_(stored)

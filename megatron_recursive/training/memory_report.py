@@ -1,0 +1,130 @@
+"""Patch of megatron-core 0.19: ``report_theoretical_memory`` counts the recorded passes of the plan.
+
+Megatron computes activations from ``--num-layers``, once per layer. The function is called as a global of
+``megatron.training.training`` after the first iterations; there is no hook. What ``--log-memory-to-tensorboard`` and
+``--log-memory-interval`` write is measured by the allocator, and needs no patch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+from megatron_recursive.accounting import Recording, StageMemory, StateBytes, stage_memory
+from megatron_recursive.backends import cpu
+from megatron_recursive.pipeline.pass_costs import equal_costs
+from megatron_recursive.pipeline.ring_schedule import microbatch_group_size, two_phases_are_faster
+from megatron_recursive.pipeline.timeline import simulate
+from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+
+MB = 1024 * 1024  # as Megatron's report
+SIMULATED_GROUPS = 4  # the schedule repeats from group to group of micro-batches, and so does the peak
+
+
+def install(model_config: RecursiveGPTModelConfig) -> None:
+    """Replace the report, unless recursion is off and Megatron's own is right."""
+    from megatron.training import training
+
+    if not model_config.recursion.enable_recursive_refinement:
+        return
+
+    def report_theoretical_memory(
+        args: Any, num_microbatches: int | None = None, verbose: bool = False
+    ) -> tuple[float, float, float]:
+        stages = memory_of_run(args, model_config, num_microbatches)
+        if verbose:
+            for stage, memory in enumerate(stages):
+                print(f"Theoretical memory of a rank of pipeline stage {stage}: {describe(memory)}")
+        most = max(stages, key=lambda memory: memory.total)
+        weights, activations, total = (size / MB for size in (most.weights, most.activations, most.total))
+        print(
+            f"Theoretical memory footprints: weight and optimizer={weights:.2f} MB, "
+            f"activation={activations:.2f} MB, total={total:.2f} MB\n",
+            flush=True,
+        )
+        return weights, activations, total
+
+    training.report_theoretical_memory = report_theoretical_memory
+
+
+def describe(memory: StageMemory) -> str:
+    """The parts of a stage's memory, in MB."""
+    parts = {"weight and optimizer": memory.weights, "recorded passes": memory.decoder, "heads": memory.heads,
+             "replay": memory.replay, "states": memory.states, "total": memory.total}  # fmt: skip
+    return ", ".join(f"{name}={size / MB:.2f} MB" for name, size in parts.items() if size)
+
+
+def memory_of_run(
+    args: argparse.Namespace,
+    config: RecursiveGPTModelConfig,
+    num_microbatches: int | None = None,
+    recording: Recording | None = None,
+) -> list[StageMemory]:
+    """The theoretical memory of a rank of every pipeline stage, of a run with validated arguments.
+
+    ``num_microbatches`` is that of the present batch size where it ramps up; the final one if left out. ``recording``
+    is this machine's if left out.
+    """
+    plan, stages = config.plan, args.pipeline_model_parallel_size
+    transformer: Any = config.transformer
+    batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    live, in_flight = _live_passes(plan, stages, batches, config.pipeline_phases)
+    split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
+    return stage_memory(
+        model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
+        layers_per_stage=split, live_passes=live, in_flight=in_flight,
+    )  # fmt: skip
+
+
+def _live_passes(plan: RecursionPlan, stages: int, batches: int, phases: str) -> tuple[list[int], int]:
+    """(the most recorded passes alive at once, by stage; micro-batches whose states are alive at once)."""
+    if stages == 1:
+        return [len(plan.grad_passes)], 1
+    two = phases == "two" or (phases == "auto" and two_phases_are_faster(stages, batches))
+    free = plan.first_grad_pass
+    two = two and min(free, plan.num_passes - free) >= 2
+    group = microbatch_group_size(stages, batches)
+    simulated = batches
+    if batches % group == 0:
+        simulated = min(batches, SIMULATED_GROUPS * group)
+    timeline = simulate(equal_costs(plan, stages), simulated, two_phases=two)
+    return timeline.peak_live, batches if two else group
+
+
+def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> Recording:
+    """What the flags say about how much a pass keeps."""
+    transformer: Any = config.transformer
+    on_cpu, element = cpu.is_installed(), args.params_dtype.itemsize
+    modules = transformer.recompute_modules or () if args.recompute_granularity == "selective" else ()
+    together = args.recompute_num_layers or 1 if args.recompute_granularity == "full" else 0
+    local = transformer.transformer_impl == "local"
+    return Recording(
+        micro_batch=args.micro_batch_size,
+        element=element,
+        tensor_parallel=args.tensor_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        rotary=config.position_embedding_type in ("rope", "yarn"),
+        # A dropout mask is boolean on CUDA; the CPU keeps what it multiplies with.
+        dropout_mask=(element if on_cpu else 1) if args.hidden_dropout > 0 else 0,
+        splits_norm=on_cpu and transformer.normalization == "RMSNorm",
+        splits_activation=local and not transformer.bias_activation_fusion,
+        attention_mask=1 if local and args.create_attention_mask_in_dataloader else 0,
+        recompute_layers=together if args.recompute_method == "uniform" else 0,
+        recompute_block=together if args.recompute_method == "block" else 0,
+        recompute_mlp="mlp" in modules,
+        recompute_passes=args.recompute_passes,
+    )
+
+
+def state_bytes(args: argparse.Namespace) -> StateBytes:
+    """Bytes a parameter under the optimizer of this run: Adam keeps two moments, others are counted with one."""
+    parameter = args.params_dtype.itemsize
+    main_copy = 4 if parameter < 4 else 0
+    moments = 8 if args.optimizer == "adam" else 4
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or args.params_dtype == torch.float32 else parameter
+    shards = args.data_parallel_size if args.use_distributed_optimizer else 1
+    return StateBytes(parameter, gradient, main_copy + moments, shards)

@@ -1,0 +1,208 @@
+"""Patch of megatron-core 0.19: ``--generate-interval`` prints what the model would say, while it trains.
+
+``checkpoint_and_decide_exit`` is a global of ``megatron.training.training`` that sees model and iteration once an
+iteration on every rank, and Megatron has no hook there; the wrapper passes everything through. Samples are greedy full
+forwards in evaluation mode, without dropout and gradient, so that no random state and no number of the training moves.
+
+Passes do not go through a schedule here: stage after stage computes its part of a pass, and broadcasts it to the
+others, so that every stage holds the states. Only the first data-parallel replica works, the others wait for it at
+their next collective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.models.recursion_state import RecursionState, initial_state_vectors, run_plan
+from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+from megatron_recursive.plan import DecoderPass
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("samples during training")
+    group.add_argument(
+        "--generate-interval", type=int, default=0, metavar="N",
+        help="Every N iterations, print what the model would say after each --generation-prompt (default: 0, never).",
+    )
+    group.add_argument(
+        "--generation-prompt", action="append", metavar="TEXT",
+        help="A prompt for --generate-interval; may be given several times. Empty: from the end-of-document token.",
+    )
+    group.add_argument(
+        "--generation-tokens", type=int, default=32, metavar="TOKENS", help="Length of a sample (default: 32)."
+    )
+
+
+def refuse_samples(args: argparse.Namespace) -> None:
+    """Flags of this module that cannot be; needs no tokenizer."""
+    if args.generate_interval < 0:
+        raise UserError(f"--generate-interval must be 0 (never) or positive, but is {args.generate_interval}.")
+    if args.generation_tokens < 1:
+        raise UserError(f"--generation-tokens must be at least 1, but is {args.generation_tokens}.")
+    if bool(args.generate_interval) != bool(args.generation_prompt):
+        given, other = ("--generate-interval", "--generation-prompt")
+        if args.generation_prompt:
+            given, other = other, given
+        raise UserError(f"{given} needs {other}; give both.")
+
+
+def encode_prompts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Raises:
+        UserError: the tokenizer cannot read a prompt, or it fills the sequence.
+    """
+    encoded = []
+    for prompt in args.generation_prompt or ():
+        try:
+            ids = list(tokenizer.tokenize(prompt)) if prompt else [tokenizer.eod]
+        except Exception as error:  # of whichever tokenizer it is
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(
+                f"--generation-prompt {prompt[:40]!r} cannot be read by the tokenizer ({reason}); give another one."
+            ) from error
+        if not ids or len(ids) >= args.seq_length or not all(0 <= each < args.padded_vocab_size for each in ids):
+            raise UserError(
+                f"--generation-prompt {prompt[:40]!r} has {len(ids)} tokens; it must have at least one of the model's "
+                f"vocabulary, and fewer than --seq-length {args.seq_length}."
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def install(args: argparse.Namespace) -> None:
+    """Wrap ``checkpoint_and_decide_exit``, where samples are asked for."""
+    from megatron.training import get_tokenizer, training
+
+    original = training.checkpoint_and_decide_exit
+    original = getattr(original, "__wrapped__", original)
+    prompts = encode_prompts(args, get_tokenizer()) if args.generate_interval else []
+    training.checkpoint_and_decide_exit = _wrap(original, prompts) if prompts else original
+
+
+def _wrap(original: Callable[..., Any], prompts: list[list[int]]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def checkpoint_and_decide_exit(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        given, run = signature.bind(*args, **kwargs).arguments, get_args()
+        if given["iteration"] % run.generate_interval == 0:
+            _print_samples(run, given["model"], given["optimizer"], given["iteration"], prompts)
+        return original(*args, **kwargs)
+
+    checkpoint_and_decide_exit.__wrapped__ = original  # type: ignore[attr-defined]
+    return checkpoint_and_decide_exit
+
+
+def _print_samples(
+    run: argparse.Namespace, chunks: list[Any], optimizer: Any, iteration: int, prompts: list[list[int]]
+) -> None:
+    from megatron.training import get_timers, get_tokenizer, print_rank_0
+    from megatron.training.training import (
+        disable_forward_pre_hook,
+        enable_forward_pre_hook,
+        should_disable_forward_pre_hook,
+    )
+
+    get_timers()("interval-time").stop()  # as around an evaluation: not a part of the time per iteration
+    gathers_late = should_disable_forward_pre_hook(run)
+    if gathers_late:
+        disable_forward_pre_hook(chunks, optimizer=optimizer)
+    if parallel_state.get_data_parallel_rank() == 0:
+        model: RecursiveGPTModel = unwrap_model(chunks[0])
+        with _evaluating(model):
+            for prompt, ids in zip(run.generation_prompt, prompts, strict=True):
+                room = min(len(ids) + run.generation_tokens, run.seq_length)
+                tokens = greedy(model, ids, room, run.vocab_size, get_tokenizer().eod)
+                text = get_tokenizer().detokenize(tokens[len(ids) :])
+                print_rank_0(f"sample at iteration {iteration}: {prompt!r} -> {text!r}")
+    if gathers_late:
+        enable_forward_pre_hook(chunks)
+    get_timers()("interval-time", log_level=0).start(barrier=True)
+
+
+@contextmanager
+def _evaluating(model: RecursiveGPTModel) -> Any:
+    was_training, held = model.training, getattr(model.decoder, "input_tensor", None)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        model.decoder.set_input_tensor(held)
+
+
+def greedy(model: RecursiveGPTModel, ids: list[int], length: int, vocab_size: int, end: int) -> list[int]:
+    """``ids`` and the most likely continuation, up to ``length`` tokens or the token ``end``.
+
+    Collective over the tensor- and pipeline-parallel ranks of the model, which must all give the same arguments.
+    """
+    tokens = list(ids)
+    while len(tokens) < length:
+        token = _next_token(model, tokens, vocab_size)
+        tokens.append(token)
+        if token == end:
+            break
+    return tokens
+
+
+def _next_token(model: RecursiveGPTModel, tokens: list[int], vocab_size: int) -> int:
+    """A forward over all tokens. Under sequence parallelism they are filled up, which causal attention does not see."""
+    device = next(model.parameters()).device
+    multiple = model.pg_collection.tp.size() if model.config.sequence_parallel else 1
+    filled = tokens + [0] * (-len(tokens) % multiple)
+    input_ids = torch.tensor([filled], device=device)
+    positions = torch.arange(len(filled), device=device)[None]
+    output_SBH = _run_passes(model, input_ids, positions)
+    choice = torch.zeros(1, dtype=torch.long, device=device)
+    if model.post_process:
+        logits_BSV = model.logits_BSV(output_SBH, runtime_gather_output=True)
+        choice = logits_BSV[:, len(tokens) - 1, :vocab_size].argmax(-1)
+    return int(_from_stage(model, choice, model.pg_collection.pp.size() - 1))
+
+
+def _run_passes(model: RecursiveGPTModel, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """The output state after the last pass, [S, B, H], on every stage; S is a part under sequence parallelism."""
+    config, group = model.config, model.pg_collection.pp
+    ranks = model.pg_collection.tp.size() if config.sequence_parallel else 1
+    shape = (input_ids.shape[1] // ranks, input_ids.shape[0], config.hidden_size)
+    dtype = torch.float if config.fp32_residual_connection else config.params_dtype
+    embedding = torch.empty(shape, dtype=dtype, device=input_ids.device)
+    if model.pre_process:
+        embedding = model.embed(input_ids, positions).to(dtype)
+    state = RecursionState(
+        _from_stage(model, embedding, 0), initial_state_vectors(model.plan, config.hidden_size)
+    )
+
+    def decode(_: DecoderPass, hidden_SBH: Tensor) -> Tensor:
+        for stage in range(group.size()):
+            if group.rank() == stage:
+                model.decoder.set_input_tensor(None if model.pre_process else hidden_SBH)
+                hidden_SBH = model.decode(hidden_SBH if model.pre_process else None, None).to(dtype)
+            hidden_SBH = _from_stage(model, hidden_SBH, stage)
+        return hidden_SBH
+
+    for _ in run_plan(model.plan, state, decode):
+        pass
+    return state.output
+
+
+def _from_stage(model: RecursiveGPTModel, tensor: Tensor, stage: int) -> Tensor:
+    """``tensor`` of a pipeline stage, on all of them."""
+    group = model.pg_collection.pp
+    if group.size() > 1:
+        tensor = tensor.contiguous()
+        torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, stage), group=group)
+    return tensor

@@ -1,0 +1,172 @@
+"""The example scripts: every one is parsed as the training command would, two are run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import examples
+from tests.distributed import run_command, run_distributed
+from tests.examples import FOLDER, SCRIPTS, Command
+from tests.unit_tests.training.runs import losses_of, metrics_of
+
+TINY = (
+    "--hidden-size 32 --num-attention-heads 4 --num-layers 2 --seq-length 32 --max-position-embeddings 32 "
+    "--micro-batch-size 2 --global-batch-size 8 --lr-warmup-iters 1 --log-interval 1 --eval-iters 1 --split 90,5,5 "
+    "--num-workers 0 --num-latent-refinements 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return examples.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def commands(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
+    return examples.commands_of_scripts(variables, tmp_path_factory.mktemp("commands"))
+
+
+@pytest.fixture(scope="module")
+def facts(commands: dict[str, Command]) -> dict[str, Any]:
+    (facts,) = run_distributed(examples.facts_of, 1, commands, timeout=120)
+    return facts
+
+
+def test_every_script_is_known() -> None:
+    names = {file.stem.removeprefix("pretrain_") for file in FOLDER.glob("*.sh")}
+    assert names == {*SCRIPTS, "default"}
+
+
+def test_no_script_is_refused(facts: dict[str, Any], variables: dict[str, str]) -> None:
+    assert {name: fact for name, fact in facts.items() if isinstance(fact, str)} == {}
+    assert all(fact["bf16"] and fact["save"] == variables["SAVE"] for fact in facts.values())
+
+
+def plan_and_layout(fact: dict[str, Any]) -> tuple[int, ...]:
+    keys = ("layers", "width", "sequence", "passes", "with gradient", "tensor", "pipeline", "data")
+    return tuple(fact[key] for key in keys)
+
+
+EXPECTED = {
+    "small": (6, 512, 512, 10, 5, 1, 1, 1),
+    "medium": (12, 768, 1024, 21, 7, 1, 1, 1),
+    "large": (24, 1024, 2048, 45, 9, 2, 4, 1),
+    "ablation": (12, 768, 1024, 1, 1, 1, 1, 1),
+    "full_gradient": (12, 768, 1024, 21, 21, 1, 1, 1),
+    "one_gpu": (12, 768, 2048, 21, 7, 1, 1, 1),
+    "one_node": (24, 1024, 2048, 21, 7, 2, 2, 2),
+    "multi_node": (24, 2048, 4096, 21, 7, 2, 4, 2),
+    "slurm": (24, 2048, 4096, 21, 7, 2, 4, 4),
+}
+
+
+def test_plans_and_layouts(facts: dict[str, Any]) -> None:
+    assert {name: plan_and_layout(fact) for name, fact in facts.items()} == EXPECTED
+
+
+def test_the_table_is_the_scripts(facts: dict[str, Any]) -> None:
+    text = examples.README.read_text()
+    assert text == examples.renewed(facts), "run python -m tests.examples to renew the table"
+    assert all(f"pretrain_{name}.sh" in text for name in SCRIPTS)
+
+
+def test_the_nodes_of_a_job_meet_at_its_first(variables: dict[str, str], tmp_path: Path) -> None:
+    slurm = examples.command_of("slurm", variables, tmp_path)
+    places = dict(zip(slurm.launcher[::2], slurm.launcher[1::2], strict=True))
+    assert places["--rdzv_endpoint"] == "node1:29500" and places["--rdzv_id"] == "recursive-7"
+    assert places["--nnodes"] == "4" and "--exit-signal-handler" in slurm.flags
+
+
+def test_a_later_flag_wins_and_what_cannot_work_is_refused(variables: dict[str, str], tmp_path: Path) -> None:
+    medium = examples.command_of("medium", {**variables, "GPUS": "4"}, tmp_path, "--train-iters", "7")
+    large = examples.command_of("large", variables, tmp_path, "--pipeline-model-parallel-size", "5")
+    (facts,) = run_distributed(examples.facts_of, 1, {"medium": medium, "large": large})
+    assert (facts["medium"]["train"], facts["medium"]["data"]) == (7, 4)
+    assert "--pipeline-model-parallel-size 5" in facts["large"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_missing_variable_is_named(name: str, variables: dict[str, str], tmp_path: Path) -> None:
+    given = {key: value for key, value in variables.items() if key != "DATA"}
+    result = examples.run_script(name, given, tmp_path / "argv")
+    assert result.returncode != 0 and "DATA: is the prefix" in result.stderr
+    assert not (tmp_path / "argv").exists()
+
+
+# The commands of this model's first description: flags | processes.
+FIRST = (
+    "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 1024 --max-position-embeddings 1024 "
+    "--micro-batch-size 4 --global-batch-size 32 --lr 1.5e-4 --train-iters 100000 --split 949,50,1 "
+    "--num-refinement-blocks 3 --num-latent-refinements 6 --halt-loss-weight 1.0"
+)
+FIRST_COMMANDS = {
+    "one GPU": (f"{FIRST} --detach-between-refinements", 1),
+    "eight GPUs": (
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --num-layers 24 --hidden-size 1024 "
+        "--num-attention-heads 16 --seq-length 2048 --max-position-embeddings 2048 --micro-batch-size 2 "
+        "--global-batch-size 128 --lr 1.5e-4 --train-iters 500000 --split 949,50,1 --num-refinement-blocks 5 "
+        "--num-latent-refinements 8 --halt-loss-weight 0.5",
+        8,
+    ),
+    "ablation": (f"{FIRST} --disable-recursive-refinement", 1),
+    "full gradient": (f"{FIRST} --no-detach-between-refinements", 1),
+    "halting": (f"{FIRST} --halt-threshold 0.7 --max-inference-refinement-steps 20", 1),
+    "less memory": (f"{FIRST} --recompute-activations --tensor-model-parallel-size 2", 2),
+    "profile": (f"{FIRST} --profile --halt-loss-weight 5.0 --tensorboard-dir SAVE", 1),  # it must be given a place
+}
+
+
+def test_the_first_commands_parse_as_they_stand(variables: dict[str, str]) -> None:
+    files = ["--data-path", variables["DATA"], "--vocab-file", variables["VOCAB"], "--merge-file", variables["MERGES"]]
+    commands = {
+        name: Command([], [variables.get(flag, flag) for flag in flags.split()] + files, size)
+        for name, (flags, size) in FIRST_COMMANDS.items()
+    }
+    (facts,) = run_distributed(examples.facts_of, 1, commands, timeout=120)
+    assert {name: fact for name, fact in facts.items() if isinstance(fact, str)} == {}
+    passes = {name: (fact["passes"], fact["with gradient"]) for name, fact in facts.items()}
+    assert passes == {
+        "one GPU": (21, 7), "eight GPUs": (45, 9), "ablation": (1, 1), "full gradient": (21, 21), "halting": (21, 7),
+        "less memory": (21, 7), "profile": (21, 7),
+    }  # fmt: skip
+
+
+def train(name: str, variables: dict[str, str], *flags: str) -> None:
+    """Run a script as a user would, with the real torchrun."""
+    environment = {**variables, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                   "PET_LOCAL_ADDR": "127.0.0.1"}  # fmt: skip
+    script = str(FOLDER / f"pretrain_{name}.sh")
+    result = run_command(["bash", script, *TINY, *flags], env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_smallest_trains_on_the_cpu(variables: dict[str, str], tmp_path: Path) -> None:
+    train("small", {**variables, "SAVE": str(tmp_path)}, "--train-iters", "6", "--lr", "1e-2")
+    losses = losses_of(tmp_path)
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6] and losses[6] < losses[1]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "6"
+
+
+@pytest.mark.heavy
+def test_two_agents_train_as_one(variables: dict[str, str], tmp_path: Path) -> None:
+    """Two torchrun agents that meet on the loopback, of one rank each, and one agent of two ranks."""
+    flags = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2", "--ffn-hidden-size", "64",
+             "--num-query-groups", "2", "--train-iters", "4"]  # fmt: skip
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    agents = {**variables, "SAVE": two, "NNODES": "2", "GPUS": "1", "ENDPOINT": endpoint, "JOB": "two"}
+    with ThreadPoolExecutor(2) as pool:
+        for agent in [pool.submit(train, "multi_node", agents, *flags) for _ in range(2)]:
+            agent.result()
+    train("multi_node", {**agents, "SAVE": one, "NNODES": "1", "GPUS": "2", "JOB": "one"}, *flags)
+    assert sorted(losses_of(tmp_path / "two")) == [1, 2, 3, 4]
+    assert metrics_of(tmp_path / "two") == metrics_of(tmp_path / "one")

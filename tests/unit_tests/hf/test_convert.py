@@ -1,0 +1,216 @@
+"""Conversion there and back, against transformers, for every family and every option of our own model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_recursive.errors import UserError
+from tests.distributed import run_distributed
+from tests.unit_tests.hf.donors import DONORS, LAYERS, VOCAB, make_donor, save_donor, tokens
+
+DISABLED = {"enable_recursive_refinement": False}
+SMALL = {"num_refinement_blocks": 2, "num_latent_refinements": 2}
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+def _import(hf: Path, out: Path, **options: Any) -> dict[str, Any]:
+    from megatron_recursive.hf.convert import ImportOptions, import_model
+
+    return import_model(str(hf), str(out), ImportOptions(**options), _quiet).summary()
+
+
+def _export(ckpt: Path, out: Path) -> dict[str, Any]:
+    from megatron_recursive.hf.export import export_model
+
+    return export_model(str(ckpt), str(out), say=_quiet).summary()
+
+
+def _there_and_back(kind: str, folder: Path) -> dict[str, Any]:
+    """Import, export, import again: plain (the donor's class) and recursive (ours)."""
+    from megatron_recursive.hf.verify import agree, verify
+
+    donor = save_donor(kind, folder / "donor")
+    found: dict[str, Any] = {}
+    for name, knobs in (("plain", DISABLED), ("recursive", {**SMALL, "state_init": "trunc-normal"})):
+        place = folder / name
+        found[name] = _import(donor, place / "first", recursion=knobs)
+        found[name + " export"] = _export(place / "first", place / "hf")
+        _import(place / "hf", place / "second", recursion=knobs if name == "plain" else {})
+        found[name + " same"] = agree(verify(str(place / "first"), str(place / "second"), say=_quiet))
+    found["donor same"] = agree(verify(str(donor), str(folder / "plain" / "first"), say=_quiet))
+    return found
+
+
+@pytest.mark.parametrize("kind", DONORS)
+def test_every_family_there_and_back(kind: str, tmp_path: Path) -> None:
+    (found,) = run_distributed(_there_and_back, 1, kind, tmp_path, timeout=300)
+    tensors = len(json.loads((tmp_path / "plain/first/conversion.json").read_text())["tensors"])
+    assert found["plain"]["copied"] == tensors and found["plain"]["new"] == found["plain"]["dropped"] == 0
+    assert found["recursive"]["copied"] == tensors and found["recursive"]["new"] == 4
+    assert found["plain export"]["family"] == DONORS[kind][0] or kind == "mistral, one key head"
+    assert found["recursive export"]["family"] == "recursive_gpt"
+    for name in ("plain", "recursive", "plain export", "recursive export"):
+        assert found[name]["max_logit_error"] < 2e-6, (name, found[name])
+    assert found["plain same"] and found["recursive same"] and found["donor same"]
+
+
+def _option_there_and_back(name: str, folder: Path) -> tuple[float, float, bool]:
+    from megatron_recursive.hf.verify import agree, verify
+    from tests.unit_tests.hf.recursive_models import SHAPES, make_model
+
+    shape = {"tie_word_embeddings": False, **SHAPES[name]}
+    make_model(2, 1, {"state_norm": "none"}, **shape).save_pretrained(folder / "hf")
+    first = _import(folder / "hf", folder / "ckpt")
+    second = _export(folder / "ckpt", folder / "back")
+    same = agree(verify(str(folder / "hf"), str(folder / "back"), say=_quiet))
+    return first["max_logit_error"], second["max_logit_error"], same
+
+
+def _shapes() -> list[str]:
+    from tests.unit_tests.hf.recursive_models import SHAPES
+
+    return list(SHAPES)
+
+
+@pytest.mark.parametrize("name", _shapes())
+def test_every_option_of_our_own_model_there_and_back(name: str, tmp_path: Path) -> None:
+    ((first, second, same),) = run_distributed(_option_there_and_back, 1, name, tmp_path, timeout=300)
+    assert first < 2e-6 and second < 2e-6 and same
+
+
+# --- Megatron loads what was written ----------------------------------------------------------------------------------
+
+
+def _loaded_logits(ckpt: Path, tp: int, pp: int) -> Tensor | None:
+    """Logits [B, S, true V] of the checkpoint in Megatron's own loader, at a layout; None off the last stage."""
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from megatron_recursive.hf import proof
+    from megatron_recursive.hf.export import open_checkpoint
+    from megatron_recursive.models.checkpoint_keys import reading_checkpoint
+    from tests.models import start_parallel
+
+    start_parallel(tp, pp)
+    opened = open_checkpoint(str(ckpt))
+    model = proof.build_megatron(opened.arch, opened.recursion, torch.float32, tp, pp).eval()
+    with reading_checkpoint():
+        state = {"model": model.sharded_state_dict()}
+    loaded = dist_checkpointing.load(state, str(opened.checkpoint.folder))
+    model.load_state_dict(loaded["model"], strict=False)
+    ids = tokens()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    with torch.no_grad():
+        if pp > 1 and not parallel_state.is_pipeline_first_stage():
+            received = torch.empty(ids.shape[1], ids.shape[0], opened.arch.hidden_size)
+            torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(received)
+        result = model(ids, positions, None)
+        if pp > 1 and not parallel_state.is_pipeline_last_stage():
+            torch.distributed.send(result.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+            return None
+        if tp > 1:
+            result = gather_from_tensor_model_parallel_region(result)
+    return result[..., :VOCAB]
+
+
+@pytest.mark.parametrize("kind", ["llama3, head_dim", "qwen2, tied", "olmo2"])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_converted_checkpoint_in_a_layout_gives_transformers_logits(
+    kind: str, tp: int, pp: int, tmp_path: Path
+) -> None:
+    groups = {"num_key_value_heads": 2}  # which two ranks can share
+    save_donor(kind, tmp_path / "hf", **groups)
+    run_distributed(_import, 1, tmp_path / "hf", tmp_path / "ckpt", recursion=DISABLED, timeout=200)
+    results = run_distributed(_loaded_logits, 2, tmp_path / "ckpt", tp, pp, timeout=200)
+    with torch.no_grad():
+        reference = make_donor(kind, **groups)(tokens()).logits
+    for logits in filter(lambda each: each is not None, results):
+        assert float((logits - reference).abs().max() / reference.abs().max()) < 2e-6
+
+
+# --- which layers, which head -----------------------------------------------------------------------------------------
+
+
+def test_chosen_layers_are_copied_and_the_others_reported(tmp_path: Path) -> None:
+    donor = save_donor("qwen3", tmp_path / "hf")
+    options = {"selection": "uniform", "num_layers": 2, "recursion": SMALL}
+    (summary,) = run_distributed(_import, 1, donor, tmp_path / "ckpt", timeout=200, **options)
+    lines = {line["tensor"]: line for line in json.loads((tmp_path / "ckpt/conversion.json").read_text())["tensors"]}
+    assert summary["layers"] == [0, LAYERS - 1] and summary["max_logit_error"] < 2e-6
+    assert summary["dropped"] == 2 * 11 and lines["model.layers.1.mlp.up_proj.weight"]["status"] == "dropped"
+    assert lines["model.layers.3.mlp.up_proj.weight"]["note"] == "decoder.layers.mlp.linear_fc1.weight[1]"
+
+
+def test_untied_embeddings_start_as_copies_and_bf16_stays_bf16(tmp_path: Path) -> None:
+    from megatron_recursive.hf.torch_dist import TorchDistCheckpoint
+
+    donor = save_donor("qwen2, tied", tmp_path / "hf", torch.bfloat16)
+    (summary,) = run_distributed(_import, 1, donor, tmp_path / "ckpt", untie=True, recursion=DISABLED, timeout=200)
+    checkpoint = TorchDistCheckpoint(tmp_path / "ckpt" / "release")
+    embedding = checkpoint.get("embedding.word_embeddings.weight")
+    assert summary["new"] == 1 and embedding.dtype == torch.bfloat16
+    assert torch.equal(embedding, checkpoint.get("output_layer.weight")) and not embedding[VOCAB:].any()
+
+
+# --- the proof fails when it should -----------------------------------------------------------------------------------
+
+
+def _sabotaged(donor: Path, out: Path, dtype: str) -> str:
+    """An import whose table swaps gate and up: it would train, and be another model."""
+    from megatron_recursive.hf import mappings, transforms
+    from megatron_recursive.hf.convert import ImportOptions, import_model
+
+    swapped = transforms.Transform("swapped", lambda parts, _: torch.cat([parts[1], parts[0]]), lambda t, _: (t, t))
+    family = mappings.FAMILIES["qwen3"]
+    rows = tuple(
+        mappings.Row(row.megatron, swapped, row.hf) if "linear_fc1.weight" in row.megatron else row
+        for row in family.layer_rows
+    )
+    mappings.FAMILIES["qwen3"] = mappings.Family(family.model_type, family.architecture, rows)
+    try:
+        import_model(str(donor), str(out), ImportOptions(proof_dtype=getattr(torch, dtype)), _quiet)
+    except UserError as error:
+        return str(error)
+    finally:
+        mappings.FAMILIES["qwen3"] = family
+    return "no error"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_wrong_table_fails_the_proof_and_leaves_nothing(dtype: str, tmp_path: Path) -> None:
+    donor = save_donor("qwen3", tmp_path / "hf")
+    (message,) = run_distributed(_sabotaged, 1, donor, tmp_path / "out" / "ckpt", dtype, timeout=200)
+    assert "The proof failed" in message and "nothing was written" in message
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def _compare_changed(donor: Path, ckpt: Path, folder: Path) -> tuple[bool, dict[str, Any]]:
+    from safetensors.torch import load_file, save_file
+
+    from megatron_recursive.hf.verify import agree, verify
+
+    _import(donor, ckpt, recursion=DISABLED)
+    _export(ckpt, folder)
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.2.self_attn.k_proj.weight"][0, 0] += 0.5
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    report = verify(str(ckpt), str(folder), say=_quiet)
+    return agree(report), report.summary()
+
+
+def test_verify_names_one_changed_number(tmp_path: Path) -> None:
+    donor = save_donor("qwen3", tmp_path / "hf")
+    ((same, summary),) = run_distributed(
+        _compare_changed, 1, donor, tmp_path / "ckpt", tmp_path / "changed", timeout=200
+    )
+    assert not same and summary["different"] == 1 and summary["max_logit_error"] > 1e-6

@@ -1,0 +1,189 @@
+"""tools/generate.py on Hugging Face folders: what it answers, shows and refuses."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.inference import command
+from megatron_recursive.inference.loading import open_model
+from tests.distributed import REPOSITORY, run_command
+from tests.unit_tests.inference.folders import POSITIONS, TEMPLATE, write_plain, write_recursive
+
+
+@pytest.fixture(scope="module")
+def recursive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recursive(tmp_path_factory.mktemp("recursive"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_plain(tmp_path_factory.mktemp("plain"))
+
+
+def run(*argv: Any) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args([str(each) for each in argv]))
+
+
+def records(capsys: pytest.CaptureFixture[str], *argv: Any) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    run(*argv)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def refusal(*argv: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        run(*argv)
+    return str(caught.value)
+
+
+def test_greedy_is_the_arg_max_of_full_forwards(recursive: Path, plain: Path, capsys: Any) -> None:
+    for folder in (recursive, plain):
+        (record,) = records(capsys, "--model", folder, "--prompt", "hello", "--max-tokens", 8, "--json")
+        with open_model(str(folder)) as loaded, torch.no_grad():
+            tokens = loaded.text.encode("hello")
+            for token in record["tokens"]:
+                assert token == int(loaded.model(torch.tensor([tokens])).logits[0, -1].argmax())
+                tokens.append(token)
+            assert loaded.text.decode(tokens) == "hello" + record["text"]
+        assert record["prompt_tokens"] == 5 and record["prompt"] == "hello"
+        assert record["finish_reason"] == ("stop" if record["tokens"][-1] == 0 else "length")
+
+
+def test_sampling_repeats_with_the_seed_alone(recursive: Path, capsys: Any) -> None:
+    flags = ["--model", recursive, "--prompt", "ab", "--max-tokens", 12, "--json", "--temperature", 2.0, "--top-k", 40,
+             "--top-p", 0.95, "--repetition-penalty", 1.2]  # fmt: skip
+    texts = [[r["tokens"] for r in records(capsys, *flags, *more)] for more in (
+        [], ["--prompt", "x", "--prompt", "ab"], ["--seed", 1])]  # fmt: skip
+    assert texts[1][0] == texts[1][2] == texts[0][0] != texts[2][0]
+
+
+def test_beams_are_at_least_as_likely_as_greedy(recursive: Path, capsys: Any) -> None:
+    found = []
+    for beams in (1, 4):
+        flags = ["--model", recursive, "--prompt", "abc", "--max-tokens", 6, "--json", "--num-beams", beams]
+        (record,) = records(capsys, *flags)
+        with open_model(str(recursive)) as loaded, torch.no_grad():
+            prompt = loaded.text.encode("abc")
+            logits = loaded.model(torch.tensor([prompt + record["tokens"]])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.log_softmax(-1)[torch.arange(len(record["tokens"])), record["tokens"]]
+        found.append(float(chosen.mean()))
+    assert found[1] >= found[0] - 1e-6
+
+
+def test_every_block_is_shown_for_every_new_token(recursive: Path, capsys: Any) -> None:
+    flags = ["--model", recursive, "--prompt", "abc", "--max-tokens", 5, "--show-recursive-steps"]
+    *steps, result = records(capsys, *flags)
+    assert [step["token"] for step in steps] == result["tokens"] and [s["step"] for s in steps] == [1, 2, 3, 4, 5]
+    with open_model(str(recursive)) as loaded, torch.no_grad():
+        prompt = loaded.text.encode("abc")
+        full = loaded.model(torch.tensor([prompt + result["tokens"]]), output_blocks=True)
+    for number, step in enumerate(steps):
+        place = len(prompt) - 1 + number
+        probabilities = full.block_logits[:, 0, place].softmax(-1)
+        assert [block["token"] for block in step["blocks"]] == probabilities.argmax(-1).tolist()
+        names = ("probability", "said_probability", "halting_probability")
+        shown = torch.tensor([[block[name] for name in names] for block in step["blocks"]])
+        true = [probabilities.amax(-1), probabilities[:, step["token"]], full.block_halting[:, 0, place]]
+        assert torch.allclose(shown, torch.stack(true, dim=1), atol=1e-5)
+
+
+def test_an_exit_shows_the_blocks_that_were_run_and_says_what_it_saved(recursive: Path, capsys: Any) -> None:
+    *steps, result = records(capsys, "--model", recursive, "--prompt", "abc", "--max-tokens", 12, "--exit", "halting",
+                             "--show-recursive-steps")  # fmt: skip
+    taken = [len(step["blocks"]) for step in steps]
+    assert set(taken) > {1} and 0 < result["flops_saved"] < 1 and 1 < result["mean_blocks"] < 3
+    assert sum(result["blocks"].values()) == 3 + 12 - 1  # the last token is never fed
+    for step in steps:
+        *before, last = [block["halting_probability"] for block in step["blocks"]]
+        assert all(p < 0.5 for p in before) and (last >= 0.5 or len(step["blocks"]) == 3)
+    (capped,) = records(capsys, "--model", recursive, "--prompt", "abc", "--max-tokens", 12, "--exit", "kl",
+                        "--max-inference-refinement-steps", 1, "--json")  # fmt: skip
+    (fewer,) = records(capsys, "--model", recursive, "--prompt", "abc", "--max-tokens", 12, "--json",
+                       "--num-refinement-blocks", 1)  # fmt: skip
+    assert capped["mean_blocks"] == 1 and capped["tokens"] == fewer["tokens"] != result["tokens"]
+
+
+def test_files_of_prompts(recursive: Path, tmp_path: Path, capsys: Any) -> None:
+    lines, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    lines.write_text("one\n\ntwo\n")
+    objects.write_text('{"prompt": "one"}\n{"prompt": "two", "id": 3}\n')
+    flags = ["--model", recursive, "--max-tokens", 3, "--json"]
+    answers = [records(capsys, *flags, "--prompt-file", file) for file in (lines, objects)]
+    found = [[(record["prompt"], record["tokens"]) for record in each] for each in answers]
+    assert found[0] == found[1] and [prompt for prompt, _ in found[0]] == ["one", "two"]
+    run("--model", recursive, "--max-tokens", 3, "--prompt", "one")
+    with open_model(str(recursive)) as loaded:
+        assert capsys.readouterr().out == f"one{loaded.text.decode(found[0][0][1])}\n"
+
+
+def test_short_empty_and_long_prompts(recursive: Path, capsys: Any) -> None:
+    empty, short = records(capsys, "--model", recursive, "--prompt", "", "--prompt", "a", "--max-tokens", 2, "--json")
+    assert empty["prompt_tokens"] == short["prompt_tokens"] == 1  # an empty prompt starts from the end-of-text token
+    capsys.readouterr()
+    run("--model", recursive, "--prompt", "a" * (POSITIONS - 3), "--json", "--repetition-penalty", 1.5)
+    heard = capsys.readouterr()
+    assert len(json.loads(heard.out)["tokens"]) <= 3 and f"leaves 3 of the {POSITIONS} positions" in heard.err
+    said = refusal("--model", recursive, "--prompt", "fine", "--prompt", "a" * POSITIONS)
+    assert said.startswith(f"--prompt 2 has {POSITIONS} tokens") and capsys.readouterr().out == ""
+
+
+def test_a_conversation_uses_the_chat_template(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    said = []
+    for template in (TEMPLATE, None):
+        folder = write_recursive(tmp_path / str(bool(template)), template)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n" + "x" * POSITIONS + "\n/reset\nhi\n"))
+        run("--model", folder, "--interactive", "--max-tokens", 4)
+        heard = capsys.readouterr()
+        assert ("no chat template" in heard.err) == (template is None) and "The turn was dropped" in heard.err
+        said.append(heard.out)
+        with open_model(str(folder)) as loaded:
+            ids = loaded.text.encode("<user>hi<assistant>" if template else "hi")
+            tokens = loaded.model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :]
+            answer = loaded.text.decode(tokens.tolist())
+        assert heard.out == f"{answer}\n" * 2
+    assert said[0] != said[1]
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    ([], "There is nothing to answer"),
+    (["--prompt", "a", "--max-tokens", 0], "--max-tokens must be at least 1"),
+    (["--prompt", "a", "--top-p", 1.5], "--top-p must lie above 0"),
+    (["--prompt", "a", "--temperature", 0, "--top-k", 3], "--top-k samples"),
+    (["--prompt", "a", "--halt-threshold", 0.5], "--halt-threshold belongs to an exit"),
+    (["--prompt", "a", "--exit", "halting", "--halt-threshold", 1.5], "halt_threshold must lie strictly between"),
+    (["--prompt", "a", "--num-refinement-blocks", 0], "--num-refinement-blocks must be at least 1"),
+    (["--prompt", "a", "--show-recursive-steps", "--num-beams", 2], "--show-recursive-steps follows one sequence"),
+    (["--prompt", "a", "--interactive"], "--interactive reads what you type"),
+    (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read"),
+    (["--prompt", "a", "--tokenizer", "./missing"], "./missing"),
+])  # fmt: skip
+def test_refusals(recursive: Path, flags: list[Any], sentence: str) -> None:
+    said = refusal("--model", recursive, *flags)
+    assert sentence in said and said.count(". ") == 0, said
+
+
+def test_what_a_plain_model_cannot_do_is_refused(plain: Path, tmp_path: Path) -> None:
+    for flags in (["--exit", "kl"], ["--show-recursive-steps"], ["--num-refinement-blocks", 2]):
+        assert f"{flags[0]}" in (said := refusal("--model", plain, "--prompt", "a", *flags)) and "plain one" in said
+    assert "neither a Hugging Face folder" in refusal("--model", tmp_path, "--prompt", "a")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{"text": "a"}\n')
+    assert "line 2," in refusal("--model", plain, "--prompt-file", bad)
+
+
+def test_the_command_ends_with_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "generate.py")]
+    done = run_command([*tool, "--prompt", "a", "--model", str(tmp_path / "none")], timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: --model") and "Traceback" not in done.stderr
