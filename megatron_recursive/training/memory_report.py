@@ -8,6 +8,7 @@ Megatron computes activations from ``--num-layers``, once per layer. The functio
 from __future__ import annotations
 
 import argparse
+import inspect
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def install(model_config: RecursiveGPTModelConfig) -> None:
     """Replace the report, unless recursion is off and Megatron's own is right."""
     from megatron.training import training
 
+    original = inspect.unwrap(training.report_theoretical_memory)
+    training.report_theoretical_memory = original
     if not model_config.recursion.enable_recursive_refinement:
         return
 
@@ -48,6 +51,7 @@ def install(model_config: RecursiveGPTModelConfig) -> None:
         )
         return weights, activations, total
 
+    report_theoretical_memory.__wrapped__ = original  # type: ignore[attr-defined]
     training.report_theoretical_memory = report_theoretical_memory
 
 

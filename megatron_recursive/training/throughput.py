@@ -6,6 +6,7 @@ global of ``megatron.training.training``; there is no hook in the config.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from megatron_recursive.accounting import flops_per_token
@@ -16,6 +17,8 @@ def install(model_config: RecursiveGPTModelConfig) -> None:
     """Replace the count, unless recursion is off and Megatron's own is right."""
     from megatron.training import training
 
+    original = inspect.unwrap(training.num_floating_point_operations)
+    training.num_floating_point_operations = original
     if not model_config.recursion.enable_recursive_refinement:
         return
 
@@ -23,4 +26,5 @@ def install(model_config: RecursiveGPTModelConfig) -> None:
         per_token = flops_per_token(model_shape(model_config, args.seq_length), model_config.plan)
         return per_token.total * batch_size * args.seq_length
 
+    num_floating_point_operations.__wrapped__ = original  # type: ignore[attr-defined]
     training.num_floating_point_operations = num_floating_point_operations

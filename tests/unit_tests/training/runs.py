@@ -22,6 +22,8 @@ FLAGS = (
 ).split()
 RECURSION = ["--num-refinement-blocks", "2", "--num-latent-refinements", "1"]
 PLAIN = ["--disable-recursive-refinement"]
+PATCHED = ("training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint", "save_checkpoint",
+           "report_theoretical_memory", "num_floating_point_operations")  # fmt: skip
 
 
 def in_worker(argv: list[str]) -> str | None:
@@ -119,7 +121,7 @@ def stock_gpt_in_worker(argv: list[str], our_layers: bool = False) -> None:
     from megatron_recursive.training import wheel
     from megatron_recursive.training.forward_step import datasets_provider, forward_step
 
-    for name in ("training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint"):
+    for name in PATCHED:
         function = getattr(training, name)  # an earlier job on this worker wrapped it
         setattr(training, name, getattr(function, "__wrapped__", function))
     training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
