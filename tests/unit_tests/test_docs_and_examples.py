@@ -48,7 +48,8 @@ def _flags_of_pretraining() -> set[str]:
 
 def test_every_flag_exists() -> None:
     (known,) = run_distributed(_flags_of_pretraining, 1)
-    for command in (*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
+    commands = [path for folder in ("tools", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    for command in (*commands, ROOT / "megatron_recursive/inference/command.py"):
         known |= set(FLAG.findall(command.read_text()))
     known |= {"--help", "--standalone", "--nproc_per_node", "--upgrade", "--logdir", "--no-build-isolation"}
     known |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # torchrun reads them in test_examples.py
