@@ -3,9 +3,9 @@
     python benchmarks/ring.py
 
 Processes of one thread: one holds the whole model, two hold a stage each. Steps (forward and backward of all
-micro-batches) alternate between the arms in one run; speed-ups are medians of paired ratios. A fourth process with a
-whole model of its own tells what the machine takes: two steps that share nothing, at once against alone. Needs two idle
-cores. Writes ring.json and ring.md beside this file; the last line is JSON.
+micro-batches) alternate between the arms in one run; speed-ups are medians of paired ratios. Afterwards a second
+process with a whole model tells what the machine takes: two steps that share nothing, at once against alone. Needs two
+idle cores. Writes ring.json and ring.md beside this file; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 VOCABULARY = 512
+CONTROL_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -170,52 +171,67 @@ def simulated(size: Size) -> dict[str, float]:
 
 def measure(size: Size, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds and speed-up of each arm, over rounds in which one stage and two stages take turns."""
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        processes = []
-
-        def team(stages: int, name: str) -> list[Connection]:
-            pipes = []
-            for rank in range(stages):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=worker, daemon=True,
-                                          args=(rank, stages, f"{folder}/{name}", size, theirs))  # fmt: skip
-                process.start()
-                processes.append(process)
-                pipes.append(ours)
-            return pipes
-
-        whole, other_whole, ring = team(1, "whole"), team(1, "other"), team(2, "ring")
-
-        def step(pipes: list[Connection], arm: Arm) -> tuple[float, float]:
-            for pipe in pipes:
-                pipe.send(arm.name)
-            answers = [pipe.recv() for pipe in pipes]
-            return max(seconds for seconds, _ in answers), max(waited for _, waited in answers)
-
-        results: dict[str, list[tuple[float, float, float, float]]] = {arm.name: [] for arm in ARMS}
+        whole, ring = Team(1, f"{folder}/whole", size), Team(2, f"{folder}/ring", size)
+        paired: dict[str, list[tuple[float, float, float]]] = {arm.name: [] for arm in ARMS}
         for number in range(rounds + 1):
             for arm in ARMS:
-                one, _ = step(whole, arm)
-                two, waited = step(ring, arm)
-                at_once, _ = step(whole + other_whole, arm)
+                one, _ = step([whole], arm)
+                two, waited = step([ring], arm)
                 if number:  # the first round warms up
-                    results[arm.name].append((one, two, waited, at_once))
+                    paired[arm.name].append((one, two, waited))
                     print(f"round {number}/{rounds}, {arm.name}: {one:.2f} s, two stages {two:.2f} s", flush=True)
-        for pipe in whole + other_whole + ring:
-            pipe.send(None)
-        for process in processes:
-            process.join(10)
+        ring.stop()
+        other = Team(1, f"{folder}/other", size)
+        at_once: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
+        for number in range(CONTROL_ROUNDS + 1):
+            for arm in ARMS:
+                alone, _ = step([whole], arm)
+                both, _ = step([whole, other], arm)
+                if number:
+                    at_once[arm.name].append(both / alone)
+                    print(f"control {number}/{CONTROL_ROUNDS}, {arm.name}: {both / alone:.2f}", flush=True)
+        whole.stop()
+        other.stop()
     return {
         name: {
-            "one_stage_s": statistics.median(one for one, *_ in rows),
-            "two_stages_s": statistics.median(two for _, two, *_ in rows),
-            "waiting_s": statistics.median(waited for _, _, waited, _ in rows),
-            "speedup": statistics.median(one / two for one, two, *_ in rows),
-            "slowdown_at_once": statistics.median(at_once / one for one, _, _, at_once in rows),
+            "one_stage_s": statistics.median(one for one, _, _ in rows),
+            "two_stages_s": statistics.median(two for _, two, _ in rows),
+            "waiting_s": statistics.median(waited for _, _, waited in rows),
+            "speedup": statistics.median(one / two for one, two, _ in rows),
+            "slowdown_at_once": statistics.median(at_once[name]),
         }
-        for name, rows in results.items()
+        for name, rows in paired.items()
     }
+
+
+class Team:
+    """The processes that hold one model, a stage each."""
+
+    def __init__(self, stages: int, store: str, size: Size):
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(stages):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=worker, args=(rank, stages, store, size, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def stop(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+
+
+def step(teams: list[Team], arm: Arm) -> tuple[float, float]:
+    """Run one step in every team at once; the longest time and the longest waiting of any rank, in seconds."""
+    pipes = [pipe for team in teams for pipe in team.pipes]
+    for pipe in pipes:
+        pipe.send(arm.name)
+    answers = [pipe.recv() for pipe in pipes]
+    return max(seconds for seconds, _ in answers), max(waited for _, waited in answers)
 
 
 def main() -> None:
