@@ -379,23 +379,12 @@ def donor_family(arch: Architecture) -> Family | None:
 
 def donor_config(family: Family, arch: Architecture) -> dict[str, Any]:
     """config.json of a donor family, without token ids and dtype."""
-    config: dict[str, Any] = {
+    config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.ffn_hidden_size,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.num_query_groups,
-        "head_dim": arch.head_dim,
-        "hidden_act": arch.activation,
-        "max_position_embeddings": arch.max_positions,
+        **_common_config(arch),
         "rms_norm_eps": arch.norm_eps,
         "rope_parameters": rope_parameters(arch),
-        "tie_word_embeddings": arch.tied,
-        "initializer_range": arch.init_std,
-        "attention_dropout": 0.0,
     }
     if family.model_type == "llama":
         config.update(attention_bias=arch.linear_bias, mlp_bias=arch.linear_bias)
@@ -409,14 +398,7 @@ def recursive_config(arch: Architecture) -> dict[str, Any]:
     return {
         "architectures": ["RecursiveGPTForCausalLM"],
         "model_type": "recursive_gpt",
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.ffn_hidden_size,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.num_query_groups,
-        "head_dim": arch.head_dim,
-        "hidden_act": arch.activation,
+        **_common_config(arch),
         "mlp_gated": arch.gated,
         "norm_type": arch.norm,
         "norm_eps": arch.norm_eps,
@@ -429,9 +411,22 @@ def recursive_config(arch: Architecture) -> dict[str, Any]:
         "output_norm_scope": arch.output_norm_scope,
         "position_embedding": arch.positions,
         "rope_parameters": rope_parameters(arch) if arch.positions == "rope" else None,
+        "sliding_window": None,
+    }
+
+
+def _common_config(arch: Architecture) -> dict[str, Any]:
+    return {
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups,
+        "head_dim": arch.head_dim,
+        "hidden_act": arch.activation,
         "max_position_embeddings": arch.max_positions,
         "tie_word_embeddings": arch.tied,
         "initializer_range": arch.init_std,
         "attention_dropout": 0.0,
-        "sliding_window": None,
     }

@@ -114,6 +114,21 @@ def test_an_exit_shows_the_blocks_that_were_run_and_says_what_it_saved(recursive
     assert capped["mean_blocks"] == 1 and capped["tokens"] == fewer["tokens"] != result["tokens"]
 
 
+def test_a_terminal_gets_words_as_they_come_and_a_table(recursive: Path, capsys: Any, monkeypatch: Any) -> None:
+    flags = ["--model", recursive, "--prompt", "abc", "--max-tokens", 4]
+    (record,) = records(capsys, *flags, "--json")
+    written: list[str] = []
+    monkeypatch.setattr(command, "_write", written.append)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    run(*flags)
+    assert len(written) > 1 and "".join(written) == record["text"]
+    assert capsys.readouterr().out == "abc\n"  # the words went to _write
+    run(*flags, "--show-recursive-steps", "--exit", "halting")
+    head, *rows, said = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["step", "token", "block", "1:"] and said.startswith("abc")
+    assert [int(row.split()[0]) for row in rows if not row.startswith("step")] == [1, 2, 3, 4]
+
+
 def test_files_of_prompts(recursive: Path, tmp_path: Path, capsys: Any) -> None:
     lines, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
     lines.write_text("one\n\ntwo\n")
