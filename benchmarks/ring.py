@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 VOCABULARY = 512
-CONTROL_ROUNDS = 3
+CONTROL_ROUNDS = 2
 
 
 @dataclass(frozen=True)

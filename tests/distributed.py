@@ -80,6 +80,18 @@ def shutdown_pool() -> None:
         pool.close()
 
 
+def processes_with(variable: str) -> list[int]:
+    """The processes that have ``NAME=VALUE`` in their environment: those of a command that was given it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # it has ended, or is not ours
+            continue
+    return found
+
+
 def run_command(
     argv: Sequence[str | os.PathLike[str]],
     *,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_recursive.backends import cpu
-from megatron_recursive.errors import EXIT_USER_ERROR, UserError
+from megatron_recursive.errors import EXIT_USER_ERROR, UserError, leave_at_once
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def _end_with(error: UserError) -> None:
     if int(os.environ.get("RANK", "0")) != 0:
         time.sleep(2.0)
     print(f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(EXIT_USER_ERROR)  # a rank that sits in a collective must not be waited for
+    leave_at_once(EXIT_USER_ERROR)  # a rank that sits in a collective must not be waited for
 
 
 def _leave() -> None:

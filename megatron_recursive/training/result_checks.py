@@ -9,13 +9,14 @@ kept; here the rank that saw the bad result says so in one sentence.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Iterator
 
 from megatron.core import rerun_state_machine as machine_module
 from megatron.training import get_args
+
+from megatron_recursive.errors import leave_at_once
 
 EXIT_CODES = (machine_module.EXIT_CODE_RESUME_TO_DISAMBIGUATE, machine_module.EXIT_CODE_FAILED_ON_RESULT_VALIDATION)
 RAISED = re.compile(r"Rank (\d+), .*: Unexpected result .*\(message='(.*)'\)", re.DOTALL)
@@ -35,7 +36,7 @@ def said_in_a_sentence() -> Iterator[None]:
         if found is None:
             raise
         _say(int(found[1]), found[2], "")
-        os._exit(EXIT_CODES[1])  # the other ranks wait in a collective
+        leave_at_once(EXIT_CODES[1])  # the other ranks wait in a collective
 
 
 def _say_what_failed() -> None:

@@ -1,4 +1,4 @@
-"""The commands from a hub's cache to a checkpoint, over a parallel run, and back, as a user types them."""
+"""From a name in the hub's cache to a checkpoint, over a run on four ranks, and back."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import run_command
+from tests.distributed import run_command, run_distributed
 from tests.unit_tests.hf.donors import make_donor
-from tests.unit_tests.training.runs import SCRIPT, losses_of
+from tests.unit_tests.training.runs import in_worker, losses_of
 
 NAME, REVISION = "acme/tiny-qwen2", "0" * 40
 
@@ -22,11 +22,20 @@ def _cache_model(cache: Path) -> None:
     (place / "refs" / "main").write_text(REVISION)
 
 
-def _convert(cache: Path, *arguments: object) -> dict[str, Any]:
-    command = [sys.executable, "tools/convert_hf.py", *map(str, arguments)]
+def _import_as_typed(cache: Path, *arguments: object) -> dict[str, Any]:
+    command = [sys.executable, "tools/convert_hf.py", "import", *map(str, arguments)]
     result = run_command(command, timeout=240, env={"HF_HUB_CACHE": str(cache)})
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def _there_and_again(run: Path, back: Path, again: Path) -> tuple[dict[str, Any], bool]:
+    """Export, import the export: the report of the export, and whether the two checkpoints are one model."""
+    from megatron_recursive.hf import convert, export, verify
+
+    report = export.export_model(str(run), str(back), say=str).summary()
+    convert.import_model(str(back), str(again), convert.ImportOptions(), str)
+    return report, verify.agree(verify.verify(str(run), str(again), say=str))
 
 
 def test_a_cached_name_in_shards_trains_in_parallel_and_returns(tmp_path: Path) -> None:
@@ -34,24 +43,19 @@ def test_a_cached_name_in_shards_trains_in_parallel_and_returns(tmp_path: Path) 
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) > 3
     ckpt, run = tmp_path / "ckpt", tmp_path / "run"
     knobs = ["--num-refinement-blocks", 2, "--num-latent-refinements", 1]
-    report = _convert(tmp_path / "cache", "import", "--hf", NAME, "--out", ckpt, *knobs)
+    report = _import_as_typed(tmp_path / "cache", "--hf", NAME, "--out", ckpt, *knobs)
     assert report["max_logit_error"] < 2e-6 and report["new"] == 2 and report["dropped"] == 0
 
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "4", "--standalone", str(SCRIPT)]
     flags = (
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --seq-length 32 "
         "--micro-batch-size 1 --global-batch-size 4 --train-iters 3 --lr 1e-3 --lr-decay-style constant --mock-data "
         "--tokenizer-type NullTokenizer --vocab-size 251 --eval-iters 0 --log-interval 1 --num-workers 0 "
         "--save-interval 3"
     ).split()
-    trained = run_command([*torchrun, f"@{ckpt / 'megatron_args.txt'}", *flags, "--save", str(run)], timeout=240)
-    assert trained.returncode == 0, trained.stderr[-3000:]
+    said = run_distributed(in_worker, 4, [f"@{ckpt / 'megatron_args.txt'}", *flags, "--save", str(run)], timeout=120)
+    assert said == [None] * 4
     losses = losses_of(run)
     assert list(losses) == [1, 2, 3] and losses[3] < losses[1]
 
-    back, again = tmp_path / "hf", tmp_path / "again"
-    report = _convert(tmp_path / "cache", "export", "--ckpt", run, "--out", back)
-    assert report["max_logit_error"] < 2e-6 and report["family"] == "recursive_gpt"
-    _convert(tmp_path / "cache", "import", "--hf", back, "--out", again)
-    same = _convert(tmp_path / "cache", "verify", run, again)  # exit code 1 where the two differ
-    assert same["different"] == same["dropped"] == same["new"] == 0 and same["copied"] == report["copied"]
+    ((report, same),) = run_distributed(_there_and_again, 1, run, tmp_path / "hf", tmp_path / "again", timeout=120)
+    assert report["max_logit_error"] < 2e-6 and report["family"] == "recursive_gpt" and same

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import REPOSITORY, run_command
+from tests.distributed import REPOSITORY, processes_with, run_command
 from tests.forked_runs import ForkedRun, RunServer, wait_until
 from tests.unit_tests.training.runs import (
     FLAGS,
@@ -269,11 +269,13 @@ def test_a_disk_that_fills_up_during_a_save(server: RunServer, six: Path, tmp_pa
     before, disk, after = (tmp_path / name for name in ("before", "disk", "after"))
     copy_checkpoint(six, before, 3)
     argv = [sys.executable, str(SCRIPT), *FLAGS, *RECURSION, *save_to(disk)]
-    result = on_a_small_disk(argv, disk, before, after, room=300_000)
+    result = on_a_small_disk(["env", f"FAULT={tmp_path}", *argv], disk, before, after, room=300_000)
     said = said_in(result.stderr)
     assert result.returncode == 2
     assert f"The checkpoint of iteration 6 cannot be written to {disk}" in said
     assert "the last complete one there is 3." in said
+    time.sleep(0.5)
+    assert processes_with(f"FAULT={tmp_path}") == []
     assert (after / "iter_0000006").is_dir() and named_iteration(after) == 3
     assert metrics_of(after) == {i: metrics_of(six)[i] for i in (4, 5, 6)}
     run_to_the_end(server, [*FLAGS, *RECURSION, *save_to(after)])
