@@ -101,7 +101,7 @@ def _patch_gloo_groups() -> None:
     """The gloo groups of a process share one device, which is one thread for all their sockets.
 
     torch gives each group a device of its own, whose thread wakes a hundred times a second to see whether it may end.
-    Megatron makes dozens of groups: with several ranks on a machine, the threads took up to half of its CPU time.
+    Megatron makes dozens of groups: on two busy cores their threads made a step over two stages 4% longer.
     """
     from torch.distributed import distributed_c10d
 
