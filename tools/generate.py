@@ -17,6 +17,10 @@ def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)  # Megatron and torch tell of every choice that they make
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     from megatron_recursive.inference import command
 
     parser = argparse.ArgumentParser(description=__doc__)

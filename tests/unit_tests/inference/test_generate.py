@@ -197,6 +197,13 @@ def test_what_a_plain_model_cannot_do_is_refused(plain: Path, tmp_path: Path) ->
     assert "line 2," in refusal("--model", plain, "--prompt-file", bad)
 
 
+def test_the_command_writes_plain_lines_where_there_is_no_terminal(recursive: Path) -> None:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "generate.py")]
+    done = run_command([*tool, "--prompt", "ab", "--max-tokens", "2", "--model", str(recursive)], timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("ab") and done.stdout.count("\n") == 1
+    assert done.stderr.startswith("[1 of 1: 2 tokens, ") and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_the_command_ends_with_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     tool = [sys.executable, str(REPOSITORY / "tools" / "generate.py")]
     done = run_command([*tool, "--prompt", "a", "--model", str(tmp_path / "none")], timeout=120)
