@@ -417,16 +417,26 @@ def _abort_tree(process: subprocess.Popen[bytes]) -> None:
 
     The process group alone would miss torchrun's ranks, which may live in sessions of their own.
     """
-    tree = [*_descendants(process.pid), process.pid]
-    for deadly in (signal.SIGABRT, signal.SIGKILL):
+    # Parents first, since one whose child has ended would go on; one by one, or their stacks would mix.
+    tree = [process.pid, *_descendants(process.pid)]
+    for deadly, patience in ((signal.SIGABRT, 2.0), (signal.SIGKILL, 0.0)):
         for pid in tree:
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
                 os.kill(pid, deadly)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(2.0)
+            deadline = time.monotonic() + patience
+            while _is_running(pid) and time.monotonic() < deadline:
+                time.sleep(0.01)
+    process.wait(10)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _descendants(pid: int) -> list[int]:

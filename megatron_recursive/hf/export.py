@@ -209,10 +209,12 @@ def _write_weights(model: MegatronModel, folder: Path, report: Report) -> None:
 def _compare(model: MegatronModel, folder: Path) -> None:
     """Every written tensor, read back, equals its part of the checkpoint."""
     written = open_source(str(folder))
-    for item in model.items():
-        for name, part in zip(item.hf, _split(model, item), strict=True):
-            if not torch.equal(written.get(name), part):
-                raise UserError(f"{name} reads back otherwise than it was written; check the disk of --out.")
+    with Progress("comparing", model.checkpoint.nbytes, things="tensors") as progress:
+        for item in model.items():
+            for name, part in zip(item.hf, _split(model, item), strict=True):
+                if not torch.equal(written.get(name), part):
+                    raise UserError(f"{name} reads back otherwise than it was written; check the disk of --out.")
+                progress.advance(1, part.nbytes)
 
 
 def _prove(model: MegatronModel, folder: Path, dtype: torch.dtype) -> float:
