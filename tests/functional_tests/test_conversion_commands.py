@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.distributed import run_command, run_distributed
 from tests.unit_tests.hf.donors import make_donor
-from tests.unit_tests.training.runs import in_worker, losses_of
+from tests.unit_tests.training.runs import in_worker, losses_of, tensors_of
 
 NAME, REVISION = "acme/tiny-qwen2", "0" * 40
 
@@ -52,10 +52,15 @@ def test_a_cached_name_in_shards_trains_in_parallel_and_returns(tmp_path: Path) 
         "--tokenizer-type NullTokenizer --vocab-size 251 --eval-iters 0 --log-interval 1 --num-workers 0 "
         "--save-interval 3"
     ).split()
-    said = run_distributed(in_worker, 4, [f"@{ckpt / 'megatron_args.txt'}", *flags, "--save", str(run)], timeout=120)
-    assert said == [None] * 4
+    argv = [f"@{ckpt / 'megatron_args.txt'}", *flags, "--load", str(ckpt), "--save", str(run)]
+    assert run_distributed(in_worker, 4, argv, timeout=120) == [None] * 4
     losses = losses_of(run)
     assert list(losses) == [1, 2, 3] and losses[3] < losses[1]
+    before, after = tensors_of(ckpt / "release"), tensors_of(run / "iter_0000003")
+    for key, start in before.items():  # Adam moves a weight by about the learning rate a step: it started from these
+        assert (after[key] - start).abs().max() < 1e-2, key
+    key = "embedding.word_embeddings.weight"
+    assert (after[key] - before[key]).abs().max() > 0
 
     ((report, same),) = run_distributed(_there_and_again, 1, run, tmp_path / "hf", tmp_path / "again", timeout=120)
     assert report["max_logit_error"] < 2e-6 and report["family"] == "recursive_gpt" and same
