@@ -14,8 +14,9 @@ from megatron_recursive.errors import report_user_errors
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Tokenize documents into PREFIX.bin and PREFIX.idx, for Megatron's --data-path PREFIX. The files "
-        "are complete or not there. Complete parts of an interrupted run stay in PREFIX.partial, and the same command "
-        "goes on from them. The last line is JSON.",
+        "are complete or not there, with PREFIX.idx.json, which says how they were made. Complete parts of an "
+        "interrupted run stay in PREFIX.partial, and the same command goes on from them; once done, it does nothing. "
+        "The last line is JSON.",
     )
     add = parser.add_argument
     # fmt: off
@@ -24,6 +25,7 @@ def parse_args() -> argparse.Namespace:
         "row), folders of these, hf://NAME (a data set of the Hugging Face hub) or another fsspec URL")
     add("--output", required=True, metavar="PREFIX",
         help="path of the files without .bin or .idx; folders are made")
+    add("--overwrite", action="store_true", help="replace files of PREFIX that were made otherwise")
     add("--tokenizer", metavar="DIR_OR_MODEL",
         help="Hugging Face folder or name, folder of vocab.json and merges.txt, or SentencePiece .model")
     add("--vocab-file", metavar="FILE", help="GPT-2's vocab.json, instead of --tokenizer")
@@ -49,7 +51,7 @@ def main() -> None:
     tokenizer = TokenizerChoice(args.tokenizer, args.vocab_file, args.merge_file).check()
     written = preprocess(
         args.input, args.output, tokenizer, args.json_key, args.workers, args.append_eod, args.on_error,
-        args.executor, parse_options(args.executor_options),
+        args.executor, parse_options(args.executor_options), overwrite=args.overwrite,
     )  # fmt: skip
     if written is None:
         print(f"submitted; {args.output}.bin and .idx appear when the last job, which joins the parts, has ended")
