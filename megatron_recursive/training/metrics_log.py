@@ -1,14 +1,16 @@
 """Patch of megatron-core 0.19: every logged and evaluated metric also goes to metrics.jsonl, and health alarms speak.
 
 ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of ``megatron.training.training``, which
-see metrics that are already averaged over micro-batches and ranks; Megatron has no hook there. The wrappers pass
-everything through unchanged.
+see metrics that are already averaged over micro-batches and ranks; Megatron has no hook there. The same goes for
+``build_train_valid_test_data_iterators``, which ends the start of a run: checkpoint and data are there, so that a start
+that was refused leaves no record. The wrappers pass everything through unchanged.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +24,14 @@ STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by thi
 COLLAPSE_COSINE = 0.9  # mean token-to-token cosine of the last output state
 
 
-def install(recursion: RecursionConfig) -> None:
-    """Wrap Megatron's reporting functions."""
+def install(recursion: RecursionConfig, run: dict[str, Any]) -> None:
+    """Wrap Megatron's reporting functions. ``run`` is what the file says of the run before its metrics."""
     from megatron.training import training
 
     evaluated: list[dict[str, float]] = []
+    training.build_train_valid_test_data_iterators = _wrap_start(
+        _unwrapped(training.build_train_valid_test_data_iterators), run
+    )
     training.training_log = _wrap_training_log(_unwrapped(training.training_log), HealthAlarms(recursion))
     training.evaluate = _wrap_evaluate(_unwrapped(training.evaluate), evaluated)
     training.evaluate_and_print_results = _wrap_evaluate_and_print(
@@ -99,6 +104,20 @@ class HealthAlarms:
 
 def _mean(values: deque[float]) -> float:
     return sum(values) / len(values)
+
+
+def _wrap_start(original: Callable[..., Any], record: dict[str, Any]) -> Callable[..., Any]:
+    def build_train_valid_test_data_iterators(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        result, run = original(*args, **kwargs), get_args()
+        if run.rank == run.world_size - 1 and (run.skip_train or run.iteration < run.train_iters):
+            start = {"kind": "run", "iteration": run.iteration, "time": time.time()}
+            append_metrics(run.metrics_file, {**start, **record})
+        return result
+
+    build_train_valid_test_data_iterators.__wrapped__ = original  # type: ignore[attr-defined]
+    return build_train_valid_test_data_iterators
 
 
 def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms) -> Callable[..., Any]:
