@@ -25,6 +25,7 @@ from megatron_recursive.hf.report import Report
 from megatron_recursive.hf.safetensors_files import DTYPES
 from megatron_recursive.hf.sources import Source, choose_layers, open_source
 from megatron_recursive.hf.torch_dist import LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
+from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.recursion_config import flag_of
@@ -76,10 +77,14 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         if options.proof_dtype is not None:
             report.max_logit_error = job.prove(folder, options.proof_dtype)
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+        write_manifest(folder / RELEASE)
     say(report.describe())
     if options.proof_dtype is None:
         say("WARNING: the proof was skipped (--no-proof); nothing shows that the model computes what its donor does.")
-    if not (target / TOKENIZER).is_dir():
+    if (target / TOKENIZER).is_dir():
+        prepare = ["python", "tools/preprocess_data.py", "--input", "DOCUMENTS", "--output", "DATA_PREFIX"]
+        say(f"Prepare data for it with:\n{shlex.join([*prepare, '--tokenizer', str(target / TOKENIZER)])}")
+    else:
         say(f"WARNING: {source.name} has no tokenizer; give the run one with --tokenizer-type and --tokenizer-model.")
     say(f"{target}: the checkpoint. Train on with:\n{training_command(target, arch)}")
     return report
@@ -318,7 +323,8 @@ def training_command(target: Path, arch: Architecture) -> str:
     parts = ["torchrun", "--nproc_per_node", "1", TRAINING_SCRIPT, f"@{target / ARGUMENTS_FILE}",
              "--load", str(target), "--save", str(target), "--save-interval", "1000",
              "--seq-length", str(length), "--micro-batch-size", "1", "--global-batch-size", "8",
-             "--train-iters", "1000", "--lr", "1e-4", "--data-path", "DATA_PREFIX"]  # fmt: skip
+             "--train-iters", "1000", "--lr", "1e-4", "--data-path", "DATA_PREFIX",
+             "--split", "90,10,0"]  # fmt: skip
     return " ".join(shlex.quote(part) for part in parts)
 
 

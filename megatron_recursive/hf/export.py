@@ -32,6 +32,7 @@ from megatron_recursive.hf.safetensors_files import NAMES, Promise, write_folder
 from megatron_recursive.hf.sources import config_object, open_source, read_json
 from megatron_recursive.hf.torch_dist import TorchDistCheckpoint, iteration_folder
 from megatron_recursive.hf.transforms import VOCABULARY
+from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 AUTO_MAP = {
@@ -67,9 +68,11 @@ def open_checkpoint(given: str) -> MegatronModel:
     """Read a checkpoint's index and arguments, and hold its tensors against them.
 
     Raises:
-        UserError: a tensor is missing, surplus or of another shape, or an option has no counterpart.
+        UserError: a file is damaged, a tensor is missing, surplus or of another shape, or an option has no counterpart.
     """
-    checkpoint = TorchDistCheckpoint(iteration_folder(Path(given)))
+    folder = iteration_folder(Path(given))
+    check_integrity(folder)
+    checkpoint = TorchDistCheckpoint(folder)
     args = checkpoint.arguments()
     arch = Architecture.from_megatron(args, given)
     if args.get("enable_recursive_refinement") is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -53,7 +54,30 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not set(names) & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         return False
+    for name in names:
+        if name.endswith(".json"):
+            _check_settings(source / name)
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copyfile(source / name, target / name)
     return True
+
+
+def check_generation_settings(folder: Path) -> None:
+    """Refuse a generation_config.json that is none: transformers would go on without it."""
+    if (folder / "generation_config.json").is_file():
+        _check_settings(folder / "generation_config.json")
+
+
+def _check_settings(file: Path) -> None:
+    """A JSON object, in which every token id (or list of them) is one."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not JSON ({' '.join(str(error).split())[:100]}); mend or delete it.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold a JSON object; mend or delete it.")
+    for name, value in values.items():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and value is not None and any(type(x) is not int or x < 0 for x in ids):
+            raise UserError(f"{file} has {name} {value!r}, which is no token id; mend or delete it.")

@@ -31,6 +31,11 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
                        ".weight_scale_inv", ".SCB", ".weight_packed")  # fmt: skip
 
 
+SIZES = ("num_hidden_layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
+FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor")
+
+
 @dataclass
 class Source:
     """A Hugging Face model, its tensors not yet read.
@@ -83,7 +88,7 @@ def open_source(given: str) -> Source:
     elif path.is_dir():
         source = _open_folder(path, str(path))
     elif path.exists():
-        raise UserError(f"--hf {given} is a file; give a model folder, a .gguf file, or a name in the hub's cache.")
+        raise UserError(f"{given} is a file; give a model folder, a .gguf file, or a name in the hub's cache.")
     else:
         source = _open_folder(_cached(given), given)
     _check_tensors(source)
@@ -91,13 +96,17 @@ def open_source(given: str) -> Source:
 
 
 def _cached(name: str) -> Path:
+    parent = Path(name).parent
+    if name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") != 1 or parent.is_dir():
+        if "/" in name or name.endswith(".gguf"):
+            raise UserError(f"{name} does not exist; give a model folder, a .gguf file, or a name in the hub's cache.")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except Exception as error:  # a bad name, nothing cached, half a download: the hub has an error class for each
         raise UserError(
-            f"--hf {name} is neither a folder nor complete in the hub's cache; fetch it with: hf download {name}"
+            f"{name} is neither a folder nor complete in the hub's cache; fetch it with: hf download {name}"
         ) from error
 
 
@@ -123,8 +132,21 @@ def _open_folder(folder: Path, name: str) -> Source:
     )  # fmt: skip
 
 
+def _check_numbers(values: dict[str, Any], where: str) -> None:
+    """Sizes that can be: transformers takes any, and fails, or not, where it uses them."""
+    for name in SIZES:
+        size = values.get(name)
+        if size is not None and (type(size) is not int or not 1 <= size < 2**31):
+            raise UserError(f"The config.json of {where} has {name} {size!r}; it must be a whole number above 0.")
+    for each in (values, values.get("rope_parameters") or {}, values.get("rope_scaling") or {}):
+        for name in (name for name in FACTORS if each.get(name) is not None):
+            if type(each[name]) not in (int, float) or not 0 < each[name] < math.inf:
+                raise UserError(f"The config.json of {where} has {name} {each[name]!r}; it must be a number above 0.")
+
+
 def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
     """transformers' own config of a family, with its defaults; no code of the folder is run."""
+    _check_numbers(values, where)
     values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
     try:
         if family.model_type == "recursive_gpt":

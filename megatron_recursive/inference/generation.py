@@ -119,7 +119,7 @@ def encode_prompt(loaded: Loaded, prompt: str, name: str = "The prompt") -> list
     """Token ids of a prompt; an empty one begins a text of its own.
 
     Raises:
-        UserError: it is empty and the tokenizer knows no start, or it leaves no room for an answer.
+        UserError: it is empty and the tokenizer knows no start, or it cannot be answered (:func:`check_length`).
     """
     ids = loaded.text.encode(prompt)
     if not ids:
@@ -131,6 +131,13 @@ def encode_prompt(loaded: Loaded, prompt: str, name: str = "The prompt") -> list
 
 
 def check_length(loaded: Loaded, ids: list[int], name: str) -> None:
+    """Refuse a prompt that leaves no room for an answer, or of a tokenizer that is not the model's."""
+    known = loaded.model.config.vocab_size
+    if max(ids) >= known:
+        raise UserError(
+            f"{name} holds the token id {max(ids)}, but {loaded.name} has a vocabulary of {known}; give the tokenizer "
+            "that it was trained with, with --tokenizer."
+        )
     if loaded.max_positions is not None and len(ids) >= loaded.max_positions:
         raise UserError(
             f"{name} has {len(ids)} tokens, which leaves no room for an answer in the {loaded.max_positions} positions "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,13 +12,16 @@ from typing import Any
 
 import torch
 
+from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.data.tokenizer import gpt2_tokenizer, load_tokenizer
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.files import check_generation_settings
 from megatron_recursive.inference.text import NumberText, Text, TokenizerText
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRACKER = "latest_checkpointed_iteration.txt"
 TOKENIZER = "tokenizer"  # the folder that the converter puts into a checkpoint
+NEEDS_ITS_OWN = "give the folder of the tokenizer that the model was trained with, with --tokenizer"
 
 
 @dataclass
@@ -75,6 +79,14 @@ def _set_blocks(loaded: Loaded, count: int) -> None:
 def _open_folder(given: str, tokenizer: str | None, dtype: Any) -> Loaded:
     path = Path(given)
     is_name = not path.exists() and not path.is_absolute() and not given.startswith(".") and given.count("/") <= 1
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(
+            f"--model {given} is a GGUF file, which is imported first (tools/convert_hf.py import --hf {given} --out "
+            "CKPT); then give --model CKPT."
+        )
+    if path.is_file():
+        raise UserError(f"--model {given} is a file; name a Hugging Face folder or a Megatron checkpoint.")
+    check_generation_settings(path)
     if not path.is_dir() and not is_name:
         raise UserError(f"--model {given} does not exist; name a Hugging Face folder or a Megatron checkpoint.")
     try:
@@ -92,7 +104,7 @@ def _open_folder(given: str, tokenizer: str | None, dtype: Any) -> Loaded:
         raise UserError(f"--model {given} cannot be loaded ({_reason(error)}); check the folder.") from error
     if torch.cuda.is_available():
         model.cuda()
-    text = TokenizerText(load_tokenizer(given if tokenizer is None else tokenizer))
+    text = TokenizerText(load_tokenizer(given if tokenizer is None else tokenizer, NEEDS_ITS_OWN))
     recursive = getattr(config, "plan", None) is not None and config.plan.get("family") != "plain"
     return Loaded(given, model.eval(), text, getattr(config, "max_position_embeddings", None), recursive)
 
@@ -129,14 +141,23 @@ def _checkpoint_text(given: str, root: Path, args: Mapping[str, Any], tokenizer:
         if tokenizer is None and folder.is_dir():
             tokenizer = str(folder)
     if tokenizer is not None:
-        return TokenizerText(load_tokenizer(tokenizer))
+        return _tokenizer_text(given, args, tokenizer)
     if kind == "NullTokenizer":
         return NumberText(args["vocab_size"])
     if kind == "HuggingFaceTokenizer" and model is not None:
-        return TokenizerText(load_tokenizer(model))
+        return _tokenizer_text(given, args, model)
     if kind == "GPT2BPETokenizer" and args.get("vocab_file") and args.get("merge_file"):
         return TokenizerText(gpt2_tokenizer(args["vocab_file"], args["merge_file"]))
     raise UserError(f"The checkpoint {given} was trained with {kind}, which is not read here; give --tokenizer DIR.")
+
+
+def _tokenizer_text(given: str, args: Mapping[str, Any], folder: str) -> Text:
+    """A folder's tokenizer; one that is not the checkpoint's is told."""
+    tokenizer = load_tokenizer(folder, NEEDS_ITS_OWN)
+    below, _, digest = str(args.get("tokenizer_identity") or "").partition(":")
+    if digest and vocabulary_digest(tokenizer.get_vocab(), int(below)) != digest:
+        print(f"WARNING: {given} was trained with another tokenizer than {folder}; {NEEDS_ITS_OWN}.", file=sys.stderr)
+    return TokenizerText(tokenizer)
 
 
 def _reason(error: Exception) -> str:

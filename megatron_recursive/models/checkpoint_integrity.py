@@ -46,10 +46,9 @@ def check_integrity(folder: Path, *, needed: bool = False) -> None:
         raise UserError(f"{manifest} is damaged ({type(error).__name__}); {advise_other(folder)}.") from error
     except CheckpointingException as error:
         bad = [str(folder / name) for name in re.findall(r"^  (.+?): (?:hash|file)", str(error), re.MULTILINE)]
-        what = ", ".join(bad) or f"{folder} ({' '.join(str(error).split())[:200]})"
-        raise UserError(
-            f"Damaged since it was saved, or missing: {what} (by the SHA-256 in {MANIFEST}); {advise_other(folder)}."
-        ) from error
+        what = f"{', '.join(bad)} is damaged or missing (by the SHA-256 in {MANIFEST})"
+        why = what if bad else " ".join(str(error).split())[:200]
+        raise UserError(f"The checkpoint {folder} cannot be used: {why}; {advise_other(folder)}.") from error
 
 
 def write_manifest(folder: Path) -> None:
@@ -70,8 +69,8 @@ def advise_other(folder: Path) -> str:
         other = root / f"iter_{iteration:07d}"
         if other.name != folder.name and _is_good(other):
             return (
-                f"the last good one beside it is {iteration}: train on with --ckpt-step {iteration}, or write that "
-                f"number into {TRACKER}"
+                f"the last good one beside it is {iteration}: write that number into {TRACKER}, or give --ckpt-step "
+                f"{iteration} to a run or {other} to a tool"
             )
     return f"{root} holds no other good checkpoint"
 

@@ -42,8 +42,10 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.tokenizer_type is None and args.vocab_file is not None and args.merge_file is not None:
         args.tokenizer_type = "GPT2BPETokenizer"  # as Megatron's own GPT script
     refusals.refuse_features(args, on_cpu=cpu.is_installed())
-    if args.exit_on_missing_checkpoint and checkpoint_to_read(args)[0] is None:
-        raise UserError(f"--exit-on-missing-checkpoint: --load {args.load} holds no checkpoint.")
+    if (args.exit_on_missing_checkpoint or args.ckpt_step is not None) and checkpoint_to_read(args)[0] is None:
+        flag = "--exit-on-missing-checkpoint" if args.exit_on_missing_checkpoint else "--ckpt-step"
+        there = "it is missing" if args.load is None else f"{args.load} holds none"
+        raise UserError(f"{flag} needs a checkpoint in --load, but {there}.")
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
     refusals.refuse_shapes(args)
@@ -227,7 +229,7 @@ def megatron_speaks_in_sentences(args: argparse.Namespace | None = None) -> Iter
     """Around what reads, checks or translates flags and does no work: Megatron's assertions become one sentence."""
     try:
         yield
-    except (AssertionError, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError, ImportError, OSError) as error:
         text = " ".join(str(error).split())
         if not text:
             frame = traceback.extract_tb(error.__traceback__)[-1]

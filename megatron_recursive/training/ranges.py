@@ -28,7 +28,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a number from 0 to 1", lambda x: 0 <= x <= 1, "hidden_dropout attention_dropout"),
     ("a number of at least 0 and below 1", lambda x: 0 <= x < 1,
      "adam_beta1 adam_beta2 sgd_momentum muon_momentum lion_beta1 lion_beta2 lr_warmup_fraction"),
-    ("0 or more", lambda x: x >= 0,
+    ("a number of 0 or more", lambda x: x >= 0,
      "lr min_lr lr_warmup_init decoupled_lr decoupled_min_lr weight_decay start_weight_decay end_weight_decay "
      "clip_grad mid_level_dataset_surplus"),
 )  # fmt: skip
@@ -43,7 +43,7 @@ def restrict_numbers(parser: argparse.ArgumentParser) -> None:
         if action.type is float or action.type is int:
             what, test = rules.get(action.dest, ("a finite number", lambda x: True))
             if action.type is int and action.dest not in rules and action.dest not in MAY_BE_NEGATIVE:
-                what, test = "0 or more", lambda x: x >= 0
+                what, test = "a number of 0 or more", lambda x: x >= 0
             action.type = _number(action.type, action.option_strings[0], what, test)
 
 
@@ -51,7 +51,7 @@ def _number(kind: Any, flag: str, what: str, test: Callable[[Any], bool]) -> Cal
     def read(text: str) -> float:
         value: float = kind(text)
         if not math.isfinite(value) or not test(value):
-            raise UserError(f"{flag} is {text}; give {what}.")
+            raise UserError(f"{flag} is {text}; give {what if math.isfinite(value) else 'a finite number'}.")
         return value
 
     read.__name__ = kind.__name__  # which argparse tells of what is no number

@@ -52,9 +52,26 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     ("fill-in-the-middle data (--fim-data)", lambda a: a.fim_data, "leave it out"),
     ("packed documents (--dataloader-inter-document-masking)", lambda a: a.dataloader_inter_document_masking,
      "use --reset-attention-mask and --reset-position-ids"),
+    ("distillation (--logits-load-dir)", lambda a: a.logits_load_dir, "leave it out"),
+    ("in-process restarts (--inprocess-restart)", lambda a: a.inprocess_restart, "let torchrun restart the run"),
+    ("data loaders of one's own (--dataloader-type external)", lambda a: a.dataloader_type == "external",
+     "use --dataloader-type single or cyclic"),
+    # Nor does Megatron 0.19.2: it passes its config a name that the config does not have.
+    ("Xavier initialisation (--init-method-xavier-uniform)", lambda a: a.init_method_xavier_uniform,
+     "use --init-method-std"),
+    ("--pretrained-checkpoint", lambda a: a.pretrained_checkpoint, "use --init-from-gpt"),
     ("checkpoints other than torch_dist (--ckpt-format)", lambda a: a.ckpt_format != "torch_dist",
      "use --ckpt-format torch_dist"),
 )  # fmt: skip
+
+# What needs a package that is no part of an installation | when | the package: its module, its name to pip.
+NEEDS_PACKAGE: tuple[tuple[str, Test, str, str], ...] = (
+    ("--optimizer {0.optimizer}", lambda a: a.optimizer not in ("adam", "sgd"), "emerging_optimizers",
+     "emerging-optimizers"),
+    ("--wandb-project", lambda a: a.wandb_project, "wandb", "wandb"),
+    ("--enable-ft-package", lambda a: a.enable_ft_package, "nvidia_resiliency_ext", "nvidia-resiliency-ext"),
+    ("--log-straggler", lambda a: a.log_straggler, "pynvml", "nvidia-ml-py"),
+)
 
 NOT_ON_CPU: tuple[tuple[str, Test, str], ...] = (
     ("--distributed-backend nccl", lambda a: a.distributed_backend == "nccl", "--distributed-backend gloo"),
@@ -85,11 +102,13 @@ def refuse_features(args: argparse.Namespace, *, on_cpu: bool) -> None:
     for what, asked, instead in NOT_COVERED:
         if asked(args):
             raise UserError(f"Recursive models do not support {what} yet; {instead}.")
-    if args.optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
-        raise UserError(
-            f"--optimizer {args.optimizer} needs the package emerging-optimizers; install it (pip install "
-            "emerging-optimizers), or use --optimizer adam."
-        )
+    for what, asked, module, package in NEEDS_PACKAGE:
+        if asked(args) and importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"{what.format(args)} needs the package {package}; install it (pip install {package}), or leave it out."
+            )
+    if args.wandb_project and not (args.save or args.wandb_save_dir):
+        raise UserError("--wandb-project needs --save or --wandb-save-dir, a folder for its files.")
     for what, asked, instead in NOT_ON_CPU if on_cpu else ():
         if asked(args):
             raise UserError(f"{what} needs a CUDA device; on this machine use {instead}.")
@@ -121,6 +140,18 @@ def refuse_shapes(args: argparse.Namespace) -> None:
         raise UserError(f"--num-attention-heads {heads} is not divisible by --tensor-model-parallel-size {tp}.")
     if args.hidden_size % heads and args.kv_channels is None:
         raise UserError(f"--hidden-size {args.hidden_size} is not divisible by --num-attention-heads {heads}.")
+    width, rotary = args.kv_channels or args.hidden_size // heads, args.position_embedding_type in ("rope", "yarn")
+    if (rotary or args.use_rotary_position_embeddings) and int(width * args.rotary_percent) % 2:
+        raise UserError(
+            f"Rotary positions turn pairs, but a head of {width} (--kv-channels, or --hidden-size over "
+            f"--num-attention-heads) times --rotary-percent {args.rotary_percent:g} is odd."
+        )
+    replicas = args.world_size // (tp * pp)
+    if replicas % args.num_distributed_optimizer_instances:
+        raise UserError(
+            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} does not divide the "
+            f"{replicas} data-parallel replicas."
+        )
     if args.group_query_attention and args.num_query_groups is not None:
         groups = args.num_query_groups
         if heads % groups or groups % tp:
@@ -318,9 +349,10 @@ def _is_number(text: str) -> bool:
 
 def refuse_output(args: argparse.Namespace) -> None:
     """A folder that cannot be written: better said now than at the first save."""
-    for flag in ("save", "tensorboard_dir", "data_cache_path"):
+    for flag in ("save", "tensorboard_dir", "data_cache_path", "config_logger_dir", "wandb_save_dir",
+                 "logits_save_dir"):  # fmt: skip
         path = getattr(args, flag)
-        if path is None or "://" in str(path):
+        if not path or "://" in str(path):
             continue
         place = Path(path).absolute()
         while not place.exists() and not place.is_symlink():

@@ -45,6 +45,8 @@ def refuse_schedule_values(args: argparse.Namespace) -> None:
     warmup, decay = getattr(args, f"lr_warmup_{unit}"), getattr(args, name)
     if args.lr_warmup_fraction is None and warmup >= decay:
         raise UserError(f"--lr-warmup-{unit} {warmup} must be smaller than {flag_of(name)} {decay}.")
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        raise UserError("--override-opt_param-scheduler excludes --use-checkpoint-opt_param-scheduler; give either.")
     start, end = args.start_weight_decay, args.end_weight_decay
     if start is not None and end is not None and start > end:
         raise UserError(f"--start-weight-decay {start:g} is larger than --end-weight-decay {end:g}.")

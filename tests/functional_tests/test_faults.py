@@ -214,7 +214,7 @@ def test_preprocessing_that_is_killed_again_and_again(
     result = run_command(preprocessing(corpus, prefix), timeout=240)
     assert result.returncode == 0, result.stderr[-2000:]
     assert data_of(prefix) == tokens
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["train.bin", "train.idx"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["train.bin", "train.idx", "train.idx.json"]
 
 
 # --- Full disks -------------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_a_truncated_shard_is_named_and_the_checkpoint_before_it_goes_on(
     before = files_of(tmp_path)
     said = refusal(server, [*FLAGS, *RECURSION, *save_to(tmp_path)])
     assert f"The checkpoint {tmp_path / 'iter_0000006'} cannot be" in said
-    assert f"the last complete one beside it is 3: write that number into {TRACKER}, or give --ckpt-step" in said
+    assert f"the last good one beside it is 3: write that number into {TRACKER}, or give --ckpt-step 3" in said
     assert files_of(tmp_path) == before
     by_flag = shutil.copytree(tmp_path, tmp_path / "by_flag")
     run_to_the_end(server, [*FLAGS, *RECURSION, *save_to(by_flag), "--ckpt-step", "3"])
