@@ -37,7 +37,7 @@ from megatron_recursive.models.checkpoint_keys import reading_checkpoint
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import Difference, flag_of
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
-from megatron_recursive.training.schedule_check import check_schedule
+from megatron_recursive.training.schedule_check import check_schedule, groups_of_the_checkpoint
 
 STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
 
@@ -124,6 +124,7 @@ def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig, verify:
         run = get_args()
         writes_manifest = run.verify_integrity
         folder, from_plain_gpt = checkpoint_to_read(run)
+        common: dict[str, Any] = {}
         if folder is not None:
             if verify is not False:
                 check_integrity(folder, needed=verify is True)
@@ -135,11 +136,14 @@ def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig, verify:
             else:
                 for note in check_recursion(folder, saved, recursion, run.override_recursion_depth):
                     print_rank_0(f"> {note}")
-                if folder.name != "release":  # weights alone: the run starts at 0
-                    check_schedule(folder, common, scheduler, run)
+                check_schedule(folder, common, scheduler, run)
         try:
             run.verify_integrity = False  # it is done, where there was a manifest
-            with reading_checkpoint(from_plain_gpt=from_plain_gpt), _torch_adam_mended(optimizer, folder):
+            with (
+                reading_checkpoint(from_plain_gpt=from_plain_gpt),
+                _torch_adam_mended(optimizer, folder),
+                groups_of_the_checkpoint({} if from_plain_gpt else common, optimizer, scheduler, run),
+            ):
                 return original(ddp_model, optimizer, scheduler, *args, **kwargs)
         except (Exception, CheckpointException) as error:
             reason = _reason(error)

@@ -1,13 +1,16 @@
 """Schedules of learning rate and weight decay that cannot be, or are not those of the checkpoint, told as flags.
 
 Megatron's ``OptimizerParamScheduler`` asserts on its values when the model is built already, without naming flags. On a
-resume it compares nine of them last of all, by their place in the optimizer; here they are compared first.
+resume it compares nine of them last of all, by their place in the optimizer; here they are compared first. And Megatron
+0.19.2 tells the optimizer's parameter groups apart by their learning rates, among others, so that under another --lr it
+finds none of them, whatever flag says which rate counts; :func:`groups_of_the_checkpoint` mends that.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,25 +65,53 @@ def check_schedule(folder: Path, common: Mapping[str, Any], scheduler: Any, run:
     Raises:
         UserError: names the flags, both values, and how to take either.
     """
-    saved = common.get("opt_param_scheduler")
-    settled = run.override_opt_param_scheduler or run.use_checkpoint_opt_param_scheduler
-    if scheduler is None or not saved or settled or run.finetune or run.no_load_optim:
+    saved = _saved_schedule(common, scheduler, run)
+    if not saved or run.override_opt_param_scheduler or run.use_checkpoint_opt_param_scheduler:
         return
     mine = scheduler.state_dict()
     differing = [key for key in MADE_OF if key in saved and saved[key] != mine[key]]
     if not differing:
         return
     theirs, flags = vars(common["args"]), dict[str, str]()
-    for name in (name for key in differing for name in MADE_OF[key]):
-        old, new = theirs.get(name), getattr(run, name)
-        followed = FOLLOWS.get(name)
-        if old != new and not (followed and old == theirs.get(followed) and new == getattr(run, followed)):
-            flags[name] = f"{flag_of(name)} {_tell(old)} (this run: {_tell(new)})"
+    for key in differing:
+        for name in MADE_OF[key]:
+            old, new = (saved[key], mine[key]) if len(MADE_OF[key]) == 1 else (theirs.get(name), getattr(run, name))
+            followed = FOLLOWS.get(name)
+            if old != new and not (followed and old == theirs.get(followed) and new == getattr(run, followed)):
+                flags[name] = f"{flag_of(name)} {_tell(old)} (this run: {_tell(new)})"
     told = list(flags.values()) or [f"{key} {saved[key]} (this run: {mine[key]})" for key in differing]
     raise UserError(
         f"The checkpoint {folder} was trained on another schedule, with {', '.join(told)}; give its values, or take "
         "this run's with --override-opt_param-scheduler, or the checkpoint's with --use-checkpoint-opt_param-scheduler."
     )
+
+
+def _saved_schedule(common: Mapping[str, Any], scheduler: Any, run: argparse.Namespace) -> Mapping[str, Any] | None:
+    """The state of the scheduler that Megatron will read back; None where it will not."""
+    starts_anew = scheduler is None or run.finetune or run.no_load_optim
+    return None if starts_anew else common.get("opt_param_scheduler")
+
+
+@contextlib.contextmanager
+def groups_of_the_checkpoint(
+    common: Mapping[str, Any], optimizer: Any, scheduler: Any, run: argparse.Namespace
+) -> Iterator[None]:
+    """While the checkpoint is read, parameter groups go by its rates; afterwards by those that the flags say."""
+    saved = _saved_schedule(common, scheduler, run)
+    if not saved or not {"max_lr", "min_lr"} <= set(saved):
+        yield
+        return
+    mine = {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
+    _exchange(optimizer, mine, saved)
+    yield
+    if run.override_opt_param_scheduler:
+        _exchange(optimizer, saved, mine)
+    scheduler.step(0)  # it sets rates and weight decay, the latter so far from before the load
+
+
+def _exchange(optimizer: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for group in optimizer.param_groups:
+        group.update({key: new[key] for key in ("max_lr", "min_lr") if group.get(key) == old[key]})
 
 
 def _tell(value: Any) -> str:

@@ -3,7 +3,7 @@ import struct
 import numpy
 import pytest
 
-from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset
+from megatron_recursive.data.indexed import check_indexed_dataset, largest_sampled_id, megatron_indexed_dataset
 from megatron_recursive.errors import UserError
 
 
@@ -39,6 +39,8 @@ def damage(change):
         (damage((".idx", lambda raw: b"\x80\x04K\x01." * 20)), "train.idx is not an index"),
         (damage((".idx", lambda raw: raw[:34] + bytes(len(raw) - 34))), "train.idx is damaged"),
         (damage((".idx", lambda raw: raw[:18] + struct.pack("<QQ", 0, 1) + bytes(8))), "holds no document"),
+        (lambda prefix: [prefix.with_suffix(".bin").write_bytes(b""), prefix.with_suffix(".idx").write_bytes(
+            b"MMIDIDX\0\0" + struct.pack("<QBQQiqqq", 1, 8, 1, 2, 0, 0, 0, 1))], "holds no token"),
         (damage((".idx", lambda raw: raw[:18] + struct.pack("<QQ", 2**63, 2**63))), "its header promises"),
     ],
 )
@@ -48,6 +50,12 @@ def test_a_half_written_dataset_is_refused(copy, break_it, said):
     with pytest.raises(UserError, match=said) as caught:
         check_indexed_dataset(copy)
     assert "\n" not in str(caught.value) and "preprocess_data.py" in str(caught.value)
+
+
+def test_the_largest_id_is_looked_for_at_both_ends(copy):
+    assert [largest_sampled_id(copy, tokens) for tokens in (1, 3, 2**20)] == [10, 10, 10]
+    copy.with_suffix(".bin").write_bytes(struct.pack("<6H", 5, 6, 700, 8, 9, 10))
+    assert [largest_sampled_id(copy, tokens) for tokens in (1, 3)] == [10, 700]
 
 
 def test_a_prefix_with_its_suffix_is_explained(copy):

@@ -65,8 +65,13 @@ def save_to(folder: Path, every: int = 3) -> list[str]:
 
 def metrics_of(folder: Path) -> dict[int, dict[str, Any]]:
     """Iteration to everything that ``metrics.jsonl`` holds on it, at full precision; a repeated iteration: the last."""
+    return {record["iteration"]: record for record in records_of(folder, "train")}
+
+
+def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind, in the order of ``metrics.jsonl``."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {record["iteration"]: record for record in records if record["kind"] == "train"}
+    return [record for record in records if record["kind"] == kind]
 
 
 def losses_of(folder: Path) -> dict[int, float]:
@@ -81,8 +86,8 @@ def copy_checkpoint(source: Path, target: Path, iteration: int) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its content, but for the metrics, which a run may begin to append to."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.jsonl"]
+    """Every file below a folder with its content."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_recursive.data.preparation import Preparation, vocabulary_digest
 from tests.distributed import run_distributed
-from tests.unit_tests.training.runs import FLAGS, metrics_of, train
+from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, metrics_of, train
 
 DATA = [flag for flag in FLAGS if flag != "--mock-data"]
 
@@ -29,6 +30,16 @@ FEATURES = [
     ("--ckpt-format torch", "--ckpt-format torch_dist"),
     ("--recompute-granularity selective --recompute-modules mlp", "--recompute-modules mlp with biases"),
     ("--recompute-granularity selective --recompute-modules layernorm", "--recompute-modules layernorm"),
+    ("--yaml-cfg x.yaml", "YAML configs (--yaml-cfg x.yaml)"),
+    ("--logits-load-dir x", "distillation (--logits-load-dir)"),
+    ("--inprocess-restart", "--inprocess-restart"),
+    ("--dataloader-type external", "--dataloader-type external"),
+    ("--init-method-xavier-uniform", "use --init-method-std"),
+    ("--pretrained-checkpoint x", "use --init-from-gpt"),
+    ("--optimizer muon", "--optimizer muon needs the package emerging-optimizers"),
+    ("--optimizer lion", "--optimizer lion needs the package emerging-optimizers"),
+    ("--enable-ft-package", "--enable-ft-package needs the package nvidia-resiliency-ext"),
+    ("--log-straggler", "--log-straggler needs the package nvidia-ml-py"),
 ]
 CUDA_ONLY = [
     ("--distributed-backend nccl", "use --distributed-backend gloo"),
@@ -69,14 +80,46 @@ VALUES = [
     ("--qk-norm-scope full", "--qk-norm-scope full needs --qk-layernorm"),
     ("--norm-placement post --spec a b", "--norm-placement post and --spec exclude each other"),
     ("--qk-layernorm --qk-norm-scope full --apply-wd-to-qk-layernorm", "--apply-wd-to-qk-layernorm does not reach"),
+    ("--train-iters -1", "--train-iters is -1; give a positive number"),
+    ("--log-interval -1", "--log-interval is -1; give a positive number"),
+    ("--eval-iters -1", "--eval-iters is -1; give a number of 0 or more"),
+    ("--seed -1", "--seed is -1; give a positive number"),
+    ("--kv-channels -1", "--kv-channels is -1; give a positive number"),
+    ("--loss-scale nan", "--loss-scale is nan; give a finite number"),
+    ("--lr inf", "--lr is inf; give a finite number"),
+    ("--glu-linear-offset nan", "--glu-linear-offset is nan; give a finite number"),
+    ("--hidden-dropout 1.5", "--hidden-dropout is 1.5; give a number from 0 to 1"),
+    ("--adam-beta2 1", "--adam-beta2 is 1; give a number of at least 0 and below 1"),
+    ("--kv-channels 3 --position-embedding-type rope", "is odd"),
+    ("--num-distributed-optimizer-instances 2", "--num-distributed-optimizer-instances 2 does not divide"),
+    ("--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
+    ("--min-lr 1", "--min-lr 1 is larger than --lr 0.01"),
+    ("--lr-warmup-iters 9", "--lr-warmup-iters 9 must be smaller than --lr-decay-iters 9"),
+    ("--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler", "excludes --use-checkpoint-opt_param"),
+    ("--exit-on-missing-checkpoint --load nowhere", "needs a checkpoint in --load, but nowhere holds none"),
+    ("--ckpt-step 3", "--ckpt-step needs a checkpoint in --load, but it is missing"),
+    ("--enable-msc", "--enable-msc was passed but"),
 ]
+LATER = [  # what Megatron finds wrong when it makes its configs of the arguments
+    ("--recompute-granularity full", '--recompute-method must be "block" or "uniform"'),
+    ("--te-precision-config-file nowhere", "nowhere"),
+    ("--spec local", "--spec local must be two words"),
+    ("--spec nowhere at_all", "--spec nowhere at_all cannot be imported"),
+    ("--spec megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec", "is no layer spec"),
+]
+
+
+def forget() -> None:
+    """What a command line has left in Megatron's globals."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    destroy_global_vars()
+    destroy_num_microbatches_calculator()
 
 
 def sentences(cases: list[list[str]]) -> list[str]:
     """What ``parse_arguments`` refuses each command line with; the empty string where it does not."""
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-    from megatron.training.global_vars import destroy_global_vars
-
     from megatron_recursive.errors import UserError
     from megatron_recursive.training.arguments import parse_arguments
 
@@ -88,8 +131,7 @@ def sentences(cases: list[list[str]]) -> list[str]:
             said.append("")
         except UserError as error:
             said.append(str(error))
-        destroy_global_vars()
-        destroy_num_microbatches_calculator()
+        forget()
     return said
 
 
@@ -108,8 +150,23 @@ def test_flags_are_refused_in_a_sentence(table: list[tuple[str, str]]) -> None:
     check([([*FLAGS, *flags.split()], expected) for flags, expected in table])
 
 
+def _later(cases: list[str]) -> list[str | None]:
+    said = []
+    for flags in cases:
+        said.append(in_worker([*FLAGS, *RECURSION, *flags.split()]))
+        forget()
+    return said
+
+
+def test_what_megatrons_configs_refuse_is_a_sentence() -> None:
+    (said,) = run_distributed(_later, 1, [flags for flags, _ in LATER], timeout=120)
+    for (flags, expected), sentence in zip(LATER, said, strict=True):
+        assert expected in str(sentence) and "--" in str(sentence) and str(sentence).count("\n") == 0, (flags, sentence)
+
+
 def test_good_flags_are_not_refused() -> None:
-    good = ["", "--bf16", "--hidden-dropout 0", "--vocab-size 200", "--no-detach-between-refinements"]
+    good = ["", "--bf16 --null-tokenizer-pad-id -1", "--hidden-dropout 0", "--vocab-size 200",
+            "--no-detach-between-refinements"]  # fmt: skip
     assert run_distributed(sentences, 1, [[*FLAGS, *flags.split()] for flags in good], timeout=60) == [[""] * len(good)]
 
 
@@ -171,6 +228,7 @@ def test_tokenizers_and_output_folders_are_checked_up_front(tmp_path: Path) -> N
     dangling = tmp_path / "dangling"
     dangling.symlink_to(tmp_path / "nowhere" / "at" / "all")
     save = [*FLAGS, "--save-interval", "1", "--save"]
+    nowhere = "/proc/none"  # which refuses root too
     at = FLAGS.index("--tokenizer-type")
     check([
         ([*FLAGS[:at], *FLAGS[at + 2:]], "No tokenizer: give --tokenizer-type"),
@@ -180,6 +238,10 @@ def test_tokenizers_and_output_folders_are_checked_up_front(tmp_path: Path) -> N
         ([*save, str(file)], f"--save {file} cannot be written, since {file} is not a folder"),
         ([*save, str(file / "below")], "is not a folder"),
         ([*save, str(dangling)], f"--save {dangling} cannot be written"),
+        ([*save, nowhere], f"--save {nowhere} cannot be written, since /proc does not take a file"),
+        ([*FLAGS, "--tensorboard-dir", nowhere], f"--tensorboard-dir {nowhere} cannot be written"),
+        ([*FLAGS, "--tensorboard-dir", str(file / "below")], "is not a folder"),
+        ([*FLAGS, "--config-logger-dir", nowhere], f"--config-logger-dir {nowhere} cannot be written"),
     ])  # fmt: skip
     assert file.read_text() == "occupied"
 
@@ -193,13 +255,62 @@ def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path) -> None:
     check([([*flags, "--vocab-size", "20"], "--vocab-size 20 is smaller than the tokenizer's vocabulary of 4")])
 
 
+def test_data_of_another_tokenizer(tmp_path: Path) -> None:
+    """Refused where ids have no rows or another meaning; with a record beside the data, or by a look at its ids."""
+    words = {f"w{number}": number for number in range(60)}
+    write_tokenizer(tmp_path / "own", words)
+    write_tokenizer(tmp_path / "grown", {**words, "new": 60})
+    write_tokenizer(tmp_path / "other", {f"x{number}": number for number in range(60)})
+    for name, vocab_size in (("data", 60), ("large", 300)):
+        write_dataset(tmp_path / name, [50] * 20)
+        digest, size = vocabulary_digest(words, vocab_size), (tmp_path / f"{name}.bin").stat().st_size
+        made = Preparation(vocab_size, digest, "own", "", documents=20, tokens=1000, skipped=0, bin_bytes=size)
+        (tmp_path / f"{name}.idx.json").write_text(made.to_json())
+    write_dataset(tmp_path / "unknown", [50, 101] * 10)
+
+    def flags(data: str, tokenizer: str, *more: str) -> list[str]:
+        files = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / tokenizer)]
+        at = DATA.index("--vocab-size")
+        kept = [*DATA[:at], *DATA[at + 2 :], "--make-vocab-size-divisible-by", "4"]
+        return [*kept, *files, "--data-path", str(tmp_path / data), *more]
+
+    check([
+        (flags("large", "own"), "--data-path " + str(tmp_path / "large") + " was prepared with a vocabulary of 300"),
+        (flags("data", "other"), "was prepared with another tokenizer (own)"),
+        (flags("unknown", "own"), "holds the token id 100, but this run's tokenizer makes a vocabulary of 60"),
+        (flags("large", "own", "--allow-other-tokenizer"), "was prepared with a vocabulary of 300"),
+    ])  # fmt: skip
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "127"]
+    good = [flags("data", "own"), flags("data", "grown"), flags("data", "other", "--allow-other-tokenizer"),
+            flags("data", "own", *null), flags("unknown", "own", *null)]  # fmt: skip
+    assert run_distributed(sentences, 1, good, timeout=120) == [[""] * len(good)]
+
+
+def write_tokenizer(folder: Path, words: dict[str, int]) -> None:
+    tokenizer_files = pytest.importorskip("tokenizers")
+    folder.mkdir()
+    tokenizer_files.Tokenizer(tokenizer_files.models.WordLevel(words, min(words))).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
 def test_too_little_data_for_the_split(tmp_path: Path) -> None:
     write_dataset(tmp_path / "one", [200])
+    write_dataset(tmp_path / "few", [200] * 4)
+    write_dataset(tmp_path / "empty_last", [200] * 19 + [0])
+    at = DATA.index("--split")
+    unsplit = [*DATA[:at], *DATA[at + 2 :], "--data-path"]
+    blend = tmp_path / "blend.txt"
+    blend.write_text(str(tmp_path / "few"))
     data = [*DATA, "--data-path", str(tmp_path / "one")]
     check([
         (data, "has 1 documents, so that --split 90,5,5 leaves none for valid"),
         ([*data, "--split", "0,100,0"], "--split 0,100,0 must be"),
         ([*data, "--split", "most,some,few"], "--split most,some,few must be"),
+        ([*unsplit, str(tmp_path / "few")],
+         "has 4 documents, so that --split 969,30,1 (Megatron's default) leaves none for valid; give --split 3,1,0"),
+        ([*unsplit, str(tmp_path / "one")], "give --split 1,0,0"),
+        ([*DATA, "--data-path", str(tmp_path / "empty_last")], "leaves none for test; give --split 90,10,0"),
+        ([*unsplit[:-1], "--data-args-path", str(blend)], "--data-args-path " + str(blend) + " needs --split"),
     ])  # fmt: skip
     run = tmp_path / "run"
     enough = ["--split", "100,0,0", "--train-iters", "2", "--data-cache-path", str(tmp_path / "cache")]

@@ -12,11 +12,14 @@ from tests.distributed import run_distributed
 from tests.unit_tests.training.runs import (
     FLAGS,
     PLAIN,
+    RECURSION,
     copy_checkpoint,
     entries_of,
     files_of,
+    in_worker,
     losses_of,
     metrics_of,
+    records_of,
     save_to,
     stock_gpt_in_worker,
     tensors_of,
@@ -57,6 +60,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(recursive: Path, tm
     assert train(*save_to(tmp_path)) is None
     whole, resumed = metrics_of(recursive), metrics_of(tmp_path)
     assert sorted(resumed) == [4, 5, 6]
+    (start,) = records_of(tmp_path, "run")
+    assert (start["iteration"], start["passes"]) == (3, 4) and start["time"] > 1.7e9
     assert [resumed[i] for i in (4, 5, 6)] == [whole[i] for i in (4, 5, 6)]
     assert_tensors_equal(recursive / "iter_0000006", tmp_path / "iter_0000006")
 
@@ -178,14 +183,49 @@ def test_what_binds_nothing_is_a_note_and_depth_can_be_overridden(recursive: Pat
     assert "lm loss block 3" in metrics_of(tmp_path)[7]
 
 
-def test_another_schedule_says_which_flags_settle_it(recursive: Path) -> None:
-    assert "--override-opt_param-scheduler" in str(train("--load", recursive, "--train-iters", "9"))
+OTHER_SCHEDULES = [
+    (["--lr", "2e-2"], "--lr 0.01 (this run: 0.02)"),
+    (["--min-lr", "1e-3", "--weight-decay", "0.2"],
+     "--min-lr 0 (this run: 0.001), --weight-decay 0.01 (this run: 0.2)"),
+    (["--train-iters", "9"], "--train-iters 6 (this run: 9)"),
+    (["--lr-warmup-iters", "2", "--lr-decay-style", "cosine", "--lr-decay-iters", "8"],
+     "--lr-warmup-iters 1 (this run: 2), --lr-decay-iters 9 (this run: 8), --lr-decay-style linear (this run: cosine)"),
+]  # fmt: skip
+
+
+def test_another_schedule_is_told_by_flag_and_what_settles_it(recursive: Path, tmp_path: Path) -> None:
+    before = files_of(recursive)
+    for flags, expected in OTHER_SCHEDULES:
+        said = str(train(*save_to(recursive), *flags))
+        assert f"was trained on another schedule, with {expected}; give its values" in said, said
+        assert "this run's with --override-opt_param-scheduler" in said and "beside" not in said
+        assert "the checkpoint's with --use-checkpoint-opt_param-scheduler" in said
+    assert files_of(recursive) == before  # nor does the refused start leave a record
+    copy_checkpoint(recursive, tmp_path, 3)
+    other = ["--lr", "2e-2", "--weight-decay", "0.2"]
+    for name, distributed, flag, factor in (
+        ("theirs", [], "--use-checkpoint-opt_param-scheduler", 1), ("mine", [], "--override-opt_param-scheduler", 2),
+        ("sharded", ["--use-distributed-optimizer"], "--override-opt_param-scheduler", 2),
+    ):  # fmt: skip
+        place = tmp_path / name
+        if distributed:
+            assert train(*save_to(place), *distributed, "--train-iters", "3", "--exit-interval", "3") is None
+        else:
+            copy_checkpoint(recursive, place, 3)
+        assert train(*save_to(place), *distributed, *other, flag) is None
+        rates = {i: factor * metrics_of(recursive)[i]["learning rate"] for i in (4, 5, 6)}
+        assert {i: metrics_of(place)[i]["learning rate"] for i in (4, 5, 6)} == pytest.approx(rates)
+    assert losses_of(tmp_path / "theirs") == {i: losses_of(recursive)[i] for i in (4, 5, 6)}
 
 
 def damage(folder: Path, how: str) -> None:
     shards = sorted((folder / "iter_0000003").glob("*.distcp"))
     if how == "truncated shard":
         shards[0].write_bytes(shards[0].read_bytes()[: shards[0].stat().st_size // 2])
+    elif how == "flipped bit":
+        raw = bytearray(shards[0].read_bytes())
+        raw[len(raw) // 2] ^= 1
+        shards[0].write_bytes(raw)
     elif how == "missing shard":
         shards[0].unlink()
     elif how == "missing index":
@@ -197,7 +237,7 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated shard", "missing shard", "missing index", "missing folder", "gar\xffbage", ""]
+    "how", ["truncated shard", "flipped bit", "missing shard", "missing index", "missing folder", "gar\xffbage", ""]
 )
 def test_a_damaged_checkpoint_is_a_sentence_and_stays_as_it_is(recursive: Path, tmp_path: Path, how: str) -> None:
     copy_checkpoint(recursive, tmp_path, 3)
@@ -207,6 +247,45 @@ def test_a_damaged_checkpoint_is_a_sentence_and_stays_as_it_is(recursive: Path, 
     assert said is not None and said.endswith(".") and "\n" not in said
     assert str(tmp_path) in said
     assert files_of(tmp_path) == before
+
+
+def test_a_flipped_bit_is_found_on_any_layout(recursive: Path, tmp_path: Path) -> None:
+    """By Megatron's manifest, which a save over an older one renews; without it a checkpoint loads unchecked."""
+    copy_checkpoint(recursive, tmp_path, 3)
+    copy_checkpoint(recursive, tmp_path, 6)
+    assert train(*save_to(tmp_path), "--ckpt-step", "3") is None  # writes 6 anew, run.json and all
+    assert train(*save_to(tmp_path, every=7), *LONGER, "--exit-interval", "7", "--verify-integrity") is None
+    shutil.rmtree(tmp_path / "iter_0000007")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    damage(tmp_path, "flipped bit")
+    layout = ["--tensor-model-parallel-size", "2"]
+    for said in run_distributed(in_worker, 2, [*FLAGS, *RECURSION, *layout, *save_to(tmp_path)], timeout=120):
+        assert "iter_0000003/__0_0.distcp is damaged or missing" in str(said)
+        assert "the last good one beside it is 6:" in str(said)
+    unchecked = [*save_to(tmp_path), "--exit-interval", "4", "--override-opt_param-scheduler"]
+    assert train(*unchecked, "--no-verify-integrity") is None
+    shutil.rmtree(tmp_path / "iter_0000004")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    (tmp_path / "iter_0000003" / "integrity.json").unlink()
+    assert "--verify-integrity: " in str(train(*unchecked, "--verify-integrity"))
+    assert train(*unchecked) is None
+
+
+def test_a_damaged_index_is_told_without_a_stack(recursive: Path, tmp_path: Path, capfd: Any) -> None:
+    import logging
+
+    from megatron_recursive.errors import UserError
+    from megatron_recursive.training.checkpointing import common_state
+
+    copy_checkpoint(recursive, tmp_path, 3)
+    index = tmp_path / "iter_0000003" / ".metadata"
+    index.write_bytes(index.read_bytes()[:400])
+    (tmp_path / "iter_0000003" / "integrity.json").unlink()
+    logging.getLogger().addHandler(handler := logging.StreamHandler())
+    with pytest.raises(UserError, match="cannot be read"):
+        common_state(tmp_path / "iter_0000003")
+    logging.getLogger().removeHandler(handler)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def assert_tensors_equal(folder: Path, other: Path) -> None:

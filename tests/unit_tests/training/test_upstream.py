@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from types import SimpleNamespace
 from typing import Any
 
 from tests.distributed import run_distributed
@@ -13,13 +14,16 @@ from tests.distributed import run_distributed
 def _facts() -> dict[str, Any]:
     """What the patches rely on, read from the installed Megatron."""
     import megatron.core
+    from megatron.core.dist_checkpointing import validation
     from megatron.core.models.gpt import gpt_model
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.rerun_state_machine import RerunStateMachine
-    from megatron.training import checkpointing, initialize, training
+    from megatron.training import arguments, checkpointing, initialize, training
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_recursive.training.model_provider import RecursiveGPTModelBuilder
+    from megatron_recursive.training.schedule_check import MADE_OF
 
     def calls(function: Any, name: str) -> bool:
         return f"{name}(" in inspect.getsource(function).split("):", 1)[1]
@@ -31,6 +35,7 @@ def _facts() -> dict[str, Any]:
             "evaluate_and_print_results": calls(training.train, "evaluate_and_print_results"),
             "evaluate": calls(training.evaluate_and_print_results, "evaluate"),
             "checkpoint_and_decide_exit": calls(training.train, "checkpoint_and_decide_exit"),
+            "build_train_valid_test_data_iterators": calls(training.pretrain, "build_train_valid_test_data_iterators"),
             "load_checkpoint": calls(training.setup_model_and_optimizer, "load_checkpoint"),
             "num_floating_point_operations": calls(training.training_log, "num_floating_point_operations"),
             "report_theoretical_memory": calls(training.training_log, "report_theoretical_memory"),
@@ -42,6 +47,13 @@ def _facts() -> dict[str, Any]:
         "report_theoretical_memory": list(inspect.signature(training.report_theoretical_memory).parameters),
         "trace": "f\"{args.tensorboard_dir}/../torch_profile\"" in inspect.getsource(training.train),
         "tracker": "maybe_msc.open(tracker_filename, 'w')" in inspect.getsource(checkpointing.save_checkpoint),
+        "split": "legacy_default_split_value = '969, 30, 1'" in inspect.getsource(arguments.validate_args),
+        "schedule": list(OptimizerParamScheduler.state_dict(SimpleNamespace(**dict.fromkeys(  # type: ignore[arg-type]
+            (*MADE_OF, "num_steps"))))),
+        "schedule flags": list(MADE_OF),
+        "manifest": validation.INTEGRITY_FNAME + " " + ",".join(
+            name for name in ("save_integrity_manifest", "verify_integrity_manifest", "_verify_integrity_manifest_impl")
+            if list(inspect.signature(getattr(validation, name)).parameters) == ["checkpoint_dir"]),
         "step": "assert len(steps) == 1" in inspect.getsource(DistributedOptimizer.state_dict),
         "raised": "raise RuntimeError(full_message)" in inspect.getsource(RerunStateMachine.validate_result),
         "upstream builder": _keywords(GPTModelBuilder.build_model, "GPTModel"),
@@ -67,7 +79,10 @@ def test_what_is_patched_is_still_where_it_was() -> None:
     assert {"prefix", "iteration"} <= set(facts["evaluate_and_print_results"])
     assert facts["report_theoretical_memory"] == ["args", "num_microbatches", "verbose"]
     assert facts["preprocess returns"] and facts["trace"] and facts["raised"]
-    assert facts["tracker"] and facts["step"]
+    assert facts["tracker"] and facts["step"] and facts["split"]
+    assert set(facts["schedule"]) == {*facts["schedule flags"], "num_steps"}
+    functions = "save_integrity_manifest,verify_integrity_manifest,_verify_integrity_manifest_impl"
+    assert facts["manifest"] == f"integrity.json {functions}"
 
 
 def test_our_builder_passes_what_upstream_passes() -> None:
