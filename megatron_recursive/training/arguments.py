@@ -231,10 +231,9 @@ def megatron_speaks_in_sentences(args: argparse.Namespace | None = None) -> Iter
         yield
     except (AssertionError, ValueError, RuntimeError, NotImplementedError, ImportError, OSError) as error:
         text = " ".join(str(error).split())
-        given = [name for name, value in vars(args or argparse.Namespace()).items()
-                 if isinstance(error, OSError) and value == error.filename is not None]  # fmt: skip
-        if given:
-            text = f"{flag_of(given[0])} {text}"
+        if isinstance(error, OSError) and error.filename is not None:
+            given = [name for name, value in vars(args or argparse.Namespace()).items() if value == error.filename]
+            text = f"{flag_of(given[0])}: {text}" if given else text
         if not text:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             rule = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()

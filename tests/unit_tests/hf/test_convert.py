@@ -194,6 +194,32 @@ def test_a_wrong_table_fails_the_proof_and_leaves_nothing(dtype: str, tmp_path: 
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def _with_a_flipped_bit(donor: Path, ckpt: Path) -> list[str]:
+    from megatron_recursive.hf.verify import verify
+    from megatron_recursive.inference.loading import open_model
+
+    _import(donor, ckpt, recursion=DISABLED, proof_dtype=None)
+    raw = bytearray((ckpt / "release/__0_0.distcp").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (ckpt / "release/__0_0.distcp").write_bytes(raw)
+    said = []
+    for use in (lambda: _export(ckpt, ckpt / "hf"), lambda: verify(str(ckpt), str(donor), say=_quiet),
+                lambda: open_model(str(ckpt)).__enter__()):  # fmt: skip
+        try:
+            use()
+            said.append("taken")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_imported_checkpoint_with_a_flipped_bit_is_not_used(tmp_path: Path) -> None:
+    donor = save_donor("qwen3", tmp_path / "hf")
+    (said,) = run_distributed(_with_a_flipped_bit, 1, donor, tmp_path / "ckpt", timeout=200)
+    assert all("release/__0_0.distcp is damaged" in each and "no other good checkpoint" in each for each in said), said
+    assert not (tmp_path / "ckpt" / "hf").exists()
+
+
 def _compare_changed(donor: Path, ckpt: Path, folder: Path) -> tuple[bool, dict[str, Any]]:
     from safetensors.torch import load_file, save_file
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.architecture import Architecture
+from megatron_recursive.hf.files import copy_tokenizer
 from megatron_recursive.hf.mappings import FAMILIES, donor_config, donor_family, items, read_config
 from megatron_recursive.hf.safetensors_files import Promise, SafetensorsFolder, write_folder
 from megatron_recursive.hf.sources import choose_layers, config_object, open_source
@@ -197,6 +198,12 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
     "sliding window": (_config(use_sliding_window=True, sliding_window=16), "sliding window of 16"),
     "yarn": (_config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "type yarn"),
     "rope factors": (_config(rope_parameters={**LLAMA3_ROPE, "low_freq_factor": 2.0}), "low_freq_factor 2.0.*fixed"),
+    "no head": (_config(head_dim=0), "head_dim 0; it must be a whole number above 0"),
+    "no positions": (_config(max_position_embeddings=-1), "max_position_embeddings -1"),
+    "half a layer": (_config(num_hidden_layers=1.5), "num_hidden_layers 1.5"),
+    "absurd vocabulary": (_config(vocab_size=10**12), "vocab_size 1000000000000"),
+    "no number": (_config(rms_norm_eps=float("nan")), "rms_norm_eps nan; it must be a number above 0"),
+    "no rope": (_config(rope_parameters={"rope_type": "linear", "factor": 0, "rope_theta": 1e4}), "has factor 0"),
     "bias on attention alone": (_config(attention_bias=True), "Megatron has biases on every linear"),
 }  # fmt: skip
 
@@ -214,8 +221,34 @@ def test_a_source_that_cannot_be_converted_is_refused_in_one_sentence(name: str,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["/nowhere/typo", "./typo", "models/llama/typo", "typo.gguf", "HERE/typo"])
+def test_a_path_that_does_not_exist_is_not_looked_for_in_the_hub(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "HERE").mkdir()
+    with pytest.raises(UserError, match=f"{name} does not exist; give a model folder") as caught:
+        open_source(name)
+    assert "hf download" not in str(caught.value)
+
+
+GARBAGE = {
+    "{": "is not JSON",
+    "[3]": "must hold a JSON object",
+    '{"eos_token_id": "the last"}': "has eos_token_id 'the last', which is no token id",
+    '{"eos_token_id": [2, -1]}': "which is no token id",
+}
+
+
+@pytest.mark.parametrize("text", GARBAGE)
+def test_garbage_in_the_generation_settings_is_refused(text: str, tmp_path: Path) -> None:
+    for name, content in (("tokenizer.json", "{}"), ("generation_config.json", text)):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"generation_config.json .*{GARBAGE[text]}"):
+        copy_tokenizer(tmp_path, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_the_command_says_it_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "tools/convert_hf.py", "import", "--hf", "nobody/nothing"]
     result = run_command([*command, "--out", str(tmp_path / "out")], timeout=120)
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: --hf nobody/nothing")
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: nobody/nothing")
     assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.inference import command
@@ -195,6 +196,24 @@ def test_what_a_plain_model_cannot_do_is_refused(plain: Path, tmp_path: Path) ->
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"text": "a"}\n')
     assert "line 2," in refusal("--model", plain, "--prompt-file", bad)
+
+
+def test_a_missing_or_wrong_tokenizer_and_files_that_are_no_model(plain: Path, tmp_path: Path) -> None:
+    own = "with --tokenizer"
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((plain / name).read_bytes())
+    assert own in (said := refusal("--model", tmp_path, "--prompt", "a")) and "train_tokenizer" not in said
+    (tmp_path / "generation_config.json").write_text("[")
+    assert "generation_config.json is not JSON" in refusal("--model", tmp_path, "--prompt", "a", "--tokenizer", plain)
+    large = Tokenizer(models.WordLevel({f"w{number}": number for number in range(400)}, "w300"))
+    large.save(str(tmp_path / "tokenizer.json"))
+    said = refusal("--model", plain, "--prompt", "anything", "--tokenizer", tmp_path)
+    assert "holds the token id 300, but" in said and "has a vocabulary of 257" in said and own in said
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    said = refusal("--model", gguf, "--prompt", "a")
+    assert "is a GGUF file, which is imported first" in said and f"import --hf {gguf}" in said
+    assert "is a file" in refusal("--model", tmp_path / "config.json", "--prompt", "a")
 
 
 def test_the_command_writes_plain_lines_where_there_is_no_terminal(recursive: Path) -> None:
