@@ -17,6 +17,7 @@ MAX_LINES = 500
 # A name stands for the module and for all below it.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "command_line": (),
     "plan": (),
     "accounting": (f"{OURS}.plan",),
     "plots": (f"{OURS}.plan", "matplotlib"),
