@@ -23,7 +23,8 @@ PROGRAM = "megatron-recursive"
 PRETRAIN_EXAMPLE = (
     "--nproc-per-node 2 --pipeline-model-parallel-size 2 --num-layers 2 --hidden-size 64 --num-attention-heads 2 "
     "--seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8 --train-iters 10 "
-    "--lr 1e-3 --log-interval 1 --eval-iters 1 --mock-data --split 90,5,5 --tokenizer-type NullTokenizer --vocab-size 127"
+    "--lr 1e-3 --log-interval 1 --eval-iters 1 --mock-data --split 90,5,5 "
+    "--tokenizer-type NullTokenizer --vocab-size 127"
 ).split()
 _NUMBER = re.compile(r"-\.?\d")
 _EXAMPLE_WIDTH = 100

@@ -71,9 +71,8 @@ def _require_gpus() -> None:
 
 
 def _silence_launcher() -> None:
-    """The ranks say what went wrong. (The loggers below this one set their levels themselves.)"""
-    logger = logging.getLogger("torch.distributed")
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
-
-
+    """The ranks say what went wrong; torch's handler on "torch.distributed" would add its view of it."""
+    for name in ("elastic", "launcher", "run"):
+        logger = logging.getLogger(f"torch.distributed.{name}")
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
