@@ -21,6 +21,7 @@ from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
 from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals
 from megatron_recursive.training.checkpointing import check_vocabulary, checkpoint_to_read, saved_arguments
+from megatron_recursive.training.console import STYLES
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms, take_checkpoint_norms
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
 
@@ -96,6 +97,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--metrics-file", metavar="FILE",
         help="Append every logged and evaluated metric to this file, a JSON object a line "
         "(default: metrics.jsonl in --save).",
+    )
+    group.add_argument(
+        "--log-style", choices=STYLES,
+        help="What stdout shows: a line an interval and a table an evaluation (compact), or Megatron's own lines "
+        "(megatron). All else goes to a log file beside the run. Default: compact on a terminal.",
     )
     parser.set_defaults(**_machine_defaults())
     return help_text.describe(parser, upstream)
