@@ -38,11 +38,13 @@ _EXTRA_OF = {
 }  # fmt: skip
 
 
-def missing_package(name: str) -> UserError | None:
-    """What to say where a module cannot be imported, with the line that installs it; None if it is none of ours."""
+def is_known_package(name: str) -> bool:
+    return name.partition(".")[0] in _EXTRA_OF
+
+
+def missing_package(name: str) -> UserError:
+    """What to say where a package of ours cannot be imported, with the line that installs it."""
     package = name.partition(".")[0]
-    if package not in _EXTRA_OF:
-        return None
     extra = _EXTRA_OF[package]
     wanted = f"'{PROGRAM}[{extra}]'" if extra else PROGRAM
     return UserError(f"The package {package} is not installed; install it with pip install {wanted}.")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_recursive.command_line import PRETRAIN_EXAMPLE, PROGRAM, HelpFormatter, example, nearest_flag_sentence
 from megatron_recursive.errors import UserError
+from megatron_recursive.training import console
 
 USAGE = (
     "%(prog)s --num-layers N --hidden-size N --num-attention-heads N --seq-length N --micro-batch-size N "
@@ -30,7 +32,14 @@ def describe(parser: argparse.ArgumentParser, upstream: Sequence[object]) -> arg
     parser.formatter_class, parser.prog = HelpFormatter, f"{PROGRAM} pretrain"
     parser.usage, parser.description, parser.epilog = USAGE, DESCRIPTION, example("pretrain", *PRETRAIN_EXAMPLE)
     parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
+    parser.print_help = functools.partial(_print_help, parser)  # type: ignore[method-assign]
     return parser
+
+
+def _print_help(parser: argparse.ArgumentParser, file: object = None) -> None:
+    """Past the log, into which the standard streams go in a training process; one rank is enough."""
+    if os.environ.get("RANK", "0") == "0":
+        console.say(parser.format_help().rstrip("\n"))
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
