@@ -68,8 +68,8 @@ def record_error(sentence: str, trace: str | None = None) -> None:
 def watch_for_interrupts() -> None:
     """Ctrl-C ends this rank at once, in a sentence.
 
-    A thread reads the signal's number from the wake-up descriptor, which is written at once, while Python's own handlers
-    wait for the main thread: that may sit in a collective of which its peer is gone.
+    A thread reads the signal's number from the wake-up descriptor, which is written at once, while Python's own
+    handlers wait for the main thread: that may sit in a collective of which its peer is gone.
     """
     if "SIGINT" in sys.argv:  # --exit-signal SIGINT: Megatron's own
         return

@@ -1,4 +1,4 @@
-"""The lines of a run in the compact log style: one an interval, a table an evaluation, a summary. At most 120 columns."""
+"""The lines of a run in the compact log style: one an interval, a table an evaluation. At most 120 columns."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _iteration_width(iterations: int) -> int:
 
 
 def _width(name: str) -> int:
-    return max(len(name), 7 if name in ("tokens", "left", "steps") else 8 if name == "lr" else 6) + 2
+    return max(len(name), 7 if name in ("tokens", "left", "steps") else 8 if name in ("lr", "grad") else 6) + 2
 
 
 def evaluation(title: str, metrics: Metrics) -> str:
