@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,24 @@ from megatron_recursive.errors import UserError
 PROGRAM = "megatron-recursive"
 _NUMBER = re.compile(r"-\.?\d")
 _EXAMPLE_WIDTH = 100
+
+
+# Package -> the extra of setup.py that brings it; the others of this list come with the base installation.
+_EXTRA_OF = {
+    "datatrove": "data", "orjson": "data", "pyarrow": "data", "sentencepiece": "data", "zstandard": "data",
+    "gguf": "hf", "accelerate": "hf", "matplotlib": "plots",
+    **dict.fromkeys(("megatron", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers"), ""),
+}  # fmt: skip
+
+
+def missing_package(name: str) -> UserError | None:
+    """What to say where a module cannot be imported, with the line that installs it; None if it is none of ours."""
+    package = name.partition(".")[0]
+    if package not in _EXTRA_OF:
+        return None
+    extra = _EXTRA_OF[package]
+    wanted = f"'{PROGRAM}[{extra}]'" if extra else PROGRAM
+    return UserError(f"The package {package} is not installed; install it with pip install {wanted}.")
 
 
 def nearest_flag_sentence(unknown: str, known: Iterable[str]) -> str:
@@ -106,11 +124,13 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        untold = "default" not in text.lower() and action.option_strings and not action.required
-        if not untold or default in (None, argparse.SUPPRESS, [], ()) or action.nargs == 0 and default is False:
+        is_switch = action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction)
+        told = not action.option_strings or action.required or is_switch or "default" in text.lower()
+        if told or default in (None, argparse.SUPPRESS, [], ()):
             return text
-        told = {True: "on", False: "off"}.get(default, "%(default)s") if isinstance(default, bool) else "%(default)s"
-        return f"{text} (default: {told})"
+        if isinstance(default, bool):
+            return f"{text} (default: {'on' if default else 'off'})"
+        return f"{text} (default: %(default)s)"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("example") else super()._fill_text(text, width, indent)
@@ -122,17 +142,18 @@ class CommandParser(argparse.ArgumentParser):
     A mistyped flag is told the nearest one, and before anything else is found missing; abbreviations are mistyped
     flags. Give the flags in groups (``parser.add_argument_group("required")`` first): what is in none, ``--help`` at
     least, is listed last. ``parser.epilog = example("plot", ...)`` closes the help. With ``passes_on``, flags that it
-    does not know are for somebody else, and :meth:`parse_known_args` returns them.
+    does not know are for somebody else, and :meth:`parse_known_args` returns them; ``passes_on(parser)`` adds those of
+    them that the help should show.
     """
 
-    def __init__(self, passes_on: bool = False, **settings: Any) -> None:
+    def __init__(self, passes_on: Callable[[argparse.ArgumentParser], None] | None = None, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **settings})
         self._optionals.title = "other options"
-        self._passes_on = passes_on
+        self._passes_on, self._shows_passed_on = passes_on, False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # subparsers are called by this name
         words = sys.argv[1:] if args is None else list(args)
-        if not self._passes_on:
+        if self._passes_on is None:
             self._refuse_unknown(words)
         return super().parse_known_args(words, namespace)
 
@@ -145,6 +166,9 @@ class CommandParser(argparse.ArgumentParser):
                 raise UserError(nearest_flag_sentence(word, self._option_string_actions))
 
     def format_help(self) -> str:
+        if self._passes_on is not None and not self._shows_passed_on:
+            self._shows_passed_on = True
+            self._passes_on(self)
         self._action_groups.sort(key=lambda group: group is self._optionals)
         return super().format_help()
 
@@ -153,4 +177,5 @@ class CommandParser(argparse.ArgumentParser):
         if missing is not None:
             names = missing[1].split(", ")
             message = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
-        raise UserError(f"{message[:1].upper()}{message[1:]} (--help lists what {self.prog} takes).")
+        message = message.removeprefix("argument ")
+        raise UserError(f"{message[:1].upper()}{message[1:]}; --help lists what {self.prog} takes.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,10 +169,14 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_recursion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add one flag per knob of :class:`RecursionConfig`."""
+def add_recursion_arguments(
+    parser: argparse.ArgumentParser, names: Collection[str] | None = None
+) -> argparse.ArgumentParser:
+    """Add one flag per knob of :class:`RecursionConfig`, or only those of the knobs that a command reads."""
     group = parser.add_argument_group("recursion")
     for knob in dataclasses.fields(RecursionConfig):
+        if names is not None and knob.name not in names:
+            continue
         text = knob.metadata["help"]
         if isinstance(knob.default, bool):
             group.add_argument(flag_of(knob.name), action="store_true", default=knob.default, dest=knob.name,
