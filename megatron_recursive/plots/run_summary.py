@@ -20,56 +20,50 @@ _SHAPE = re.compile(r"(\d+) layers of width (\d+)")
 
 
 def figures_of(run: Run) -> dict[str, Any]:
-    """The figures of a run, as ``--json`` prints them.
-
-    Raises:
-        UserError: it has not trained yet.
-    """
-    train, held_out, plan, about = run.of("train"), run.held_out, run.plan, run.about
+    """The figures of a run. A UserError says that it has not trained yet."""
+    train, plan, about = run.of("train"), run.plan, run.about
     if not train:
         raise UserError(f"{run.file} holds no training metrics yet; wait for the run's first logged iteration.")
-    shape, last = _SHAPE.match(str(about.get("description", ""))), max(run.records, key=lambda r: r["iteration"])
-    losses = {}
-    for name in ("lm loss", "halt loss", "total loss"):
-        values = [r[name] for r in train if name in r]
-        if values:
-            losses[name] = {"first": values[0], "last": _mean(values[-LAST:]), "mean of": len(values[-LAST:])}
-    end = held_out[-1] if held_out else {}
+    shape, last = _SHAPE.match(str(about.get("description", ""))), run.records[-1]
+    values = {name: [r[name] for r in train if name in r] for name in ("lm loss", "halt loss", "total loss")}
+    end: dict[str, Any] = next(iter(run.held_out[-1:]), {})
     blocks = {int(found[1]): value for name, value in end.items() if (found := _BLOCK.fullmatch(name))}
     return {
         "run": run.name, "file": str(run.file), "description": about.get("description"),
         "layers": int(shape[1]) if shape else None, "width": int(shape[2]) if shape else None,
         "passes": plan.num_passes if plan else None, "recursive": None if plan is None else not plan.is_plain,
-        "parameters": about.get("parameters held"), "iteration": last["iteration"], "first iteration": train[0]["iteration"],
-        "tokens": last.get("tokens"), "FLOPs": last.get("flops"), "FLOPs per token": about.get("FLOPs per token"),
+        "first iteration": train[0]["iteration"], "iteration": last["iteration"], "tokens": last.get("tokens"),
+        "FLOPs": last.get("flops"), "FLOPs per token": about.get("FLOPs per token"),
         "seconds": max((r["elapsed"] for r in run.records if "elapsed" in r), default=None), "starts": run.starts,
-        "training": losses, "held out": end.get("lm loss"), "held out at": end.get("iteration"),
+        "training": {name: {"first": v[0], "mean of the last": sum(v[-LAST:]) / len(v[-LAST:]), "of": len(v[-LAST:])}
+                     for name, v in values.items() if v},
+        "held out": end.get("lm loss"), "held out at": end.get("iteration"),
         "blocks": [blocks[block] for block in sorted(blocks)], "steps": end.get("expected refinement steps"),
         "alarms": [f"ALARM at iteration {r['iteration']}: {r['alarm']}" for r in run.of("alarm")[-2:]],
     }  # fmt: skip
 
 
 def summarize_runs(given: Sequence[str | Path]) -> tuple[str, dict[str, Any]]:
-    """Text and figures of one run, or of several side by side.
+    """Text and figures of one run, or of several side by side: against one without recursion, or else the first.
 
     Raises:
         UserError: a file is missing, malformed (the message names the line), or holds no training metrics.
     """
     runs = read_runs(given)
     figures = [figures_of(run) for run in runs]
-    if len(runs) == 1:
-        return _one(figures[0], runs[0].about), {"runs": figures, "comparisons": []}
     base = next((n for n, f in enumerate(figures) if f["recursive"] is False), 0)
     compared = [_compare(runs[n], f, runs[base], figures[base]) for n, f in enumerate(figures) if n != base]
-    lines = [*(c["said"] for c in compared), *_blocks_said(figures)]
-    lines += [f"{f['run']}: {alarm}" for f in figures for alarm in f["alarms"]]
-    return f"{_table(figures)}\n\n{_wrapped(lines)}", {"runs": figures, "comparisons": compared}
+    if len(runs) == 1:
+        lines = _one(figures[0], runs[0].about)
+    else:
+        lines = [c["said"] for c in compared]
+        for f in figures:
+            lines += [f"{f['run']}: {line}" for line in [*_blocks_said(f), *f["alarms"]]]
+    text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+    return f"{_table(figures)}\n\n{text}" if compared else text, {"runs": figures, "comparisons": compared}
 
 
-# --- one run --------------------------------------------------------------------------------------------------------
-
-
-def _one(f: dict[str, Any], about: dict[str, Any]) -> str:
+def _one(f: dict[str, Any], about: dict[str, Any]) -> list[str]:
     lines = ["trained: (the run's description is not in the file)"]
     if about:
         world = about["world size"]
@@ -79,10 +73,8 @@ def _one(f: dict[str, Any], about: dict[str, Any]) -> str:
             f"{world} rank{'s' if world > 1 else ''}",
             f"spent: {_count(f['tokens'])} tokens, {_flops(f['FLOPs'])} FLOPs, {_time(f['seconds'])}",
         ]
-    losses = [
-        f"{name} {v['first']:.3f} -> {v['last']:.3f}" for name, v in f["training"].items()
-    ]
-    of = max(v["mean of"] for v in f["training"].values()) if losses else 0
+    losses = [f"{name} {v['first']:.3f} -> {v['mean of the last']:.3f}" for name, v in f["training"].items()]
+    of = max((v["of"] for v in f["training"].values()), default=0)
     lines.append(
         f"iterations {f['first iteration']} to {f['iteration']}: {', '.join(losses)} (the first logged value, and the "
         f"mean of the last {of} logged)"
@@ -91,31 +83,27 @@ def _one(f: dict[str, Any], about: dict[str, Any]) -> str:
         lines.append(f"held-out lm loss at iteration {f['held out at']}: {f['held out']:.3f}")
     if f["blocks"]:
         each = ", ".join(f"{block}: {loss:.3f}" for block, loss in enumerate(f["blocks"], start=1))
-        lines += [f"held-out lm loss after each refinement block: {each}", *_blocks_said([f])]
+        lines += [f"held-out lm loss after each refinement block: {each}", *_blocks_said(f)]
     if f["steps"] is not None:
         lines.append(f"expected refinement steps at the halting threshold: {f['steps']:.2f}")
     if f["recursive"]:
-        lines.append("whether the recursion earns its FLOPs shows beside the same run with --disable-recursive-refinement")
+        lines.append("whether the recursion earns its FLOPs shows beside a run with --disable-recursive-refinement")
     if f["starts"] > 1:
         lines.append(f"started {f['starts']} times (resumed from its checkpoints)")
-    return _wrapped(lines + f["alarms"])
+    return lines + f["alarms"]
 
 
-def _blocks_said(figures: Sequence[dict[str, Any]]) -> list[str]:
+def _blocks_said(f: dict[str, Any]) -> list[str]:
     """What every further block takes off the held-out loss, in words."""
-    lines = []
-    for f in figures:
-        gains = [before - after for before, after in zip(f["blocks"], f["blocks"][1:], strict=False)]
-        if not gains:
-            continue
-        added = [f"block {number} adds {gain:.3f}" for number, gain in enumerate(gains, start=2)]
-        if len(gains) > 4:
-            added = [*added[:2], f"blocks 4 to {len(gains) + 1} add {sum(gains[2:]):.3f}"]
-        used = next((n for n in range(len(gains)) if sum(gains[n:]) < NOTHING), len(gains)) + 1
-        verdict = f"blocks after the {used}{'st' if used == 1 else 'nd' if used == 2 else 'rd' if used == 3 else 'th'} add nothing" if used <= len(gains) else "every block is used"
-        name = f"{f['run']}: " if len(figures) > 1 else ""
-        lines.append(f"{name}{', '.join(added)} nats: {verdict}")
-    return lines
+    gains = [before - after for before, after in zip(f["blocks"], f["blocks"][1:], strict=False)]
+    if not gains:
+        return []
+    added = [f"block {n} {'adds' if gain >= 0 else 'loses'} {abs(gain):.3f}" for n, gain in enumerate(gains, start=2)]
+    if len(gains) > 4:
+        added = [*added[:2], f"blocks 4 to {len(gains) + 1} add {sum(gains[2:]):.3f}"]
+    used = next((n for n in range(len(gains)) if sum(gains[n:]) < NOTHING), len(gains)) + 1
+    rest = f"all after block {used} adds nothing" if used <= len(gains) else "depth is used up to the last block"
+    return [f"{', '.join(added)} nats: {rest}"]
 
 
 # --- several --------------------------------------------------------------------------------------------------------
@@ -123,22 +111,25 @@ def _blocks_said(figures: Sequence[dict[str, Any]]) -> list[str]:
 
 def _table(figures: Sequence[dict[str, Any]]) -> str:
     """At most 100 columns wide."""
-    lines = [f"{'run':<24} {'layers':>6} {'passes':>6} {'tokens':>8} {'FLOPs':>8} {'time':>9} {'held-out':>8}  by block"]
+    rows = [("run", "layers", "passes", "tokens", "FLOPs", "time", "held-out", "by block")]
     for f in figures:
-        name, blocks = f["run"], [f"{loss:.3f}" for loss in f["blocks"]] or ["-"]
-        if len(blocks) > 4:
-            blocks = [*blocks[:2], "..", blocks[-1]]
-        held_out = "-" if f["held out"] is None else f"{f['held out']:.3f}"
-        lines.append(
-            f"{name if len(name) <= 24 else '..' + name[-22:]:<24} {f['layers'] or '-':>6} {f['passes'] or '-':>6} "
-            f"{_count(f['tokens']):>8} {_flops(f['FLOPs']):>8} {_time(f['seconds']):>9} {held_out:>8}  {' '.join(blocks)}"
-        )
-    return "\n".join(lines)
+        blocks = [f"{loss:.3f}" for loss in f["blocks"]] or ["-"]
+        blocks = blocks if len(blocks) <= 4 else [*blocks[:2], "..", blocks[-1]]
+        rows.append((
+            f["run"] if len(f["run"]) <= 24 else f"..{f['run'][-22:]}", str(f["layers"] or "-"), str(f["passes"] or "-"),
+            _count(f["tokens"]), _flops(f["FLOPs"]), _time(f["seconds"]),
+            "-" if f["held out"] is None else f"{f['held out']:.3f}", " ".join(blocks),
+        ))  # fmt: skip
+    return "\n".join(
+        f"{run:<24} {layers:>6} {passes:>6} {tokens:>7} {flops:>8} {time:>8} {loss:>8}  {blocks}"
+        for run, layers, passes, tokens, flops, time, loss, blocks in rows
+    )
 
 
 def _compare(run: Run, f: dict[str, Any], base: Run, b: dict[str, Any]) -> dict[str, Any]:
     """A run beside another: at the same tokens, and at the same FLOPs, as far as both were evaluated."""
-    ablation = bool(f["recursive"] and b["recursive"] is False and (f["layers"], f["width"]) == (b["layers"], b["width"]))
+    shape = ("layers", "width")
+    ablation = bool(f["recursive"] and b["recursive"] is False and all(f[name] == b[name] for name in shape))
     tokens, flops = _at_same(run, base, "tokens"), _at_same(run, base, "flops")
     result = {"run": f["run"], "against": b["run"], "ablation": ablation, "same tokens": tokens, "same FLOPs": flops}
     if tokens is None or not f["FLOPs per token"] or not b["FLOPs per token"]:
@@ -155,17 +146,19 @@ def _compare(run: Run, f: dict[str, Any], base: Run, b: dict[str, Any]) -> dict[
     if flops is not None and abs(times - 1) > 0.02:
         said += f" At equal {_flops(flops['at'])} FLOPs {_places(run, base, 'flops', flops)}."
     if costs_more and gain >= NOTHING:
-        ends = [each.held_out[-1]["flops"] for each in (run, base)]
-        if flops is not None and ends[1] >= AS_FAR * ends[0]:
+        mine, theirs = (each.held_out[-1]["flops"] for each in (run, base))
+        if flops is not None and theirs >= AS_FAR * mine:
             said += f" So it {'earned' if flops['against'] - flops['run'] >= NOTHING else 'did not earn'} them."
         else:
-            iterations = round(b["held out at"] * ends[0] / ends[1])
-            said += f" Whether it earned them, {b['run']} trained for as many (--train-iters {iterations}) would tell."
+            said += (
+                f" Whether it earned them, {b['run']} trained for as many (--train-iters "
+                f"{round(b['held out at'] * mine / theirs)}) would tell."
+            )
     return {**result, "FLOPs ratio": times, "gain": gain, "said": said}
 
 
 def _places(run: Run, base: Run, key: str, same: dict[str, float]) -> str:
-    """Where both are; a run that went on has not yet lowered its learning rate there, which is told."""
+    """Where both are. A run that went on had not lowered its learning rate there as at its end, so that it is told."""
     parts = []
     for each, loss in ((run, same["run"]), (base, same["against"])):
         share = same["at"] / each.held_out[-1][key]
@@ -194,17 +187,11 @@ def _at_same(run: Run, base: Run, key: str) -> dict[str, float] | None:
 # --- figures in words -----------------------------------------------------------------------------------------------
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _count(number: float | None) -> str:
     if number is None:
         return "-"
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}" if number < 1000 * unit else f"{number / unit:.0f}{name}"
-    return f"{number:.0f}"
+    unit, name = next(((u, n) for u, n in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= u), (1, ""))
+    return f"{number / unit:.3g}{name}" if number < 1e15 else f"{number:.1e}"
 
 
 def _flops(number: float | None) -> str:
@@ -219,7 +206,3 @@ def _time(seconds: float | None) -> str:
         if whole >= unit:
             return f"{whole // unit}{name} {whole % unit // part:02}{its_name}"
     return f"{whole}s"
-
-
-def _wrapped(lines: Sequence[str]) -> str:
-    return "\n".join(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
