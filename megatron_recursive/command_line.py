@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,12 @@ from typing import Any, NoReturn
 from megatron_recursive.errors import UserError
 
 PROGRAM = "megatron-recursive"
+PRETRAIN_EXAMPLE = (
+    "--nproc-per-node 2 --pipeline-model-parallel-size 2 --num-layers 2 --hidden-size 64 --num-attention-heads 2 "
+    "--seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8 --train-iters 10 "
+    "--lr 1e-3 --log-interval 1 --eval-iters 1 --mock-data --split 90,5,5 "
+    "--tokenizer-type NullTokenizer --vocab-size 127"
+).split()
 _NUMBER = re.compile(r"-\.?\d")
 _EXAMPLE_WIDTH = 100
 
@@ -31,11 +38,13 @@ _EXTRA_OF = {
 }  # fmt: skip
 
 
-def missing_package(name: str) -> UserError | None:
-    """What to say where a module cannot be imported, with the line that installs it; None if it is none of ours."""
+def is_known_package(name: str) -> bool:
+    return name.partition(".")[0] in _EXTRA_OF
+
+
+def missing_package(name: str) -> UserError:
+    """What to say where a package of ours cannot be imported, with the line that installs it."""
     package = name.partition(".")[0]
-    if package not in _EXTRA_OF:
-        return None
     extra = _EXTRA_OF[package]
     wanted = f"'{PROGRAM}[{extra}]'" if extra else PROGRAM
     return UserError(f"The package {package} is not installed; install it with pip install {wanted}.")
@@ -106,9 +115,10 @@ class HelpFormatter(argparse.HelpFormatter):
             for action in actions:
                 if action.required:
                     values = self._format_args(action, self._get_default_metavar_for_optional(action))
-                    words += [*action.option_strings[:1], *([values] if values else [])]
+                    words.append("\xa0".join([*action.option_strings[:1], *([values] if values else [])]))
             usage = " ".join([*words, "[options]"]).replace("%", "%%")
-        super().add_usage(usage, actions, groups, prefix)
+        lines = textwrap.wrap(usage, self._width - len("usage: "), break_on_hyphens=False)
+        super().add_usage("\n       ".join(lines).replace("\xa0", " "), actions, groups, prefix)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         for kind, name in ((int, "N"), (float, "X")):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_recursive.command_line import missing_package
 from megatron_recursive.errors import UserError
 
 PROGRAM = "megatron_recursive.pretrain"
@@ -24,6 +26,9 @@ def launch(flags: Sequence[str], options: Mapping[str, str] | None = None) -> in
         The exit code: that of the rank which failed first, or 128 + the signal that ended it or the launch.
     """
     options = dict(options or {})
+    for package in ("torch", "megatron"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_package(package)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps communication in this order only
     if options.get("nproc_per_node") == "gpu":
         _require_gpus()
@@ -71,9 +76,8 @@ def _require_gpus() -> None:
 
 
 def _silence_launcher() -> None:
-    """The ranks say what went wrong. (The loggers below this one set their levels themselves.)"""
-    logger = logging.getLogger("torch.distributed")
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
-
-
+    """The ranks say what went wrong; torch's handler on "torch.distributed" would add its view of it."""
+    for name in ("elastic", "launcher", "run"):
+        logger = logging.getLogger(f"torch.distributed.{name}")
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_recursive import __version__
-from megatron_recursive.command_line import PROGRAM, CommandParser, missing_package
+from megatron_recursive.command_line import PROGRAM, CommandParser, is_known_package, missing_package
 from megatron_recursive.errors import UserError, report_user_errors
 
 COMMANDS = ("pretrain", "corpus", "tokenizer", "preprocess", "convert", "generate", "plan", "plot", "summarize")
@@ -71,10 +71,9 @@ def _run(name: str, words: Sequence[str]) -> None:
     try:
         module_of(name).run(args)
     except ModuleNotFoundError as error:
-        sentence = missing_package(error.name or "")
-        if sentence is None:
+        if not is_known_package(error.name or ""):
             raise
-        raise sentence from error
+        raise missing_package(error.name or "") from error
     except KeyboardInterrupt:
         raise SystemExit(_INTERRUPTED) from None
 

@@ -16,8 +16,8 @@ SUMMARY = "Tokenize documents into a Megatron dataset, PREFIX.bin and PREFIX.idx
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Tokenize documents into PREFIX.bin and PREFIX.idx, for Megatron's --data-path PREFIX. The files are complete "
-        "or not there. Complete parts of an interrupted run stay in PREFIX.partial, and the same command goes on from "
-        "them. The last line is JSON."
+        "or not there, with PREFIX.idx.json, which says how they were made. Complete parts of an interrupted run stay "
+        "in PREFIX.partial, and the same command goes on from them; once done, it does nothing. The last line is JSON."
     )
     # fmt: off
     add = parser.add_argument_group("required: input, output, and a tokenizer in one of two ways").add_argument
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face folder or name, folder of vocab.json and merges.txt, or SentencePiece .model")
     add("--vocab-file", metavar="FILE", help="GPT-2's vocab.json, instead of --tokenizer")
     add("--merge-file", metavar="FILE", help="GPT-2's merges.txt, with --vocab-file")
-    add = parser.add_argument_group("documents").add_argument
+    add = parser.add_argument_group("documents and files").add_argument
+    add("--overwrite", action="store_true", help="replace files of PREFIX that were made otherwise")
     add("--json-key", default="text", metavar="KEY", help="key or column of the text")
     add("--append-eod", action=argparse.BooleanOptionalAction, default=True,
         help="end each document with the tokenizer's end-of-document token")
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = TokenizerChoice(args.tokenizer, args.vocab_file, args.merge_file).check()
     written = preprocess(
         args.input, args.output, tokenizer, args.json_key, args.workers, args.append_eod, args.on_error,
-        args.executor, parse_options(args.executor_options),
+        args.executor, parse_options(args.executor_options), overwrite=args.overwrite,
     )  # fmt: skip
     if written is None:
         print(f"submitted; {args.output}.bin and .idx appear when the last job, which joins the parts, has ended")

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 
-from megatron_recursive.command_line import example, nearest_flag_sentence
+from megatron_recursive.command_line import PRETRAIN_EXAMPLE, example, nearest_flag_sentence
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.recursion_config import add_recursion_arguments
 
@@ -42,12 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add(launcher, flag, pattern, text)
     other = parser.add_argument_group("help")
     other.add_argument("--help-all", action="store_true", help="every flag of training, Megatron's among them (slow)")
-    parser.epilog = example(
-        "pretrain", "--nproc-per-node", "2", "--pipeline-model-parallel-size", "2", "--num-layers", "2",
-        "--hidden-size", "64", "--num-attention-heads", "2", "--seq-length", "64", "--max-position-embeddings", "64",
-        "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "10", "--lr", "1e-3", "--mock-data",
-        "--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--split", "90,5,5",
-    )  # fmt: skip
+    parser.epilog = example("pretrain", *PRETRAIN_EXAMPLE)
 
 
 def _add(group: argparse._ArgumentGroup, flag: str, pattern: str, help: str) -> None:
@@ -63,12 +58,20 @@ def _add(group: argparse._ArgumentGroup, flag: str, pattern: str, help: str) -> 
         group.add_argument(f"--{flag[2:].replace('-', '_')}", type=checked, help=argparse.SUPPRESS)
 
 
+def near_launcher_flag(word: str) -> str | None:
+    """The launcher's flag that a word which it does not know is probably meant to be."""
+    flag = word.split("=", 1)[0]
+    if not flag.startswith("--") or len(flag) < 5:
+        return None
+    longer = [known for known in LAUNCHER_FLAGS if known.startswith(flag)]
+    return next(iter(longer or difflib.get_close_matches(flag, LAUNCHER_FLAGS, n=1, cutoff=0.85)), None)
+
+
 def run(args: argparse.Namespace) -> None:
     from megatron_recursive.launch import launch
 
     options = {name: value for name, value in vars(args).items() if value and name not in ("help_all", "others")}
     for word in args.others:
-        near = difflib.get_close_matches(word.split("=", 1)[0], LAUNCHER_FLAGS, n=1, cutoff=0.85)
-        if near and word.startswith("--"):  # training would answer a quarter of a minute later, once a rank
-            raise UserError(nearest_flag_sentence(word, near))
+        if near := near_launcher_flag(word):  # training would answer a quarter of a minute later, and once a rank
+            raise UserError(nearest_flag_sentence(word, [near]))
     raise SystemExit(launch(["--help"]) if args.help_all else launch(args.others, options))

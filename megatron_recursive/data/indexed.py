@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from megatron_recursive.command_line import command
 from megatron_recursive.errors import UserError
 
 # Layout of an .idx (megatron/core/datasets/indexed_dataset.py): magic, version, type code, sequences, documents; then
@@ -32,7 +33,7 @@ def check_indexed_dataset(prefix: str | Path) -> None:
     if str(prefix).startswith(_REMOTE):
         return
     bin_file, idx_file = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    again = "write it again with tools/preprocess_data.py"
+    again = f"write it again with {command('preprocess')}"
     for file in (bin_file, idx_file):
         if not file.is_file():
             raise UserError(f"the dataset file {file} does not exist; {_mend_missing(str(prefix), again)}")

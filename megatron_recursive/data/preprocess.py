@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.data.files import cannot_write
+from megatron_recursive.data.indexed import check_indexed_dataset
+from megatron_recursive.data.preparation import read_preparation, source_digest
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.data.readers import read_span, refuse
 from megatron_recursive.data.sources import SourceFile, find_files, plan_parts, require_packages
@@ -54,17 +57,19 @@ def preprocess(
     executor: str = "local",
     executor_options: Mapping[str, str] | None = None,
     part_bytes: int | None = None,
+    overwrite: bool = False,
 ) -> IndexedSummary | None:
     """Tokenize documents into ``PREFIX.bin`` and ``PREFIX.idx``; the files do not depend on ``workers``.
 
-    Complete parts are kept in ``PREFIX.partial`` until the end, and the same call goes on from them.
+    Complete parts are kept in ``PREFIX.partial`` until the end, and the same call goes on from them. Once done, the same
+    call does nothing; another one needs ``overwrite``.
 
     Returns:
         What was written, or None when the work was only handed to a SLURM cluster.
 
     Raises:
         UserError: an input is missing, empty or (unless ``on_error`` is ``skip``) malformed, the tokenizer is missing
-            or has no end-of-document token, or the files cannot be written.
+            or has no end-of-document token, or the files cannot be written or are there already.
     """
     prefix = os.path.abspath(_checked_prefix(str(prefix)))
     if workers < 1:
@@ -73,15 +78,24 @@ def preprocess(
     choice = tokenizer if isinstance(tokenizer, TokenizerChoice) else TokenizerChoice(str(tokenizer))
     files = find_files(inputs)
     parts = plan_parts(files, part_bytes)
+    work = WorkFolder(Path(f"{prefix}.partial"))
+
+    def key(stored: StoredTokenizer) -> dict[str, Any]:
+        return {**_key(files, stored, json_key, append_eod), "parts": len(parts)}
+
+    if not overwrite and any(os.path.lexists(f"{prefix}.{end}") for end in ("bin", "idx")):
+        with tempfile.TemporaryDirectory() as folder:
+            asked = key(store_tokenizer(choice, Path(folder)))
+        if work.key() != asked:  # the plan of an interrupted run that was to write these files: go on with it
+            return _already_there(prefix, source_digest(asked))
     # A mistake in the first lines is reported before the slow start of the workers.
     _read_something(parts, json_key, on_error)
-    work = WorkFolder(Path(f"{prefix}.partial"))
     try:
         with locked(work, prefix):
             stored = store_tokenizer(choice, work.path)
             if append_eod and stored.eod is None:
                 raise UserError(f"the tokenizer {choice} has no end-of-document token; set one or pass --no-append-eod")
-            _begin(work, _key(files, stored, json_key, append_eod), parts, on_error)
+            _begin(work, key(stored), parts, on_error)
             run = _Run(work, prefix, stored, json_key, append_eod, on_error, parts)
             if executor == "local":
                 return run.here(workers)
@@ -111,6 +125,25 @@ def _checked_prefix(prefix: str) -> str:
     return prefix
 
 
+def _already_there(prefix: str, source: str) -> IndexedSummary:
+    """What an earlier run of the same command made.
+
+    Raises:
+        UserError: the files are of another command, or damaged.
+    """
+    made = read_preparation(prefix)
+    if made is None or made.source != source:
+        made_of = "made otherwise" if made is None else "made of other documents, with another tokenizer or options"
+        raise UserError(f"--output {prefix}: .bin or .idx is there already, {made_of}; name another, or add --overwrite")
+    try:
+        check_indexed_dataset(prefix)
+    except UserError as error:
+        raise UserError(f"--output {prefix} was made by this command, but {error} (--overwrite)") from error
+    print(f"{prefix} was made by this command already: nothing is done (--overwrite makes it anew)", file=sys.stderr)
+    files = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    return IndexedSummary(*files, made.documents, made.tokens, made.skipped)
+
+
 def _read_something(parts: list[list[Span]], json_key: str, on_error: str) -> None:
     """Read up to the first document.
 
@@ -137,7 +170,6 @@ def _key(files: Sequence[SourceFile], tokenizer: StoredTokenizer, json_key: str,
 
 
 def _begin(work: WorkFolder, key: dict[str, Any], parts: list[list[Span]], on_error: str) -> None:
-    key = {**key, "parts": len(parts)}
     if work.begin(key, parts):
         print("the inputs or the tokenizer are not those of the interrupted run: starting anew", file=sys.stderr)
     if on_error == "stop":

@@ -15,6 +15,7 @@ from datatrove.pipeline.readers.base import BaseReader
 
 from megatron_recursive.data.files import cannot_write, sync
 from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset, quiet_megatron
+from megatron_recursive.data.preparation import Preparation, preparation_file, source_digest
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.data.readers import read_span
 from megatron_recursive.data.tokenizer import StoredTokenizer, load_encoder
@@ -159,7 +160,7 @@ class PartsMerger(PipelineStep):
 def merge_parts(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer) -> PartReport:
     """Join the parts, in order, into ``PREFIX.bin`` and ``PREFIX.idx``; returns the sums of their reports.
 
-    ``.idx`` is renamed into place last, so that its presence proves the pair complete.
+    ``.idx`` is renamed into place last, so that its presence proves the pair, and the record beside it, complete.
 
     Raises:
         UserError: a part is missing or damaged, there is no document in all, or the files cannot be written.
@@ -177,7 +178,7 @@ def merge_parts(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer) -> Pa
     megatron = megatron_indexed_dataset()
     dtype = megatron.DType.optimal_dtype(tokenizer.id_range)
     bin_file, idx_file = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    joined_bin, joined_idx = work.path / "joined.bin", work.path / "joined.idx"
+    joined_bin, joined_idx, record = (work.path / f"joined.{end}" for end in ("bin", "idx", "json"))
     try:
         builder = megatron.IndexedDatasetBuilder(str(joined_bin), dtype=dtype)
         with Progress("joining", sum(work.part(rank).with_suffix(".bin").stat().st_size
@@ -188,11 +189,17 @@ def merge_parts(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer) -> Pa
                         builder.add_index(str(work.part(rank)))
                     progress.advance(report.documents, work.part(rank).with_suffix(".bin").stat().st_size)
         builder.finalize(str(joined_idx))
-        for file in (joined_bin, joined_idx):
+        made = Preparation(
+            tokenizer.id_range, tokenizer.vocabulary, tokenizer.name, source_digest(work.key() or {}),
+            total.documents, total.tokens, total.skipped, joined_bin.stat().st_size,
+        )  # fmt: skip
+        record.write_text(made.to_json(), "utf-8")
+        for file in (joined_bin, joined_idx, record):
             sync(file)
         # An old .idx must not stand beside a new .bin, not even for a moment.
         idx_file.unlink(missing_ok=True)
         os.replace(joined_bin, bin_file)
+        os.replace(record, preparation_file(prefix))
         os.replace(joined_idx, idx_file)
     except OSError as error:
         joined_bin.unlink(missing_ok=True)

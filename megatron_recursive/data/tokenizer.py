@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_recursive.command_line import command
+from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 Encode = Callable[[list[str]], list[list[int]]]
 """Token ids of each text, without special tokens around them."""
 
-_MAKE = "make one with tools/train_tokenizer.py"
+_MAKE = f"make one with {command('tokenizer')}"
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,23 @@ class TokenizerChoice:
 class StoredTokenizer:
     """A tokenizer as one file, which other processes load in a moment.
 
-    ``eod`` ends documents (None: there is none); ids are below ``id_range``; ``digest`` tells one from another.
+    ``eod`` ends documents (None: there is none); ids are below ``id_range``; ``digest`` tells one from another,
+    ``vocabulary`` only by what the ids stand for; ``name`` is what the user called it.
     """
 
     file: Path
     eod: int | None
     id_range: int
     digest: str
+    vocabulary: str
+    name: str
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, mend: str = _MAKE) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder of Hugging Face's, or GPT-2's ``vocab.json`` and ``merges.txt``; or by a hub name.
 
-    Nothing is downloaded for a folder, and no code of it is run.
+    Nothing is downloaded for a folder, and no code of it is run. ``mend`` is what the user is told to do without one: a
+    trained model needs its own.
 
     Raises:
         UserError: the folder is missing or holds no tokenizer that ``transformers`` can load.
@@ -69,19 +75,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(path)
     is_local = folder.exists() or folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")
     if is_local and not folder.is_dir():
-        raise UserError(f"tokenizer folder {path} does not exist; {_MAKE}")
+        raise UserError(f"tokenizer folder {path} does not exist; {mend}")
     if is_local and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return gpt2_tokenizer(folder / "vocab.json", folder / "merges.txt")
         if not (folder / "tokenizer.model").is_file():
-            raise UserError(f"{folder} holds no tokenizer (no tokenizer.json); {_MAKE}")
+            raise UserError(f"{folder} holds no tokenizer (no tokenizer.json); {mend}")
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=is_local, trust_remote_code=False)
     # transformers and the Rust tokenizers raise bare Exception, ValueError, KeyError and OSError for a broken folder.
     except Exception as error:
-        raise UserError(f"cannot load the tokenizer {path} ({_reason(error)}); check the name, or {_MAKE}") from error
+        raise UserError(f"cannot load the tokenizer {path} ({_reason(error)}); check the name, or {mend}") from error
 
 
 def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path) -> PreTrainedTokenizerBase:
@@ -121,7 +127,7 @@ def store_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
     """
     model = _sentencepiece_model(choice.check())
     if model is not None:
-        return _store_sentencepiece(model, folder)
+        return _store_sentencepiece(model, folder, str(choice))
     if choice.vocab_file is not None and choice.merge_file is not None:
         tokenizer = gpt2_tokenizer(choice.vocab_file, choice.merge_file)
     else:
@@ -132,7 +138,9 @@ def store_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
     text = rust.to_str()
     file = folder / "tokenizer.json"
     file.write_text(text, "utf-8")
-    return StoredTokenizer(file, tokenizer.eos_token_id, id_range(tokenizer), _digest(text.encode()))
+    known = id_range(tokenizer)
+    vocabulary = vocabulary_digest(tokenizer.get_vocab(), known)
+    return StoredTokenizer(file, tokenizer.eos_token_id, known, _digest(text.encode()), vocabulary, str(choice))
 
 
 def _sentencepiece_model(choice: TokenizerChoice) -> Path | None:
@@ -149,7 +157,7 @@ def _sentencepiece_model(choice: TokenizerChoice) -> Path | None:
     return None
 
 
-def _store_sentencepiece(model: Path, folder: Path) -> StoredTokenizer:
+def _store_sentencepiece(model: Path, folder: Path, name: str) -> StoredTokenizer:
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -158,8 +166,9 @@ def _store_sentencepiece(model: Path, folder: Path) -> StoredTokenizer:
         raise UserError(f"{model} is no SentencePiece model ({_reason(error)}); {_MAKE}") from error
     file = folder / "tokenizer.model"
     shutil.copyfile(model, file)
-    eod = processor.eos_id()
-    return StoredTokenizer(file, eod if eod >= 0 else None, processor.get_piece_size(), _digest(file.read_bytes()))
+    eod, known = processor.eos_id(), processor.get_piece_size()
+    vocabulary = vocabulary_digest({processor.id_to_piece(number): number for number in range(known)}, known)
+    return StoredTokenizer(file, eod if eod >= 0 else None, known, _digest(file.read_bytes()), vocabulary, name)
 
 
 @functools.lru_cache(maxsize=1)

@@ -87,10 +87,7 @@ class WorkFolder:
 
     def begin(self, key: dict[str, Any], parts: list[list[Span]]) -> bool:
         """Write the plan, and clear what belongs to another one; returns whether there was another."""
-        try:
-            known = json.loads(self.plan.read_text("utf-8"))["key"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            known = None
+        known = self.key()
         differs = known is not None and known != key
         if known != key:
             for folder in (self.logs, self.parts):
@@ -101,6 +98,13 @@ class WorkFolder:
             )
         self.parts.mkdir(exist_ok=True)
         return differs
+
+    def key(self) -> dict[str, Any] | None:
+        """What the parts depend on; None where no run has begun."""
+        try:
+            return json.loads(self.plan.read_text("utf-8"))["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def read_part(self, rank: int) -> list[Span]:
         """The spans of a part."""

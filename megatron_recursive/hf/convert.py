@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_recursive.command_line import command
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf import proof
@@ -33,7 +33,6 @@ ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
 TOKENIZER = "tokenizer"
 RELEASE = "release"  # Megatron's name for weights without an iteration: a run that loads them starts at 0
-TRAINING_SCRIPT = "examples/recursive_gpt/pretrain_recursive_gpt.py"
 
 
 @dataclass(frozen=True)
@@ -303,11 +302,12 @@ def _save_gguf_tokenizer(path: Path, config: Any, folder: Path) -> bool:
 def training_command(target: Path, arch: Architecture) -> str:
     """One line that trains on from the converted checkpoint, and resumes when it is given again."""
     length = min(1024, arch.max_positions)
-    parts = ["torchrun", "--nproc_per_node", "1", TRAINING_SCRIPT, f"@{target / ARGUMENTS_FILE}",
-             "--load", str(target), "--save", str(target), "--save-interval", "1000",
-             "--seq-length", str(length), "--micro-batch-size", "1", "--global-batch-size", "8",
-             "--train-iters", "1000", "--lr", "1e-4", "--data-path", "DATA_PREFIX"]  # fmt: skip
-    return " ".join(shlex.quote(part) for part in parts)
+    return command(
+        "pretrain", "--nproc-per-node", "1", f"@{target / ARGUMENTS_FILE}",
+        "--load", str(target), "--save", str(target), "--save-interval", "1000",
+        "--seq-length", str(length), "--micro-batch-size", "1", "--global-batch-size", "8",
+        "--train-iters", "1000", "--lr", "1e-4", "--data-path", "DATA_PREFIX",
+    )  # fmt: skip
 
 
 __all__ = ["FAMILIES", "ImportOptions", "import_model"]

@@ -10,7 +10,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron.training import arguments as megatron_arguments
 from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_global_variables
@@ -19,8 +19,9 @@ from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
-from megatron_recursive.training import gpt2_tokenizer, profiling, refusals
+from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals
 from megatron_recursive.training.checkpointing import check_vocabulary, checkpoint_to_read, saved_arguments
+from megatron_recursive.training.console import STYLES
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms, take_checkpoint_norms
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
 
@@ -67,8 +68,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print a thousand lines of usage
-    parser.fromfile_prefix_chars = "@"  # @FILE: a flag a line, such as tools/convert_hf.py writes
+    parser.fromfile_prefix_chars = "@"  # @FILE: a flag a line, such as an import from Hugging Face writes
+    upstream = list(parser._action_groups)
     add_recursion_arguments(parser)
     add_norm_arguments(parser)
     add_sample_arguments(parser)
@@ -97,12 +98,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Append every logged and evaluated metric to this file, a JSON object a line "
         "(default: metrics.jsonl in --save).",
     )
+    group.add_argument(
+        "--log-style", choices=STYLES,
+        help="What stdout shows: a line an interval and a table an evaluation (compact), or Megatron's own lines "
+        "(megatron). All else goes to a log file beside the run. Default: compact on a terminal.",
+    )
     parser.set_defaults(**_machine_defaults())
-    return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message[:1].upper()}{message[1:]} (--help lists every flag).")
+    return help_text.describe(parser, upstream)
 
 
 def _machine_defaults() -> dict[str, Any]:

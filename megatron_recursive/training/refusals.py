@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.command_line import command
 from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.recursion_config import flag_of
@@ -219,7 +220,7 @@ def refuse_data(args: argparse.Namespace) -> None:
     blends = _blends(args)
     if not any(blends.values()):
         raise UserError(
-            "No training data: give --data-path PREFIX (made by tools/preprocess_data.py) or --train-data-path, or "
+            f"No training data: give --data-path PREFIX (made by {command('preprocess')}) or --train-data-path, or "
             "--mock-data to try things out."
         )
     for flag, blend in blends.items():

@@ -18,6 +18,7 @@ from datatrove.pipeline.base import PipelineStep
 from megatron_recursive.data import preprocess as preprocess_module
 from megatron_recursive.data.executors import LocalExecutor, build_executor
 from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset
+from megatron_recursive.data.preparation import read_preparation, vocabulary_digest
 from megatron_recursive.data.preprocess import preprocess
 from megatron_recursive.data.tokenizer import TokenizerChoice, load_tokenizer
 from megatron_recursive.data.tokenizer_training import train_tokenizer
@@ -71,7 +72,7 @@ def test_megatron_reads_the_tokens_back(corpus, written):
     assert read(written) == [
         [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in TEXTS
     ]
-    assert names(written.parent) == ["one.bin", "one.idx"]
+    assert names(written.parent) == ["one.bin", "one.idx", "one.idx.json"]
 
 
 @pytest.mark.parametrize(("workers", "part_bytes"), [(1, 700), (2, 700), (2, 5000), (3, None)])
@@ -82,13 +83,14 @@ def test_the_files_do_not_depend_on_workers_and_parts(corpus, written, tmp_path,
     assert summary.documents == len(TEXTS)
     assert summary.tokens * 2 == summary.bin_file.stat().st_size
     assert contents(tmp_path / "two") == contents(written)
-    assert names(tmp_path) == ["two.bin", "two.idx"]
+    assert names(tmp_path) == ["two.bin", "two.idx", "two.idx.json"]
 
 
 def test_no_append_eod_and_another_key(corpus, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "ab"}\n')
     with_eod = preprocess([tmp_path], tmp_path / "x", corpus / "tok", json_key="body")
-    without = preprocess([tmp_path], tmp_path / "x", corpus / "tok", json_key="body", append_eod=False)
+    without = preprocess([tmp_path], tmp_path / "x", corpus / "tok", json_key="body", append_eod=False,
+                         overwrite=True)  # fmt: skip
     assert without.tokens == with_eod.tokens - 1
     check_indexed_dataset(tmp_path / "x")
 
@@ -105,7 +107,8 @@ def test_sentencepiece(corpus, tmp_path, many_processes, workers):
     model = trained.folder / "tokenizer.model"
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     for tokenizer in (model, trained.folder):
-        preprocess([corpus / "train.jsonl"], tmp_path / "x", tokenizer, workers=workers, part_bytes=3000)
+        preprocess([corpus / "train.jsonl"], tmp_path / "x", tokenizer, workers=workers, part_bytes=3000,
+                   overwrite=True)  # fmt: skip
         assert read(tmp_path / "x") == [[*processor.encode(text), processor.eos_id()] for text in TEXTS]
 
 
@@ -114,9 +117,41 @@ def test_a_mistake_leaves_an_earlier_dataset_alone(corpus, written, tmp_path):
         (tmp_path / f"train{suffix}").write_bytes(written.with_suffix(suffix).read_bytes())
     (tmp_path / "bad.jsonl").write_text("\n".join([*LINES[:100], "{", *LINES]))
     with pytest.raises(UserError, match="bad.jsonl:101 is not valid JSON"):
-        preprocess([tmp_path / "bad.jsonl"], tmp_path / "train", corpus / "tok")
+        preprocess([tmp_path / "bad.jsonl"], tmp_path / "train", corpus / "tok", overwrite=True)
     assert contents(tmp_path / "train") == contents(written)
     assert names(tmp_path) == ["bad.jsonl", "train.bin", "train.idx"]
+
+
+def test_what_is_there_is_only_overwritten_on_request(corpus, tmp_path, capsys):
+    """The same command again is done already; another one is refused, and so are files of another program."""
+    (tmp_path / "a.jsonl").write_text("\n".join(LINES[:20]))
+    first = preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok")
+    before = contents(tmp_path / "x")
+    assert preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok") == first
+    assert "was made by this command already" in capsys.readouterr().err
+    for inputs, more in (([corpus / "train.jsonl"], {}), ([tmp_path / "a.jsonl"], {"append_eod": False})):
+        with pytest.raises(UserError, match="is there already, made of other documents.* add --overwrite"):
+            preprocess(inputs, tmp_path / "x", corpus / "tok", **more)
+    assert contents(tmp_path / "x") == before
+    (tmp_path / "x.idx.json").unlink()
+    with pytest.raises(UserError, match="is there already, made otherwise"):
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok")
+    assert names(tmp_path) == ["a.jsonl", "x.bin", "x.idx"]
+    preprocess([corpus / "train.jsonl"], tmp_path / "x", corpus / "tok", overwrite=True)
+    assert len(read(tmp_path / "x")) == len(TEXTS)
+
+
+def test_the_record_says_which_tokenizer_it_was(corpus, written, tmp_path):
+    made, tokenizer = read_preparation(written), load_tokenizer(corpus / "tok")
+    assert (made.vocab_size, made.documents, made.tokenizer) == (320, len(TEXTS), str(corpus / "tok"))
+    assert made.vocabulary == vocabulary_digest({**tokenizer.get_vocab(), "<added>": 320}, 320)
+    swapped = {token: {5: 6, 6: 5}.get(number, number) for token, number in tokenizer.get_vocab().items()}
+    assert made.vocabulary != vocabulary_digest(swapped, 320)
+    for name in ("one.bin", "one.idx.json"):
+        (tmp_path / name).write_bytes((written.parent / name).read_bytes())
+    with open(tmp_path / "one.bin", "ab") as stream:  # another program wrote the files anew
+        stream.write(b"\x00\x00")
+    assert read_preparation(tmp_path / "one") is None
 
 
 def test_skipped_documents_are_counted_and_complete_parts_kept(corpus, written, tmp_path, many_processes):
@@ -138,7 +173,7 @@ def test_skipped_documents_are_counted_and_complete_parts_kept(corpus, written, 
     assert [reason.split(" ")[0] for reason in summary.reasons] == [
         f"{tmp_path}/bad.jsonl:{line}" for line in (101, len(broken))
     ]
-    assert names(tmp_path) == ["bad.jsonl", "x.bin", "x.idx"]
+    assert names(tmp_path) == ["bad.jsonl", "x.bin", "x.idx", "x.idx.json"]
 
 
 def test_parts_of_other_inputs_are_not_taken(corpus, tmp_path, capfd):
@@ -174,7 +209,7 @@ def test_two_runs_with_one_output_are_refused(corpus, tmp_path):
             preprocess([corpus / "train.jsonl"], tmp_path / "x", corpus / "tok")
     assert names(tmp_path) == ["x.partial"]
     preprocess([corpus / "train.jsonl"], tmp_path / "x", corpus / "tok")
-    assert names(tmp_path) == ["x.bin", "x.idx"]
+    assert names(tmp_path) == ["x.bin", "x.idx", "x.idx.json"]
 
 
 def _preprocess_with_little_room(bytes_a_file, folder, prefix):
@@ -204,7 +239,7 @@ def test_no_room_leaves_nothing_under_a_final_name(corpus, written, tmp_path, by
     assert not (tmp_path / "x.bin").exists() and not (tmp_path / "x.idx").exists()
     preprocess([small / "train.jsonl"], tmp_path / "x", small / "tok", part_bytes=4000)
     assert contents(tmp_path / "x") == contents(written)
-    assert names(tmp_path) == ["corpus", "x.bin", "x.idx"]
+    assert names(tmp_path) == ["corpus", "x.bin", "x.idx", "x.idx.json"]
 
 
 def test_a_killed_run_goes_on_from_its_complete_parts(corpus, tmp_path):
@@ -245,7 +280,7 @@ def test_a_killed_run_goes_on_from_its_complete_parts(corpus, tmp_path):
         preprocess(inputs, tmp_path / "x", corpus / "tok", workers=2)
     assert made == [kept]
     check_indexed_dataset(tmp_path / "x")  # tests/functional_tests/test_faults.py compares it with an undisturbed run's
-    assert names(tmp_path) == ["big.jsonl", "big.jsonl.gz", "x.bin", "x.idx"]
+    assert names(tmp_path) == ["big.jsonl", "big.jsonl.gz", "x.bin", "x.idx", "x.idx.json"]
 
 
 class Troubled(PipelineStep):
