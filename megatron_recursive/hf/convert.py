@@ -206,12 +206,7 @@ class _Import:
 
     def flags(self, has_tokenizer: bool, target: Path) -> list[str]:
         """A line a flag: architecture, recursion, tokenizer, and no dropout, with which donors are trained."""
-        flags = self.arch.megatron_flags()
-        for name, value in self.recursion.to_dict().items():
-            if isinstance(value, bool):
-                flags.append(_switch(name, value))
-            elif value is not None:
-                flags.append(f"{flag_of(name)}={value}")
+        flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]
         return [*flags, "--hidden-dropout=0.0", "--attention-dropout=0.0"]
@@ -260,13 +255,6 @@ class _Import:
 def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
     initial = not plan.is_plain and plan.state_init != "zeros"
     return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
-
-
-def _switch(name: str, on: bool) -> str:
-    if on:
-        return flag_of(name)
-    (knob,) = (k for k in dataclasses.fields(RecursionConfig) if k.name == name)
-    return str(knob.metadata["off"])
 
 
 def _final(partial: Path) -> Path:

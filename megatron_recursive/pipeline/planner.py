@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,54 @@ from typing import Any
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
 from megatron_recursive.pipeline.pass_costs import PassCosts, equal_costs, price_passes
-from megatron_recursive.pipeline.ring_schedule import two_phases_are_faster
+from megatron_recursive.pipeline.ring_schedule import microbatch_group_size, two_phases_are_faster
 from megatron_recursive.pipeline.timeline import Progress, Timeline, simulate
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+
+
+SIMULATED_GROUPS = 3  # the schedule repeats from group to group of micro-batches
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step over pipeline stages.
+
+    Attributes:
+        makespan: in the unit of its costs. efficiency: work over stages times makespan.
+        live: the most recorded passes that each stage holds at once.
+        in_flight: micro-batches whose states the first stage holds at once.
+    """
+
+    makespan: float
+    efficiency: float
+    live: tuple[int, ...]
+    in_flight: int
+
+
+def takes_two_phases(plan: RecursionPlan, stages: int, micro_batches: int, phases: str = "auto") -> bool:
+    """As a run would decide with the same ``--pipeline-phases``."""
+    wanted = phases == "two" or (phases == "auto" and two_phases_are_faster(stages, micro_batches))
+    return wanted and min(plan.first_grad_pass, plan.num_passes - plan.first_grad_pass) >= 2
+
+
+def simulated_step(plan: RecursionPlan, costs: PassCosts, micro_batches: int, phases: str = "auto") -> Step:
+    """A step of the ring, or of 1F1B of a plain model; of many micro-batches, from what each further group adds."""
+    stages, busy = costs.stages, sum(costs.busy(micro_batches))
+    if stages == 1:
+        return Step(busy, 1.0, (len(plan.grad_passes),), 1)
+    two, group = takes_two_phases(plan, stages, micro_batches, phases), microbatch_group_size(stages, micro_batches)
+    few = micro_batches if micro_batches % group else min(micro_batches, SIMULATED_GROUPS * group)
+    makespan, live = _simulated(costs, few, two, not plan.is_plain)
+    if few < micro_batches:
+        makespan += (micro_batches - few) / group * (makespan - _simulated(costs, few - group, two, not plan.is_plain)[0])
+    in_flight = 1 if plan.is_plain else micro_batches if two else group
+    return Step(makespan, busy / (stages * makespan), live, in_flight)
+
+
+@functools.lru_cache(maxsize=256)
+def _simulated(costs: PassCosts, micro_batches: int, two_phases: bool, interleaved: bool) -> tuple[float, tuple[int, ...]]:
+    timeline = simulate(costs, micro_batches, two_phases=two_phases, interleaved=interleaved)
+    return timeline.makespan, tuple(timeline.peak_live)
 
 
 @dataclass(frozen=True)
@@ -30,28 +76,14 @@ class Pipeline:
         if self.plan.num_passes < 2:
             raise UserError("The ring needs a plan of two passes or more; leave out --disable-recursive-refinement.")
         if self.stages < 2:
-            raise UserError(f"--pp {self.stages} is no pipeline; give at least 2.")
+            raise UserError("--timeline needs a layout of two pipeline stages or more; ask for one with --pp.")
         if self.micro_batches < self.stages:
             raise UserError(
-                f"--micro-batches {self.micro_batches} is less than --pp {self.stages}; the ring needs at least one "
-                "micro-batch per stage."
+                f"{self.micro_batches} micro-batches are less than --pp {self.stages}; the ring needs at least one a "
+                "stage, so give a larger --global-batch-size."
             )
-        if not self.backward_cost > 0:
-            raise UserError(f"--backward-cost must be positive, but is {self.backward_cost}.")
-        if self.shape is not None:
-            self._check_split(self.shape.num_layers)
-
-    def _check_split(self, layers: int) -> None:
-        split = self.layers_per_stage
-        if split is None:
-            if layers % self.stages:
-                raise UserError(f"--num-layers {layers} is not divisible by --pp {self.stages}; say how to split them "
-                                "with --layers-per-stage.")  # fmt: skip
-        elif len(split) != self.stages or sum(split) != layers or min(split) < 1:
-            raise UserError(
-                f"--layers-per-stage must be {self.stages} positive numbers (--pp) that add up to {layers} "
-                f"(--num-layers), but is {' '.join(map(str, split))}."
-            )
+        if self.shape is not None and self.layers_per_stage is None and self.shape.num_layers % self.stages:
+            raise UserError(f"--num-layers {self.shape.num_layers} is not divisible by --pp {self.stages}.")
 
     def costs(self, plan: RecursionPlan) -> PassCosts:
         if self.shape is None:
@@ -61,11 +93,7 @@ class Pipeline:
 
     @property
     def two_phases(self) -> bool:
-        """As a run would decide with the same --pipeline-phases."""
-        wanted = self.phases == "two"
-        if self.phases == "auto":
-            wanted = two_phases_are_faster(self.stages, self.micro_batches)
-        return wanted and self.plan.first_grad_pass > 0
+        return takes_two_phases(self.plan, self.stages, self.micro_batches, self.phases)
 
 
 def plan_pipeline(pipeline: Pipeline, progress: Progress | None = None) -> tuple[Timeline, dict[str, Any]]:

@@ -134,6 +134,17 @@ class RecursionConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def flags(self) -> list[str]:
+        """The knobs as words of a command line; those left to be chosen are left out."""
+        words = []
+        for knob in dataclasses.fields(self):
+            value = getattr(self, knob.name)
+            if isinstance(value, bool):
+                words.append(flag_of(knob.name) if value else knob.metadata["off"])
+            elif value is not None:
+                words.append(f"{flag_of(knob.name)}={value}")
+        return words
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RecursionConfig:
         """Pick this class's knobs out of a mapping (a checkpoint's arguments, say); absent ones take defaults."""
