@@ -97,7 +97,8 @@ class HealthAlarms:
             mend = ", or --no-detach-between-refinements" if self.detached else ""
             alarms.append(
                 f"the state is ignored: over the last {WINDOW} iterations the loss after block {self.blocks} is "
-                f"{abs(gain):.4f} {where} the loss after block 1, where {STATE_IGNORED_GAIN} below is the least; try another --init-method-std, --embedding-multiplier or --lr{mend}."
+                f"{abs(gain):.4f} {where} the loss after block 1, where {STATE_IGNORED_GAIN} below is the least; try "
+                f"another --init-method-std, --embedding-multiplier or --lr{mend}."
             )
         if len(self.cosines) == WINDOW and _mean(self.cosines) > COLLAPSE_COSINE:
             alarms.append(
