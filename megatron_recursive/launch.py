@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import logging
 import os
@@ -53,9 +54,10 @@ def _run_ranks(flags: Sequence[str], options: Mapping[str, str]) -> int:
 
     if "LOGLEVEL" not in os.environ:
         _silence_launcher()
-    given = [f"--{name}={value}" for name, value in options.items()]
+    args = torchrun.parse_args([*(f"--{name}={value}" for name, value in options.items()), "-m", PROGRAM, *flags])
+    _check_options(argparse.Namespace(**vars(args)))
     try:
-        torchrun.run(torchrun.parse_args([*given, "-m", PROGRAM, *flags]))
+        torchrun.run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it could not say so itself
@@ -69,6 +71,18 @@ def _run_ranks(flags: Sequence[str], options: Mapping[str, str]) -> int:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(f"The nodes did not meet at {where} ({reason}); check --rdzv-endpoint and --nnodes.") from error
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """What torchrun would find wrong with its options, in a sentence."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    args.master_port = args.master_port or "29500"
+    try:
+        parse_rendezvous_endpoint(torchrun.config_from_args(args)[0].rdzv_endpoint, default_port=0)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"The launcher's options do not fit: {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
 def _require_gpus() -> None:

@@ -19,7 +19,7 @@ LAUNCHER_FLAGS = {
     "--node-rank": (r"\d+", "number of this node, where nodes meet at --master-addr (default: 0)"),
     "--master-addr": (r"\S+", "host of node 0 (default: 127.0.0.1)"),
     "--master-port": (r"\d+", "port of node 0 (default: 29500, or a free one for one node)"),
-    "--rdzv-backend": (r"\S+", "how nodes meet; c10d needs --rdzv-endpoint (default: static)"),
+    "--rdzv-backend": ("c10d|static", "c10d: at --rdzv-endpoint; static: at --master-addr (default: static)"),
     "--rdzv-endpoint": (r"\S+", "HOST:PORT where nodes meet"),
     "--rdzv-id": (r"\S+", "name of the job, the same on all nodes"),
     "--rdzv-conf": (r"\S+", "further settings of the meeting, NAME=VALUE,..."),

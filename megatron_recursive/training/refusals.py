@@ -110,13 +110,13 @@ def refuse_shapes(args: argparse.Namespace) -> None:
     if tp < 1 or args.world_size % tp:
         raise UserError(
             f"--tensor-model-parallel-size {tp} does not divide the {args.world_size} processes of this run; "
-            "start a multiple of it (torchrun --nproc_per_node)."
+            "start a multiple of it (--nproc-per-node)."
         )
     if pp < 1 or args.world_size % (tp * pp):
         raise UserError(
             f"--pipeline-model-parallel-size {pp} times --tensor-model-parallel-size {tp} does not divide the "
-            f"{args.world_size} processes of this run; start a multiple of {tp * max(pp, 1)} (torchrun "
-            "--nproc_per_node)."
+            f"{args.world_size} processes of this run; start a multiple of {tp * max(pp, 1)} "
+            "(--nproc-per-node)."
         )
     if heads % tp:
         raise UserError(f"--num-attention-heads {heads} is not divisible by --tensor-model-parallel-size {tp}.")

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_recursive import commands, launch
 from megatron_recursive.command_line import CommandParser, HelpFormatter, command, nearest_flag_sentence
-from megatron_recursive.commands import COMMANDS, convert, main, parser_of
+from megatron_recursive.commands import COMMANDS, convert, corpus, main, parser_of
 from megatron_recursive.commands.pretrain import LAUNCHER_FLAGS
 from tests.distributed import REPOSITORY
 
@@ -100,6 +100,8 @@ def test_other_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> 
         "convert imprt": "invalid choice: 'imprt'",
         "convert export --ckpt a": "--out is missing",
         "pretrain --nproc-per-node 0": "--nproc-per-node: '0' does not fit",
+        "pretrain --nnodes 3:2": "do not fit: min_nodes must be",
+        "pretrain --nnodes 2 --rdzv-endpoint host:x": "do not fit: The port number",
         "pretrain --nproc 2 --num-layers 2": "the nearest is --nproc-per-node",
     }
     for line, sentence in wrong.items():
@@ -128,6 +130,14 @@ def test_a_missing_package_is_named_with_its_line(
             code, _, err = said(capsys, *argv)
         said_so = f"error: The package {package} is not installed; install it with pip install {wanted}.\n"
         assert (code, err) == (2, said_so)
+
+
+def test_ctrl_c_leaves_no_stack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "run", interrupted)
+    assert said(capsys, "corpus", "--output", "data") == (130, "", "")
 
 
 def test_help_texts_with_a_bare_percent_sign_are_shown_as_they_are() -> None:
