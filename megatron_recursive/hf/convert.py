@@ -27,7 +27,6 @@ from megatron_recursive.hf.sources import Source, choose_layers, open_source
 from megatron_recursive.hf.torch_dist import LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
 from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.recursion_config import flag_of
 
 ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"

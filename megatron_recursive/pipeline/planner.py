@@ -14,7 +14,6 @@ from megatron_recursive.pipeline.ring_schedule import microbatch_group_size, two
 from megatron_recursive.pipeline.timeline import Progress, Timeline, simulate
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
-
 SIMULATED_GROUPS = 3  # the schedule repeats from group to group of micro-batches
 
 
@@ -49,14 +48,15 @@ def simulated_step(plan: RecursionPlan, costs: PassCosts, micro_batches: int, ph
     few = micro_batches if micro_batches % group else min(micro_batches, SIMULATED_GROUPS * group)
     makespan, live = _simulated(costs, few, two, not plan.is_plain)
     if few < micro_batches:
-        makespan += (micro_batches - few) / group * (makespan - _simulated(costs, few - group, two, not plan.is_plain)[0])
+        before, _ = _simulated(costs, few - group, two, not plan.is_plain)
+        makespan += (micro_batches - few) / group * (makespan - before)
     in_flight = 1 if plan.is_plain else micro_batches if two else group
     return Step(makespan, busy / (stages * makespan), live, in_flight)
 
 
 @functools.lru_cache(maxsize=256)
-def _simulated(costs: PassCosts, micro_batches: int, two_phases: bool, interleaved: bool) -> tuple[float, tuple[int, ...]]:
-    timeline = simulate(costs, micro_batches, two_phases=two_phases, interleaved=interleaved)
+def _simulated(costs: PassCosts, batches: int, two_phases: bool, interleaved: bool) -> tuple[float, tuple[int, ...]]:
+    timeline = simulate(costs, batches, two_phases=two_phases, interleaved=interleaved)
     return timeline.makespan, tuple(timeline.peak_live)
 
 
