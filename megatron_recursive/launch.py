@@ -57,8 +57,11 @@ def _run_ranks(flags: Sequence[str], options: Mapping[str, str]) -> int:
     try:
         torchrun.run(torchrun.parse_args([*given, "-m", PROGRAM, *flags]))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code >= 0 else 128 - code
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not say so itself
+            print(f"error: Rank {rank} was ended by {failure.signal_name()}; if that was for want of memory, take a "
+                  "smaller --micro-batch-size, or --recompute-passes.", file=sys.stderr)  # fmt: skip
+        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     except SignalException as stop:
         return 128 + stop.sigval
     except RendezvousError as error:

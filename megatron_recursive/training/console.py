@@ -93,7 +93,7 @@ class Tap(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return self._original.encoding
+        return getattr(self._original, "encoding", "utf-8")
 
 
 def install() -> Console:

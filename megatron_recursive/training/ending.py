@@ -66,18 +66,23 @@ def record_error(sentence: str, trace: str | None = None) -> None:
 
 
 def watch_for_interrupts() -> None:
-    """Ctrl-C ends this rank at once, in a sentence. Call it before any thread is started.
+    """Ctrl-C ends this rank at once, in a sentence.
 
-    A thread of its own waits for the signal, since the main thread may sit in a collective of which its peer is gone.
+    A thread reads the signal's number from the wake-up descriptor, which is written at once, while Python's own
+    handlers wait for the main thread: that may sit in a collective of which its peer is gone.
     """
     if "SIGINT" in sys.argv:  # --exit-signal SIGINT: Megatron's own
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    threading.Thread(target=_wait_for_interrupt, name="interrupts", daemon=True).start()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    threading.Thread(target=_wait_for_interrupt, args=(reader,), name="interrupts", daemon=True).start()
 
 
-def _wait_for_interrupt() -> None:
-    signal.sigwait({signal.SIGINT})
+def _wait_for_interrupt(reader: int) -> None:
+    while signal.SIGINT not in os.read(reader, 64):
+        pass
     sentence = f"stopped by Ctrl-C{_at_iteration()}; {_what_goes_on()}."
     record_error(sentence)
     if int(os.environ.get("RANK", "0")) == 0:  # every rank of a terminal's job is told

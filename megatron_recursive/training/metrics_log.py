@@ -72,6 +72,7 @@ class HealthAlarms:
     def __init__(self, recursion: RecursionConfig) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
         self.blocks = recursion.num_refinement_blocks
+        self.detached = recursion.detach_between_refinements
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)
         self.quiet_until = 0
@@ -87,10 +88,12 @@ class HealthAlarms:
             return []
         alarms = []
         if len(self.gains) == WINDOW and _mean(self.gains) < STATE_IGNORED_GAIN:
+            gain = _mean(self.gains)
+            mend = ", or --no-detach-between-refinements" if self.detached else ""
             alarms.append(
                 f"the state is ignored: over the last {WINDOW} iterations the loss after block {self.blocks} is "
-                f"{_mean(self.gains):+.4f} below the loss after block 1 (threshold {STATE_IGNORED_GAIN}); try another "
-                "--embedding-multiplier, a lower learning rate, or --no-detach-between-refinements."
+                f"{abs(gain):.4f} {'below' if gain > 0 else 'above'} the loss after block 1, where {STATE_IGNORED_GAIN} "
+                f"below is the least; try another --init-method-std, --embedding-multiplier or --lr{mend}."
             )
         if len(self.cosines) == WINDOW and _mean(self.cosines) > COLLAPSE_COSINE:
             alarms.append(

@@ -119,7 +119,7 @@ class Progress:
 
 
 def install(progress: Progress) -> None:
-    """Wrap the ``train`` and ``save_checkpoint`` that ``pretrain`` calls. Call it last: it times what others put there."""
+    """Wrap the ``train`` and ``save_checkpoint`` that ``pretrain`` calls. Call it last: it times what is there."""
     from megatron.training import get_args, training
 
     train, save = _unwrapped_train(training.train), training.save_checkpoint
@@ -142,7 +142,7 @@ def install(progress: Progress) -> None:
             progress.saved(iteration, Path(run.save) / f"iter_{iteration:07d}", time.monotonic() - start)
         return result
 
-    timed_save.__wrapped__ = inspect.unwrap(save)  # type: ignore[attr-defined]
+    timed_save.__wrapped__ = inspect.unwrap(save)
     training.train, training.save_checkpoint = timed_train, timed_save
 
 

@@ -1,11 +1,11 @@
-"""The lines of a run in the compact log style: one an interval, a table an evaluation, a summary. At most 120 columns."""
+"""The lines of a run in the compact log style: one an interval, a table an evaluation. At most 120 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 WIDTH = 120
-MOST_BLOCKS = 4  # columns for losses by block; of more blocks some are shown, the first and the last among them
+MOST_BLOCKS = 3  # columns for losses by block; of more blocks some are shown, the first and the last among them
 
 Metrics = Mapping[str, float]
 
@@ -46,7 +46,7 @@ def header(metrics: Metrics, iterations: int) -> str:
     """Names over the columns of :func:`row`."""
     blocks = [f"block {block}" for block in shown_blocks(list(blocks_of(metrics)))]
     halting = ["halt loss", "steps"] if "halt loss" in metrics else []
-    names = ["tokens", "lm loss", *blocks, *halting, "grad norm", "lr", "tokens/s", "left"]
+    names = ["tokens", "lm loss", *blocks, *halting, "grad", "lr", "tokens/s", "left"]
     return f"{'iteration':>{_iteration_width(iterations)}}" + "".join(f"{n:>{_width(n)}}" for n in names)
 
 
@@ -62,7 +62,7 @@ def row(
         cells["halt loss"] = f"{metrics['halt loss']:.3f}"
         steps = metrics.get("expected refinement steps")
         cells["steps"] = "-" if steps is None else f"{steps:.2f}"
-    cells["grad norm"] = "-" if grad_norm is None else f"{grad_norm:.3g}"
+    cells["grad"] = "-" if grad_norm is None else f"{grad_norm:.3g}"
     cells["lr"] = "-" if learning_rate is None else f"{learning_rate:.2e}"
     cells["tokens/s"] = "-" if tokens_per_second is None else count(tokens_per_second)
     cells["left"] = "-" if left is None else duration(left)
@@ -75,7 +75,7 @@ def _iteration_width(iterations: int) -> int:
 
 
 def _width(name: str) -> int:
-    return max(len(name), 7 if name in ("tokens", "left", "steps") else 8 if name == "lr" else 6) + 2
+    return max(len(name), 7 if name in ("tokens", "left", "steps") else 8 if name in ("lr", "grad") else 6) + 2
 
 
 def evaluation(title: str, metrics: Metrics) -> str:

@@ -22,8 +22,9 @@ FLAGS = (
 ).split()
 RECURSION = ["--num-refinement-blocks", "2", "--num-latent-refinements", "1"]
 PLAIN = ["--disable-recursive-refinement"]
+TIMES = ("time", "seconds", "tokens per second")
 PATCHED = ("training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint", "save_checkpoint",
-           "report_theoretical_memory", "num_floating_point_operations")  # fmt: skip
+           "report_theoretical_memory", "num_floating_point_operations", "train")  # fmt: skip
 
 
 def in_worker(argv: list[str]) -> str | None:
@@ -62,9 +63,10 @@ def save_to(folder: Path, every: int = 3) -> list[str]:
 
 
 def metrics_of(folder: Path) -> dict[int, dict[str, Any]]:
-    """Iteration to everything that ``metrics.jsonl`` holds on it, at full precision; a repeated iteration: the last."""
+    """Iteration to all numbers of ``metrics.jsonl`` but times, at full precision; a repeated iteration: the last."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {record["iteration"]: record for record in records if record["kind"] == "train"}
+    trained = {record["iteration"]: record for record in records if record["kind"] == "train"}
+    return {n: {name: v for name, v in record.items() if name not in TIMES} for n, record in trained.items()}
 
 
 def losses_of(folder: Path) -> dict[int, float]:
