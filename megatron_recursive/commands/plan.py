@@ -112,12 +112,12 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     text = _text(args, job, report)
     if args.timeline:
-        from megatron_recursive.pipeline.planner import Pipeline, plan_pipeline
+        from megatron_recursive.pipeline.planner import plan_pipeline
         from megatron_recursive.plots.pipeline_timeline import described, plot_timeline
 
         best = next((x for x in found if x.pipeline > 1), found[0])
-        pipeline = Pipeline(job.plan, best.pipeline, best.micro_batches, job.shape, backward_cost=job.backward_cost)
-        timeline, simulated = plan_pipeline(pipeline)
+        step = best.pipeline, best.micro_batches, job.shape, job.backward_cost
+        timeline, simulated = plan_pipeline(job.plan, *step)
         picture = str(plot_timeline(timeline, job.plan, args.timeline))
         report["timeline"] = {**simulated, "picture": picture}
         text += [described(timeline, job.plan, simulated), "", picture, ""]

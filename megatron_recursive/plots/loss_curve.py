@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plots.picture import save_picture
+from megatron_recursive.plots.picture import pyplot_for, save_picture
 from megatron_recursive.plots.runs import Run, read_runs
 
-FORMATS = ("png", "pdf", "svg")
 AXES = {"iteration": "iteration", "tokens": "tokens", "flops": "flops", "seconds": "elapsed"}
 """What ``--x`` takes -> where a run's records hold it."""
 _UNITS = {
@@ -71,19 +70,11 @@ def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = Non
     """
     runs = read_runs(given)
     output = Path(output or (runs[0].file.with_suffix(".png") if len(runs) == 1 else "comparison.png"))
-    if output.suffix[1:] not in FORMATS:
-        raise UserError(f"--output {output} has no picture's suffix; end it with one of .{', .'.join(FORMATS)}")
+    pyplot = pyplot_for(output, "--output")
     for run in runs:
         if not any("lm loss" in r for r in run.records):
             raise UserError(f"{run.file} holds no losses to draw; name the metrics of a run that has logged some")
     drawn, label = _along(runs, x)
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib; run pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = _panels(drawn)
     columns = 2 if len(panels) == 4 else len(panels)
     rows = len(panels) // columns
