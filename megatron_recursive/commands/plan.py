@@ -86,10 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    warnings.simplefilter("ignore")  # Megatron and torch list what they do not find
-    logging.disable(logging.WARNING)
     _check(args)
     values, tokens = _model(args), _count(args.tokens)
+    warnings.simplefilter("ignore")  # Megatron and torch list what they do not find
+    logging.disable(logging.WARNING)
     recursion = RecursionConfig.from_mapping({**values, **{k: v for k, v in vars(args).items() if k in KNOBS}})
     arch = Architecture.from_megatron(values, args.ckpt or args.hf or "The model")
     from megatron_recursive.pipeline.layouts import fitting_layouts, what_would_fit
@@ -283,7 +283,7 @@ def _words(
         *(flag for flag in recursion.flags() if flag not in RecursionConfig().flags()),
         "--hidden-dropout=0", "--attention-dropout=0", "--lr=3e-4",
         f"--train-iters={-(-int(tokens) // job.tokens_per_step) if tokens else 1000}",
-        "--data-path=DATA", "--split=949,50,1", "--save=SAVE",
+        "--data-path=DATA", "--split=949,50,1", "--save=SAVE", "--save-interval=1000",
         f"--tokenizer-type={values.get('tokenizer_type') or 'HuggingFaceTokenizer'}",
         f"--tokenizer-model={values.get('tokenizer_model') or 'TOKENIZER'}",
     ]  # fmt: skip

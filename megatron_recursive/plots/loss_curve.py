@@ -105,7 +105,7 @@ def _along(runs: Sequence[Run], x: str | None) -> tuple[list[Drawn], str]:
     unit, label = next(((u, name) for u, name in _UNITS.get(x, ()) if end >= u), (1.0, x))
     if x == "flops":
         power = int(math.log10(max(end, 1)))
-        unit, label = 10.0**power, rf"training FLOPs ($10^{{{power}}}$)"
+        unit, label = 10.0**power, f"training FLOPs (1e{power})"
     if x == "seconds":
         label += " of training, evaluations and saves included"
     return [Drawn(run, *_STYLES[n % len(_STYLES)], AXES[x], unit) for n, run in enumerate(runs)], label
