@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import numpy
+
 from megatron_recursive.command_line import command
 from megatron_recursive.errors import UserError
 
@@ -17,7 +19,8 @@ from megatron_recursive.errors import UserError
 # int32 lengths, int64 byte offsets, int64 document bounds, and int8 modes in a multimodal dataset.
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+_TOKEN_TYPES = {code: numpy.dtype(kind) for code, kind in enumerate(("u1", "i1", "i2", "i4", "i8"), start=1)}
+_TOKEN_TYPES[8] = numpy.dtype("u2")
 _REMOTE = ("s3://", "msc://")
 
 
@@ -45,6 +48,16 @@ def check_indexed_dataset(prefix: str | Path) -> None:
         raise UserError(f"{bin_file} has {found:,} bytes but {idx_file.name} promises {expected:,}; {again}")
 
 
+def largest_sampled_id(prefix: str | Path, tokens: int = 2**20) -> int:
+    """The largest token id among the first and the last so many of a checked dataset (-1: in object storage)."""
+    if str(prefix).startswith(_REMOTE):
+        return -1
+    with open(f"{prefix}.idx", "rb") as stream:
+        code = _HEADER.unpack(stream.read(_HEADER.size))[2]
+    ids = numpy.memmap(f"{prefix}.bin", _TOKEN_TYPES[code], "r")
+    return int(max(ids[:tokens].max(), ids[-tokens:].max()))
+
+
 def _bytes_promised(idx_file: Path, again: str) -> int:
     size = idx_file.stat().st_size
     with open(idx_file, "rb") as stream:
@@ -52,7 +65,7 @@ def _bytes_promised(idx_file: Path, again: str) -> int:
         if len(header) < _HEADER.size:
             raise UserError(f"{idx_file} is cut off after {size} bytes; {again}")
         magic, version, code, sequences, bounds = _HEADER.unpack(header)
-        if magic != _MAGIC or version != 1 or code not in _TOKEN_BYTES:
+        if magic != _MAGIC or version != 1 or code not in _TOKEN_TYPES:
             raise UserError(f"{idx_file} is not an index of Megatron token ids; {again}")
         expected = _HEADER.size + 12 * sequences + 8 * bounds
         if size not in (expected, expected + sequences):
@@ -67,7 +80,9 @@ def _bytes_promised(idx_file: Path, again: str) -> int:
         (last_bound,) = struct.unpack("<q", stream.read(8))
     if last_length < 0 or last_offset < 0 or last_bound != sequences:
         raise UserError(f"{idx_file} is damaged (its last entries are impossible); {again}")
-    return last_offset + last_length * _TOKEN_BYTES[code]
+    if last_offset + last_length == 0:
+        raise UserError(f"{idx_file} holds no token; {again} from a corpus with text")
+    return last_offset + last_length * _TOKEN_TYPES[code].itemsize
 
 
 def _mend_missing(prefix: str, again: str) -> str:

@@ -61,8 +61,8 @@ def preprocess(
 ) -> IndexedSummary | None:
     """Tokenize documents into ``PREFIX.bin`` and ``PREFIX.idx``; the files do not depend on ``workers``.
 
-    Complete parts are kept in ``PREFIX.partial`` until the end, and the same call goes on from them. Once done, the same
-    call does nothing; another one needs ``overwrite``.
+    Complete parts are kept in ``PREFIX.partial`` until the end, and the same call goes on from them. Once done, it does
+    nothing; another one needs ``overwrite``.
 
     Returns:
         What was written, or None when the work was only handed to a SLURM cluster.
@@ -133,8 +133,8 @@ def _already_there(prefix: str, source: str) -> IndexedSummary:
     """
     made = read_preparation(prefix)
     if made is None or made.source != source:
-        made_of = "made otherwise" if made is None else "made of other documents, with another tokenizer or options"
-        raise UserError(f"--output {prefix}: .bin or .idx is there already, {made_of}; name another, or add --overwrite")
+        how = "made otherwise" if made is None else "made of other documents, with another tokenizer or options"
+        raise UserError(f"--output {prefix}: .bin or .idx is there already, {how}; name another, or add --overwrite")
     try:
         check_indexed_dataset(prefix)
     except UserError as error:

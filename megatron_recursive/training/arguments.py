@@ -10,7 +10,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.training import arguments as megatron_arguments
 from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_global_variables
@@ -19,11 +19,13 @@ from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
-from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals
+from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.checkpointing import check_vocabulary, checkpoint_to_read, saved_arguments
 from megatron_recursive.training.console import STYLES
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms, take_checkpoint_norms
+from megatron_recursive.training.ranges import restrict_numbers
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
+from megatron_recursive.training.schedule_check import refuse_schedule_values
 
 
 def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
@@ -35,17 +37,21 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     Raises:
         UserError: one sentence on what is wrong.
     """
-    args = megatron_arguments.parse_args(_add_arguments)
+    with megatron_speaks_in_sentences():
+        args = megatron_arguments.parse_args(_add_arguments)
     RecursionConfig.from_mapping(vars(args))  # refuses bad knobs before anything else is looked at
     if args.tokenizer_type is None and args.vocab_file is not None and args.merge_file is not None:
         args.tokenizer_type = "GPT2BPETokenizer"  # as Megatron's own GPT script
     refusals.refuse_features(args, on_cpu=cpu.is_installed())
+    if args.exit_on_missing_checkpoint and checkpoint_to_read(args)[0] is None:
+        raise UserError(f"--exit-on-missing-checkpoint: --load {args.load} holds no checkpoint.")
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
     refusals.refuse_shapes(args)
     refuse_norms(args)
     refuse_samples(args)
     refusals.refuse_schedule(args)
+    refuse_schedule_values(args)
     refusals.refuse_tokenizer(args)
     refusals.refuse_data(args)
     refusals.refuse_output(args)
@@ -53,7 +59,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.init_from_gpt is not None:
         args.pretrained_checkpoint = args.init_from_gpt  # Megatron's name for "weights only, start at iteration 0"
     recursion = _resolve_recursion(args)
-    with _megatron_speaks_in_sentences(args):
+    with megatron_speaks_in_sentences(args):
         megatron_arguments.validate_args(args, {})
         set_global_variables(args, build_tokenizer=False)
     profiling.place_trace(args)
@@ -63,13 +69,18 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
             gpt2_tokenizer.install(args)
         else:
             rebuild_tokenizer(args)
+    tokenizer_check.note_tokenizer(args)
     _set_padded_vocabulary(args, asked)
+    tokenizer_check.check_data(args)
     return args, recursion
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.fromfile_prefix_chars = "@"  # @FILE: a flag a line, such as an import from Hugging Face writes
     upstream = list(parser._action_groups)
+    restrict_numbers(parser)
+    (yaml,) = (action for action in parser._actions if action.dest == "yaml_cfg")
+    yaml.type = _refuse_yaml  # Megatron would read the file, in place of all flags, before anybody is asked
     add_recursion_arguments(parser)
     add_norm_arguments(parser)
     add_sample_arguments(parser)
@@ -103,8 +114,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="What stdout shows: a line an interval and a table an evaluation (compact), or Megatron's own lines "
         "(megatron). All else goes to a log file beside the run. Default: compact on a terminal.",
     )
-    parser.set_defaults(**_machine_defaults())
+    group.add_argument(
+        "--no-verify-integrity", dest="verify_integrity", action="store_false",
+        help="Neither write checksums of a checkpoint's files (default: up to 10 GB) nor check those that are there.",
+    )
+    group.add_argument(
+        "--allow-other-tokenizer", action="store_true",
+        help="Train on data, or from a checkpoint, that was made with another tokenizer than this run's.",
+    )
+    parser.set_defaults(**_machine_defaults(), verify_integrity=None)
     return help_text.describe(parser, upstream)
+
+
+def _refuse_yaml(file: str) -> NoReturn:
+    raise UserError(f"Recursive models do not support YAML configs (--yaml-cfg {file}) yet; give flags.")
 
 
 def _machine_defaults() -> dict[str, Any]:
@@ -129,11 +152,12 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
     folder, from_plain_gpt = checkpoint_to_read(args)
     if folder is None:
         raise UserError("--use-checkpoint-args needs a checkpoint in --load or --init-from-gpt.")
-    with _megatron_speaks_in_sentences(args):
+    saved = saved_arguments(folder)
+    with megatron_speaks_in_sentences(args):
         megatron_arguments_from_checkpoint(args, from_plain_gpt)
-    take_checkpoint_norms(args, saved_arguments(folder))
+    take_checkpoint_norms(args, saved)
     if not from_plain_gpt:
-        for name, value in RecursionConfig.from_mapping(saved_arguments(folder)).to_dict().items():
+        for name, value in RecursionConfig.from_mapping(saved).to_dict().items():
             setattr(args, name, value)
 
 
@@ -187,6 +211,7 @@ def _padded_vocabulary(args: argparse.Namespace, asked: int | None) -> tuple[int
     if folder is not None and saved is not None:
         if asked is None:
             check_vocabulary(folder, checkpoint, args.vocab_size)
+            tokenizer_check.check_checkpoint(folder, checkpoint, args)
         if asked not in (None, saved):
             raise UserError(f"--padded-vocab-size {asked} is not the {saved} of the checkpoint {folder}; leave it out.")
         return saved, f"The checkpoint's padded vocabulary (--padded-vocab-size, {folder}) of"
@@ -200,19 +225,19 @@ def _padded_vocabulary(args: argparse.Namespace, asked: int | None) -> tuple[int
 
 
 @contextlib.contextmanager
-def _megatron_speaks_in_sentences(args: argparse.Namespace) -> Iterator[None]:
-    """Megatron validates by assertion; a failed one becomes one sentence."""
+def megatron_speaks_in_sentences(args: argparse.Namespace | None = None) -> Iterator[None]:
+    """Around what reads, checks or translates flags and does no work: Megatron's assertions become one sentence."""
     try:
         yield
-    except (AssertionError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
         text = " ".join(str(error).split())
         if not text:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             rule = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
             text = rule.removeprefix("assert ").rstrip(" \\,(")
-        known = (name.replace("_", "[_-]") for name in vars(args) if "_" in name)
-        names = "|".join(sorted(known, key=len, reverse=True))
-        text = re.sub(rf"(?<![\w-])(?:args\.)?({names})(?!\w)", lambda found: flag_of(found[1]), text)
+        known = (name.replace("_", "[_-]") for name in vars(args or argparse.Namespace()) if "_" in name)
+        names = "|".join(sorted(known, key=len, reverse=True)) or "(?!)"
+        text = re.sub(rf"(?<![\w-])(?:args\.|self\.)?({names})(?!\w)", lambda found: flag_of(found[1]), text)
         raise UserError(f"Megatron refuses these flags: {text.rstrip('.')}.") from error
 
 

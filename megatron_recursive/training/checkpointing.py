@@ -1,16 +1,18 @@
 """Patch of megatron-core 0.19: checkpoints of another model are refused in words, and faults leave the last good one.
 
 ``megatron.training.training`` calls ``load_checkpoint`` and ``save_checkpoint`` as globals of its own, without a hook.
-Before any weight is read, the first wrapper compares the shape and the recursion knobs stored in the checkpoint with
-this run's, and tells the model that a checkpoint is being read (see ``models/checkpoint_keys.py``). Both turn what goes
-wrong into one sentence that names the last complete checkpoint. Megatron writes its tracker file in place, so that a
-kill at the wrong moment would leave it empty; here it is written beside and renamed.
+Before any weight is read, the first wrapper checks the files' integrity, compares shape, recursion knobs and schedule
+stored in the checkpoint with this run's, and tells the model that a checkpoint is being read (see
+``models/checkpoint_keys.py``). Both turn what goes wrong into one sentence that names the last good checkpoint.
+Megatron writes its tracker file in place, so that a kill at the wrong moment would leave it empty; here it is written
+beside and renamed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,13 +22,24 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException  # NOTE it derives from BaseException
 
+from megatron_recursive.accounting import count_parameters
 from megatron_recursive.errors import UserError
+from megatron_recursive.models.checkpoint_integrity import (
+    COMPLETE,
+    LIMIT_BYTES,
+    MANIFEST,
+    TRACKER,
+    advise_other,
+    check_integrity,
+    complete_iterations,
+)
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import Difference, flag_of
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.schedule_check import check_schedule
 
-TRACKER = "latest_checkpointed_iteration.txt"
-COMPLETE = "metadata.json"  # Megatron writes it last, so that a save that was cut short has none
+STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
 
 # Megatron's arguments that make other weights, or another function of the same weights.
 ARCHITECTURE = (
@@ -37,11 +50,16 @@ ARCHITECTURE = (
 )  # fmt: skip
 
 
-def install(recursion: RecursionConfig) -> None:
+def install(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     """Wrap the ``load_checkpoint`` and ``save_checkpoint`` that ``pretrain`` calls, and the writing of the tracker."""
     from megatron.training import checkpointing, training
 
-    training.load_checkpoint = _wrap_load(_unwrapped(training.load_checkpoint), recursion)
+    asked = args.verify_integrity
+    if asked is None:  # the same answer on every rank, before there is a file to measure
+        parameters = count_parameters(model_shape(config, args.seq_length), config.plan).held
+        args.verify_integrity = parameters * STATE_BYTES <= LIMIT_BYTES
+
+    training.load_checkpoint = _wrap_load(_unwrapped(training.load_checkpoint), config.recursion, asked)
     training.save_checkpoint = _wrap_save(_unwrapped(training.save_checkpoint))
     checkpointing.maybe_msc = FilesWithAtomicTracker(_unwrapped(checkpointing.maybe_msc))
 
@@ -83,7 +101,8 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
         root = Path(run.save)
         try:
             if run.rank == 0:  # a folder that is written again is not complete meanwhile
-                (root / f"iter_{iteration:07d}" / COMPLETE).unlink(missing_ok=True)
+                for name in (COMPLETE, MANIFEST):
+                    (root / f"iter_{iteration:07d}" / name).unlink(missing_ok=True)
             return original(iteration, *args, **kwargs)
         except (OSError, CheckpointException) as error:
             free = shutil.disk_usage(root).free if root.is_dir() else 0
@@ -96,37 +115,43 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_checkpoint
 
 
-def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig) -> Callable[..., Any]:
-    def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig, verify: bool | None) -> Callable[..., Any]:
+    """``verify`` is what the flags say: True needs a manifest, None checks one that is there, False does not look."""
+
+    def load_checkpoint(ddp_model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args, print_rank_0
 
         run = get_args()
+        writes_manifest = run.verify_integrity
         folder, from_plain_gpt = checkpoint_to_read(run)
         if folder is not None:
-            saved = saved_arguments(folder)
+            if verify is not False:
+                check_integrity(folder, needed=verify is True)
+            common = common_state(folder)
+            saved = dict(vars(common["args"]))
             check_architecture(folder, saved, run)
             if from_plain_gpt:
                 check_is_plain_gpt(folder, saved)
             else:
                 for note in check_recursion(folder, saved, recursion, run.override_recursion_depth):
                     print_rank_0(f"> {note}")
+                if folder.name != "release":  # weights alone: the run starts at 0
+                    check_schedule(folder, common, scheduler, run)
         try:
+            run.verify_integrity = False  # it is done, where there was a manifest
             with reading_checkpoint(from_plain_gpt=from_plain_gpt), _torch_adam_mended(optimizer, folder):
-                return original(ddp_model, optimizer, *args, **kwargs)
+                return original(ddp_model, optimizer, scheduler, *args, **kwargs)
         except (Exception, CheckpointException) as error:
             reason = _reason(error)
             if folder is None:
                 raise
-            if "OptimizerParamScheduler" in reason:
-                raise UserError(
-                    f"The schedule of this run is not that of the checkpoint {folder} ({reason}); take this run's with "
-                    "--override-opt_param-scheduler, or the checkpoint's with --use-checkpoint-opt_param-scheduler."
-                ) from error
             raise UserError(
                 f"The checkpoint {folder} cannot be loaded into this model ({reason}); "
                 f"check that the architecture flags are those it was trained with and that no file is damaged; "
-                f"{_advise_other(folder)}."
+                f"{advise_other(folder)}."
             ) from error
+        finally:
+            run.verify_integrity = writes_manifest
 
     load_checkpoint.__wrapped__ = original  # type: ignore[attr-defined]
     return load_checkpoint
@@ -202,37 +227,49 @@ def iteration_folder(root: Path, flag: str, step: int | None = None) -> Path | N
     return folder
 
 
-def complete_iterations(root: Path) -> list[int]:
-    """The iterations below a checkpoint root whose save came to its end, in order."""
-    return sorted(int(file.parent.name.removeprefix("iter_")) for file in root.glob(f"iter_[0-9]*/{COMPLETE}"))
-
-
 def _last_complete(root: Path) -> str:
     complete = complete_iterations(root)
     return f"the last complete one there is {complete[-1]}" if complete else "no complete one is there"
 
 
-def _advise_other(folder: Path) -> str:
-    """Which checkpoint to take instead of one that cannot be read."""
-    others = [i for i in complete_iterations(folder.parent) if f"iter_{i:07d}" != folder.name]
-    if not others:
-        return f"{folder.parent} holds no other complete checkpoint"
-    return f"the last complete one beside it is {others[-1]}: write that number into {TRACKER}, or give --ckpt-step"
-
-
 def saved_arguments(folder: Path) -> dict[str, Any]:
     """The arguments stored in a checkpoint, as a dictionary of primitives (read without unpickling objects)."""
+    return dict(vars(common_state(folder)["args"]))
+
+
+def common_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors: its arguments, the state of its schedule, counters.
+
+    Raises:
+        UserError: it cannot be read, or holds no arguments.
+    """
     from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
     try:
-        saved = load_common_state_dict(str(folder)).get("args")
+        with _without_tracebacks():
+            common = load_common_state_dict(str(folder))
     except (Exception, CheckpointException) as error:
-        raise UserError(
-            f"The checkpoint {folder} cannot be read ({_reason(error)}); {_advise_other(folder)}."
-        ) from error
-    if saved is None:
+        check_integrity(folder)  # names the file, where it can
+        why = _reason(error)
+        raise UserError(f"The checkpoint {folder} cannot be read ({why}); {advise_other(folder)}.") from error
+    if common.get("args") is None:
         raise UserError(f"The checkpoint {folder} stores no arguments, so that its recursion is unknown.")
-    return dict(vars(saved))
+    return common
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """torch logs the stack of what it then raises (torch.distributed.checkpoint.state_dict_loader, 2.14)."""
+    root = logging.getLogger()
+
+    def has_no_stack(record: logging.LogRecord) -> bool:
+        return not (record.module == "state_dict_loader" and record.exc_info)
+
+    root.addFilter(has_no_stack)
+    try:
+        yield
+    finally:
+        root.removeFilter(has_no_stack)
 
 
 def _reason(error: BaseException) -> str:

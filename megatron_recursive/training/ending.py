@@ -45,7 +45,8 @@ def end_with_traceback(error: BaseException) -> NoReturn:
     said = traceback.format_exception(error)
     text = " ".join(str(error).split())[:200]
     path = console.keep("".join(said))
-    sentence = f"Rank {os.environ.get('RANK', '0')} failed{_at_iteration()}: {type(error).__name__}: {text}"
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    sentence = f"Rank {os.environ.get('RANK', '0')} failed{_at_iteration()}: {what}"
     record_error(sentence, "".join(said))
     if PEER_LOST.search(text):
         time.sleep(2 * GRACE)  # let the rank speak that failed first

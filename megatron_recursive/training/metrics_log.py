@@ -1,9 +1,10 @@
 """Patch of megatron-core 0.19: every logged and evaluated metric also goes to metrics.jsonl, and health alarms speak.
 
 ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of ``megatron.training.training``, which
-see metrics that are already averaged over micro-batches and ranks; Megatron has no hook there. The wrappers pass
-everything through unchanged, but for the evaluation at the end of a run of what was evaluated at its last iteration
-just before: it is left out.
+see metrics that are already averaged over micro-batches and ranks; Megatron has no hook there. The same goes for
+``build_train_valid_test_data_iterators``, which ends the start of a run: checkpoint and data are there, so that a
+start that was refused leaves no record. The wrappers pass everything through unchanged, but for the evaluation at the
+end of a run of what was evaluated at its last iteration just before: it is left out.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by thi
 COLLAPSE_COSINE = 0.9  # mean token-to-token cosine of the last output state
 
 
-def install(recursion: RecursionConfig, progress: Progress) -> None:
-    """Wrap Megatron's reporting functions."""
+def install(recursion: RecursionConfig, run: dict[str, Any], progress: Progress) -> None:
+    """Wrap Megatron's reporting functions. ``run`` is what the file says of the run before its metrics."""
     from megatron.training import training
 
     evaluated: list[dict[str, float]] = []
     alarms = HealthAlarms(recursion)
+    training.build_train_valid_test_data_iterators = _wrap_start(
+        _unwrapped(training.build_train_valid_test_data_iterators), run
+    )
     training.training_log = _wrap_training_log(_unwrapped(training.training_log), alarms, progress)
     training.evaluate = _wrap_evaluate(_unwrapped(training.evaluate), evaluated)
     training.evaluate_and_print_results = _wrap_evaluate_and_print(
@@ -89,11 +93,12 @@ class HealthAlarms:
         alarms = []
         if len(self.gains) == WINDOW and _mean(self.gains) < STATE_IGNORED_GAIN:
             gain = _mean(self.gains)
+            where = "below" if gain > 0 else "above"
             mend = ", or --no-detach-between-refinements" if self.detached else ""
             alarms.append(
                 f"the state is ignored: over the last {WINDOW} iterations the loss after block {self.blocks} is "
-                f"{abs(gain):.4f} {'below' if gain > 0 else 'above'} the loss after block 1, where {STATE_IGNORED_GAIN} "
-                f"below is the least; try another --init-method-std, --embedding-multiplier or --lr{mend}."
+                f"{abs(gain):.4f} {where} the loss after block 1, where {STATE_IGNORED_GAIN} below is the least; try "
+                f"another --init-method-std, --embedding-multiplier or --lr{mend}."
             )
         if len(self.cosines) == WINDOW and _mean(self.cosines) > COLLAPSE_COSINE:
             alarms.append(
@@ -107,6 +112,20 @@ class HealthAlarms:
 
 def _mean(values: deque[float]) -> float:
     return sum(values) / len(values)
+
+
+def _wrap_start(original: Callable[..., Any], record: dict[str, Any]) -> Callable[..., Any]:
+    def build_train_valid_test_data_iterators(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        result, run = original(*args, **kwargs), get_args()
+        if run.rank == run.world_size - 1 and (run.skip_train or run.iteration < run.train_iters):
+            start = {"kind": "run", "iteration": run.iteration, "time": time.time()}
+            append_metrics(run.metrics_file, {**start, **record})
+        return result
+
+    build_train_valid_test_data_iterators.__wrapped__ = original  # type: ignore[attr-defined]
+    return build_train_valid_test_data_iterators
 
 
 def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms, progress: Progress) -> Callable[..., Any]:

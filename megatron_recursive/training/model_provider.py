@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from megatron_recursive.accounting import ModelShape
+from megatron_recursive.errors import UserError
 from megatron_recursive.models.layer_specs import local_block_spec
 from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
@@ -91,8 +93,26 @@ def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> Module
     return spec
 
 
+def _check_spec(words: list[str]) -> None:
+    """Megatron goes on without a spec that cannot be imported, and calls whatever else it finds with its config."""
+    given = f"--spec {' '.join(words)}"
+    if len(words) != 2:
+        raise UserError(f"{given} must be two words: a module, and the name of a spec in it.")
+    try:
+        spec = getattr(importlib.import_module(words[0]), words[1])
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{given} cannot be imported ({error}); name a module of PYTHONPATH, and a spec.") from error
+    if isinstance(spec, ModuleSpec | TransformerBlockSubmodules):
+        return
+    parameters = inspect.signature(spec).parameters.values() if callable(spec) else ()
+    if [p.name for p in parameters if p.default is p.empty and p.name != "vp_stage"] != ["config"]:
+        raise UserError(f"{given} is no layer spec; name a ModuleSpec, or a function of config that returns one.")
+
+
 def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig) -> RecursiveGPTModelConfig:
     """The model that validated arguments describe."""
+    if args.spec is not None:
+        _check_spec(args.spec)
     transformer = core_transformer_config_from_args(args)
     plan = build_plan(recursion)
     if recursion.init_depth_scaling == "unrolled" and not args.init_method_xavier_uniform:

@@ -48,17 +48,19 @@ def _run() -> None:
             throughput,
             wheel,
         )
-        from megatron_recursive.training.arguments import parse_arguments
+        from megatron_recursive.training.arguments import megatron_speaks_in_sentences, parse_arguments
         from megatron_recursive.training.forward_step import datasets_provider, forward_step
         from megatron_recursive.training.model_provider import model_config_from_args
         from megatron_recursive.training.progress import Progress
         from megatron_recursive.training.progress import install as install_progress
-        from megatron_recursive.training.report import announce
+        from megatron_recursive.training.report import announce, run_description
         from megatron_recursive.training.result_checks import said_in_a_sentence
     warnings.filterwarnings("ignore", message=".*is deprecated.*", module="megatron")
 
     args, recursion = parse_arguments()
-    model_config = model_config_from_args(args, recursion)
+    with megatron_speaks_in_sentences(args):
+        model_config = model_config_from_args(args, recursion)
+        container = pretrain_cfg_container_from_args(args, model_config)
     console.begin(args.log_style, args.save, timers=args.timing_log_level > 0)
     announce(args, model_config)
     progress = Progress()
@@ -66,19 +68,14 @@ def _run() -> None:
     wheel.install()
     throughput.install(model_config)
     memory_report.install(model_config)
-    metrics_log.install(recursion, progress)
-    checkpointing.install(recursion)
+    metrics_log.install(recursion, run_description(args, model_config), progress)
+    checkpointing.install(args, model_config)
     samples.install(args)
     run_record.install(args, model_config)
     install_progress(progress)
     try:
         with said_in_a_sentence():
-            pretrain(
-                pretrain_cfg_container_from_args(args, model_config),
-                _in_sentences(datasets_provider),
-                ModelType.encoder_or_decoder,
-                forward_step,
-            )
+            pretrain(container, _in_sentences(datasets_provider), ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:  # --exit-interval and its like
         if not stop.code:
             _close(args, progress)

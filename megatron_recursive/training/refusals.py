@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
-import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_recursive.plan.recursion_config import flag_of
 
 Test = Callable[[argparse.Namespace], Any]
 SPLITS = ("train", "valid", "test")
+MEGATRONS_SPLIT = "969,30,1"  # what validate_args takes where --data-path is given without --split
 
 # What is refused | when | what to do instead. Read by the argument check, in this order.
 NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
@@ -51,7 +53,6 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     ("fill-in-the-middle data (--fim-data)", lambda a: a.fim_data, "leave it out"),
     ("packed documents (--dataloader-inter-document-masking)", lambda a: a.dataloader_inter_document_masking,
      "use --reset-attention-mask and --reset-position-ids"),
-    ("YAML configs (--yaml-cfg)", lambda a: a.yaml_cfg is not None, "give flags"),
     ("checkpoints other than torch_dist (--ckpt-format)", lambda a: a.ckpt_format != "torch_dist",
      "use --ckpt-format torch_dist"),
 )  # fmt: skip
@@ -85,6 +86,11 @@ def refuse_features(args: argparse.Namespace, *, on_cpu: bool) -> None:
     for what, asked, instead in NOT_COVERED:
         if asked(args):
             raise UserError(f"Recursive models do not support {what} yet; {instead}.")
+    if args.optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
+        raise UserError(
+            f"--optimizer {args.optimizer} needs the package emerging-optimizers; install it (pip install "
+            "emerging-optimizers), or use --optimizer adam."
+        )
     for what, asked, instead in NOT_ON_CPU if on_cpu else ():
         if asked(args):
             raise UserError(f"{what} needs a CUDA device; on this machine use {instead}.")
@@ -217,46 +223,50 @@ def refuse_data(args: argparse.Namespace) -> None:
             ) from error
     if args.mock_data:
         return
-    blends = _blends(args)
-    if not any(blends.values()):
+    prefixes = list(prefixes_of(args))
+    if not prefixes:
         raise UserError(
             f"No training data: give --data-path PREFIX (made by {command('preprocess')}) or --train-data-path, or "
             "--mock-data to try things out."
         )
-    for flag, blend in blends.items():
-        for prefix in _without_weights(flag, blend):
-            try:
-                check_indexed_dataset(prefix)
-            except UserError as error:
-                raise UserError(f"{flag} {prefix}: {str(error).rstrip('.')}.") from error
-            if flag.startswith(("--data-path", "--data-args-path")):
-                _refuse_empty_splits(flag, prefix, args.split)
+    for flag, prefix in prefixes:
+        try:
+            check_indexed_dataset(prefix)
+        except UserError as error:
+            raise UserError(f"{flag} {prefix}: {str(error).rstrip('.')}.") from error
+        if flag.startswith(("--data-path", "--data-args-path")) and "://" not in prefix:
+            if args.split is None and not flag.startswith("--data-path"):
+                raise UserError(f"{flag} needs --split, such as --split 90,10,0.")
+            _refuse_empty_splits(flag, prefix, args.split)
 
 
-def _refuse_empty_splits(flag: str, prefix: str, split: str | None) -> None:
-    """A part of --split without a document: Megatron would look for its samples for ever."""
-    if split is None or "://" in prefix:
-        return
+def prefixes_of(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Every dataset that Megatron will read, with the flag that it comes from."""
+    for flag, blend in _blends(args).items():
+        yield from ((flag, prefix) for prefix in _without_weights(flag, blend))
+
+
+def _refuse_empty_splits(flag: str, prefix: str, given: str | None) -> None:
+    """A part of --split without a token: Megatron would look for its samples for ever."""
+    split = MEGATRONS_SPLIT if given is None else given
     try:
         parts = [float(part) for part in split.replace("/", ",").split(",")]
     except ValueError:
         parts = []
     if not parts or min(parts) < 0 or not parts[0] or math.isinf(sum(parts)) or len(parts) > len(SPLITS):
         raise UserError(f"--split {split} must be up to three numbers, train, valid and test, the first above 0.")
-    documents = document_count(prefix)
-    bounds = [round(documents * sum(parts[:i]) / sum(parts)) for i in range(len(parts) + 1)]  # as Megatron rounds
-    for name, part, first, last in zip(SPLITS, parts, bounds, bounds[1:], strict=False):
-        if part and first == last:
-            raise UserError(
-                f"{flag} {prefix} has {documents} documents, so that --split {split} leaves none for {name}; add "
-                f"documents, or give {name} a share of 0."
-            )
-
-
-def document_count(prefix: str) -> int:
-    """The documents of a checked indexed dataset, from the header of its index (one bound more than documents)."""
-    with open(f"{prefix}.idx", "rb") as stream:
-        return int.from_bytes(stream.read(34)[26:], "little") - 1
+    with open(f"{prefix}.idx", "rb") as stream:  # after the header, the lengths of the sequences, which Megatron splits
+        documents = int.from_bytes(stream.read(34)[18:26], "little")
+        bounds = [round(documents * sum(parts[:i]) / sum(parts)) for i in range(len(parts) + 1)]  # as Megatron rounds
+        for name, part, first, last in zip(SPLITS, parts, bounds, bounds[1:], strict=False):
+            stream.seek(34 + 4 * first)
+            if part and not any(stream.read(4 * min(last - first, 2**20))):
+                default = " (Megatron's default)" if given is None else ""
+                works = "90,10,0" if documents >= 10 else f"{documents - 1},1,0" if documents > 1 else "1,0,0"
+                raise UserError(
+                    f"{flag} {prefix} has {documents} documents, so that --split {split}{default} leaves none for "
+                    f"{name}; give --split {works}, or add documents."
+                )
 
 
 def _blends(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -316,8 +326,13 @@ def refuse_output(args: argparse.Namespace) -> None:
         place = Path(path).absolute()
         while not place.exists() and not place.is_symlink():
             place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            what = "is not a folder" if not place.is_dir() else "is not writable"
+        what = "is not a folder" if not place.is_dir() else ""
+        try:
+            with tempfile.TemporaryFile(dir=place):  # permissions say little to root, or of /proc and full disks
+                pass
+        except OSError as error:
+            what = what or f"does not take a file ({error.strerror})"
+        if what:
             raise UserError(f"{flag_of(flag)} {path} cannot be written, since {place} {what}; name another folder.")
 
 

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from megatron_recursive.accounting import count_parameters, flops_per_token
 from megatron_recursive.training import console
-from megatron_recursive.training.metrics_log import append_metrics
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
 
 def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
-    """Rank 0 prints the passes, which carry gradient, parameters held and unrolled, and FLOPs per token.
-
-    The last rank, which writes the metrics, opens them with a record of the run.
-    """
+    """Rank 0 prints the passes, which carry gradient, parameters held and unrolled, and FLOPs per token."""
     plan, shape = config.plan, model_shape(config, args.seq_length)
     parameters, flops = count_parameters(shape, plan), flops_per_token(shape, plan)
-    if args.rank == args.world_size - 1:
-        passes = f"{plan.num_blocks} blocks, {plan.num_passes} passes" if not plan.is_plain else "plain GPT"
-        append_metrics(args.metrics_file, {
-            "kind": "run",
-            "iteration": 0,
-            "description": f"{shape.num_layers} layers of width {shape.hidden_size}, {passes}",
-            "plan": plan.to_json(),
-            "parameters held": parameters.held,
-            "parameters unrolled": parameters.unrolled,
-            "FLOPs per token": flops.total,
-            "tokens per iteration": args.global_batch_size * args.seq_length,
-            "world size": args.world_size,
-            "command": sys.argv,
-        })
     if args.rank != 0:
         return
     backward = flops.passes_backward + flops.head_backward
@@ -50,3 +33,21 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
         f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g})"
     )
+
+
+def run_description(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> dict[str, Any]:
+    """What the metrics file says of a run before its metrics."""
+    plan, shape = config.plan, model_shape(config, args.seq_length)
+    parameters = count_parameters(shape, plan)
+    passes = f"{plan.num_blocks} blocks, {plan.num_passes} passes" if not plan.is_plain else "plain GPT"
+    return {
+        "description": f"{shape.num_layers} layers of width {shape.hidden_size}, {passes}",
+        "plan": plan.to_json(),
+        "passes": plan.num_passes,
+        "parameters held": parameters.held,
+        "parameters unrolled": parameters.unrolled,
+        "FLOPs per token": flops_per_token(shape, plan).total,
+        "tokens per iteration": args.global_batch_size * args.seq_length,
+        "world size": args.world_size,
+        "command": sys.argv,
+    }

@@ -46,9 +46,11 @@ def _wrap(original: Callable[..., Any], record: dict[str, Any]) -> Callable[...,
         run = get_args()
         if run.save is None:  # Megatron saves before it stops for a bad result, asked to or not
             return None
+        root, name = Path(run.save), f"iter_{iteration:07d}"
+        if run.rank == 0:  # of an earlier save: the manifest of checksums names every file that it finds
+            (root / name / FILE).unlink(missing_ok=True)
         result = original(iteration, *args, **kwargs)
         if run.rank == 0:
-            root, name = Path(run.save), f"iter_{iteration:07d}"
             text = json.dumps({**record, "iteration": iteration}, indent=1) + "\n"
             for folder in (root / name, root):
                 if folder.is_dir():

@@ -23,8 +23,10 @@ FLAGS = (
 RECURSION = ["--num-refinement-blocks", "2", "--num-latent-refinements", "1"]
 PLAIN = ["--disable-recursive-refinement"]
 TIMES = ("time", "seconds", "tokens per second")
-PATCHED = ("training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint", "save_checkpoint",
-           "report_theoretical_memory", "num_floating_point_operations", "train")  # fmt: skip
+PATCHED = (
+    "training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint", "save_checkpoint", "train",
+    "report_theoretical_memory", "num_floating_point_operations", "build_train_valid_test_data_iterators",
+)  # fmt: skip
 
 
 def in_worker(argv: list[str]) -> str | None:

@@ -1,0 +1,86 @@
+"""Damaged checkpoints: Megatron's SHA-256 manifest of every file, checked wherever it is found and told in a sentence.
+
+Megatron 0.19 writes ``integrity.json`` last under ``--verify-integrity``, and can compare it before a load. Without it
+a flipped bit is a weight like any other. The hashing, both ways, is Megatron's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from megatron.core.dist_checkpointing import validation
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from megatron_recursive.errors import UserError
+
+LIMIT_BYTES = 10 * 10**9
+"""Up to this size a checkpoint is given a manifest unasked: one core hashes about 1.4 GB a second."""
+MANIFEST = validation.INTEGRITY_FNAME
+TRACKER = "latest_checkpointed_iteration.txt"
+COMPLETE = "metadata.json"  # Megatron writes it last but for the manifest: a save that was cut short has none
+
+
+def check_integrity(folder: Path, *, needed: bool = False) -> None:
+    """Hash every file that the manifest of an iteration's folder names; without a manifest there is nothing to check.
+
+    Every rank calls it, and the first one reads.
+
+    Args:
+        needed: refuse a folder without a manifest.
+
+    Raises:
+        UserError: a file is missing or is not what was saved; says which checkpoint to take instead.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        if needed:
+            raise UserError(f"--verify-integrity: {manifest} does not exist; leave the flag out to load it unchecked.")
+        return
+    try:
+        if not isinstance(json.loads(manifest.read_bytes())["files"], dict):
+            raise ValueError("no files")
+        validation.verify_integrity_manifest(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # on every rank alike
+        raise UserError(f"{manifest} is damaged ({type(error).__name__}); {advise_other(folder)}.") from error
+    except CheckpointingException as error:
+        bad = [str(folder / name) for name in re.findall(r"^  (.+?): (?:hash|file)", str(error), re.MULTILINE)]
+        what = ", ".join(bad) or f"{folder} ({' '.join(str(error).split())[:200]})"
+        raise UserError(
+            f"Damaged since it was saved, or missing: {what} (by the SHA-256 in {MANIFEST}); {advise_other(folder)}."
+        ) from error
+
+
+def write_manifest(folder: Path) -> None:
+    """Give a complete iteration's folder its manifest, unless it is larger than ``LIMIT_BYTES``."""
+    if sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) <= LIMIT_BYTES:
+        validation.save_integrity_manifest(str(folder))
+
+
+def complete_iterations(root: Path) -> list[int]:
+    """The iterations below a checkpoint root whose save came to its end, in order."""
+    return sorted(int(file.parent.name.removeprefix("iter_")) for file in root.glob(f"iter_[0-9]*/{COMPLETE}"))
+
+
+def advise_other(folder: Path) -> str:
+    """Which checkpoint to take instead of one that cannot be read: the last whose files are what was saved."""
+    root = folder.parent
+    for iteration in reversed(complete_iterations(root)):
+        other = root / f"iter_{iteration:07d}"
+        if other.name != folder.name and _is_good(other):
+            return (
+                f"the last good one beside it is {iteration}: train on with --ckpt-step {iteration}, or write that "
+                f"number into {TRACKER}"
+            )
+    return f"{root} holds no other good checkpoint"
+
+
+def _is_good(folder: Path) -> bool:
+    """Whether a complete checkpoint's files are those of its manifest, where it has one. Not a collective."""
+    try:
+        if (folder / MANIFEST).is_file():
+            validation._verify_integrity_manifest_impl(str(folder))
+    except (CheckpointingException, OSError, ValueError, KeyError, AttributeError):
+        return False
+    return True

@@ -1,0 +1,85 @@
+"""Schedules of learning rate and weight decay that cannot be, or are not those of the checkpoint, told as flags.
+
+Megatron's ``OptimizerParamScheduler`` asserts on its values when the model is built already, without naming flags. On a
+resume it compares nine of them last of all, by their place in the optimizer; here they are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan.recursion_config import flag_of
+
+# A value of the scheduler | Megatron's arguments that it is made of (megatron.training.get_optimizer_param_scheduler).
+MADE_OF: dict[str, tuple[str, ...]] = {
+    "max_lr": ("lr",),
+    "min_lr": ("min_lr",),
+    "lr_warmup_steps": ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "global_batch_size"),
+    "lr_decay_steps": ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples", "global_batch_size"),
+    "lr_decay_style": ("lr_decay_style",),
+    "start_wd": ("weight_decay", "start_weight_decay"),
+    "end_wd": ("weight_decay", "end_weight_decay"),
+    "wd_incr_steps": ("train_iters", "train_samples", "global_batch_size"),
+    "wd_incr_style": ("weight_decay_incr_style",),
+}
+# Filled in by Megatron from another argument, unless given.
+FOLLOWS = {"lr_decay_iters": "train_iters", "lr_decay_samples": "train_samples",
+           "start_weight_decay": "weight_decay", "end_weight_decay": "weight_decay"}  # fmt: skip
+
+
+def refuse_schedule_values(args: argparse.Namespace) -> None:
+    """What ``OptimizerParamScheduler`` asserts of its own values."""
+    if args.lr is None:
+        raise UserError("--lr is missing; give the learning rate.")
+    for flag, value in (("--min-lr", args.min_lr), ("--lr-warmup-init", args.lr_warmup_init)):
+        if value > args.lr:
+            raise UserError(f"{flag} {value:g} is larger than --lr {args.lr:g}.")
+    unit = "iters" if args.train_iters is not None else "samples"
+    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its last phase.")
+    name = f"train_{unit}" if getattr(args, f"lr_decay_{unit}") is None else f"lr_decay_{unit}"
+    warmup, decay = getattr(args, f"lr_warmup_{unit}"), getattr(args, name)
+    if args.lr_warmup_fraction is None and warmup >= decay:
+        raise UserError(f"--lr-warmup-{unit} {warmup} must be smaller than {flag_of(name)} {decay}.")
+    start, end = args.start_weight_decay, args.end_weight_decay
+    if start is not None and end is not None and start > end:
+        raise UserError(f"--start-weight-decay {start:g} is larger than --end-weight-decay {end:g}.")
+
+
+def check_schedule(folder: Path, common: Mapping[str, Any], scheduler: Any, run: argparse.Namespace) -> None:
+    """Refuse to resume with another schedule, unless the flags say which of the two counts.
+
+    Args:
+        common: the checkpoint's common state, with its arguments and its scheduler.
+        scheduler: this run's, freshly built; None where there is none.
+
+    Raises:
+        UserError: names the flags, both values, and how to take either.
+    """
+    saved = common.get("opt_param_scheduler")
+    settled = run.override_opt_param_scheduler or run.use_checkpoint_opt_param_scheduler
+    if scheduler is None or not saved or settled or run.finetune or run.no_load_optim:
+        return
+    mine = scheduler.state_dict()
+    differing = [key for key in MADE_OF if key in saved and saved[key] != mine[key]]
+    if not differing:
+        return
+    theirs, flags = vars(common["args"]), dict[str, str]()
+    for name in (name for key in differing for name in MADE_OF[key]):
+        old, new = theirs.get(name), getattr(run, name)
+        followed = FOLLOWS.get(name)
+        if old != new and not (followed and old == theirs.get(followed) and new == getattr(run, followed)):
+            flags[name] = f"{flag_of(name)} {_tell(old)} (this run: {_tell(new)})"
+    told = list(flags.values()) or [f"{key} {saved[key]} (this run: {mine[key]})" for key in differing]
+    raise UserError(
+        f"The checkpoint {folder} was trained on another schedule, with {', '.join(told)}; give its values, or take "
+        "this run's with --override-opt_param-scheduler, or the checkpoint's with --use-checkpoint-opt_param-scheduler."
+    )
+
+
+def _tell(value: Any) -> str:
+    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

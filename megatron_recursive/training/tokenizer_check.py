@@ -1,0 +1,81 @@
+"""Token ids mean something only with their tokenizer: a run's own is compared with the data's and the checkpoint's."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.training.global_vars import get_tokenizer
+
+from megatron_recursive.data.indexed import largest_sampled_id
+from megatron_recursive.data.preparation import read_preparation, vocabulary_digest
+from megatron_recursive.errors import UserError
+from megatron_recursive.training.refusals import prefixes_of
+
+GO_ON = "or go on with --allow-other-tokenizer"
+
+
+def note_tokenizer(args: argparse.Namespace) -> None:
+    """Put the identity of the tokenizer into the arguments, which every checkpoint carries: ``IDS:DIGEST`` or None."""
+    vocabulary = _vocabulary()
+    args.tokenizer_identity = None
+    if vocabulary is not None:
+        inner = getattr(get_tokenizer(), "_tokenizer", None)  # without what --special-tokens adds behind it
+        below = getattr(inner, "original_vocab_size", None) or get_tokenizer().vocab_size
+        args.tokenizer_identity = f"{below}:{vocabulary_digest(vocabulary, below)}"
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse data whose ids the model has no rows for, or that another tokenizer made."""
+    if args.mock_data:
+        return
+    rows, vocabulary, digests = args.padded_vocab_size, _vocabulary(), dict[int, str]()
+    for flag, prefix in prefixes_of(args):
+        made = read_preparation(prefix)
+        if made is None:
+            largest = largest_sampled_id(prefix)
+            if largest >= rows:
+                raise UserError(
+                    f"{flag} {prefix} holds the token id {largest}, but this run's tokenizer makes a vocabulary of "
+                    f"{rows}; give the tokenizer that the data was prepared with, or prepare it again."
+                )
+            continue
+        if made.vocab_size > rows:
+            raise UserError(
+                f"{flag} {prefix} was prepared with a vocabulary of {made.vocab_size} (tokenizer {made.tokenizer}), "
+                f"but this run's tokenizer makes one of {rows}; give that tokenizer, or prepare the data again."
+            )
+        if vocabulary is None or args.allow_other_tokenizer:
+            continue
+        if made.vocab_size not in digests:
+            digests[made.vocab_size] = vocabulary_digest(vocabulary, made.vocab_size)
+        if digests[made.vocab_size] != made.vocabulary:
+            raise UserError(
+                f"{flag} {prefix} was prepared with another tokenizer ({made.tokenizer}) than this run's, to which its "
+                f"token ids mean something else; give that one, prepare the data again, {GO_ON}."
+            )
+
+
+def check_checkpoint(folder: Path, saved: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Refuse to go on with another tokenizer of the same size."""
+    identity, vocabulary = saved.get("tokenizer_identity"), _vocabulary()
+    if identity is None or vocabulary is None or args.allow_other_tokenizer:
+        return
+    below, _, digest = str(identity).partition(":")
+    if vocabulary_digest(vocabulary, int(below)) != digest:
+        raise UserError(
+            f"The checkpoint {folder} was trained with another tokenizer ({saved.get('tokenizer_model')}) of the same "
+            f"size; give it with --tokenizer-model, {GO_ON}."
+        )
+
+
+def _vocabulary() -> dict[str, int] | None:
+    """Token to id; None for a tokenizer that has no tokens (NullTokenizer) or does not list them."""
+    inner: Any = getattr(getattr(get_tokenizer(), "_tokenizer", None), "tokenizer", None)
+    if hasattr(inner, "get_vocab"):
+        return dict(inner.get_vocab())
+    if hasattr(inner, "id_to_piece"):  # SentencePiece
+        return {inner.id_to_piece(number): number for number in range(inner.get_piece_size())}
+    return None
