@@ -134,6 +134,8 @@ def _check(args: argparse.Namespace) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and name not in KNOBS
         if is_number and not 0 < value <= (1 if name == "mfu" else 1e15):
             raise UserError(f"{flag_of(name)} must be positive{' and at most 1' * (name == 'mfu')}, but is {value}.")
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+        raise UserError(f"--gpus {args.gpus} fill no nodes of --gpus-per-node {args.gpus_per_node}; change either.")
 
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,7 +239,7 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
 
     columns = COLUMNS if args.tokens else COLUMNS[:-1]
     about = [
-        f"{report['layers']} layers of width {report['width']}, {report['passes']} passes "
+        f"{report['layers']} layers of width {report['width']}, {report['passes']} pass{'es' * (report['passes'] > 1)} "
         f"({report['passes_with_gradient']} with gradient): {report['parameters_held'] / 1e6:,.0f} M parameters held, "
         f"{report['parameters_unrolled'] / 1e6:,.0f} M unrolled, {report['flops_per_token'] / 1e9:,.2f} GFLOPs a token",
         f"{job.gpus} GPUs of {args.gpu_memory:g} GiB ({USABLE:.0%} may be filled), {'bf16' if args.bf16 else 'fp32'}; "

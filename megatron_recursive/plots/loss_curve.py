@@ -173,7 +173,7 @@ def _legends(figure: Any, drawn: Sequence[Drawn]) -> None:
     names = []
     for each in drawn:
         results = [r["lm loss"] for r in each.run.of("held-out") if "lm loss" in r]
-        name = each.run.name + (f" (held-out lm loss {results[-1]:.3f})" if results else "")
+        name = each.run.name[-60:] + (f" (held-out lm loss {results[-1]:.3f})" if results else "")
         names.append(Line2D([], [], color=each.color, marker=each.marker, lw=3, label=name))
     columns = max(1, min(len(names), 100 // max(len(str(name.get_label())) for name in names)))
     figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)

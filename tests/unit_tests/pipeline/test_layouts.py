@@ -168,6 +168,7 @@ def test_a_checkpoint_and_a_hugging_face_folder_describe_the_model(printed: dict
         (["--ckpt", "x", "--num-layers", "2"], "--num-layers is decided by the model of --ckpt"),
         ([*MODEL, "--mfu", "40"], "--mfu must be positive and at most 1, but is 40.0"),
         ([*MODEL, "--gpu-memory", "nan"], "--gpu-memory must be positive"),
+        ([*MODEL, "--gpus-per-node", "5"], "--gpus 8 fill no nodes of --gpus-per-node 5"),
         ([*MODEL, "--tokens", "lots"], "--tokens lots must be a positive number such as 300M"),
         ([*MODEL[:4], "--num-attention-heads", "3"], "--num-attention-heads must divide --hidden-size"),
     ],
