@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 bin=.venv/bin/
 [ -x "${bin}megatron-recursive" ] || bin= # installed elsewhere: by name
 recursive=${bin}megatron-recursive
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 stages=$((ranks % 2 == 0 ? 2 : 1)) # an even number of ranks: two pipeline stages, and data parallelism over the pairs
 
