@@ -45,8 +45,8 @@ def is_known_package(name: str) -> bool:
 def missing_package(name: str) -> UserError:
     """What to say where a package of ours cannot be imported, with the line that installs it."""
     package = name.partition(".")[0]
-    extra = _EXTRA_OF[package]
-    wanted = f"'{PROGRAM}[{extra}]'" if extra else PROGRAM
+    extra = _EXTRA_OF.get(package)
+    wanted = f"'{PROGRAM}[{extra}]'" if extra else PROGRAM if extra == "" else package
     return UserError(f"The package {package} is not installed; install it with pip install {wanted}.")
 
 

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import numpy
-
 from megatron_recursive.command_line import command
 from megatron_recursive.errors import UserError
 
@@ -19,8 +17,7 @@ from megatron_recursive.errors import UserError
 # int32 lengths, int64 byte offsets, int64 document bounds, and int8 modes in a multimodal dataset.
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_TOKEN_TYPES = {code: numpy.dtype(kind) for code, kind in enumerate(("u1", "i1", "i2", "i4", "i8"), start=1)}
-_TOKEN_TYPES[8] = numpy.dtype("u2")
+_TOKEN_TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}  # as numpy names them: kind and bytes
 _REMOTE = ("s3://", "msc://")
 
 
@@ -52,6 +49,8 @@ def largest_sampled_id(prefix: str | Path, tokens: int = 2**20) -> int:
     """The largest token id among the first and the last so many of a checked dataset (-1: in object storage)."""
     if str(prefix).startswith(_REMOTE):
         return -1
+    import numpy
+
     with open(f"{prefix}.idx", "rb") as stream:
         code = _HEADER.unpack(stream.read(_HEADER.size))[2]
     ids = numpy.memmap(f"{prefix}.bin", _TOKEN_TYPES[code], "r")
@@ -82,7 +81,7 @@ def _bytes_promised(idx_file: Path, again: str) -> int:
         raise UserError(f"{idx_file} is damaged (its last entries are impossible); {again}")
     if last_offset + last_length == 0:
         raise UserError(f"{idx_file} holds no token; {again} from a corpus with text")
-    return last_offset + last_length * _TOKEN_TYPES[code].itemsize
+    return last_offset + last_length * int(_TOKEN_TYPES[code][1])
 
 
 def _mend_missing(prefix: str, again: str) -> str:

@@ -47,7 +47,7 @@ def test_a_half_written_dataset_is_refused(copy, break_it, said):
     break_it(copy)
     with pytest.raises(UserError, match=said) as caught:
         check_indexed_dataset(copy)
-    assert "\n" not in str(caught.value) and "preprocess_data.py" in str(caught.value)
+    assert "\n" not in str(caught.value) and "recursive preprocess" in str(caught.value)
 
 
 def test_a_prefix_with_its_suffix_is_explained(copy):
