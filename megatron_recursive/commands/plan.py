@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import textwrap
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     _check(args)
     values, tokens = _model(args), _count(args.tokens)
-    warnings.simplefilter("ignore")  # Megatron and torch list what they do not find
-    logging.disable(logging.WARNING)
     recursion = RecursionConfig.from_mapping({**values, **{k: v for k, v in vars(args).items() if k in KNOBS}})
     arch = Architecture.from_megatron(values, args.ckpt or args.hf or "The model")
     from megatron_recursive.pipeline.layouts import fitting_layouts, what_would_fit
