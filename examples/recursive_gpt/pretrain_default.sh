@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 bin=.venv/bin/
 [ -x "${bin}megatron-recursive" ] || bin= # installed elsewhere: by name
 recursive=${bin}megatron-recursive
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 stages=$((ranks % 2 == 0 ? 2 : 1)) # an even number of ranks: two pipeline stages, and data parallelism over the pairs
 
@@ -60,14 +60,20 @@ say "4/5 the curves"
 step "$recursive" plot "$run" --output "$run/loss_curve.png"
 say "5/5 summary"
 step "$recursive" summarize "$run"
+compare="  $recursive summarize $run runs/plain
+          $recursive plot $run runs/plain --output runs/comparison.png"
+ablation="the ablation, which passes the same layers once, and the two runs side by side:
+          RUN=runs/plain make pretrain ARGS=--disable-recursive-refinement"
+if [[ " $* " == *" --disable-recursive-refinement "* ]]; then
+  compare=${compare//$run runs\/plain/runs/default $run}
+  ablation="this ablation beside the recursive run:"
+fi
 cat <<TEXT
 
 files:  checkpoints, metrics.jsonl and logs in $run/checkpoints, curves in $run/loss_curve.png,
         TensorBoard events in $run/tensorboard, corpus and tokens in $run/data, tokenizer in $run/tokenizer
-next:   the ablation, which passes the same layers once, and the two runs side by side:
-          RUN=runs/plain make pretrain ARGS=--disable-recursive-refinement
-          $recursive summarize $run runs/plain
-          $recursive plot $run runs/plain --output runs/comparison.png
+next:   $ablation
+        $compare
         what it says, and the model for transformers:
           $recursive generate --model $run/checkpoints --prompt "The function returns" --exit halting
           $recursive convert export --ckpt $run/checkpoints --out $run/hf

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +70,8 @@ def _run(name: str, words: Sequence[str]) -> None:
         args.others = others
     elif others:  # words, since the parser refuses flags that it does not know
         raise UserError(f"{others[0]} belongs to no flag; --help lists what {parser.prog} takes.")
+    if name != "pretrain":  # it keeps a log
+        _quieten_libraries()
     try:
         module_of(name).run(args)
     except ModuleNotFoundError as error:
@@ -76,6 +80,13 @@ def _run(name: str, words: Sequence[str]) -> None:
         raise missing_package(error.name or "") from error
     except KeyboardInterrupt:
         raise SystemExit(_INTERRUPTED) from None
+
+
+def _quieten_libraries() -> None:
+    """Megatron, torch and transformers tell of every package that they do not find, and of every choice they make."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b")
+    for name in ("", "megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def door(name: str) -> None:

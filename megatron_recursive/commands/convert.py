@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
-import warnings
 
 from megatron_recursive.command_line import example
 from megatron_recursive.plan import RecursionConfig
@@ -87,8 +85,6 @@ def run(args: argparse.Namespace) -> None:
     from megatron_recursive.backends import cpu
 
     cpu.install()
-    warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     from megatron_recursive.hf import convert, export, verify
 
     dtype = None if args.no_proof else getattr(torch, args.proof_dtype)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 
 from megatron_recursive.command_line import example
 
@@ -56,9 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", module="megatron|torch|transformers")
-    logging.getLogger().setLevel(logging.ERROR)  # Megatron and torch tell of every choice that they make
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it has a level of its own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not sys.stderr.isatty():

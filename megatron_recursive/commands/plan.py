@@ -42,8 +42,8 @@ SHOWN = 20  # layouts
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     parser.description = (
-        "List the tensor x pipeline x data-parallel layouts that fit, the fastest first, with the memory of the fullest "
-        "rank and the simulated efficiency of the pipeline, and print the line that trains in the first. Needs no GPU."
+        "List the tensor x pipeline x data-parallel layouts that fit, the fastest first, with the memory of the "
+        "fullest rank and the simulated efficiency of the pipeline, and print the line that trains in the first."
     )
     required = parser.add_argument_group("required")
     required.add_argument("--gpus", type=int, required=True, help="how many")
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--recompute-granularity", choices=("full",), help="replay layer by layer")
     job.add_argument("--tokens", metavar="N", help="also tell the days that so many take: 100B, 300M, ...")
     gpus = parser.add_argument_group("GPUs")
-    gpus.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each, of which 90%% may be filled")
+    gpus.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each; 90%% of it may be filled")
     gpus.add_argument("--gpus-per-node", type=int, default=8, help="most ranks of a tensor-parallel group")
     gpus.add_argument("--mfu", type=float, default=0.4, help="share of its peak that a GPU reaches while it computes")
     gpus.add_argument("--peak-tflops", type=float, help="of a GPU (default: an H100's, 989 in bf16 and 67 in fp32)")
@@ -80,23 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="simulate a step of the best layout with stages, and draw it: .png, .pdf or .svg")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     # fmt: on
-    parser.epilog = example(
-        "plan", "--gpus", "64", "--num-layers", "32", "--hidden-size", "4096", "--num-attention-heads", "32",
-        "--swiglu", "--bf16", "--use-distributed-optimizer", "--tokens", "100B",
-    )  # fmt: skip
+    parser.epilog = example("plan", "--gpus", "64", "--num-layers", "32", "--hidden-size", "4096", "--tokens", "100B",
+                            "--num-attention-heads", "32", "--swiglu", "--bf16",
+                            "--use-distributed-optimizer")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
-    warnings.simplefilter("ignore")  # Megatron and torch list what they do not find
-    logging.disable(logging.WARNING)
     _check(args)
     values, tokens = _model(args), _count(args.tokens)
-    knobs = {**values, **{name: vars(args)[name] for name in KNOBS if name in vars(args)}}
-    recursion = RecursionConfig.from_mapping(knobs)
+    _silence()
+    recursion = RecursionConfig.from_mapping({**values, **{k: v for k, v in vars(args).items() if k in KNOBS}})
     arch = Architecture.from_megatron(values, args.ckpt or args.hf or "The model")
     from megatron_recursive.pipeline.layouts import fitting_layouts, what_would_fit
 
-    job = _job(args, values, arch, recursion)
+    job = _job(args, arch, recursion)
     fitting = fitting_layouts(job)
     if not fitting:
         raise UserError(what_would_fit(job))
@@ -110,19 +107,31 @@ def run(args: argparse.Namespace) -> None:
         "passes_with_gradient": len(job.plan.grad_passes), "parameters_held": parameters.held,
         "parameters_unrolled": parameters.unrolled, "flops_per_token": flops, "assumed_mfu": args.mfu,
         "assumed_peak_tflops": args.peak_tflops, "layouts": [_figures(args, job, x, flops, tokens) for x in found],
-        "command": _line(args, values, job, arch, recursion, found[0], tokens),
+        "command": command("pretrain", *_words(args, values, job, arch, recursion, found[0], tokens)),
     }  # fmt: skip
     text = _text(args, job, report)
     if args.timeline:
-        staged = next((x for x in found if x.pipeline > 1), found[0])
-        report["timeline"], said = _timeline(args, job, staged)
-        text += [f"A step of {staged.pipeline} stages and {staged.micro_batches} micro-batches:", "", said, ""]
+        from megatron_recursive.pipeline.planner import plan_pipeline
+        from megatron_recursive.plots.pipeline_timeline import described, plot_timeline
+
+        best = next((x for x in found if x.pipeline > 1), found[0])
+        step = best.pipeline, best.micro_batches, job.shape, job.backward_cost
+        timeline, simulated = plan_pipeline(job.plan, *step)
+        picture = str(plot_timeline(timeline, job.plan, args.timeline))
+        report["timeline"] = {**simulated, "picture": picture}
+        text += [described(timeline, job.plan, simulated), "", picture, ""]
     start = f", from the checkpoint CKPT of convert import --hf {args.hf}" if args.hf else ""
-    text += [f"The first layout{start}, with your own words for those in capitals:", report["command"]]
+    text += [f"The first layout{start}, with your own words for those in capitals:", str(report["command"])]
     print(json.dumps(report) if args.json else "\n".join(text))
 
 
 # --- what is asked --------------------------------------------------------------------------------------------------
+
+
+def _silence() -> None:
+    """Megatron and torch list what they do not find."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -130,33 +139,30 @@ def _check(args: argparse.Namespace) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and name not in KNOBS
         if is_number and not 0 < value <= (1 if name == "mfu" else 1e15):
             raise UserError(f"{flag_of(name)} must be positive{' and at most 1' * (name == 'mfu')}, but is {value}.")
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+        raise UserError(f"--gpus {args.gpus} fill no nodes of --gpus-per-node {args.gpus_per_node}; change either.")
 
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
-    """Megatron's arguments of the model, by the names under which a checkpoint stores them."""
+    """Megatron's arguments of the model, by the names under which a checkpoint stores them; fills in the job's."""
     given = {name: vars(args)[name] for name in (*SIZES, *CHOICES, *SWITCHES) if name in vars(args)}
-    source = args.ckpt or args.hf
-    if source and (given or args.ckpt and args.hf):
-        flag = flag_of(next(iter(given), "hf"))
-        raise UserError(f"{flag} is decided by the model of {'--ckpt' if args.ckpt else '--hf'}; leave out either.")
     missing = [flag_of(name) for name in NEEDED if name not in given]
-    if not source and missing:
+    if args.ckpt or args.hf:
+        if given or (args.ckpt and args.hf):
+            flag, source = flag_of(next(iter(given), "hf")), "--ckpt" if args.ckpt else "--hf"
+            raise UserError(f"{flag} is decided by the model of {source}; leave out either.")
+        _silence()
+        values = _of_checkpoint(Path(args.ckpt)) if args.ckpt else _of_hugging_face(Path(args.hf))
+    elif missing:
         raise UserError(f"{' and '.join(missing)} missing; describe the model, or name one with --ckpt or --hf.")
-    if source:
-        values = _of_checkpoint(Path(source)) if args.ckpt else _of_hugging_face(Path(source))
     else:
-        hidden, ffn = given["hidden_size"], given["hidden_size"] * 4
-        values = {
-            "max_position_embeddings": args.seq_length or 4096, "group_query_attention": "num_query_groups" in given,
-            "ffn_hidden_size": int(hidden * 8 / 3 / 64) * 64 if "swiglu" in given else ffn,
-            "add_bias_linear": "disable_bias_linear" not in given, **DEFAULTS, **given,
-        }  # fmt: skip
-        values["padded_vocab_size"] = values["vocab_size"]
-        heads = given["num_attention_heads"]
-        if hidden % heads and "kv_channels" not in given:
-            raise UserError(f"--num-attention-heads {heads} does not divide --hidden-size {hidden}; give --kv-channels.")
-        if heads % given.get("num_query_groups", 1):
-            raise UserError(f"--num-query-groups {given['num_query_groups']} does not divide {heads} attention heads.")
+        values = {**DEFAULTS, "max_position_embeddings": args.seq_length or 4096, **given}
+        hidden, heads = values["hidden_size"], values["num_attention_heads"]
+        if (hidden % heads and "kv_channels" not in given) or heads % given.get("num_query_groups", 1):
+            raise UserError("--num-attention-heads must divide --hidden-size and be divided by --num-query-groups.")
+        values.setdefault("ffn_hidden_size", int(hidden * 8 / 3 / 64) * 64 if "swiglu" in given else 4 * hidden)
+        values |= {"group_query_attention": "num_query_groups" in given, "padded_vocab_size": values["vocab_size"],
+                   "add_bias_linear": "disable_bias_linear" not in given}  # fmt: skip
     args.seq_length = args.seq_length or values.get("seq_length") or min(4096, values["max_position_embeddings"])
     args.micro_batch_size = args.micro_batch_size or values.get("micro_batch_size") or 1
     batch = args.global_batch_size or values.get("global_batch_size")
@@ -182,7 +188,7 @@ def _of_hugging_face(folder: Path) -> dict[str, Any]:
     return {**getattr(config, "recursion", {}), **read_config(family, config, str(folder)).to_megatron()}
 
 
-def _job(args: argparse.Namespace, values: dict[str, Any], arch: Architecture, recursion: RecursionConfig) -> Job:
+def _job(args: argparse.Namespace, arch: Architecture, recursion: RecursionConfig) -> Job:
     from megatron_recursive.pipeline.layouts import GIB, Job
 
     shape = ModelShape(
@@ -239,72 +245,53 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
 
     columns = COLUMNS if args.tokens else COLUMNS[:-1]
     about = [
-        f"{report['layers']} layers of width {report['width']}, {report['passes']} passes "
+        f"{report['layers']} layers of width {report['width']}, {report['passes']} pass{'es' * (report['passes'] > 1)} "
         f"({report['passes_with_gradient']} with gradient): {report['parameters_held'] / 1e6:,.0f} M parameters held, "
         f"{report['parameters_unrolled'] / 1e6:,.0f} M unrolled, {report['flops_per_token'] / 1e9:,.2f} GFLOPs a token",
         f"{job.gpus} GPUs of {args.gpu_memory:g} GiB ({USABLE:.0%} may be filled), {'bf16' if args.bf16 else 'fp32'}; "
         f"a step of {job.global_batch} x {args.seq_length:,} tokens in micro-batches of {args.micro_batch_size}",
     ]
-    rows = ["".join(f"{name:>{int(form.split('.')[0].strip('d,'))}}" for name, _, form in columns)]
-    for each in report["layouts"][:SHOWN]:
-        rows.append("".join(f"{each[key]:>{form}}" for _, key, form in columns))
-    more = len(report["layouts"]) - SHOWN
+    rows = ["".join(f"{name:>{form.partition('.')[0].rstrip('d,')}}" for name, _, form in columns)]
+    rows += ["".join(f"{each[key]:{form}}" for _, key, form in columns) for each in report["layouts"][:SHOWN]]
+    rows += [f"and {len(report['layouts']) - SHOWN} more (--json)"] if len(report["layouts"]) > SHOWN else []
     notes = [
-        "batches: micro-batches of each pipeline in a step. GiB of the fullest rank, computed and not measured: weights "
-        "with gradients and Adam's states; what recorded passes keep; head, the logits or the replay of a pass.",
-        f"Assumed: a GPU reaches {args.mfu:.0%} of {args.peak_tflops:g} TFLOPS while it computes (--mfu, --peak-tflops). "
-        "Simulated: how long stages wait (efficiency; MFU is what remains). Communication is not simulated; every "
-        f"doubling of TP is charged {TENSOR_COST:.0%}.",
+        "batches: micro-batches of each pipeline in a step. GiB of the fullest rank, computed and not measured: "
+        "weights with gradients and Adam's states; what recorded passes keep; head, the logits or a pass's replay.",
+        f"Assumed: a GPU reaches {args.mfu:.0%} of {args.peak_tflops:g} TFLOPS while it computes (--mfu, "
+        "--peak-tflops). Simulated: how long stages wait (efficiency; MFU is what remains). Communication is not "
+        f"simulated; every doubling of TP is charged {TENSOR_COST:.0%}.",
     ]
-
-    def wrap(lines: list[str]) -> list[str]:
-        return [textwrap.fill(line, 100, subsequent_indent="  ") for line in lines]
-
-    return [*wrap(about), "", *rows, *([f"and {more} more (--json)"] if more > 0 else []), "", *wrap(notes), ""]
+    about, notes = ([textwrap.fill(line, 100, subsequent_indent="  ") for line in lines] for lines in (about, notes))
+    return [*about, "", *rows, "", *notes, ""]
 
 
-def _line(
+def _words(
     args: argparse.Namespace, values: dict[str, Any], job: Job, arch: Architecture, recursion: RecursionConfig,
     layout: Layout, tokens: float | None,
-) -> str:  # fmt: skip
-    """What to type on each node."""
-    node = min(job.node, job.gpus)
-    words = [f"--nproc-per-node={node}"]
-    if job.gpus > node:
-        words += [f"--nnodes={job.gpus // node}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29500"]
-    words += [
-        f"--tensor-model-parallel-size={layout.tensor}", f"--pipeline-model-parallel-size={layout.pipeline}",
-        f"--micro-batch-size={args.micro_batch_size}", f"--global-batch-size={job.global_batch}",
-        f"--seq-length={args.seq_length}",
-    ]  # fmt: skip
+) -> list[str]:  # fmt: skip
+    """The flags of a run in a layout, to be given on each node."""
+    node, unsaid = min(job.node, job.gpus), set(UNSAID)
+    nodes = [f"--nnodes={job.gpus // node}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29500"]
+    if job.pads_vocabulary:  # the model is that of flags, and what they leave out is as in training
+        unsaid |= {f"--padded-vocab-size={arch.padded_vocab_size}", "--no-bias-gelu-fusion"}
     switches = {
         "--sequence-parallel": layout.tensor > 1,
         "--bf16": args.bf16,
         "--use-distributed-optimizer": args.use_distributed_optimizer,
         "--recompute-passes": args.recompute_passes,
         "--recompute-granularity=full --recompute-method=uniform --recompute-num-layers=1": args.recompute_granularity,
+        f"--load={args.ckpt or 'CKPT'}": args.ckpt or args.hf,
     }
-    words += [word for flags, on in switches.items() if on for word in flags.split()]
-    by_flags = (f"--padded-vocab-size={arch.padded_vocab_size}", "--no-bias-gelu-fusion")  # as in training, then
-    unsaid = {*UNSAID, *(by_flags if job.pads_vocabulary else ())}
-    words += [flag for flag in arch.megatron_flags() if flag not in unsaid]
-    words += [flag for flag in recursion.flags() if flag not in RecursionConfig().flags()]
-    iterations = -(-int(tokens) // job.tokens_per_step) if tokens else 1000
-    words += [
-        "--hidden-dropout=0", "--attention-dropout=0", f"--train-iters={iterations}", "--lr=3e-4", "--data-path=DATA",
-        "--split=949,50,1", f"--tokenizer-type={values.get('tokenizer_type') or 'HuggingFaceTokenizer'}",
+    return [
+        f"--nproc-per-node={node}", *(nodes if job.gpus > node else []),
+        f"--tensor-model-parallel-size={layout.tensor}", f"--pipeline-model-parallel-size={layout.pipeline}",
+        *(word for flags, on in switches.items() if on for word in flags.split()),
+        f"--micro-batch-size={args.micro_batch_size}", f"--global-batch-size={job.global_batch}",
+        f"--seq-length={args.seq_length}", *(flag for flag in arch.megatron_flags() if flag not in unsaid),
+        *(flag for flag in recursion.flags() if flag not in RecursionConfig().flags()),
+        "--hidden-dropout=0", "--attention-dropout=0", "--lr=3e-4",
+        f"--train-iters={-(-int(tokens) // job.tokens_per_step) if tokens else 1000}",
+        "--data-path=DATA", "--split=949,50,1", "--save=SAVE", "--save-interval=1000",
+        f"--tokenizer-type={values.get('tokenizer_type') or 'HuggingFaceTokenizer'}",
         f"--tokenizer-model={values.get('tokenizer_model') or 'TOKENIZER'}",
-        *([f"--load={args.ckpt or 'CKPT'}"] if args.ckpt or args.hf else []), "--save=SAVE",
     ]  # fmt: skip
-    return command("pretrain", *words)
-
-
-def _timeline(args: argparse.Namespace, job: Job, layout: Layout) -> tuple[dict[str, Any], str]:
-    """Simulate a whole step and draw it."""
-    from megatron_recursive.pipeline.planner import Pipeline, plan_pipeline
-    from megatron_recursive.plots.pipeline_timeline import described, plot_timeline
-
-    pipeline = Pipeline(job.plan, layout.pipeline, layout.micro_batches, job.shape, backward_cost=job.backward_cost)
-    timeline, report = plan_pipeline(pipeline)
-    report["picture"] = str(plot_timeline(timeline, job.plan, args.timeline))
-    return report, f"{described(timeline, job.plan, report)}\n\n{report['picture']}"

@@ -12,7 +12,7 @@ from megatron_recursive.plan import RecursionPlan
 
 @dataclass(frozen=True)
 class PassCosts:
-    """What each pass costs on each stage. The unit does not depend on the stages: one forward of all layers on one rank or TP group.
+    """What each pass costs on each stage, in forwards of all layers on one rank: comparable over numbers of stages.
 
     Attributes:
         forward, backward: ``[pass][stage]``.
@@ -43,7 +43,7 @@ def equal_costs(plan: RecursionPlan, stages: int, backward_cost: float = 2.0) ->
 def price_passes(
     plan: RecursionPlan, shape: ModelShape, layers_per_stage: Sequence[int], backward_cost: float = 2.0
 ) -> PassCosts:
-    """FLOPs per token of each pass on each stage, as ``accounting`` counts them, over those of a pass through all layers.
+    """FLOPs per token of each pass on each stage, as ``accounting`` counts them, over those of all layers' forward.
 
     The vocabulary projection stands on the last stage, at block ends that are supervised or teach the halting head;
     backward it costs where the language-model loss is taken. The embedding is a lookup of no FLOPs.

@@ -11,9 +11,8 @@ from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
 from megatron_recursive.pipeline.pass_costs import PassCosts, equal_costs, price_passes
 from megatron_recursive.pipeline.ring_schedule import microbatch_group_size, two_phases_are_faster
-from megatron_recursive.pipeline.timeline import Progress, Timeline, simulate
+from megatron_recursive.pipeline.timeline import Timeline, simulate
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-
 
 SIMULATED_GROUPS = 3  # the schedule repeats from group to group of micro-batches
 
@@ -49,88 +48,62 @@ def simulated_step(plan: RecursionPlan, costs: PassCosts, micro_batches: int, ph
     few = micro_batches if micro_batches % group else min(micro_batches, SIMULATED_GROUPS * group)
     makespan, live = _simulated(costs, few, two, not plan.is_plain)
     if few < micro_batches:
-        makespan += (micro_batches - few) / group * (makespan - _simulated(costs, few - group, two, not plan.is_plain)[0])
+        before, _ = _simulated(costs, few - group, two, not plan.is_plain)
+        makespan += (micro_batches - few) / group * (makespan - before)
     in_flight = 1 if plan.is_plain else micro_batches if two else group
     return Step(makespan, busy / (stages * makespan), live, in_flight)
 
 
 @functools.lru_cache(maxsize=256)
-def _simulated(costs: PassCosts, micro_batches: int, two_phases: bool, interleaved: bool) -> tuple[float, tuple[int, ...]]:
-    timeline = simulate(costs, micro_batches, two_phases=two_phases, interleaved=interleaved)
+def _simulated(costs: PassCosts, batches: int, two_phases: bool, interleaved: bool) -> tuple[float, tuple[int, ...]]:
+    timeline = simulate(costs, batches, two_phases=two_phases, interleaved=interleaved)
     return timeline.makespan, tuple(timeline.peak_live)
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """What is planned. ``layers_per_stage`` None splits evenly; ``shape`` None makes all passes equal."""
-
-    plan: RecursionPlan
-    stages: int
-    micro_batches: int
-    shape: ModelShape | None = None
-    layers_per_stage: tuple[int, ...] | None = None
-    backward_cost: float = 2.0
-    phases: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.plan.num_passes < 2:
-            raise UserError("The ring needs a plan of two passes or more; leave out --disable-recursive-refinement.")
-        if self.stages < 2:
-            raise UserError("--timeline needs a layout of two pipeline stages or more; ask for one with --pp.")
-        if self.micro_batches < self.stages:
-            raise UserError(
-                f"{self.micro_batches} micro-batches are less than --pp {self.stages}; the ring needs at least one a "
-                "stage, so give a larger --global-batch-size."
-            )
-        if self.shape is not None and self.layers_per_stage is None and self.shape.num_layers % self.stages:
-            raise UserError(f"--num-layers {self.shape.num_layers} is not divisible by --pp {self.stages}.")
-
-    def costs(self, plan: RecursionPlan) -> PassCosts:
-        if self.shape is None:
-            return equal_costs(plan, self.stages, self.backward_cost)
-        split = self.layers_per_stage or (self.shape.num_layers // self.stages,) * self.stages
-        return price_passes(plan, self.shape, split, self.backward_cost)
-
-    @property
-    def two_phases(self) -> bool:
-        return takes_two_phases(self.plan, self.stages, self.micro_batches, self.phases)
-
-
-def plan_pipeline(pipeline: Pipeline, progress: Progress | None = None) -> tuple[Timeline, dict[str, Any]]:
-    """Simulate the chosen schedule, and put it beside the alternatives.
+def plan_pipeline(
+    plan: RecursionPlan, stages: int, micro_batches: int, shape: ModelShape | None = None, backward_cost: float = 2.0
+) -> tuple[Timeline, dict[str, Any]]:
+    """Simulate the ring, and put it beside the alternatives; without a shape all passes cost the same.
 
     The other number of phases; the *naive ring*, which sends one micro-batch at a time through all passes, forward and
     back; and plain Megatron 1F1B of the same layers passed once, at the same costs.
     """
-    started = time.perf_counter()
-    plan, stages, batches = pipeline.plan, pipeline.stages, pipeline.micro_batches
-    costs, names = pipeline.costs(plan), ("ring, one phase", "ring, two phases")
-    chosen = simulate(costs, batches, two_phases=pipeline.two_phases, progress=progress)
-    compared = {names[pipeline.two_phases]: (chosen.efficiency, chosen.makespan)}
+    if stages < 2 or plan.num_passes < 2:
+        raise UserError("--timeline draws the ring, which takes recursion and two stages or more; ask with --pp.")
+
+    def costs_of(plan: RecursionPlan) -> PassCosts:
+        if shape is None:
+            return equal_costs(plan, stages, backward_cost)
+        return price_passes(plan, shape, (shape.num_layers // stages,) * stages, backward_cost)
+
+    started, names = time.perf_counter(), ("ring, one phase", "ring, two phases")
+    costs, two = costs_of(plan), takes_two_phases(plan, stages, micro_batches)
+    chosen = simulate(costs, micro_batches, two_phases=two)
+    compared = {names[two]: (chosen.efficiency, chosen.makespan)}
     if plan.first_grad_pass:
-        other = simulate(costs, batches, two_phases=not pipeline.two_phases, progress=progress)
-        compared[names[not pipeline.two_phases]] = other.efficiency, other.makespan
+        other = simulate(costs, micro_batches, two_phases=not two)
+        compared[names[not two]] = other.efficiency, other.makespan
     naive = simulate(costs, 1)
-    compared["naive ring"] = naive.efficiency, naive.makespan * batches
+    compared["naive ring"] = naive.efficiency, naive.makespan * micro_batches
     once = build_plan(RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0))
-    plain = simulate(pipeline.costs(once), batches, interleaved=False)
+    plain = simulate(costs_of(once), micro_batches, interleaved=False)
     compared["plain 1F1B, layers passed once"] = plain.efficiency, plain.makespan
     return chosen, {
         "stages": stages,
-        "micro_batches": batches,
+        "micro_batches": micro_batches,
         "passes": plan.num_passes,
         "passes_with_gradient": len(plan.grad_passes),
-        "phases": 2 if pipeline.two_phases else 1,
+        "phases": 2 if two else 1,
         "schedules": {name: {"efficiency": e, "step_time": t} for name, (e, t) in compared.items()},
         "busy": chosen.busy,
         "idle": chosen.idle,
         "peak_live_activations": chosen.peak_live,
-        "messages": messages(plan, stages, batches, two_phases=pipeline.two_phases),
+        "messages": messages(plan, micro_batches, two_phases=two),
         "seconds": time.perf_counter() - started,
     }
 
 
-def messages(plan: RecursionPlan, stages: int, micro_batches: int, *, two_phases: bool) -> dict[str, dict[str, int]]:
+def messages(plan: RecursionPlan, micro_batches: int, *, two_phases: bool) -> dict[str, dict[str, int]]:
     """Hidden tensors over a boundary in a step: between neighbours, and from the last stage round to the first.
 
     ``forward`` go on and ``backward`` come back, of which ``zero answers`` carry no gradient.

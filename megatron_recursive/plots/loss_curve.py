@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plots.picture import save_picture
+from megatron_recursive.plots.picture import pyplot_for, save_picture
 from megatron_recursive.plots.runs import Run, read_runs
 
-FORMATS = ("png", "pdf", "svg")
 AXES = {"iteration": "iteration", "tokens": "tokens", "flops": "flops", "seconds": "elapsed"}
 """What ``--x`` takes -> where a run's records hold it."""
 _UNITS = {
@@ -21,8 +20,9 @@ _UNITS = {
     "seconds": ((86400, "days"), (3600, "hours"), (60, "minutes")),
 }
 _BLOCK = re.compile(r"(.*) block (\d+)")
-_COLORS = ("#2166ac", "#d6604d", "#1b7837", "#8c510a", "#762a83", "#4d4d4d", "#01a0a0", "#c51b7d")
-_MARKERS = "osD^vPX*"
+_STYLES = tuple(zip(("#2166ac", "#d6604d", "#1b7837", "#8c510a", "#762a83", "#4d4d4d", "#01a0a0", "#c51b7d"),
+                    "osD^vPX*", strict=True))  # fmt: skip
+_GREY: dict[str, Any] = {"color": "#444444"}
 
 Points = tuple[list[float], list[float]]
 """Where along the x axis, and values."""
@@ -40,27 +40,28 @@ class Drawn:
 
     def points(self, kind: str, metric: str) -> Points:
         """Infinity would leave the axis without a range; a gap in the curve shows the same."""
-        found = [(r[self.x] / self.unit, r[metric]) for r in self._of(kind) if metric in r and self.x in r]
+        found = [(r[self.x] / self.unit, r[metric]) for r in self.run.of(kind) if metric in r and self.x in r]
         return [x for x, _ in found], [y if math.isfinite(y) else math.nan for _, y in found]
 
     def blocks(self, metric: str, *kinds: str) -> dict[int, Points]:
         """``"METRIC block 1"``, ``... 2`` by block, of the first kind that has any."""
         for kind in kinds:
-            matches = [_BLOCK.fullmatch(name) for record in self._of(kind) for name in record]
-            found = {int(match[2]) for match in matches if match is not None and match[1] == metric}
+            matches = [_BLOCK.fullmatch(name) for record in self.run.of(kind) for name in record]
+            found = sorted({int(match[2]) for match in matches if match is not None and match[1] == metric})
             if found:
-                return {block: self.points(kind, f"{metric} block {block}") for block in sorted(found)}
+                return {block: self.points(kind, f"{metric} block {block}") for block in found}
         return {}
 
-    def _of(self, kind: str) -> list[dict[str, Any]]:
-        return self.run.held_out if kind == "held-out" else self.run.of(kind)
+    @property
+    def window(self) -> int:
+        """How many logged values a running mean takes: a tenth of them, an odd number from 3 to 51."""
+        return min(max(len(self.run.of("train")) // 20, 1), 25) * 2 + 1
 
 
 def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = None, x: str | None = None) -> Path:
     """Draw runs into one picture, a colour a run, on one scale a panel.
 
     Args:
-        given: folders or metrics files of runs.
         output: if left out, beside the metrics of one run (suffix ``.png``), and ``comparison.png`` of several.
         x: one of :data:`AXES`; if left out, tokens of several runs that all tell them, or else iterations.
 
@@ -69,32 +70,21 @@ def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = Non
     """
     runs = read_runs(given)
     output = Path(output or (runs[0].file.with_suffix(".png") if len(runs) == 1 else "comparison.png"))
-    if output.suffix[1:] not in FORMATS:
-        raise UserError(f"--output {output} has no picture's suffix; end it with one of .{', .'.join(FORMATS)}")
+    pyplot = pyplot_for(output, "--output")
     for run in runs:
         if not any("lm loss" in r for r in run.records):
             raise UserError(f"{run.file} holds no losses to draw; name the metrics of a run that has logged some")
     drawn, label = _along(runs, x)
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib; run pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = _panels(drawn)
     columns = 2 if len(panels) == 4 else len(panels)
     rows = len(panels) // columns
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(max(5.4 * columns, 8), 3.8 * rows + 0.9), sharex=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    size = max(5.4 * columns, 8), 3.8 * rows + 0.9
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
     try:
         for axis, draw in zip(axes.flat, panels, strict=True):
             draw(axis)
-            axis.set_xlabel(label)
+            axis.set(xlabel=label, xlim=(0, None))
             axis.tick_params(labelbottom=True)
-            axis.set_xlim(left=0)
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
         _legends(figure, drawn)
@@ -115,11 +105,10 @@ def _along(runs: Sequence[Run], x: str | None) -> tuple[list[Drawn], str]:
     unit, label = next(((u, name) for u, name in _UNITS.get(x, ()) if end >= u), (1.0, x))
     if x == "flops":
         power = int(math.log10(max(end, 1)))
-        unit, label = 10.0**power, rf"training FLOPs ($10^{{{power}}}$)"
+        unit, label = 10.0**power, f"training FLOPs (1e{power})"
     if x == "seconds":
         label += " of training, evaluations and saves included"
-    styles = [(_COLORS[n % len(_COLORS)], _MARKERS[n % len(_MARKERS)]) for n in range(len(runs))]
-    return [Drawn(run, *style, AXES[x], unit) for run, style in zip(runs, styles, strict=True)], label
+    return [Drawn(run, *_STYLES[n % len(_STYLES)], AXES[x], unit) for n, run in enumerate(runs)], label
 
 
 def _panels(drawn: Sequence[Drawn]) -> list[Callable[[Any], None]]:
@@ -128,13 +117,13 @@ def _panels(drawn: Sequence[Drawn]) -> list[Callable[[Any], None]]:
     if any(losses):
         # What has no blocks (a plain GPT) stands beside their last ones.
         losses = [b or {1: each.points("held-out", "lm loss")} for each, b in zip(drawn, losses, strict=True)]
-        title = "held-out loss after each block"
-        panels.append(lambda axis: _draw_blocks(axis, drawn, losses, title, "nats per token"))
+        panels.append(lambda axis: _draw_blocks(axis, drawn, losses, "held-out loss after each block"))
     if any("halt loss" in r for each in drawn for r in each.run.records):
         panels.append(lambda axis: _draw_loss(axis, drawn, "halt loss", "halting loss"))
     changes = [each.blocks("output change", "held-out", "train") for each in drawn]
     if any(changes):
-        panels.append(lambda axis: _draw_changes(axis, drawn, changes))
+        title = "relative change of the output state by each block"
+        panels.append(lambda axis: _draw_blocks(axis, drawn, changes, title, is_loss=False))
     return panels
 
 
@@ -142,28 +131,18 @@ def _draw_loss(axis: Any, drawn: Sequence[Drawn], metric: str, title: str) -> No
     """Values of single iterations faint, their running mean as a line, each evaluation as a mark."""
     for each in drawn:
         x, y = each.points("train", metric)
+        half = each.window // 2
+        around = [y[max(0, at - half) : at + half + 1] for at in range(len(y))]
         axis.plot(x, y, ".", color=each.color, ms=5, alpha=0.35, mew=0)
-        axis.plot(x, _running_mean(y, _window(each)), "-", color=each.color, lw=1.5)
+        axis.plot(x, [sum(values) / len(values) for values in around], "-", color=each.color, lw=1.5)
         x, y = each.points("held-out", metric)
         axis.plot(x, y, ":", marker=each.marker, color=each.color, lw=1.2, ms=7, mec="white", mew=1.0, zorder=3)
     axis.set_title(title, fontsize="medium")
     axis.set_ylabel("nats per token")
 
 
-def _window(drawn: Drawn) -> int:
-    """How many logged values a running mean takes: a tenth of them, an odd number from 3 to 51."""
-    return min(max(len(drawn.run.of("train")) // 20, 1), 25) * 2 + 1
-
-
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Of the values around each, fewer at the ends; a gap where one of them is no number."""
-    half = window // 2
-    parts = [values[max(0, at - half) : at + half + 1] for at in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
-
-
 def _draw_blocks(
-    axis: Any, drawn: Sequence[Drawn], blocks: Sequence[dict[int, Points]], title: str, unit: str
+    axis: Any, drawn: Sequence[Drawn], blocks: Sequence[dict[int, Points]], title: str, *, is_loss: bool = True
 ) -> None:
     """Earlier blocks are paler, and wider so that they show under later ones that lie on them."""
 
@@ -177,16 +156,13 @@ def _draw_blocks(
             axis.plot(x, y, "-", marker=each.marker, color=each.color, **style(block, len(curves)))
     for block in range(1, most + 1):
         if most <= 6 or block in (1, most):
-            axis.plot([], [], "-o", color="#444444", label=f"block {block}", **style(block, most))
+            axis.plot([], [], "-o", label=f"block {block}", **_GREY, **style(block, most))
     axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
     axis.set_title(title, fontsize="medium")
-    axis.set_ylabel(unit)
-
-
-def _draw_changes(axis: Any, drawn: Sequence[Drawn], blocks: Sequence[dict[int, Points]]) -> None:
-    _draw_blocks(axis, drawn, blocks, "change of the output state by each block", "relative change")
+    if is_loss:
+        axis.set_ylabel("nats per token")
     # A converging recursion shrinks by a factor in each block; one that does not move at all has no logarithm.
-    if all(value > 0 for curves in blocks for _, values in curves.values() for value in values):
+    elif all(value > 0 for curves in blocks for _, values in curves.values() for value in values):
         axis.set_yscale("log")
 
 
@@ -196,17 +172,15 @@ def _legends(figure: Any, drawn: Sequence[Drawn]) -> None:
 
     names = []
     for each in drawn:
-        last = next((r for r in reversed(each.run.held_out) if "lm loss" in r), None)
-        result = f" (held-out lm loss {last['lm loss']:.3f})" if last else ""
-        names.append(Line2D([], [], color=each.color, marker=each.marker, lw=3, label=each.run.name + result))
+        results = [r["lm loss"] for r in each.run.of("held-out") if "lm loss" in r]
+        name = each.run.name[-60:] + (f" (held-out lm loss {results[-1]:.3f})" if results else "")
+        names.append(Line2D([], [], color=each.color, marker=each.marker, lw=3, label=name))
     columns = max(1, min(len(names), 100 // max(len(str(name.get_label())) for name in names)))
     figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
-    windows = sorted({_window(each) for each in drawn})
-    mean = f"training, mean of {' or '.join(map(str, windows))} logged iterations"
-    grey = {"color": "#444444"}
+    windows = " or ".join(map(str, sorted({each.window for each in drawn})))
     kinds = [
-        Line2D([], [], ls="", marker=".", ms=6, alpha=0.5, mew=0, label="training, one logged iteration", **grey),
-        Line2D([], [], lw=1.5, label=mean, **grey),
-        Line2D([], [], ls=":", marker="o", ms=6, label="held-out, one evaluation", **grey),
+        Line2D([], [], ls="", marker=".", ms=6, alpha=0.5, mew=0, label="training, one logged iteration", **_GREY),
+        Line2D([], [], lw=1.5, label=f"training, mean of {windows} logged iterations", **_GREY),
+        Line2D([], [], ls=":", marker="o", ms=6, label="held-out, one evaluation", **_GREY),
     ]
     figure.legend(handles=kinds, loc="outside lower center", ncols=3, frameon=False, fontsize="small")

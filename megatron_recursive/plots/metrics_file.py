@@ -24,7 +24,7 @@ def read_records(metrics_file: str | Path) -> list[dict[str, Any]]:
     try:
         lines = metrics_file.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"cannot read {metrics_file} ({error.strerror}); name a run's folder or its metrics.jsonl") from error
+        raise UserError(f"cannot read {metrics_file} ({error.strerror}); name a run or its metrics.jsonl") from error
     return [_parse(line, f"{metrics_file}:{n}") for n, line in enumerate(lines[:-1], start=1) if line.strip()]
 
 

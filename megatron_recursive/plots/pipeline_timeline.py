@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionPlan
-from megatron_recursive.plots.picture import save_picture
+from megatron_recursive.plots.picture import pyplot_for, save_picture
 
-FORMATS = ("png", "pdf", "svg")
 EXACT_COLUMNS, SAMPLED_COLUMNS = 160, 120
 MAX_ROWS, MAX_TEXT_RANKS = 64, 16  # a picture of more ranks shows every n-th
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -74,16 +72,7 @@ def plot_timeline(timeline: Any, plan: RecursionPlan, output: str | Path) -> Pat
         UserError: the suffix is no picture's, matplotlib is not installed, or the picture cannot be written.
     """
     output = Path(output)
-    if output.suffix[1:] not in FORMATS:
-        raise UserError(f"--timeline {output} has no picture's suffix; end it with one of .{', .'.join(FORMATS)}.")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("Drawing needs matplotlib; run pip install matplotlib.") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    stages = len(timeline.busy)
+    pyplot, stages = pyplot_for(output, "--timeline"), len(timeline.busy)
     ranks = range(0, stages, -(-stages // MAX_ROWS))
     rows: list[list[tuple[float, float, int]]] = [timeline.boxes(rank) for rank in ranks]
     height = min(max(0.38 * len(rows), 1.0), 9.0) + 1.5

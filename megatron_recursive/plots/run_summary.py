@@ -14,19 +14,39 @@ from megatron_recursive.plots.runs import Run, read_runs
 
 NOTHING = 0.002  # nats: the threshold of the alarm "the state is ignored"
 LAST = 5  # logged values of single iterations, of which the end of training is a mean
-AS_FAR = 0.98  # of the FLOPs of another run
+AS_FAR = 0.98  # of the tokens or FLOPs of a run
 _BLOCK = re.compile(r"lm loss block (\d+)")
 _SHAPE = re.compile(r"(\d+) layers of width (\d+)")
+_ROW = "{:<24} {:>6} {:>6} {:>7} {:>8} {:>8} {:>8}  {}"  # a line of the table: at most 100 columns
 
 
-def figures_of(run: Run) -> dict[str, Any]:
-    """The figures of a run. A UserError says that it has not trained yet."""
+def summarize_runs(given: Sequence[str | Path]) -> tuple[str, dict[str, Any]]:
+    """Text and figures of one run, or of several side by side: against one without recursion, or else the first.
+
+    Raises:
+        UserError: a file is missing, malformed (the message names the line), or holds no training metrics.
+    """
+    runs = read_runs(given)
+    figures = [_figures(run) for run in runs]
+    base = next((n for n, f in enumerate(figures) if f["recursive"] is False), 0)
+    compared = [_compare(runs[n], f, runs[base], figures[base]) for n, f in enumerate(figures) if n != base]
+    lines = [c["said"] for c in compared] if compared else _one(figures[0], runs[0].about)
+    for f in figures:
+        name = f"{f['run']}: " if compared else ""
+        lines += [f"{name}{line}" for line in [*_blocks_said(f), *f["alarms"]]]
+    if not compared and figures[0]["recursive"]:
+        lines.append("whether the recursion earns its FLOPs shows beside a run with --disable-recursive-refinement")
+    text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+    return f"{_table(figures)}\n\n{text}" if compared else text, {"runs": figures, "comparisons": compared}
+
+
+def _figures(run: Run) -> dict[str, Any]:
     train, plan, about = run.of("train"), run.plan, run.about
     if not train:
         raise UserError(f"{run.file} holds no training metrics yet; wait for the run's first logged iteration.")
     shape, last = _SHAPE.match(str(about.get("description", ""))), run.records[-1]
     values = {name: [r[name] for r in train if name in r] for name in ("lm loss", "halt loss", "total loss")}
-    end: dict[str, Any] = next(iter(run.held_out[-1:]), {})
+    end: dict[str, Any] = next(iter(run.of("held-out")[-1:]), {})
     blocks = {int(found[1]): value for name, value in end.items() if (found := _BLOCK.fullmatch(name))}
     return {
         "run": run.name, "file": str(run.file), "description": about.get("description"),
@@ -43,54 +63,29 @@ def figures_of(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def summarize_runs(given: Sequence[str | Path]) -> tuple[str, dict[str, Any]]:
-    """Text and figures of one run, or of several side by side: against one without recursion, or else the first.
-
-    Raises:
-        UserError: a file is missing, malformed (the message names the line), or holds no training metrics.
-    """
-    runs = read_runs(given)
-    figures = [figures_of(run) for run in runs]
-    base = next((n for n, f in enumerate(figures) if f["recursive"] is False), 0)
-    compared = [_compare(runs[n], f, runs[base], figures[base]) for n, f in enumerate(figures) if n != base]
-    if len(runs) == 1:
-        lines = _one(figures[0], runs[0].about)
-    else:
-        lines = [c["said"] for c in compared]
-        for f in figures:
-            lines += [f"{f['run']}: {line}" for line in [*_blocks_said(f), *f["alarms"]]]
-    text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
-    return f"{_table(figures)}\n\n{text}" if compared else text, {"runs": figures, "comparisons": compared}
-
-
 def _one(f: dict[str, Any], about: dict[str, Any]) -> list[str]:
     lines = ["trained: (the run's description is not in the file)"]
     if about:
-        world = about["world size"]
+        ranks = f"{about['world size']} rank{'s' if about['world size'] > 1 else ''}"
         lines = [
             f"trained: {f['description']}; parameters held {about['parameters held']:,}, unrolled "
-            f"{about['parameters unrolled']:,}; {about['tokens per iteration']:,} tokens per iteration on "
-            f"{world} rank{'s' if world > 1 else ''}",
+            f"{about['parameters unrolled']:,}; {about['tokens per iteration']:,} tokens per iteration on {ranks}",
             f"spent: {_count(f['tokens'])} tokens, {_flops(f['FLOPs'])} FLOPs, {_time(f['seconds'])}",
         ]
     losses = [f"{name} {v['first']:.3f} -> {v['mean of the last']:.3f}" for name, v in f["training"].items()]
     of = max((v["of"] for v in f["training"].values()), default=0)
-    lines.append(
-        f"iterations {f['first iteration']} to {f['iteration']}: {', '.join(losses)} (the first logged value, and the "
-        f"mean of the last {of} logged)"
-    )
+    lines.append(f"iterations {f['first iteration']} to {f['iteration']}: {', '.join(losses)} (the first logged value, "
+                 f"and the mean of the last {of} logged)")  # fmt: skip
+    if f["starts"] > 1:
+        lines.append(f"started {f['starts']} times (resumed from its checkpoints)")
+    if f["steps"] is not None:
+        lines.append(f"expected refinement steps at the halting threshold: {f['steps']:.2f}")
     if f["held out"] is not None:
         lines.append(f"held-out lm loss at iteration {f['held out at']}: {f['held out']:.3f}")
     if f["blocks"]:
         each = ", ".join(f"{block}: {loss:.3f}" for block, loss in enumerate(f["blocks"], start=1))
-        lines += [f"held-out lm loss after each refinement block: {each}", *_blocks_said(f)]
-    if f["steps"] is not None:
-        lines.append(f"expected refinement steps at the halting threshold: {f['steps']:.2f}")
-    if f["recursive"]:
-        lines.append("whether the recursion earns its FLOPs shows beside a run with --disable-recursive-refinement")
-    if f["starts"] > 1:
-        lines.append(f"started {f['starts']} times (resumed from its checkpoints)")
-    return lines + f["alarms"]
+        lines.append(f"held-out lm loss after each refinement block: {each}")
+    return lines
 
 
 def _blocks_said(f: dict[str, Any]) -> list[str]:
@@ -106,38 +101,31 @@ def _blocks_said(f: dict[str, Any]) -> list[str]:
     return [f"{', '.join(added)} nats: {rest}"]
 
 
-# --- several --------------------------------------------------------------------------------------------------------
-
-
 def _table(figures: Sequence[dict[str, Any]]) -> str:
-    """At most 100 columns wide."""
-    rows = [("run", "layers", "passes", "tokens", "FLOPs", "time", "held-out", "by block")]
+    lines = [_ROW.format("run", "layers", "passes", "tokens", "FLOPs", "time", "held-out", "by block")]
     for f in figures:
         blocks = [f"{loss:.3f}" for loss in f["blocks"]] or ["-"]
-        blocks = blocks if len(blocks) <= 4 else [*blocks[:2], "..", blocks[-1]]
-        rows.append((
-            f["run"] if len(f["run"]) <= 24 else f"..{f['run'][-22:]}", str(f["layers"] or "-"), str(f["passes"] or "-"),
+        lines.append(_ROW.format(
+            f["run"] if len(f["run"]) <= 24 else f"..{f['run'][-22:]}", f["layers"] or "-", f["passes"] or "-",
             _count(f["tokens"]), _flops(f["FLOPs"]), _time(f["seconds"]),
-            "-" if f["held out"] is None else f"{f['held out']:.3f}", " ".join(blocks),
+            "-" if f["held out"] is None else f"{f['held out']:.3f}",
+            " ".join(blocks if len(blocks) <= 4 else [*blocks[:2], "..", blocks[-1]]),
         ))  # fmt: skip
-    return "\n".join(
-        f"{run:<24} {layers:>6} {passes:>6} {tokens:>7} {flops:>8} {time:>8} {loss:>8}  {blocks}"
-        for run, layers, passes, tokens, flops, time, loss, blocks in rows
-    )
+    return "\n".join(lines)
 
 
 def _compare(run: Run, f: dict[str, Any], base: Run, b: dict[str, Any]) -> dict[str, Any]:
     """A run beside another: at the same tokens, and at the same FLOPs, as far as both were evaluated."""
-    shape = ("layers", "width")
-    ablation = bool(f["recursive"] and b["recursive"] is False and all(f[name] == b[name] for name in shape))
+    same_layers = (f["layers"], f["width"]) == (b["layers"], b["width"])
+    ablation = bool(f["recursive"] and b["recursive"] is False and same_layers)
     tokens, flops = _at_same(run, base, "tokens"), _at_same(run, base, "flops")
     result = {"run": f["run"], "against": b["run"], "ablation": ablation, "same tokens": tokens, "same FLOPs": flops}
     if tokens is None or not f["FLOPs per token"] or not b["FLOPs per token"]:
         return {**result, "said": f"{f['run']} and {b['run']} have no evaluations at common tokens and known FLOPs."}
     gain, times = tokens["against"] - tokens["run"], f["FLOPs per token"] / b["FLOPs per token"]
-    costs_more, what = times > 1.02, "the recursion" if ablation else f["run"]
-    spent = "the same FLOPs" if abs(times - 1) <= 0.02 else f"{times:.3g} times the FLOPs"
-    said = f"At the same {_count(tokens['at'])} tokens {_places(run, base, 'tokens', tokens)}: {what} "
+    costs_more, spent = times > 1.02, "the same FLOPs" if abs(times - 1) <= 0.02 else f"{times:.3g} times the FLOPs"
+    said = f"At the same {_count(tokens['at'])} tokens {_places(run, base, 'tokens', tokens)}: "
+    said += "the recursion " if ablation else f"{f['run']} "
     if gain >= NOTHING:
         said += f"{'buys' if ablation else 'is better by'} {gain:.3f} nats at {spent}."
     else:
@@ -145,15 +133,12 @@ def _compare(run: Run, f: dict[str, Any], base: Run, b: dict[str, Any]) -> dict[
         said += f" at {spent}{'; it did not earn them' if costs_more else ''}."
     if flops is not None and abs(times - 1) > 0.02:
         said += f" At equal {_flops(flops['at'])} FLOPs {_places(run, base, 'flops', flops)}."
-    if costs_more and gain >= NOTHING:
-        mine, theirs = (each.held_out[-1]["flops"] for each in (run, base))
-        if flops is not None and theirs >= AS_FAR * mine:
-            said += f" So it {'earned' if flops['against'] - flops['run'] >= NOTHING else 'did not earn'} them."
-        else:
-            said += (
-                f" Whether it earned them, {b['run']} trained for as many (--train-iters "
-                f"{round(b['held out at'] * mine / theirs)}) would tell."
-            )
+    mine, theirs = (each.of("held-out")[-1]["flops"] for each in (run, base))
+    if costs_more and gain >= NOTHING and flops is not None and theirs >= AS_FAR * mine:
+        said += f" So it {'earned' if flops['against'] - flops['run'] >= NOTHING else 'did not earn'} them."
+    elif costs_more and gain >= NOTHING:
+        iterations = round(b["held out at"] * mine / theirs)
+        said += f" Whether it earned them, {b['run']} trained for as many (--train-iters {iterations}) would tell."
     return {**result, "FLOPs ratio": times, "gain": gain, "said": said}
 
 
@@ -161,17 +146,17 @@ def _places(run: Run, base: Run, key: str, same: dict[str, float]) -> str:
     """Where both are. A run that went on had not lowered its learning rate there as at its end, so that it is told."""
     parts = []
     for each, loss in ((run, same["run"]), (base, same["against"])):
-        share = same["at"] / each.held_out[-1][key]
+        share = same["at"] / each.of("held-out")[-1][key]
         parts.append(f"{each.name} {f'(at {share:.0%} of its way) ' if share < AS_FAR else ''}has {loss:.3f}")
     return " and ".join(parts)
 
 
 def _at_same(run: Run, base: Run, key: str) -> dict[str, float] | None:
     """Both losses where the one that was evaluated less far ends; between two evaluations, on a line."""
-    curves = [
-        [(r[key], r["lm loss"]) for r in each.held_out if key in r and math.isfinite(r.get("lm loss", math.nan))]
-        for each in (run, base)
-    ]
+    curves = []
+    for each in (run, base):
+        held_out = [r for r in each.of("held-out") if key in r and math.isfinite(r.get("lm loss", math.nan))]
+        curves.append([(r[key], r["lm loss"]) for r in held_out])
     if not all(curves):
         return None
     where, losses = min(curve[-1][0] for curve in curves), []
@@ -184,14 +169,11 @@ def _at_same(run: Run, base: Run, key: str) -> dict[str, float] | None:
     return {"at": where, "run": losses[0], "against": losses[1]}
 
 
-# --- figures in words -----------------------------------------------------------------------------------------------
-
-
 def _count(number: float | None) -> str:
     if number is None:
         return "-"
     unit, name = next(((u, n) for u, n in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= u), (1, ""))
-    return f"{number / unit:.3g}{name}" if number < 1e15 else f"{number:.1e}"
+    return f"{number / unit:.3g}{name}"
 
 
 def _flops(number: float | None) -> str:

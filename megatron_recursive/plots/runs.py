@@ -20,8 +20,8 @@ class Run:
 
     Attributes:
         about: the ``run`` record of its last start; empty where the file has none.
-        records: by iteration; each has ``tokens``, ``flops`` and ``elapsed`` (seconds in training, evaluation and
-            saves, but not those of lost work) where the file tells them.
+        records: by iteration; with ``tokens``, ``flops`` and ``elapsed`` (seconds, without lost work) where the file
+            tells them. Of several held-out sets the first.
         starts: how often it began to train. A start that was refused, or trained nothing, does not count.
     """
 
@@ -32,11 +32,10 @@ class Run:
     starts: int
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        return [r for r in self.records if r["kind"] == kind and not r.get("set")]  # the first of several held-out sets
-
-    @property
-    def held_out(self) -> list[dict[str, Any]]:
-        return self.of("valid") or self.of("test")
+        """Of a kind of record; ``held-out`` are evaluations, or the final test where there were none."""
+        if kind == "held-out":
+            return self.of("valid") or self.of("test")
+        return [r for r in self.records if r["kind"] == kind]
 
     @property
     def plan(self) -> RecursionPlan | None:
@@ -44,42 +43,37 @@ class Run:
 
 
 def read_runs(given: Sequence[str | Path]) -> list[Run]:
-    """The runs of folders or files, named by what tells their paths apart.
+    """The runs of files, or of ``--save`` folders or those around them, named by what tells their paths apart.
 
     Raises:
         UserError: a file is missing or malformed (the message names it and the line), or is named twice.
     """
-    files = [find_metrics(each) for each in given]
+    files = [_find(Path(each)) for each in given]
     for number, file in enumerate(files):
         if file.resolve() in [other.resolve() for other in files[:number]]:
             raise UserError(f"{given[number]} is named twice; name different runs.")
     return [_read(file, name) for file, name in zip(files, _names(files), strict=True)]
 
 
-def find_metrics(given: str | Path) -> Path:
-    """The metrics of a run: the file itself, or that of a ``--save`` folder or of the folder around it."""
-    path = Path(given)
-    if not path.is_dir():
-        return path
-    near = [place / FILE for place in (path, path / SUBFOLDER) if (place / FILE).is_file()]
-    below = sorted(each.parent for pattern in ("*", f"*/{SUBFOLDER}") for each in path.glob(f"{pattern}/{FILE}"))
-    if near or len(below) == 1:
-        return near[0] if near else below[0] / FILE
-    if below:
-        raise UserError(f"{given} holds several runs; name one or more of {', '.join(map(str, below[:8]))}.")
-    raise UserError(f"{given} holds no {FILE}, nor does {path / SUBFOLDER}; name the --save folder of a run.")
+def _find(path: Path) -> Path:
+    places = [path / FILE, path / SUBFOLDER / FILE] if path.is_dir() else [path]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None and path.is_dir():
+        below = sorted({str(each.parent) for depth in ("*", f"*/{SUBFOLDER}") for each in path.glob(f"{depth}/{FILE}")})
+        there = f"name {' or '.join(below[:4])}" if below else "name the --save folder of a run"
+        raise UserError(f"{path} holds no {FILE}, nor does {path / SUBFOLDER}; {there}.")
+    return found or path
 
 
 def _names(files: Sequence[Path]) -> list[str]:
     """What is left of the paths without their common start and end."""
-    paths = [list(file.resolve().parts) for file in files]
-    for end in (FILE, SUBFOLDER):
-        shorter = [path[:-1] if path[-1] == end else path for path in paths]
-        paths = shorter if len(set(map(tuple, shorter))) == len(files) else paths
-    for at in (-1, 0) if len(files) > 1 else ():
+    paths = [[part for part in file.resolve().parts if part not in (FILE, SUBFOLDER)] for file in files]
+    if len({*map(tuple, paths)}) < len(paths):
+        paths = [list(file.resolve().parts) for file in files]
+    for at in (-1, 0):
         while len({path[at] for path in paths}) == 1 and min(map(len, paths)) > 1:
-            paths = [path[1:] if at == 0 else path[:-1] for path in paths]
-    return ["/".join(path if len(files) > 1 else path[-1:]) for path in paths]
+            paths = [path[1:] if at == 0 or len(paths) == 1 else path[:-1] for path in paths]
+    return ["/".join(path) for path in paths]
 
 
 def _read(file: Path, name: str) -> Run:
@@ -87,7 +81,8 @@ def _read(file: Path, name: str) -> Run:
     for record in read_records(file):
         if record["kind"] == "run":
             parts.append([])
-        parts[-1].append(record)
+        if not record.get("set"):
+            parts[-1].append(record)
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     about: dict[str, Any] = {}
     starts = 0
@@ -100,12 +95,13 @@ def _read(file: Path, name: str) -> Run:
             begin = head["iteration"] + 1 if "time" in head else first
             kept = {key: r for key, r in kept.items() if r["iteration"] < begin}
         base = max((r["elapsed"] for r in kept.values() if "elapsed" in r), default=None if kept else 0.0)
+        facts = about or head
         for r in part:
-            if "tokens per iteration" in (about or head):
-                r.setdefault("tokens", r["iteration"] * (about or head)["tokens per iteration"])
-            if "tokens" in r and "FLOPs per token" in (about or head):
-                r["flops"] = r["tokens"] * (about or head)["FLOPs per token"]
+            if "tokens per iteration" in facts:
+                r.setdefault("tokens", r["iteration"] * facts["tokens per iteration"])
+            if "tokens" in r and "FLOPs per token" in facts:
+                r["flops"] = r["tokens"] * facts["FLOPs per token"]
             if "time" in r and "time" in head and base is not None:
                 r["elapsed"] = base + r["time"] - head["time"]
-            kept[r["kind"], r["iteration"], r.get("set"), r.get("alarm")] = r
+            kept[r["kind"], r["iteration"], r.get("alarm")] = r
     return Run(name, file, about, tuple(sorted(kept.values(), key=lambda r: r["iteration"])), starts)

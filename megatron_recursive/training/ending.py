@@ -34,10 +34,15 @@ PEER_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|Socket closed|
 
 def end_with_sentence(error: UserError) -> NoReturn:
     """A user's mistake: one sentence on stderr, exit code 2."""
-    record_error(str(error))
-    if _is_the_one_that_speaks():
-        console.complain(f"error: {error}")
+    tell(str(error))
     _leave(EXIT_USER_ERROR)
+
+
+def tell(sentence: str) -> None:
+    """Say why the run ends, unless another rank has."""
+    record_error(sentence)
+    if _is_the_one_that_speaks():
+        console.complain(f"error: {sentence}")
 
 
 def end_with_traceback(error: BaseException) -> NoReturn:

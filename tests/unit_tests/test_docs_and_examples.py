@@ -107,9 +107,9 @@ def test_every_pretraining_command_parses() -> None:
     assert run_distributed(_parse, 1, commands) == [len(commands)] and len(commands) >= 2
 
 
-def test_the_readme_has_every_recursion_flag() -> None:
+def test_the_guide_has_every_recursion_flag() -> None:
     for knob in dataclasses.fields(RecursionConfig):
-        assert f"`{flag_of(knob.name)}`" in TEXTS["README.md"]
+        assert f"`{flag_of(knob.name)}`" in TEXTS["RECURSIVE_GPT_IMPLEMENTATION_GUIDE.md"]
 
 
 def test_recursion_flags_are_documented_in_help() -> None:

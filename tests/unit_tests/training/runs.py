@@ -83,8 +83,8 @@ def copy_checkpoint(source: Path, target: Path, iteration: int) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its content, but for the metrics, which a run may begin to append to."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "metrics.jsonl"]
+    """Every file below a folder with its content, but for the metrics and logs, which a run may begin to append to."""
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name != "metrics.jsonl" and f.parent.name != "logs"]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
