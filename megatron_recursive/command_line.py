@@ -29,7 +29,6 @@ PRETRAIN_EXAMPLE = (
 _NUMBER = re.compile(r"-\.?\d")
 _EXAMPLE_WIDTH = 100
 
-
 # Package -> the extra of setup.py that brings it; the others of this list come with the base installation.
 _EXTRA_OF = {
     "datatrove": "data", "orjson": "data", "pyarrow": "data", "sentencepiece": "data", "zstandard": "data",
@@ -50,15 +49,20 @@ def missing_package(name: str) -> UserError:
     return UserError(f"The package {package} is not installed; install it with pip install {wanted}.")
 
 
+def nearest_flag(word: str, known: Iterable[str], likeness: float = 0.7) -> str | None:
+    """The flag that a mistyped or shortened one is probably meant to be, or None."""
+    asked = word.split("=", 1)[0].replace("_", "-").lower()
+    spelled = {name.replace("_", "-"): name for name in known if name.startswith("--")}
+    longer = sorted((name for name in spelled if name.startswith(asked)), key=len)
+    near = longer or difflib.get_close_matches(asked, spelled, n=1, cutoff=likeness)
+    return spelled[near[0]] if near else None
+
+
 def nearest_flag_sentence(unknown: str, known: Iterable[str]) -> str:
     """What to say about a flag that no parser knows, given those that it does know."""
-    flag = unknown.split("=", 1)[0]
-    spelled = {name.replace("_", "-"): name for name in known if name.startswith("--")}
-    asked = flag.replace("_", "-").lower()
-    longer = sorted((name for name in spelled if name.startswith(asked)), key=len)
-    near = longer[:1] or difflib.get_close_matches(asked, spelled, n=1, cutoff=0.7)
-    nearest = f"the nearest is {spelled[near[0]]} (--help lists all)" if near else "--help lists all"
-    return f"There is no flag {flag}; {nearest}."
+    near = nearest_flag(unknown, known)
+    rest = f"the nearest is {near} (--help lists all)" if near else "--help lists all"
+    return f"There is no flag {unknown.split('=', 1)[0]}; {rest}."
 
 
 def command(*words: str) -> str:

@@ -26,13 +26,11 @@ def launch(flags: Sequence[str], options: Mapping[str, str] | None = None) -> in
     Returns:
         The exit code: that of the rank which failed first, or 128 + the signal that ended it or the launch.
     """
-    options = dict(options or {})
+    options = options or {}
     for package in ("torch", "megatron"):
         if importlib.util.find_spec(package) is None:
             raise missing_package(package)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps communication in this order only
-    if options.get("nproc_per_node") == "gpu":
-        _require_gpus()
     if set(options) <= {"nproc_per_node"} and options.get("nproc_per_node", "1") == "1":
         return _run_here(flags)
     return _run_ranks(flags, options)
@@ -83,13 +81,6 @@ def _check_options(args: argparse.Namespace) -> None:
         parse_rendezvous_endpoint(torchrun.config_from_args(args)[0].rdzv_endpoint, default_port=0)
     except (ValueError, AssertionError) as error:
         raise UserError(f"The launcher's options do not fit: {' '.join(str(error).split()).rstrip('.')}.") from error
-
-
-def _require_gpus() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UserError("--nproc-per-node gpu needs a CUDA device; give a number of processes.")
 
 
 def _silence_launcher() -> None:

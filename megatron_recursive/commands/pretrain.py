@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 
-from megatron_recursive.command_line import PRETRAIN_EXAMPLE, example, nearest_flag_sentence
+from megatron_recursive.command_line import PRETRAIN_EXAMPLE, example, nearest_flag, nearest_flag_sentence
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.recursion_config import add_recursion_arguments
 
@@ -25,6 +24,8 @@ LAUNCHER_FLAGS = {
     "--rdzv-conf": (r"\S+", "further settings of the meeting, NAME=VALUE,..."),
     "--max-restarts": (r"\d+", "times that failed ranks are started again (default: 0)"),
 }
+
+LIKENESS = 0.85  # to one of these, at which a training flag is taken for a mistyped launcher's: none of Megatron's is
 
 
 def add_passed_on(parser: argparse.ArgumentParser) -> None:
@@ -58,20 +59,12 @@ def _add(group: argparse._ArgumentGroup, flag: str, pattern: str, help: str) -> 
         group.add_argument(f"--{flag[2:].replace('-', '_')}", type=checked, help=argparse.SUPPRESS)
 
 
-def near_launcher_flag(word: str) -> str | None:
-    """The launcher's flag that a word which it does not know is probably meant to be."""
-    flag = word.split("=", 1)[0]
-    if not flag.startswith("--") or len(flag) < 5:
-        return None
-    longer = [known for known in LAUNCHER_FLAGS if known.startswith(flag)]
-    return next(iter(longer or difflib.get_close_matches(flag, LAUNCHER_FLAGS, n=1, cutoff=0.85)), None)
-
-
 def run(args: argparse.Namespace) -> None:
     from megatron_recursive.launch import launch
 
     options = {name: value for name, value in vars(args).items() if value and name not in ("help_all", "others")}
     for word in args.others:
-        if near := near_launcher_flag(word):  # training would answer a quarter of a minute later, and once a rank
+        near = nearest_flag(word, LAUNCHER_FLAGS, LIKENESS) if len(word) > 4 and word.startswith("--") else None
+        if near is not None:  # training would say so a quarter of a minute later
             raise UserError(nearest_flag_sentence(word, [near]))
     raise SystemExit(launch(["--help"]) if args.help_all else launch(args.others, options))
