@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import textwrap
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     _check(args)
     values, tokens = _model(args), _count(args.tokens)
-    _silence()
     recursion = RecursionConfig.from_mapping({**values, **{k: v for k, v in vars(args).items() if k in KNOBS}})
     arch = Architecture.from_megatron(values, args.ckpt or args.hf or "The model")
     from megatron_recursive.pipeline.layouts import fitting_layouts, what_would_fit
@@ -128,12 +125,6 @@ def run(args: argparse.Namespace) -> None:
 # --- what is asked --------------------------------------------------------------------------------------------------
 
 
-def _silence() -> None:
-    """Megatron and torch list what they do not find."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-
-
 def _check(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and name not in KNOBS
@@ -151,7 +142,6 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
         if given or (args.ckpt and args.hf):
             flag, source = flag_of(next(iter(given), "hf")), "--ckpt" if args.ckpt else "--hf"
             raise UserError(f"{flag} is decided by the model of {source}; leave out either.")
-        _silence()
         values = _of_checkpoint(Path(args.ckpt)) if args.ckpt else _of_hugging_face(Path(args.hf))
     elif missing:
         raise UserError(f"{' and '.join(missing)} missing; describe the model, or name one with --ckpt or --hf.")
