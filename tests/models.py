@@ -7,6 +7,7 @@ pytest's own process, which only writes cases down, never loads it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,6 +78,8 @@ class Layout:
 class Training:
     """What a run gives, as one process would hold it; all but the parameters by step.
 
+    ``loss_scales`` are those that the steps of fp16 used; a step that overflowed, and was skipped, has the norm inf.
+
     On several pipeline stages a rank has the gradients and parameters of its own stage, named as in the whole model,
     and metrics on the last stage only.
     """
@@ -86,6 +89,7 @@ class Training:
     gradient_norms: list[float]
     parameters: Tensors
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    loss_scales: list[float] = field(default_factory=list)
 
 
 def train(case: Case, layout: Layout) -> Training:
@@ -93,6 +97,7 @@ def train(case: Case, layout: Layout) -> Training:
     wrapped = build_wrapped(case, layout)
     optimizer = build_optimizer(case, layout, wrapped)
     result = Training([], [], [], {})
+    fp16 = wrapped.config.fp16
     for step in range(case.steps):
         wrapped.zero_grad_buffer()
         if optimizer is not None:
@@ -100,9 +105,10 @@ def train(case: Case, layout: Layout) -> Training:
         result.metrics.append(run_schedule(wrapped, case, step))
         result.gradients.append(full_gradients(wrapped))
         if optimizer is not None:
+            result.loss_scales += [float(optimizer.get_loss_scale())] if fp16 else []
             succeeded, norm, _ = optimizer.step()
-            assert succeeded
-            result.gradient_norms.append(float(norm))
+            assert succeeded or fp16
+            result.gradient_norms.append(float(norm) if succeeded else math.inf)
         if case.evaluate:
             result.evaluations.append(run_schedule(wrapped, case, step + 100, forward_only=True))
     if optimizer is not None and layout.ddp.get("overlap_param_gather"):
@@ -115,12 +121,19 @@ def train(case: Case, layout: Layout) -> Training:
 
 
 def start_parallel(tp: int = 1, pp: int = 1, seed: int = 123) -> None:
-    """Megatron's process groups and random state; a second call within one job starts over."""
-    from megatron.core import parallel_state
+    """Megatron's process groups and random state. A second call within one job seeds anew.
+
+    It keeps groups of the same sizes: they take up to a fifth of a second to make, and gloo never gives them back.
+    """
+    from megatron.core import parallel_state as state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+    sizes = (tp, pp)
+    if not state.model_parallel_is_initialized() or sizes != (
+        state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size()
+    ):  # fmt: skip
+        state.destroy_model_parallel()
+        state.initialize_model_parallel(tp, pp)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
@@ -136,8 +149,9 @@ def transformer_config(case: Case, layout: Layout) -> Any:
         pipeline_model_parallel_size=layout.pp, pipeline_dtype=torch.float32, deallocate_pipeline_outputs=True,
     )  # fmt: skip
     values.update(case.transformer, **layout.stages)
-    if values.get("bf16"):
-        values["params_dtype"] = values["pipeline_dtype"] = torch.bfloat16
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if values.get(precision):
+            values["params_dtype"] = values["pipeline_dtype"] = dtype
     if values.pop("swiglu", False):
         values.update(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
     return TransformerConfig(**values)
@@ -165,20 +179,15 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
     return model
 
 
-def build_wrapped(case: Case, layout: Layout, *, start: bool = True) -> Any:
-    """The model under Float16Module (bf16 only) and Megatron's DDP, wired to the schedule as in Megatron's training.
-
-    ``start`` begins with new process groups. Gloo's are slow to make and never given back: a job of many cases of one
-    layout starts once.
-    """
+def build_wrapped(case: Case, layout: Layout) -> Any:
+    """The model under Float16Module (bf16, fp16) and Megatron's DDP, wired to the schedule as in its training."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.module import Float16Module
 
-    if start:
-        start_parallel(layout.tp, layout.pp)
+    start_parallel(layout.tp, layout.pp)
     model = build_model(case, layout)
     config = model.config
-    if config.bf16:
+    if config.bf16 or config.fp16:
         model = Float16Module(config, model)
     ddp = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **layout.ddp})
     wrapped = DistributedDataParallel(config, ddp, model)
@@ -194,8 +203,13 @@ def build_optimizer(case: Case, layout: Layout, wrapped: Any) -> Any:
     if case.optimizer is None:
         return None
     shared = {flag: layout.ddp.get(flag, False) for flag in ("use_distributed_optimizer", "overlap_param_gather")}
-    precision = {"bf16": wrapped.config.bf16, "params_dtype": wrapped.config.params_dtype}
-    return get_megatron_optimizer(OptimizerConfig(optimizer="adam", **precision, **shared, **case.optimizer), [wrapped])
+    config = wrapped.config
+    precision = {"bf16": config.bf16, "fp16": config.fp16, "params_dtype": config.params_dtype}
+    options = OptimizerConfig(optimizer="adam", **precision, **shared, **case.optimizer)
+    optimizer = get_megatron_optimizer(options, [wrapped])
+    if config.fp16:
+        config.grad_scale_func = optimizer.scale_loss
+    return optimizer
 
 
 # --- one training step ----------------------------------------------------------------------------------------------
