@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_recursive.plan import RecursionConfig, RecursionPlan
+from tests.distributed import ON_GPU
 from tests.parameters import EMBEDDING_STD, Tensors, fill_weights, full_gradients, gathered, named_parameters
 
 HIDDEN, HEADS, FFN, LAYERS, VOCAB, SEQ, MICRO_BATCH = 32, 4, 64, 2, 64, 16, 2
@@ -63,6 +65,8 @@ class Layout:
         stages: arguments of TransformerConfig that say which stage holds which layers.
         phases: of the ring.
         recompute_passes: replay passes in the backward.
+        engine: Transformer Engine's layers and its fused kernels, and gradients accumulated by Apex's kernel where that
+            is installed. Needs GPUs and MEGATRON_RECURSIVE_TEST_GPU=1. No GPU has run it yet.
     """
 
     tp: int = 1
@@ -72,6 +76,7 @@ class Layout:
     stages: Mapping[str, Any] = field(default_factory=dict)
     phases: str = "auto"
     recompute_passes: bool = False
+    engine: bool = False
 
 
 @dataclass
@@ -148,6 +153,12 @@ def transformer_config(case: Case, layout: Layout) -> Any:
         apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
         pipeline_model_parallel_size=layout.pp, pipeline_dtype=torch.float32, deallocate_pipeline_outputs=True,
     )  # fmt: skip
+    if layout.engine:
+        values.update(
+            transformer_impl="transformer_engine", bias_dropout_fusion=True, bias_activation_fusion=True,
+            apply_rope_fusion=True, persist_layer_norm=True,
+            gradient_accumulation_fusion=find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        )  # fmt: skip
     values.update(case.transformer, **layout.stages)
     for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if values.get(precision):
@@ -167,8 +178,9 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
 
     config = transformer_config(case, layout)
     arguments = {"position_embedding_type": "rope", "share_embeddings_and_output_weights": True, **case.model}
+    spec = _engine_spec(config) if layout.engine else local_block_spec(config, norms=NormLayout(**case.norms))
     model = RecursiveGPTModel(
-        config, local_block_spec(config, norms=NormLayout(**case.norms)), VOCAB, SEQ,
+        config, spec, VOCAB, SEQ,
         recursion=case.resolved_recursion(), plan=case.plan,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         **arguments,
@@ -176,7 +188,13 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
     model.pipeline_phases, model.recompute_passes = layout.phases, layout.recompute_passes
     if known_weights:
         fill_weights(model)
-    return model
+    return model.cuda() if ON_GPU else model
+
+
+def _engine_spec(config: Any) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
 
 
 def build_wrapped(case: Case, layout: Layout) -> Any:
@@ -239,6 +257,8 @@ def document_mask(batch: int, length: int, start: int) -> Tensor:
 
 def forward_step(batches: Iterator[dict[str, Any]], model: Any) -> tuple[Any, Any]:
     batch = next(batches)
+    if ON_GPU:
+        batch = {name: None if each is None else each.cuda() for name, each in batch.items()}
     return model(**batch), partial(loss_func, batch["loss_mask"])
 
 
