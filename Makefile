@@ -16,7 +16,7 @@ STAMP_EVAL := $(VENV)/.installed-eval
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 # Which tests "make test" runs (a pytest marker expression), and further arguments of pytest.
-MARKERS ?= not heavy and not gpu
+MARKERS ?= not heavy and not grid and not gpu
 PYTEST_ARGS ?=
 # Arguments of the pretraining example ("make pretrain ARGS='--train-iters 20'").
 ARGS ?=
