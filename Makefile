@@ -16,7 +16,7 @@ STAMP_EVAL := $(VENV)/.installed-eval
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 # Which tests "make test" runs (a pytest marker expression), and further arguments of pytest.
-MARKERS ?= not heavy and not gpu
+MARKERS ?= not heavy and not grid and not gpu
 PYTEST_ARGS ?=
 # Arguments of the pretraining example ("make pretrain ARGS='--train-iters 20'").
 ARGS ?=
@@ -55,7 +55,7 @@ lock: | $(filter .uv/bin/uv,$(UV)) ## Compile requirements/*.in to *.txt again (
 	  --generate-hashes --no-emit-index-url --custom-compile-command "make lock" $(LOCK_ARGS)
 
 pretrain: $(STAMP) ## Run the pretraining example (ARGS=... passes arguments on)
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/recursive_gpt/pretrain_default.sh $(ARGS)
+	@bash examples/recursive_gpt/pretrain_default.sh $(ARGS)
 
 clean: ## Remove caches and build outputs
 	@rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache

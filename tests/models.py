@@ -7,9 +7,11 @@ pytest's own process, which only writes cases down, never loads it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_recursive.plan import RecursionConfig, RecursionPlan
+from tests.distributed import ON_GPU
 from tests.parameters import EMBEDDING_STD, Tensors, fill_weights, full_gradients, gathered, named_parameters
 
 HIDDEN, HEADS, FFN, LAYERS, VOCAB, SEQ, MICRO_BATCH = 32, 4, 64, 2, 64, 16, 2
@@ -62,6 +65,8 @@ class Layout:
         stages: arguments of TransformerConfig that say which stage holds which layers.
         phases: of the ring.
         recompute_passes: replay passes in the backward.
+        engine: Transformer Engine's layers and its fused kernels, and gradients accumulated by Apex's kernel where that
+            is installed. Needs GPUs and MEGATRON_RECURSIVE_TEST_GPU=1. No GPU has run it yet.
     """
 
     tp: int = 1
@@ -71,11 +76,14 @@ class Layout:
     stages: Mapping[str, Any] = field(default_factory=dict)
     phases: str = "auto"
     recompute_passes: bool = False
+    engine: bool = False
 
 
 @dataclass
 class Training:
     """What a run gives, as one process would hold it; all but the parameters by step.
+
+    ``loss_scales`` are those that the steps of fp16 used; a step that overflowed, and was skipped, has the norm inf.
 
     On several pipeline stages a rank has the gradients and parameters of its own stage, named as in the whole model,
     and metrics on the last stage only.
@@ -86,6 +94,7 @@ class Training:
     gradient_norms: list[float]
     parameters: Tensors
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    loss_scales: list[float] = field(default_factory=list)
 
 
 def train(case: Case, layout: Layout) -> Training:
@@ -93,6 +102,7 @@ def train(case: Case, layout: Layout) -> Training:
     wrapped = build_wrapped(case, layout)
     optimizer = build_optimizer(case, layout, wrapped)
     result = Training([], [], [], {})
+    fp16 = wrapped.config.fp16
     for step in range(case.steps):
         wrapped.zero_grad_buffer()
         if optimizer is not None:
@@ -100,9 +110,10 @@ def train(case: Case, layout: Layout) -> Training:
         result.metrics.append(run_schedule(wrapped, case, step))
         result.gradients.append(full_gradients(wrapped))
         if optimizer is not None:
+            result.loss_scales += [float(optimizer.get_loss_scale())] if fp16 else []
             succeeded, norm, _ = optimizer.step()
-            assert succeeded
-            result.gradient_norms.append(float(norm))
+            assert succeeded or fp16
+            result.gradient_norms.append(float(norm) if succeeded else math.inf)
         if case.evaluate:
             result.evaluations.append(run_schedule(wrapped, case, step + 100, forward_only=True))
     if optimizer is not None and layout.ddp.get("overlap_param_gather"):
@@ -115,12 +126,19 @@ def train(case: Case, layout: Layout) -> Training:
 
 
 def start_parallel(tp: int = 1, pp: int = 1, seed: int = 123) -> None:
-    """Megatron's process groups and random state; a second call within one job starts over."""
-    from megatron.core import parallel_state
+    """Megatron's process groups and random state. A second call within one job seeds anew.
+
+    It keeps groups of the same sizes: they take up to a fifth of a second to make, and gloo never gives them back.
+    """
+    from megatron.core import parallel_state as state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+    sizes = (tp, pp)
+    if not state.model_parallel_is_initialized() or sizes != (
+        state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size()
+    ):  # fmt: skip
+        state.destroy_model_parallel()
+        state.initialize_model_parallel(tp, pp)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
@@ -135,9 +153,16 @@ def transformer_config(case: Case, layout: Layout) -> Any:
         apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
         pipeline_model_parallel_size=layout.pp, pipeline_dtype=torch.float32, deallocate_pipeline_outputs=True,
     )  # fmt: skip
+    if layout.engine:
+        values.update(
+            transformer_impl="transformer_engine", bias_dropout_fusion=True, bias_activation_fusion=True,
+            apply_rope_fusion=True, persist_layer_norm=True,
+            gradient_accumulation_fusion=find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        )  # fmt: skip
     values.update(case.transformer, **layout.stages)
-    if values.get("bf16"):
-        values["params_dtype"] = values["pipeline_dtype"] = torch.bfloat16
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if values.get(precision):
+            values["params_dtype"] = values["pipeline_dtype"] = dtype
     if values.pop("swiglu", False):
         values.update(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
     return TransformerConfig(**values)
@@ -153,8 +178,9 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
 
     config = transformer_config(case, layout)
     arguments = {"position_embedding_type": "rope", "share_embeddings_and_output_weights": True, **case.model}
+    spec = _engine_spec(config) if layout.engine else local_block_spec(config, norms=NormLayout(**case.norms))
     model = RecursiveGPTModel(
-        config, local_block_spec(config, norms=NormLayout(**case.norms)), VOCAB, SEQ,
+        config, spec, VOCAB, SEQ,
         recursion=case.resolved_recursion(), plan=case.plan,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         **arguments,
@@ -162,23 +188,24 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
     model.pipeline_phases, model.recompute_passes = layout.phases, layout.recompute_passes
     if known_weights:
         fill_weights(model)
-    return model
+    return model.cuda() if ON_GPU else model
 
 
-def build_wrapped(case: Case, layout: Layout, *, start: bool = True) -> Any:
-    """The model under Float16Module (bf16 only) and Megatron's DDP, wired to the schedule as in Megatron's training.
+def _engine_spec(config: Any) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    ``start`` begins with new process groups. Gloo's are slow to make and never given back: a job of many cases of one
-    layout starts once.
-    """
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+
+
+def build_wrapped(case: Case, layout: Layout) -> Any:
+    """The model under Float16Module (bf16, fp16) and Megatron's DDP, wired to the schedule as in its training."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.module import Float16Module
 
-    if start:
-        start_parallel(layout.tp, layout.pp)
+    start_parallel(layout.tp, layout.pp)
     model = build_model(case, layout)
     config = model.config
-    if config.bf16:
+    if config.bf16 or config.fp16:
         model = Float16Module(config, model)
     ddp = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **layout.ddp})
     wrapped = DistributedDataParallel(config, ddp, model)
@@ -194,8 +221,13 @@ def build_optimizer(case: Case, layout: Layout, wrapped: Any) -> Any:
     if case.optimizer is None:
         return None
     shared = {flag: layout.ddp.get(flag, False) for flag in ("use_distributed_optimizer", "overlap_param_gather")}
-    precision = {"bf16": wrapped.config.bf16, "params_dtype": wrapped.config.params_dtype}
-    return get_megatron_optimizer(OptimizerConfig(optimizer="adam", **precision, **shared, **case.optimizer), [wrapped])
+    config = wrapped.config
+    precision = {"bf16": config.bf16, "fp16": config.fp16, "params_dtype": config.params_dtype}
+    options = OptimizerConfig(optimizer="adam", **precision, **shared, **case.optimizer)
+    optimizer = get_megatron_optimizer(options, [wrapped])
+    if config.fp16:
+        config.grad_scale_func = optimizer.scale_loss
+    return optimizer
 
 
 # --- one training step ----------------------------------------------------------------------------------------------
@@ -225,6 +257,8 @@ def document_mask(batch: int, length: int, start: int) -> Tensor:
 
 def forward_step(batches: Iterator[dict[str, Any]], model: Any) -> tuple[Any, Any]:
     batch = next(batches)
+    if ON_GPU:
+        batch = {name: None if each is None else each.cuda() for name, each in batch.items()}
     return model(**batch), partial(loss_func, batch["loss_mask"])
 
 

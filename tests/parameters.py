@@ -14,6 +14,12 @@ EMBEDDING_STD = 0.15
 
 Tensors = dict[str, Tensor]
 
+# Transformer Engine's layers hold the norm of a linear layer's input in that layer; here it has Megatron's local name.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
 
 def unwrapped(module: Any) -> Any:
     """The model inside DDP and Float16Module."""
@@ -33,6 +39,8 @@ def whole_name(name: str, model: Any) -> str:
     layers = "decoder.layers."
     if name.startswith(layers):
         index, _, rest = name.removeprefix(layers).partition(".")
+        for fused, apart in FUSED_NORMS.items():
+            rest = rest.replace(fused, apart)
         return f"{layers}{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"

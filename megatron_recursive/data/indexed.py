@@ -10,16 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import numpy
-
+from megatron_recursive.command_line import command
 from megatron_recursive.errors import UserError
 
 # Layout of an .idx (megatron/core/datasets/indexed_dataset.py): magic, version, type code, sequences, documents; then
 # int32 lengths, int64 byte offsets, int64 document bounds, and int8 modes in a multimodal dataset.
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_TOKEN_TYPES = {code: numpy.dtype(kind) for code, kind in enumerate(("u1", "i1", "i2", "i4", "i8"), start=1)}
-_TOKEN_TYPES[8] = numpy.dtype("u2")
+_TOKEN_TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}  # as numpy names them: kind and bytes
 _REMOTE = ("s3://", "msc://")
 
 
@@ -35,7 +33,7 @@ def check_indexed_dataset(prefix: str | Path) -> None:
     if str(prefix).startswith(_REMOTE):
         return
     bin_file, idx_file = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    again = "write it again with tools/preprocess_data.py"
+    again = f"write it again with {command('preprocess')}"
     for file in (bin_file, idx_file):
         if not file.is_file():
             raise UserError(f"the dataset file {file} does not exist; {_mend_missing(str(prefix), again)}")
@@ -51,6 +49,8 @@ def largest_sampled_id(prefix: str | Path, tokens: int = 2**20) -> int:
     """The largest token id among the first and the last so many of a checked dataset (-1: in object storage)."""
     if str(prefix).startswith(_REMOTE):
         return -1
+    import numpy
+
     with open(f"{prefix}.idx", "rb") as stream:
         code = _HEADER.unpack(stream.read(_HEADER.size))[2]
     ids = numpy.memmap(f"{prefix}.bin", _TOKEN_TYPES[code], "r")
@@ -81,7 +81,7 @@ def _bytes_promised(idx_file: Path, again: str) -> int:
         raise UserError(f"{idx_file} is damaged (its last entries are impossible); {again}")
     if last_offset + last_length == 0:
         raise UserError(f"{idx_file} holds no token; {again} from a corpus with text")
-    return last_offset + last_length * _TOKEN_TYPES[code].itemsize
+    return last_offset + last_length * int(_TOKEN_TYPES[code][1])
 
 
 def _mend_missing(prefix: str, again: str) -> str:

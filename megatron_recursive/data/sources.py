@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_recursive.command_line import missing_package
 from megatron_recursive.data.parquet import row_group_sizes
 from megatron_recursive.data.spans import Span
 from megatron_recursive.errors import UserError
@@ -89,7 +90,7 @@ def require_packages(*names: str) -> None:
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"the package {name} is missing; install it, or megatron-recursive[data]")
+            raise missing_package(name)
 
 
 def total_bytes(files: Sequence[SourceFile]) -> int:

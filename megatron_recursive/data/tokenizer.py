@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_recursive.command_line import command
 from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.errors import UserError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Encode = Callable[[list[str]], list[list[int]]]
 """Token ids of each text, without special tokens around them."""
 
-_MAKE = "make one with tools/train_tokenizer.py"
+_MAKE = f"make one with {command('tokenizer')}"
 
 
 @dataclass(frozen=True)

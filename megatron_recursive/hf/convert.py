@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_recursive.command_line import command
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf import proof
@@ -28,13 +28,11 @@ from megatron_recursive.hf.torch_dist import LAYERS, TRACKER, TorchDistCheckpoin
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.recursion_config import flag_of
 
 ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
 TOKENIZER = "tokenizer"
 RELEASE = "release"  # Megatron's name for weights without an iteration: a run that loads them starts at 0
-TRAINING_SCRIPT = "examples/recursive_gpt/pretrain_recursive_gpt.py"
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
     if options.proof_dtype is None:
         say("WARNING: the proof was skipped (--no-proof); nothing shows that the model computes what its donor does.")
     if (target / TOKENIZER).is_dir():
-        prepare = ["python", "tools/preprocess_data.py", "--input", "DOCUMENTS", "--output", "DATA_PREFIX"]
-        say(f"Prepare data for it with:\n{shlex.join([*prepare, '--tokenizer', str(target / TOKENIZER)])}")
+        prepare = ["preprocess", "--input", "DOCUMENTS", "--output", "DATA_PREFIX"]
+        say(f"Prepare data for it with:\n{command(*prepare, '--tokenizer', str(target / TOKENIZER))}")
     else:
         say(f"WARNING: {source.name} has no tokenizer; give the run one with --tokenizer-type and --tokenizer-model.")
     say(f"{target}: the checkpoint. Train on with:\n{training_command(target, arch)}")
@@ -212,12 +210,7 @@ class _Import:
 
     def flags(self, has_tokenizer: bool, target: Path) -> list[str]:
         """A line a flag: architecture, recursion, tokenizer, and no dropout, with which donors are trained."""
-        flags = self.arch.megatron_flags()
-        for name, value in self.recursion.to_dict().items():
-            if isinstance(value, bool):
-                flags.append(_switch(name, value))
-            elif value is not None:
-                flags.append(f"{flag_of(name)}={value}")
+        flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]
         return [*flags, "--hidden-dropout=0.0", "--attention-dropout=0.0"]
@@ -268,13 +261,6 @@ def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
     return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
 
 
-def _switch(name: str, on: bool) -> str:
-    if on:
-        return flag_of(name)
-    (knob,) = (k for k in dataclasses.fields(RecursionConfig) if k.name == name)
-    return str(knob.metadata["off"])
-
-
 def _final(partial: Path) -> Path:
     """The name that a folder being written will have."""
     return partial.with_name(partial.name.rpartition(".partial-")[0]).absolute()
@@ -320,12 +306,13 @@ def _save_gguf_tokenizer(path: Path, config: Any, folder: Path) -> bool:
 def training_command(target: Path, arch: Architecture) -> str:
     """One line that trains on from the converted checkpoint, and resumes when it is given again."""
     length = min(1024, arch.max_positions)
-    parts = ["torchrun", "--nproc_per_node", "1", TRAINING_SCRIPT, f"@{target / ARGUMENTS_FILE}",
-             "--load", str(target), "--save", str(target), "--save-interval", "1000",
-             "--seq-length", str(length), "--micro-batch-size", "1", "--global-batch-size", "8",
-             "--train-iters", "1000", "--lr", "1e-4", "--data-path", "DATA_PREFIX",
-             "--split", "90,10,0"]  # fmt: skip
-    return " ".join(shlex.quote(part) for part in parts)
+    return command(
+        "pretrain", "--nproc-per-node", "1", f"@{target / ARGUMENTS_FILE}",
+        "--load", str(target), "--save", str(target), "--save-interval", "1000",
+        "--seq-length", str(length), "--micro-batch-size", "1", "--global-batch-size", "8",
+        "--train-iters", "1000", "--lr", "1e-4", "--data-path", "DATA_PREFIX",
+        "--split", "90,10,0",
+    )  # fmt: skip
 
 
 __all__ = ["FAMILIES", "ImportOptions", "import_model"]

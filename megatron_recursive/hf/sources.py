@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_recursive.command_line import missing_package
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.architecture import Architecture
 from megatron_recursive.hf.mappings import (
@@ -169,7 +170,7 @@ def _open_gguf(path: Path) -> Source:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError("GGUF files need the package gguf; install it (pip install gguf).") from error
+        raise missing_package("gguf") from error
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:

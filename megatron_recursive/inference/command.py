@@ -1,4 +1,4 @@
-"""What ``tools/generate.py`` does: its flags, prompts one after the other, and a conversation."""
+"""What the command ``generate`` does: prompts one after the other, or a conversation."""
 
 from __future__ import annotations
 
@@ -17,42 +17,9 @@ from megatron_recursive.inference.generation import (
     encode_prompt,
     generate,
 )
-from megatron_recursive.inference.loading import DTYPES, Loaded, open_model
+from megatron_recursive.inference.loading import Loaded, open_model
 from megatron_recursive.inference.prompts import read_prompts
 from megatron_recursive.inference.text import Messages
-
-EXITS = ("halting", "output-change", "kl", "argmax")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="DIR_OR_CKPT",
-                       help="a Hugging Face folder, a name in the hub's cache, or a Megatron checkpoint")  # fmt: skip
-    model.add_argument("--tokenizer", metavar="DIR", help="default: that of the model")
-    model.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: as the weights are stored")
-    asked = parser.add_argument_group("prompts and output")
-    asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    asked.add_argument("--prompt-file", metavar="FILE", help='a prompt a line, or .jsonl with "prompt"')
-    asked.add_argument("--interactive", action="store_true", help="a conversation, with the tokenizer's chat template")
-    asked.add_argument("--json", action="store_true", help="a JSON line per result, and nothing else on stdout")
-    asked.add_argument("--show-recursive-steps", action="store_true",
-                       help="for each new token, what every block would have said, its probability and the halting "
-                       "probability: a table on a terminal, JSON lines elsewhere")  # fmt: skip
-    chosen = parser.add_argument_group("choice of tokens")
-    chosen.add_argument("--max-tokens", type=int, default=128, help="at most so many new ones (default: 128)")
-    chosen.add_argument("--temperature", type=float, help="0: the most likely token (default without --top-k, --top-p)")
-    chosen.add_argument("--top-k", type=int, help="sample among so many tokens")
-    chosen.add_argument("--top-p", type=float, help="sample among the likeliest tokens of this probability together")
-    chosen.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid what was said")
-    chosen.add_argument("--num-beams", type=int, default=1, help="beam search with so many beams")
-    chosen.add_argument("--seed", type=int, default=0, help="of sampling, for each prompt anew (default: 0)")
-    depth = parser.add_argument_group("depth")
-    depth.add_argument("--num-refinement-blocks", type=int, metavar="T", help="run T blocks (default: as trained)")
-    depth.add_argument("--exit", choices=EXITS, help="let each token leave after its own block")
-    depth.add_argument("--halt-threshold", type=float, help="--exit halting: probability at which a token leaves")
-    depth.add_argument("--exit-threshold", type=float, help="--exit output-change or kl: leave below this change")
-    depth.add_argument("--exit-stable-blocks", type=int, help="--exit argmax: leave after so many agreeing blocks")
-    depth.add_argument("--max-inference-refinement-steps", type=int, metavar="BLOCKS", help="cap under --exit")
 
 
 def run(args: argparse.Namespace) -> None:

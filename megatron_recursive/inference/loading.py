@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_recursive.command_line import command
 from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.data.tokenizer import gpt2_tokenizer, load_tokenizer
 from megatron_recursive.errors import UserError
@@ -80,10 +81,8 @@ def _open_folder(given: str, tokenizer: str | None, dtype: Any) -> Loaded:
     path = Path(given)
     is_name = not path.exists() and not path.is_absolute() and not given.startswith(".") and given.count("/") <= 1
     if path.suffix == ".gguf" and path.is_file():
-        raise UserError(
-            f"--model {given} is a GGUF file, which is imported first (tools/convert_hf.py import --hf {given} --out "
-            "CKPT); then give --model CKPT."
-        )
+        line = command("convert", "import", "--hf", given, "--out", "CKPT")
+        raise UserError(f"--model {given} is a GGUF file, which is imported first ({line}); then give --model CKPT.")
     if path.is_file():
         raise UserError(f"--model {given} is a file; name a Hugging Face folder or a Megatron checkpoint.")
     check_generation_settings(path)

@@ -12,7 +12,7 @@ from megatron_recursive.plan import RecursionPlan
 
 @dataclass(frozen=True)
 class PassCosts:
-    """What each pass costs on each stage, in units of one forward of an average stage's layers.
+    """What each pass costs on each stage, in forwards of all layers on one rank: comparable over numbers of stages.
 
     Attributes:
         forward, backward: ``[pass][stage]``.
@@ -34,22 +34,22 @@ class PassCosts:
 
 
 def equal_costs(plan: RecursionPlan, stages: int, backward_cost: float = 2.0) -> PassCosts:
-    """Every pass costs 1 forward on every stage, and ``backward_cost`` backward where it carries gradient."""
-    forward = ((1.0,) * stages,) * plan.num_passes
-    backward = tuple((backward_cost if p.grad else 0.0,) * stages for p in plan.passes)
+    """Every pass costs 1 forward over all stages, and ``backward_cost`` backward where it carries gradient."""
+    forward = ((1 / stages,) * stages,) * plan.num_passes
+    backward = tuple((backward_cost / stages if p.grad else 0.0,) * stages for p in plan.passes)
     return PassCosts(forward, backward, tuple(p.grad for p in plan.passes))
 
 
 def price_passes(
     plan: RecursionPlan, shape: ModelShape, layers_per_stage: Sequence[int], backward_cost: float = 2.0
 ) -> PassCosts:
-    """FLOPs per token of each pass on each stage, as ``accounting`` counts them, over those of an average stage's pass.
+    """FLOPs per token of each pass on each stage, as ``accounting`` counts them, over those of all layers' forward.
 
     The vocabulary projection stands on the last stage, at block ends that are supervised or teach the halting head;
     backward it costs where the language-model loss is taken. The embedding is a lookup of no FLOPs.
     """
     last = len(layers_per_stage) - 1
-    unit = sum(layers_per_stage) * layer_forward_flops(shape) / len(layers_per_stage)
+    unit = sum(layers_per_stage) * layer_forward_flops(shape)
     layers = [count * layer_forward_flops(shape) / unit for count in layers_per_stage]
     head = 2 * shape.hidden_size * shape.vocab_size / unit
     forward, backward = [], []

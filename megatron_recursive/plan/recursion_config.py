@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,17 @@ class RecursionConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def flags(self) -> list[str]:
+        """The knobs as words of a command line; those left to be chosen are left out."""
+        words = []
+        for knob in dataclasses.fields(self):
+            value = getattr(self, knob.name)
+            if isinstance(value, bool):
+                words.append(flag_of(knob.name) if value else knob.metadata["off"])
+            elif value is not None:
+                words.append(f"{flag_of(knob.name)}={value}")
+        return words
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RecursionConfig:
         """Pick this class's knobs out of a mapping (a checkpoint's arguments, say); absent ones take defaults."""
@@ -169,10 +180,14 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_recursion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add one flag per knob of :class:`RecursionConfig`."""
+def add_recursion_arguments(
+    parser: argparse.ArgumentParser, names: Collection[str] | None = None
+) -> argparse.ArgumentParser:
+    """Add one flag per knob of :class:`RecursionConfig`, or only those of the knobs that a command reads."""
     group = parser.add_argument_group("recursion")
     for knob in dataclasses.fields(RecursionConfig):
+        if names is not None and knob.name not in names:
+            continue
         text = knob.metadata["help"]
         if isinstance(knob.default, bool):
             group.add_argument(flag_of(knob.name), action="store_true", default=knob.default, dest=knob.name,

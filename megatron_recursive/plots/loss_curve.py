@@ -1,136 +1,186 @@
-"""Loss curves of a recursive run: losses, held-out loss of each refinement block, and how far each block moves."""
+"""Loss curves of one or several runs: language-model and halting loss, held-out loss and change by refinement block."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plots.metrics_file import read_records
-from megatron_recursive.plots.picture import save_picture
+from megatron_recursive.plots.picture import pyplot_for, save_picture
+from megatron_recursive.plots.runs import Run, read_runs
 
-DRAWN = ("train", "valid")
-LOSSES = ("lm loss", "halt loss", "total loss")
-FORMATS = ("png", "pdf", "svg")
-_BLOCK_METRIC = re.compile(r"(lm loss|output change) block (\d+)")
+AXES = {"iteration": "iteration", "tokens": "tokens", "flops": "flops", "seconds": "elapsed"}
+"""What ``--x`` takes -> where a run's records hold it."""
+_UNITS = {
+    "tokens": ((1e12, "trillion tokens"), (1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens")),
+    "seconds": ((86400, "days"), (3600, "hours"), (60, "minutes")),
+}
+_BLOCK = re.compile(r"(.*) block (\d+)")
+_STYLES = tuple(zip(("#2166ac", "#d6604d", "#1b7837", "#8c510a", "#762a83", "#4d4d4d", "#01a0a0", "#c51b7d"),
+                    "osD^vPX*", strict=True))  # fmt: skip
+_GREY: dict[str, Any] = {"color": "#444444"}
 
-Curve = dict[int, float]
-"""Iteration -> value."""
-Curves = dict[tuple[str, str], Curve]
-"""(kind, metric) -> curve."""
+Points = tuple[list[float], list[float]]
+"""Where along the x axis, and values."""
 
 
-def read_curves(metrics_file: str | Path) -> Curves:
-    """Read the metrics that are drawn; later lines for an iteration and kind (a resumed run) replace earlier ones.
+@dataclass(frozen=True)
+class Drawn:
+    """A run as it is drawn: ``x`` is what of its records lies along the x axis, in units of ``unit``."""
+
+    run: Run
+    color: str
+    marker: str
+    x: str
+    unit: float
+
+    def points(self, kind: str, metric: str) -> Points:
+        """Infinity would leave the axis without a range; a gap in the curve shows the same."""
+        found = [(r[self.x] / self.unit, r[metric]) for r in self.run.of(kind) if metric in r and self.x in r]
+        return [x for x, _ in found], [y if math.isfinite(y) else math.nan for _, y in found]
+
+    def blocks(self, metric: str, *kinds: str) -> dict[int, Points]:
+        """``"METRIC block 1"``, ``... 2`` by block, of the first kind that has any."""
+        for kind in kinds:
+            matches = [_BLOCK.fullmatch(name) for record in self.run.of(kind) for name in record]
+            found = sorted({int(match[2]) for match in matches if match is not None and match[1] == metric})
+            if found:
+                return {block: self.points(kind, f"{metric} block {block}") for block in found}
+        return {}
+
+    @property
+    def window(self) -> int:
+        """How many logged values a running mean takes: a tenth of them, an odd number from 3 to 51."""
+        return min(max(len(self.run.of("train")) // 20, 1), 25) * 2 + 1
+
+
+def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = None, x: str | None = None) -> Path:
+    """Draw runs into one picture, a colour a run, on one scale a panel.
+
+    Args:
+        output: if left out, beside the metrics of one run (suffix ``.png``), and ``comparison.png`` of several.
+        x: one of :data:`AXES`; if left out, tokens of several runs that all tell them, or else iterations.
 
     Raises:
-        UserError: the file is missing or holds no metrics, or a line is malformed; the message names file and line.
+        UserError: metrics are missing or malformed, matplotlib is not installed, or the picture cannot be written.
     """
-    latest = {(r["kind"], r["iteration"]): r for r in read_records(metrics_file) if r["kind"] in DRAWN}
-    curves: Curves = defaultdict(dict)
-    for (kind, iteration), record in sorted(latest.items()):
-        for name, value in record.items():
-            if name in LOSSES or _BLOCK_METRIC.fullmatch(name):
-                # Infinity would leave the axis without a range; a gap in the curve shows the same.
-                curves[kind, name][iteration] = float(value) if math.isfinite(value) else math.nan
-    if not curves:
-        raise UserError(f"{metrics_file} holds no losses to draw; name the metrics.jsonl of a run that has logged some")
-    return dict(curves)
-
-
-def plot_loss_curve(metrics_file: str | Path, output: str | Path | None = None) -> Path:
-    """Draw the run of ``metrics_file``; the picture goes beside it (suffix ``.png``) unless ``output`` is given.
-
-    Panels: losses over iterations; held-out language-model loss of each refinement block, if logged; relative change
-    of the output state by each block, if logged (held-out where there is any, else training).
-
-    Raises:
-        UserError: the metrics are missing or malformed, matplotlib is not installed, or the picture cannot be written.
-    """
-    output = Path(metrics_file).with_suffix(".png") if output is None else Path(output)
-    if output.suffix[1:] not in FORMATS:
-        raise UserError(f"--output {output} has no picture's suffix; end it with one of .{', .'.join(FORMATS)}")
-    curves = read_curves(metrics_file)
+    runs = read_runs(given)
+    output = Path(output or (runs[0].file.with_suffix(".png") if len(runs) == 1 else "comparison.png"))
+    pyplot = pyplot_for(output, "--output")
+    for run in runs:
+        if not any("lm loss" in r for r in run.records):
+            raise UserError(f"{run.file} holds no losses to draw; name the metrics of a run that has logged some")
+    drawn, label = _along(runs, x)
+    panels = _panels(drawn)
+    columns = 2 if len(panels) == 4 else len(panels)
+    rows = len(panels) // columns
+    size = max(5.4 * columns, 8), 3.8 * rows + 0.9
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
     try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib; run pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = _panels(curves)
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, layout="constrained"
-    )
-    try:
-        for axis, draw in zip(axes[0], panels, strict=True):
+        for axis, draw in zip(axes.flat, panels, strict=True):
             draw(axis)
-            axis.set_xlabel("iteration")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize="small", frameon=False)
-        figure.suptitle(str(metrics_file), fontsize="medium")
+            axis.set(xlabel=label, xlim=(0, None))
+            axis.tick_params(labelbottom=True)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        _legends(figure, drawn)
         save_picture(figure, output, dpi=150)
     finally:
         pyplot.close(figure)
     return output
 
 
-def _panels(curves: Curves) -> list[Callable[[Any], None]]:
-    panels: list[Callable[[Any], None]] = []
-    if any(name in LOSSES for _, name in curves):
-        panels.append(lambda axis: _draw_losses(axis, curves))
-    block_losses = _blocks(curves, "lm loss", ("valid",))
-    if block_losses:
-        panels.append(lambda axis: _draw_blocks(axis, block_losses, "held-out loss after each block", "nats per token"))
-    changes = _blocks(curves, "output change", ("valid", "train"))
-    if changes:
-        panels.append(lambda axis: _draw_changes(axis, changes))
+def _along(runs: Sequence[Run], x: str | None) -> tuple[list[Drawn], str]:
+    """The runs as they are drawn, and what to write along the x axis."""
+    lacking = {n: run.file for n, key in AXES.items() for run in runs if not any(key in r for r in run.records)}
+    x = x or ("tokens" if len(runs) > 1 and "tokens" not in lacking else "iteration")
+    if x in lacking:
+        known = ", ".join(name for name in AXES if name not in lacking)
+        raise UserError(f"--x {x}: {lacking[x]} does not tell it; choose one of {known}")
+    end = max(r.get(AXES[x], 0) for run in runs for r in run.records)
+    unit, label = next(((u, name) for u, name in _UNITS.get(x, ()) if end >= u), (1.0, x))
+    if x == "flops":
+        power = int(math.log10(max(end, 1)))
+        unit, label = 10.0**power, f"training FLOPs (1e{power})"
+    if x == "seconds":
+        label += " of training, evaluations and saves included"
+    return [Drawn(run, *_STYLES[n % len(_STYLES)], AXES[x], unit) for n, run in enumerate(runs)], label
+
+
+def _panels(drawn: Sequence[Drawn]) -> list[Callable[[Any], None]]:
+    panels: list[Callable[[Any], None]] = [lambda axis: _draw_loss(axis, drawn, "lm loss", "language-model loss")]
+    losses = [each.blocks("lm loss", "held-out") for each in drawn]
+    if any(losses):
+        # What has no blocks (a plain GPT) stands beside their last ones.
+        losses = [b or {1: each.points("held-out", "lm loss")} for each, b in zip(drawn, losses, strict=True)]
+        panels.append(lambda axis: _draw_blocks(axis, drawn, losses, "held-out loss after each block"))
+    if any("halt loss" in r for each in drawn for r in each.run.records):
+        panels.append(lambda axis: _draw_loss(axis, drawn, "halt loss", "halting loss"))
+    changes = [each.blocks("output change", "held-out", "train") for each in drawn]
+    if any(changes):
+        title = "relative change of the output state by each block"
+        panels.append(lambda axis: _draw_blocks(axis, drawn, changes, title, is_loss=False))
     return panels
 
 
-def _draw_losses(axis: Any, curves: Curves) -> None:
-    for color, name in enumerate(LOSSES):
-        for kind, style, width in (("train", "-", 1.0), ("valid", "o--", 1.5)):
-            if (kind, name) in curves:
-                curve = curves[kind, name]
-                label = f"{name}, {'training' if kind == 'train' else 'held-out'}"
-                axis.plot(
-                    curve.keys(), curve.values(), style, color=f"C{color}", lw=width, ms=4,
-                    alpha=0.6 if kind == "train" else 1.0, label=label,
-                )  # fmt: skip
-    axis.set_title("losses", fontsize="medium")
+def _draw_loss(axis: Any, drawn: Sequence[Drawn], metric: str, title: str) -> None:
+    """Values of single iterations faint, their running mean as a line, each evaluation as a mark."""
+    for each in drawn:
+        x, y = each.points("train", metric)
+        half = each.window // 2
+        around = [y[max(0, at - half) : at + half + 1] for at in range(len(y))]
+        axis.plot(x, y, ".", color=each.color, ms=5, alpha=0.35, mew=0)
+        axis.plot(x, [sum(values) / len(values) for values in around], "-", color=each.color, lw=1.5)
+        x, y = each.points("held-out", metric)
+        axis.plot(x, y, ":", marker=each.marker, color=each.color, lw=1.2, ms=7, mec="white", mew=1.0, zorder=3)
+    axis.set_title(title, fontsize="medium")
     axis.set_ylabel("nats per token")
 
 
-def _draw_blocks(axis: Any, blocks: dict[int, Curve], title: str, unit: str) -> None:
-    from matplotlib import colormaps
+def _draw_blocks(
+    axis: Any, drawn: Sequence[Drawn], blocks: Sequence[dict[int, Points]], title: str, *, is_loss: bool = True
+) -> None:
+    """Earlier blocks are paler, and wider so that they show under later ones that lie on them."""
 
-    for position, (block, curve) in enumerate(blocks.items()):
-        color = colormaps["viridis"](0.9 * position / max(len(blocks) - 1, 1))
-        axis.plot(curve.keys(), curve.values(), "o-", color=color, lw=1.2, ms=3, label=f"block {block}")
+    def style(block: int, of: int) -> dict[str, Any]:
+        late = 1.0 if of == 1 else (block - 1) / (of - 1)
+        return {"alpha": 0.3 + 0.7 * late, "lw": 3.4 - 2 * late, "ms": (8 - 3 * late) * (1 if of <= 6 else 0.6)}
+
+    most = max(map(len, blocks))
+    for each, curves in zip(drawn, blocks, strict=True):
+        for block, (x, y) in curves.items():
+            axis.plot(x, y, "-", marker=each.marker, color=each.color, **style(block, len(curves)))
+    for block in range(1, most + 1):
+        if most <= 6 or block in (1, most):
+            axis.plot([], [], "-o", label=f"block {block}", **_GREY, **style(block, most))
+    axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
     axis.set_title(title, fontsize="medium")
-    axis.set_ylabel(unit)
-
-
-def _draw_changes(axis: Any, blocks: dict[int, Curve]) -> None:
-    _draw_blocks(axis, blocks, "change of the output state by each block", "relative change")
+    if is_loss:
+        axis.set_ylabel("nats per token")
     # A converging recursion shrinks by a factor in each block; one that does not move at all has no logarithm.
-    if all(value > 0 for curve in blocks.values() for value in curve.values()):
+    elif all(value > 0 for curves in blocks for _, values in curves.values() for value in values):
         axis.set_yscale("log")
 
 
-def _blocks(curves: Curves, metric: str, kinds: tuple[str, ...]) -> dict[int, Curve]:
-    """Curves of ``"METRIC block 1"``, ``... 2`` by block number, of the first kind that has any."""
-    for kind in kinds:
-        found = {}
-        for (curve_kind, name), curve in curves.items():
-            match = _BLOCK_METRIC.fullmatch(name)
-            if match and match[1] == metric and curve_kind == kind:
-                found[int(match[2])] = curve
-        if found:
-            return dict(sorted(found.items()))
-    return {}
+def _legends(figure: Any, drawn: Sequence[Drawn]) -> None:
+    """Runs above, kinds of values below."""
+    from matplotlib.lines import Line2D
+
+    names = []
+    for each in drawn:
+        results = [r["lm loss"] for r in each.run.of("held-out") if "lm loss" in r]
+        name = each.run.name[-60:] + (f" (held-out lm loss {results[-1]:.3f})" if results else "")
+        names.append(Line2D([], [], color=each.color, marker=each.marker, lw=3, label=name))
+    columns = max(1, min(len(names), 100 // max(len(str(name.get_label())) for name in names)))
+    figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
+    windows = " or ".join(map(str, sorted({each.window for each in drawn})))
+    kinds = [
+        Line2D([], [], ls="", marker=".", ms=6, alpha=0.5, mew=0, label="training, one logged iteration", **_GREY),
+        Line2D([], [], lw=1.5, label=f"training, mean of {windows} logged iterations", **_GREY),
+        Line2D([], [], ls=":", marker="o", ms=6, label="held-out, one evaluation", **_GREY),
+    ]
+    figure.legend(handles=kinds, loc="outside lower center", ncols=3, frameon=False, fontsize="small")

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_recursive.errors import UserError
 
 KINDS = ("run", "train", "valid", "test", "alarm")
+NUMBERS = ("time", "tokens", "tokens per iteration", "FLOPs per token")
 
 
 def read_records(metrics_file: str | Path) -> list[dict[str, Any]]:
@@ -23,7 +24,7 @@ def read_records(metrics_file: str | Path) -> list[dict[str, Any]]:
     try:
         lines = metrics_file.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"cannot read {metrics_file} ({error.strerror}); name a run's metrics.jsonl") from error
+        raise UserError(f"cannot read {metrics_file} ({error.strerror}); name a run or its metrics.jsonl") from error
     return [_parse(line, f"{metrics_file}:{n}") for n, line in enumerate(lines[:-1], start=1) if line.strip()]
 
 
@@ -41,6 +42,6 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where} has the iteration {iteration!r}; it must be a whole number")
     for name, value in record.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if ("loss" in name or "block" in name) and not is_number:
+        if ("loss" in name or "block" in name or name in NUMBERS) and not is_number:
             raise UserError(f"{where} has {value!r} under {name!r}; it must be a number")
     return record

@@ -9,6 +9,22 @@ from typing import Any
 
 from megatron_recursive.errors import UserError
 
+FORMATS = ("png", "pdf", "svg")
+
+
+def pyplot_for(output: Path, flag: str) -> Any:
+    """matplotlib's pyplot without a screen. A UserError says where it is missing, or what ``flag`` must end with."""
+    if output.suffix[1:] not in FORMATS:
+        raise UserError(f"{flag} {output} has no picture's suffix; end it with one of .{', .'.join(FORMATS)}")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("drawing needs matplotlib; run pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
 
 def save_picture(figure: Any, output: Path, dpi: int) -> None:
     """Save in the format of the output's suffix. A UserError says where that is not possible."""

@@ -6,25 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionPlan
-from megatron_recursive.plots.picture import save_picture
+from megatron_recursive.plots.picture import pyplot_for, save_picture
 
-FORMATS = ("png", "pdf", "svg")
 EXACT_COLUMNS, SAMPLED_COLUMNS = 160, 120
+MAX_ROWS, MAX_TEXT_RANKS = 64, 16  # a picture of more ranks shows every n-th
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def text_columns(makespan: float) -> int:
-    """How many columns to sample: one per time unit where they fit on a line."""
-    return round(makespan) if makespan <= EXACT_COLUMNS else SAMPLED_COLUMNS
+def described(timeline: Any, plan: RecursionPlan, report: dict[str, Any]) -> str:
+    """The step of few stages in letters, and what was simulated, in lines. ``timeline`` is the simulated one."""
+    stages = len(timeline.busy)
+    if stages > MAX_TEXT_RANKS:
+        return report_text(report)
+    units = timeline.makespan * stages  # of one forward of a stage's layers
+    rows = timeline.sample(range(stages), round(units) if units <= EXACT_COLUMNS else SAMPLED_COLUMNS)
+    return f"{text_timeline(rows, plan, timeline.makespan)}\n\n{report_text(report)}"
 
 
-def text_timeline(rows: Sequence[Sequence[int]], ranks: Sequence[int], plan: RecursionPlan, makespan: float) -> str:
+def text_timeline(rows: Sequence[Sequence[int]], plan: RecursionPlan, makespan: float) -> str:
     """A line per rank: a letter per pass (or block, where passes are too many), capital in the backward, idle a dot."""
     by_pass = plan.num_passes <= len(LETTERS)
     lines = []
-    for rank, row in zip(ranks, rows, strict=True):
+    for rank, row in enumerate(rows):
         letters = []
         for code in row:
             group = abs(code) - 1 if by_pass or not code else plan.passes[abs(code) - 1].block
@@ -38,20 +42,20 @@ def text_timeline(rows: Sequence[Sequence[int]], ranks: Sequence[int], plan: Rec
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """What was simulated, in lines. One time unit is one forward of an average stage's layers."""
+    """What was simulated, in lines. One time unit is a forward of all layers on one tensor-parallel group."""
     idle, peak = report["idle"], report["peak_live_activations"]
     lines = [
         f"{report['stages']} stages, {report['micro_batches']} micro-batches, {report['passes']} passes "
         f"({report['passes_with_gradient']} with gradient), {'two phases' if report['phases'] == 2 else 'one phase'}",
-        "time unit: one forward of an average stage's layers; messages take no time",
+        "time unit: one forward of a micro-batch through all layers on one rank (or TP group); messages take no time",
         "",
         f"{'schedule':<32}{'efficiency':>10}{'step time':>12}",
     ]
     for name, one in report["schedules"].items():
-        lines.append(f"{name:<32}{one['efficiency']:>10.3f}{one['step_time']:>12.1f}")
+        lines.append(f"{name:<32}{one['efficiency']:>10.3f}{one['step_time']:>12.2f}")
     lines += ["(efficiency: work / (stages x step time))", "", f"{'rank':<32}{'idle':>10}{'peak live':>12}"]
     shown = range(len(idle)) if len(idle) <= 16 else (*range(4), None, *range(len(idle) - 4, len(idle)))
-    lines += ["..." if r is None else f"{r:<32}{idle[r]:>10.1f}{peak[r]:>12}" for r in shown]
+    lines += ["..." if r is None else f"{r:<32}{idle[r]:>10.2f}{peak[r]:>12}" for r in shown]
     lines.append("(peak live: most passes of micro-batches whose activations a rank holds at once)")
     lines += ["", f"{'messages in a step':<32}{'forward':>10}{'backward':>12}{'of which zero answers':>24}"]
     names = {"neighbours": "each stage to the next", "last to first": "last stage to first"}
@@ -61,28 +65,16 @@ def report_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot_timeline(
-    rows: Sequence[Sequence[tuple[float, float, int]]],
-    ranks: Sequence[int],
-    plan: RecursionPlan,
-    title: str,
-    output: str | Path,
-) -> Path:
-    """Draw (start, end, code) boxes, a row per rank: forwards blue, backwards red, darker from pass to pass.
+def plot_timeline(timeline: Any, plan: RecursionPlan, output: str | Path) -> Path:
+    """Draw a simulated step, a row per rank: forwards blue, backwards red, darker from pass to pass.
 
     Raises:
         UserError: the suffix is no picture's, matplotlib is not installed, or the picture cannot be written.
     """
     output = Path(output)
-    if output.suffix[1:] not in FORMATS:
-        raise UserError(f"--output {output} has no picture's suffix; end it with one of .{', .'.join(FORMATS)}.")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("Drawing needs matplotlib; run pip install matplotlib.") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot, stages = pyplot_for(output, "--timeline"), len(timeline.busy)
+    ranks = range(0, stages, -(-stages // MAX_ROWS))
+    rows: list[list[tuple[float, float, int]]] = [timeline.boxes(rank) for rank in ranks]
     height = min(max(0.38 * len(rows), 1.0), 9.0) + 1.5
     figure, axis = pyplot.subplots(figsize=(12, height), layout="constrained")
     try:
@@ -91,21 +83,22 @@ def plot_timeline(
             spans = [(start, end - start) for start, end, _ in row]
             axis.broken_barh(spans, (at - 0.45, 0.9), facecolors=[_color(code, plan) for *_, code in row],
                              edgecolors="white", linewidth=edge)  # fmt: skip
-        _axes(axis, ranks, max(end for row in rows for _, end, _ in row), title)
+        _axes(axis, ranks, max(end for row in rows for _, end, _ in row))
+        axis.set_title(f"{stages} stages, {timeline.micro_batches} micro-batches, {plan.num_passes} passes: "
+                       f"efficiency {timeline.efficiency:.3f}", fontsize="medium")  # fmt: skip
         figure.legend(handles=_legend(plan), loc="outside lower center", ncols=8, fontsize="small", frameon=False)
-        save_picture(figure, output, dpi=110)
+        save_picture(figure, output, dpi=130)
     finally:
         pyplot.close(figure)
     return output
 
 
-def _axes(axis: Any, ranks: Sequence[int], end: float, title: str) -> None:
+def _axes(axis: Any, ranks: Sequence[int], end: float) -> None:
     axis.set_xlim(0, end)
     axis.set_ylim(len(ranks) - 0.5, -0.5)
     step = max(1, len(ranks) // 16)
     axis.set_yticks(range(0, len(ranks), step), [f"rank {rank}" for rank in ranks[::step]])
-    axis.set_xlabel("time, in forwards of an average stage's layers")
-    axis.set_title(title, fontsize="medium")
+    axis.set_xlabel("time, in forwards of a micro-batch through all layers on one rank (or TP group)")
     axis.set_facecolor("#eeeeee")
 
 

@@ -19,8 +19,9 @@ from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
-from megatron_recursive.training import gpt2_tokenizer, profiling, refusals, tokenizer_check
+from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.checkpointing import check_vocabulary, checkpoint_to_read, saved_arguments
+from megatron_recursive.training.console import STYLES
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms, take_checkpoint_norms
 from megatron_recursive.training.ranges import restrict_numbers
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
@@ -77,8 +78,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print a thousand lines of usage
-    parser.fromfile_prefix_chars = "@"  # @FILE: a flag a line, such as tools/convert_hf.py writes
+    parser.fromfile_prefix_chars = "@"  # @FILE: a flag a line, such as an import from Hugging Face writes
+    upstream = list(parser._action_groups)
     restrict_numbers(parser)
     (yaml,) = (action for action in parser._actions if action.dest == "yaml_cfg")
     yaml.type = _refuse_yaml  # Megatron would read the file, in place of all flags, before anybody is asked
@@ -111,6 +112,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "(default: metrics.jsonl in --save).",
     )
     group.add_argument(
+        "--log-style", choices=STYLES,
+        help="What stdout shows: a line an interval and a table an evaluation (compact), or Megatron's own lines "
+        "(megatron). All else goes to a log file beside the run. Default: compact on a terminal.",
+    )
+    group.add_argument(
         "--no-verify-integrity", dest="verify_integrity", action="store_false",
         help="Neither write checksums of a checkpoint's files (default: up to 10 GB) nor check those that are there.",
     )
@@ -119,11 +125,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Train on data, or from a checkpoint, that was made with another tokenizer than this run's.",
     )
     parser.set_defaults(**_machine_defaults(), verify_integrity=None)
-    return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message[:1].upper()}{message[1:]} (--help lists every flag).")
+    return help_text.describe(parser, upstream)
 
 
 def _refuse_yaml(file: str) -> NoReturn:

@@ -17,13 +17,10 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron_recursive.accounting import Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.backends import cpu
 from megatron_recursive.pipeline.pass_costs import equal_costs
-from megatron_recursive.pipeline.ring_schedule import microbatch_group_size, two_phases_are_faster
-from megatron_recursive.pipeline.timeline import simulate
-from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.pipeline.planner import simulated_step
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
 MB = 1024 * 1024  # as Megatron's report
-SIMULATED_GROUPS = 4  # the schedule repeats from group to group of micro-batches, and so does the peak
 
 
 def install(model_config: RecursiveGPTModelConfig) -> None:
@@ -76,27 +73,12 @@ def memory_of_run(
     plan, stages = config.plan, args.pipeline_model_parallel_size
     transformer: Any = config.transformer
     batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    live, in_flight = _live_passes(plan, stages, batches, config.pipeline_phases)
+    step = simulated_step(plan, equal_costs(plan, stages), batches, config.pipeline_phases)
     split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
     return stage_memory(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
-        layers_per_stage=split, live_passes=live, in_flight=in_flight,
+        layers_per_stage=split, live_passes=step.live, in_flight=step.in_flight,
     )  # fmt: skip
-
-
-def _live_passes(plan: RecursionPlan, stages: int, batches: int, phases: str) -> tuple[list[int], int]:
-    """(the most recorded passes alive at once, by stage; micro-batches whose states are alive at once)."""
-    if stages == 1:
-        return [len(plan.grad_passes)], 1
-    two = phases == "two" or (phases == "auto" and two_phases_are_faster(stages, batches))
-    free = plan.first_grad_pass
-    two = two and min(free, plan.num_passes - free) >= 2
-    group = microbatch_group_size(stages, batches)
-    simulated = batches
-    if batches % group == 0:
-        simulated = min(batches, SIMULATED_GROUPS * group)
-    timeline = simulate(equal_costs(plan, stages), simulated, two_phases=two)
-    return timeline.peak_live, batches if two else group
 
 
 def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> Recording:

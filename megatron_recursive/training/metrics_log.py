@@ -2,8 +2,9 @@
 
 ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of ``megatron.training.training``, which
 see metrics that are already averaged over micro-batches and ranks; Megatron has no hook there. The same goes for
-``build_train_valid_test_data_iterators``, which ends the start of a run: checkpoint and data are there, so that a start
-that was refused leaves no record. The wrappers pass everything through unchanged.
+``build_train_valid_test_data_iterators``, which ends the start of a run: checkpoint and data are there, so that a
+start that was refused leaves no record. The wrappers pass everything through unchanged, but for the evaluation at the
+end of a run of what was evaluated at its last iteration just before: it is left out.
 """
 
 from __future__ import annotations
@@ -18,24 +19,27 @@ from typing import Any
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.training import console
+from megatron_recursive.training.progress import Progress
 
 WINDOW = 50  # iterations that an alarm averages over
 STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
 COLLAPSE_COSINE = 0.9  # mean token-to-token cosine of the last output state
 
 
-def install(recursion: RecursionConfig, run: dict[str, Any]) -> None:
+def install(recursion: RecursionConfig, run: dict[str, Any], progress: Progress) -> None:
     """Wrap Megatron's reporting functions. ``run`` is what the file says of the run before its metrics."""
     from megatron.training import training
 
     evaluated: list[dict[str, float]] = []
+    alarms = HealthAlarms(recursion)
     training.build_train_valid_test_data_iterators = _wrap_start(
         _unwrapped(training.build_train_valid_test_data_iterators), run
     )
-    training.training_log = _wrap_training_log(_unwrapped(training.training_log), HealthAlarms(recursion))
+    training.training_log = _wrap_training_log(_unwrapped(training.training_log), alarms, progress)
     training.evaluate = _wrap_evaluate(_unwrapped(training.evaluate), evaluated)
     training.evaluate_and_print_results = _wrap_evaluate_and_print(
-        _unwrapped(training.evaluate_and_print_results), evaluated
+        _unwrapped(training.evaluate_and_print_results), evaluated, progress
     )
 
 
@@ -72,6 +76,7 @@ class HealthAlarms:
     def __init__(self, recursion: RecursionConfig) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
         self.blocks = recursion.num_refinement_blocks
+        self.detached = recursion.detach_between_refinements
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)
         self.quiet_until = 0
@@ -87,10 +92,13 @@ class HealthAlarms:
             return []
         alarms = []
         if len(self.gains) == WINDOW and _mean(self.gains) < STATE_IGNORED_GAIN:
+            gain = _mean(self.gains)
+            where = "below" if gain > 0 else "above"
+            mend = ", or --no-detach-between-refinements" if self.detached else ""
             alarms.append(
                 f"the state is ignored: over the last {WINDOW} iterations the loss after block {self.blocks} is "
-                f"{_mean(self.gains):+.4f} below the loss after block 1 (threshold {STATE_IGNORED_GAIN}); try another "
-                "--embedding-multiplier, a lower learning rate, or --no-detach-between-refinements."
+                f"{abs(gain):.4f} {where} the loss after block 1, where {STATE_IGNORED_GAIN} below is the least; try "
+                f"another --init-method-std, --embedding-multiplier or --lr{mend}."
             )
         if len(self.cosines) == WINDOW and _mean(self.cosines) > COLLAPSE_COSINE:
             alarms.append(
@@ -120,12 +128,12 @@ def _wrap_start(original: Callable[..., Any], record: dict[str, Any]) -> Callabl
     return build_train_valid_test_data_iterators
 
 
-def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms) -> Callable[..., Any]:
+def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms, progress: Progress) -> Callable[..., Any]:
     signature = inspect.signature(original)
     pending: list[tuple[int, dict[str, Any]]] = []  # on the device until the next logged iteration, which waits anyway
 
     def training_log(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args, print_rank_last
+        from megatron.training import get_args
         from megatron.training.utils import is_last_rank
 
         result = original(*args, **kwargs)
@@ -136,17 +144,24 @@ def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms) -> Ca
         pending.append((iteration, given["loss_dict"]))
         if iteration % run.log_interval:
             return result
-        for step, values in pending:
-            metrics = {name: float(value) for name, value in values.items()}
-            for alarm in alarms.observe(step, metrics):
-                print_rank_last(f"ALARM at iteration {step}: {alarm}")
-                append_metrics(run.metrics_file, {"kind": "alarm", "iteration": step, "alarm": alarm})
+        known = [(step, {name: float(value) for name, value in values.items()}) for step, values in pending]
         pending.clear()
-        record = {"kind": "train", "iteration": iteration, "consumed samples": run.consumed_train_samples, **metrics}
+        for step, metrics in known:
+            for alarm in alarms.observe(step, metrics):
+                console.say(f"ALARM at iteration {step}: {alarm}")
+                append_metrics(run.metrics_file, {"kind": "alarm", "iteration": step, "alarm": alarm})
+        seconds = progress.lap() / len(known)
+        record = {
+            "kind": "train", "iteration": iteration, "consumed samples": run.consumed_train_samples,
+            "tokens": run.consumed_train_samples * run.seq_length, **metrics, "time": time.time(), "seconds": seconds,
+            "tokens per second": run.global_batch_size * run.seq_length / seconds,
+        }  # fmt: skip
         for name in ("learning_rate", "grad_norm"):
             if given.get(name) is not None:
                 record[name.replace("_", " ")] = float(given[name])
         append_metrics(run.metrics_file, record)
+        means = {name: sum(each[name] for _, each in known) / len(known) for name in metrics}
+        progress.trained(record, means, run.train_iters, len(known))
         return result
 
     training_log.__wrapped__ = original  # type: ignore[attr-defined]
@@ -163,23 +178,33 @@ def _wrap_evaluate(original: Callable[..., Any], evaluated: list[dict[str, float
     return evaluate
 
 
-def _wrap_evaluate_and_print(original: Callable[..., Any], evaluated: list[dict[str, float]]) -> Callable[..., Any]:
+def _wrap_evaluate_and_print(
+    original: Callable[..., Any], evaluated: list[dict[str, float]], progress: Progress
+) -> Callable[..., Any]:
     signature = inspect.signature(original)
+    last_valid = -1
 
     def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
         from megatron.training.utils import is_last_rank
 
-        evaluated.clear()
-        result = original(*args, **kwargs)
+        nonlocal last_valid
         given = signature.bind(*args, **kwargs).arguments
-        kind = "test" if "test set" in given["prefix"] else "valid"
+        kind, iteration = "test" if "test set" in given["prefix"] else "valid", given["iteration"]
+        if kind == "valid" and iteration == last_valid:
+            return None
+        evaluated.clear()
+        with progress.pausing():
+            result = original(*args, **kwargs)
+        last_valid, run = (iteration if kind == "valid" else last_valid), get_args()
         for number, metrics in enumerate(evaluated):
             if metrics and is_last_rank():
-                record = {"kind": kind, "iteration": given["iteration"], **metrics}
+                record = {"kind": kind, "iteration": iteration, "time": time.time(),
+                          "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
                 if len(evaluated) > 1:
                     record["set"] = number
-                append_metrics(get_args().metrics_file, record)
+                append_metrics(run.metrics_file, record)
+                progress.evaluated(kind, iteration, metrics, number if len(evaluated) > 1 else None)
         return result
 
     evaluate_and_print_results.__wrapped__ = original  # type: ignore[attr-defined]

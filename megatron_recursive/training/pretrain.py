@@ -5,26 +5,31 @@ from __future__ import annotations
 import functools
 import os
 import socket
-import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from megatron_recursive.backends import cpu
-from megatron_recursive.errors import EXIT_USER_ERROR, UserError, leave_at_once
+from megatron_recursive.errors import UserError
+from megatron_recursive.training import console, ending
 
 
 def main() -> None:
     """Run a training command. A user's mistake ends in one sentence on stderr and exit code 2."""
+    ending.watch_for_interrupts()
+    console.install()
     try:
+        _prepare_environment()
         _run()
     except UserError as error:
-        _end_with(error)
+        ending.end_with_sentence(error)
+    except Exception as error:
+        ending.end_with_traceback(error)
 
 
 def _run() -> None:
+    from megatron_recursive.backends import cpu
+
     _prepare_environment()
     cpu.install()
     with warnings.catch_warnings():
@@ -46,6 +51,8 @@ def _run() -> None:
         from megatron_recursive.training.arguments import megatron_speaks_in_sentences, parse_arguments
         from megatron_recursive.training.forward_step import datasets_provider, forward_step
         from megatron_recursive.training.model_provider import model_config_from_args
+        from megatron_recursive.training.progress import Progress
+        from megatron_recursive.training.progress import install as install_progress
         from megatron_recursive.training.report import announce, run_description
         from megatron_recursive.training.result_checks import said_in_a_sentence
     warnings.filterwarnings("ignore", message=".*is deprecated.*", module="megatron")
@@ -54,23 +61,35 @@ def _run() -> None:
     with megatron_speaks_in_sentences(args):
         model_config = model_config_from_args(args, recursion)
         container = pretrain_cfg_container_from_args(args, model_config)
+    console.begin(args.log_style, args.save, timers=args.timing_log_level > 0)
     announce(args, model_config)
+    progress = Progress()
     dispatch.install()
     wheel.install()
     throughput.install(model_config)
     memory_report.install(model_config)
-    metrics_log.install(recursion, run_description(args, model_config))
+    metrics_log.install(recursion, run_description(args, model_config), progress)
     checkpointing.install(args, model_config)
     samples.install(args)
     run_record.install(args, model_config)
-    with said_in_a_sentence():
-        pretrain(
-            container,
-            _in_sentences(datasets_provider),
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
-    _leave()
+    install_progress(progress)
+    try:
+        with said_in_a_sentence():
+            pretrain(container, _in_sentences(datasets_provider), ModelType.encoder_or_decoder, forward_step)
+    except SystemExit as stop:  # --exit-interval and its like
+        if not stop.code:
+            _close(args, progress)
+        raise
+    _close(args, progress)
+
+
+def _close(args: Any, progress: Any) -> None:
+    import torch
+
+    if args.rank == args.world_size - 1:
+        console.say(progress.summary(args))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _in_sentences(datasets_provider: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,22 +123,3 @@ def _prepare_environment() -> None:
     os.environ.update(alone)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", port)
-
-
-def _end_with(error: UserError) -> None:
-    """Rank 0 speaks. The others wait a moment: torchrun ends every rank as soon as one has failed.
-
-    A rank that is still there after that has failed alone, and speaks too.
-    """
-    sys.stdout.flush()
-    if int(os.environ.get("RANK", "0")) != 0:
-        time.sleep(2.0)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    leave_at_once(EXIT_USER_ERROR)  # a rank that sits in a collective must not be waited for
-
-
-def _leave() -> None:
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.command_line import command
 from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.recursion_config import flag_of
@@ -128,13 +129,13 @@ def refuse_shapes(args: argparse.Namespace) -> None:
     if tp < 1 or args.world_size % tp:
         raise UserError(
             f"--tensor-model-parallel-size {tp} does not divide the {args.world_size} processes of this run; "
-            "start a multiple of it (torchrun --nproc_per_node)."
+            "start a multiple of it (--nproc-per-node)."
         )
     if pp < 1 or args.world_size % (tp * pp):
         raise UserError(
             f"--pipeline-model-parallel-size {pp} times --tensor-model-parallel-size {tp} does not divide the "
-            f"{args.world_size} processes of this run; start a multiple of {tp * max(pp, 1)} (torchrun "
-            "--nproc_per_node)."
+            f"{args.world_size} processes of this run; start a multiple of {tp * max(pp, 1)} "
+            "(--nproc-per-node)."
         )
     if heads % tp:
         raise UserError(f"--num-attention-heads {heads} is not divisible by --tensor-model-parallel-size {tp}.")
@@ -256,7 +257,7 @@ def refuse_data(args: argparse.Namespace) -> None:
     prefixes = list(prefixes_of(args))
     if not prefixes:
         raise UserError(
-            "No training data: give --data-path PREFIX (made by tools/preprocess_data.py) or --train-data-path, or "
+            f"No training data: give --data-path PREFIX (made by {command('preprocess')}) or --train-data-path, or "
             "--mock-data to try things out."
         )
     for flag, prefix in prefixes:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from megatron_recursive.accounting import count_parameters, flops_per_token
+from megatron_recursive.training import console
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
 
@@ -17,15 +18,20 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     if args.rank != 0:
         return
     backward = flops.passes_backward + flops.head_backward
-    print(f"------------------------ recursion plan: {plan.family} ------------------------")
-    print(plan.describe())
-    print(
+    path = console.log_path()
+    if path is not None:
+        console.say(f"log: {path.parent} (all that Megatron and the libraries below it say, a file a rank)")
+    console.say(
+        f"model: {shape.num_layers} layers of width {shape.hidden_size}, {shape.num_attention_heads} heads, vocabulary "
+        f"{shape.vocab_size:,}\n{args.world_size} ranks: tensor {args.tensor_model_parallel_size} x pipeline "
+        f"{args.pipeline_model_parallel_size} x data {args.data_parallel_size} | a step: {args.global_batch_size:,} "
+        f"sequences of {args.seq_length:,} tokens\n"
+        f"------------------------ recursion plan: {plan.family} ------------------------\n{plan.describe()}\n"
         f"passes: {plan.num_passes}, with gradient: {len(plan.grad_passes)} | "
         f"state init: {plan.state_init} | state norm: {plan.state_norm} | "
         f"embedding multiplier: {plan.embedding_multiplier:g}\n"
         f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
-        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g})",
-        flush=True,
+        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g})"
     )
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from collections.abc import Iterator
 
 from megatron.core import rerun_state_machine as machine_module
 from megatron.training import get_args
 
 from megatron_recursive.errors import leave_at_once
+from megatron_recursive.training import ending
 
 EXIT_CODES = (machine_module.EXIT_CODE_RESUME_TO_DISAMBIGUATE, machine_module.EXIT_CODE_FAILED_ON_RESULT_VALIDATION)
 RAISED = re.compile(r"Rank (\d+), .*: Unexpected result .*\(message='(.*)'\)", re.DOTALL)
@@ -50,10 +50,8 @@ def _say_what_failed() -> None:
 def _say(rank: int, what: str, again: str) -> None:
     # As the log line counts iterations; the state machine's own number runs one ahead (0.19.2).
     iteration = get_args().curr_iteration + 1
-    sys.stdout.flush()
-    print(
-        f"error: Rank {rank} at iteration {iteration}: {what}{again}; the weights were not updated with it, so look at "
+    ending.tell(
+        f"Rank {rank} at iteration {iteration}: {what}{again}; the weights were not updated with it, so look at "
         "the learning rate (--lr, --lr-warmup-iters, --clip-grad) and the data, and start again from an earlier "
-        "checkpoint (--ckpt-step), or switch the check off with --no-check-for-nan-in-loss-and-grad.",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        "checkpoint (--ckpt-step), or switch the check off with --no-check-for-nan-in-loss-and-grad."
+    )

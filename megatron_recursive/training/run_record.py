@@ -135,7 +135,9 @@ def reproduction(args: argparse.Namespace, start: Path | None) -> str:
             flags += ["--ckpt-step", str(int(start.name.removeprefix("iter_")))]
     environment = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
     line = [*(["env", *environment] if environment else []), sys.executable]
-    script = [str(Path(sys.argv[0]).absolute()), *flags]
+    program = Path(sys.argv[0]).absolute()
+    is_ours = program == Path(__file__).parents[1] / "pretrain.py"  # by path, its folder would hide other modules
+    script = [*(["-m", "megatron_recursive.pretrain"] if is_ours else [str(program)]), *flags]
     where = f"cd {shlex.quote(os.getcwd())} && "
     if args.world_size == 1:
         return where + shlex.join([*line, *script])

@@ -26,6 +26,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.models.recursion_state import RecursionState, initial_state_vectors, run_plan
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import DecoderPass
+from megatron_recursive.training import console
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +109,7 @@ def _wrap(original: Callable[..., Any], prompts: list[list[int]]) -> Callable[..
 def _print_samples(
     run: argparse.Namespace, chunks: list[Any], optimizer: Any, iteration: int, prompts: list[list[int]]
 ) -> None:
-    from megatron.training import get_timers, get_tokenizer, print_rank_0
+    from megatron.training import get_timers, get_tokenizer
     from megatron.training.training import (
         disable_forward_pre_hook,
         enable_forward_pre_hook,
@@ -126,7 +127,8 @@ def _print_samples(
                 room = min(len(ids) + run.generation_tokens, run.seq_length)
                 tokens = greedy(model, ids, room, run.vocab_size, get_tokenizer().eod)
                 text = get_tokenizer().detokenize(tokens[len(ids) :])
-                print_rank_0(f"sample at iteration {iteration}: {prompt!r} -> {text!r}")
+                if run.rank == 0:
+                    console.say(f"sample at iteration {iteration}: {prompt!r} -> {text!r}")
     if gathers_late:
         enable_forward_pre_hook(chunks)
     get_timers()("interval-time", log_level=0).start(barrier=True)

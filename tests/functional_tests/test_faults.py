@@ -1,4 +1,4 @@
-"""A seeded campaign of faults: 20 SIGKILLs, full disks, damaged and foreign checkpoints.
+"""A seeded campaign of faults: 13 SIGKILLs, full disks, damaged and foreign checkpoints.
 
 After a kill the same command must go on as if nothing had happened: every metric of every iteration and the last
 weights equal those of an undisturbed run, the bytes of a data set too. Any other fault ends in one sentence and leaves
@@ -34,11 +34,11 @@ from tests.unit_tests.training.runs import (
     tensors_of,
 )
 
-pytestmark = pytest.mark.heavy  # about three minutes on two idle cores
+pytestmark = pytest.mark.heavy  # about a minute and a half on two idle cores
 
 TRACKER = "latest_checkpointed_iteration.txt"
 PREPROCESS = REPOSITORY / "tools" / "preprocess_data.py"
-LENGTH = 160  # iterations of a killed run
+LENGTH = 100  # iterations of a killed run
 MANY = ["--train-iters", str(LENGTH), "--lr-decay-iters", str(LENGTH)]
 
 
@@ -105,10 +105,10 @@ def kill_somewhere(run: ForkedRun, folder: Path, kind: str, rng: random.Random) 
 @pytest.mark.parametrize(
     ("world_size", "flags", "kills"),
     [
-        (1, [], ["save", "train", "save", "train", "train", "save", "save", "train", "save", "train", "save", "save"]),
-        (2, ["--use-distributed-optimizer"], ["save", "train", "save", "save"]),
+        (1, [], ["save", "train", "save", "train", "train", "save", "save", "save"]),
+        (2, ["--use-distributed-optimizer"], ["save", "train", "save"]),
     ],
-    ids=["one rank, 12 kills", "two data-parallel ranks, 4 kills"],
+    ids=["one rank, 8 kills", "two data-parallel ranks, 3 kills"],
 )
 def test_a_run_that_is_killed_again_and_again(
     server: RunServer, tmp_path: Path, world_size: int, flags: list[str], kills: list[str]
@@ -119,7 +119,7 @@ def test_a_run_that_is_killed_again_and_again(
     for kind in kills:
         run = server.start(command(killed, *flags, every=5), world_size)
         cut_short += kill_somewhere(run, killed, kind, rng)
-    assert cut_short >= 2, "the kills were meant to hit saves"
+    assert cut_short >= kills.count("save") // 2, "the kills were meant to hit saves"
     assert 0 < named_iteration(killed) < LENGTH
     run_to_the_end(server, command(killed, *flags, every=5), world_size)
     expected = metrics_of(whole)
@@ -192,10 +192,10 @@ def entries_beside(prefix: Path) -> set[str]:
 def test_preprocessing_that_is_killed_again_and_again(
     corpus: tuple[Path, Path], tokens: list[bytes], tmp_path: Path
 ) -> None:
-    """Four kills, each after so many changes on the disk; what is under a final name is complete at any time."""
+    """Two kills, each after so many changes on the disk; what is under a final name is complete at any time."""
     prefix, rng = tmp_path / "train", random.Random(6)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    for _ in range(4):
+    for kill in (os.killpg, os.kill):  # all of them, or the command alone, whose workers must see to themselves
         changes, known = rng.randint(2, 12), entries_beside(prefix)
         process = subprocess.Popen(preprocessing(corpus, prefix), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                    env=environment, process_group=0)  # fmt: skip
@@ -207,8 +207,7 @@ def test_preprocessing_that_is_killed_again_and_again(
                 found = entries_beside(prefix)
                 changes, known = changes - (found != known), found
         finally:
-            # The command alone, whose workers must see to themselves, or all of them.
-            (os.killpg if rng.random() < 0.5 else os.kill)(process.pid, signal.SIGKILL)
+            kill(process.pid, signal.SIGKILL)
             process.wait(10)
         assert not prefix.with_suffix(".idx").exists()
     result = run_command(preprocessing(corpus, prefix), timeout=240)

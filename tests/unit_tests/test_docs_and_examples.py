@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_recursive.commands import parser_of
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
 from tests.distributed import run_distributed
@@ -48,9 +49,10 @@ def _flags_of_pretraining() -> set[str]:
 
 def test_every_flag_exists() -> None:
     (known,) = run_distributed(_flags_of_pretraining, 1)
-    commands = [path for folder in ("tools", "benchmarks") for path in (ROOT / folder).glob("*.py")]
-    for command in (*commands, ROOT / "megatron_recursive/inference/command.py"):
-        known |= set(FLAG.findall(command.read_text()))
+    sources = [path for folder in ("tools", "benchmarks", "megatron_recursive/commands")
+               for path in (ROOT / folder).glob("*.py")]  # fmt: skip
+    for source in sources:
+        known |= set(FLAG.findall(source.read_text()))
     known |= {"--help", "--standalone", "--nproc_per_node", "--upgrade", "--logdir", "--no-build-isolation"}
     known |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # torchrun reads them in test_examples.py
     known |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time",
@@ -72,23 +74,42 @@ def _parse(commands: list[str]) -> int:
     return len(commands)
 
 
-def test_every_pretraining_command_parses() -> None:
-    commands = []
+def _command_lines() -> list[tuple[str, list[str]]]:
+    """(name, words) of every line of the documents that calls the console script; lines with "..." are left out."""
+    found = []
     for text in TEXTS.values():
         joined = text.replace("\\\n", " ")
-        commands += re.findall(r"^\S.*pretrain_recursive_gpt\.py +(--.*)$", joined, re.MULTILINE)
+        for name, words in re.findall(r"^(?: {4})?[\w./-]*megatron-recursive ([a-z]+)\b(.*)$", joined, re.MULTILINE):
+            if "..." not in words:
+                found.append((name, shlex.split(words, comments=True)))
+    return found
+
+
+def test_every_command_parses() -> None:
+    for name, words in _command_lines():
+        if "--help" not in words:
+            parser_of(name).parse_known_args(words)
+
+
+def test_every_pretraining_command_parses() -> None:
+    commands = [shlex.join(parser_of("pretrain").parse_known_args(words)[1])
+                for name, words in _command_lines() if name == "pretrain" and "--help" not in words]  # fmt: skip
+    for text in TEXTS.values():
+        joined = text.replace("\\\n", " ")
+        script = r"^\S.*(?:pretrain_recursive_gpt\.py|-m megatron_recursive\.pretrain) +(--.*)$"
+        commands += re.findall(script, joined, re.MULTILINE)
     script = SCRIPTS["examples/recursive_gpt/pretrain_default.sh"]
-    block = re.search(r"pretrain_recursive_gpt\.py\n(  --.*?)\n\)", script, re.DOTALL)
+    block = re.search(r" pretrain [^\n]*\n(  --.*?)\n\)", script, re.DOTALL)
     assert block is not None
-    text = block[1].replace("\n", " ").replace('"$@"', "").replace('"$stages"', "2")
-    commands.append(re.sub(r"\$\(\(.*?\)\)", "8", text))
+    text = re.sub(r"\$\(\(.*?\)\)", "8", block[1].replace("\n", " ").replace('"$@"', ""))
+    commands.append(re.sub(r'"\$\w+"', "2", text))
     commands = [command for command in commands if "..." not in command]
     assert run_distributed(_parse, 1, commands) == [len(commands)] and len(commands) >= 2
 
 
-def test_the_readme_has_every_recursion_flag() -> None:
+def test_the_guide_has_every_recursion_flag() -> None:
     for knob in dataclasses.fields(RecursionConfig):
-        assert f"`{flag_of(knob.name)}`" in TEXTS["README.md"]
+        assert f"`{flag_of(knob.name)}`" in TEXTS["RECURSIVE_GPT_IMPLEMENTATION_GUIDE.md"]
 
 
 def test_recursion_flags_are_documented_in_help() -> None:

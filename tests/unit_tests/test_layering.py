@@ -13,10 +13,12 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_recursive"
 OURS = PACKAGE.name
 MAX_LINES = 500
 
-# Folder -> what its files may import besides the standard library, megatron_recursive.errors and the folder itself.
+# Folder or module -> what its files may import besides the standard library, megatron_recursive.errors,
+# megatron_recursive.command_line and itself.
 # A name stands for the module and for all below it.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "command_line": (),
     "plan": (),
     "accounting": (f"{OURS}.plan",),
     "plots": (f"{OURS}.plan", "matplotlib"),
@@ -40,6 +42,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "models", "hf")), "torch", "transformers",
         "megatron.core",
     ),
+    "commands": (
+        *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
+                                            "plots", "launch", "__version__")),
+        "torch", "transformers",
+    ),
+    "launch": (f"{OURS}.training.pretrain", "torch"),
+    "pretrain": (f"{OURS}.training.pretrain",),
+    "__main__": (f"{OURS}.commands",),
 }  # fmt: skip
 
 
@@ -78,7 +88,8 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
     folder = parts[1] if len(parts) > 1 else ""
     if folder and folder not in ALLOWED:
         return [f"{module}: the folder '{folder}' has no line in the table of {Path(__file__).name}"]
-    allowed = (f"{OURS}.errors", *ALLOWED.get(folder, ()), *([f"{OURS}.{folder}"] if folder else []))
+    everywhere = (f"{OURS}.errors", f"{OURS}.command_line")
+    allowed = (*everywhere, *ALLOWED.get(folder, ()), *([f"{OURS}.{folder}"] if folder else []))
     found = []
     for line, name in imports_of(source, module, is_package=is_package):
         if name.split(".")[0] in sys.stdlib_module_names or any(is_within(name, each) for each in allowed):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -136,17 +135,15 @@ def saved_bytes(names: list[str]) -> dict[str, int]:
     import tests.models as models
 
     models.SEQ, models.MICRO_BATCH = SEQ, MICRO_BATCH  # of this worker's batches, for the length of this job
-    layouts = [None, *((CASES[name].layout.tp, CASES[name].layout.pp) for name in names)]
     try:
-        starts = [before != now for before, now in pairwise(layouts)]
-        return {name: _saved_bytes(CASES[name], start) for name, start in zip(names, starts, strict=True)}
+        return {name: _saved_bytes(CASES[name]) for name in names}
     finally:
         models.SEQ, models.MICRO_BATCH = 16, 2
 
 
-def _saved_bytes(measured: Measured, start: bool) -> int:
+def _saved_bytes(measured: Measured) -> int:
     case = replace(measured.case, documents=measured.documents)
-    wrapped = build_wrapped(case, measured.layout, start=start)
+    wrapped = build_wrapped(case, measured.layout)
     run_schedule(wrapped, case)  # buffers that are made once
     saved = Saved(wrapped)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):

@@ -49,7 +49,7 @@ def test_a_half_written_dataset_is_refused(copy, break_it, said):
     break_it(copy)
     with pytest.raises(UserError, match=said) as caught:
         check_indexed_dataset(copy)
-    assert "\n" not in str(caught.value) and "preprocess_data.py" in str(caught.value)
+    assert "\n" not in str(caught.value) and "recursive preprocess" in str(caught.value)
 
 
 def test_the_largest_id_is_looked_for_at_both_ends(copy):

@@ -350,7 +350,7 @@ def test_slurm_jobs_make_the_same_files(corpus, written, tmp_path, monkeypatch):
 
 
 def test_ray_is_configured(corpus, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="package ray is missing"):
+    with pytest.raises(UserError, match="ray is not installed; install it with pip install ray"):
         preprocess([corpus / "train.jsonl"], tmp_path / "x", corpus / "tok", executor="ray")
     assert names(tmp_path) == []
     monkeypatch.setattr("megatron_recursive.data.executors.require_packages", lambda *names: None)

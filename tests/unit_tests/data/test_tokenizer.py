@@ -1,10 +1,12 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_recursive.command_line import command
 from megatron_recursive.data.tokenizer import TokenizerChoice, load_encoder, load_tokenizer, store_tokenizer
 from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.errors import UserError
@@ -56,7 +58,7 @@ def test_refusals(tmp_path, corpus):
         train_tokenizer([corpus], tmp_path / "blank.jsonl", 300)
     assert not (tmp_path / "tok").exists()
 
-    with pytest.raises(UserError, match="does not exist; make one with tools/train_tokenizer.py"):
+    with pytest.raises(UserError, match=re.escape(f"does not exist; make one with {command('tokenizer')}")):
         load_tokenizer(tmp_path / "tok")
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(corpus)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
+from megatron_recursive.commands import parser_of
 from megatron_recursive.errors import UserError
 from megatron_recursive.inference import command
 from megatron_recursive.inference.loading import open_model
@@ -31,9 +31,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*argv: Any) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args([str(each) for each in argv]))
+    command.run(parser_of("generate").parse_args([str(each) for each in argv]))
 
 
 def records(capsys: pytest.CaptureFixture[str], *argv: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -116,15 +115,14 @@ def test_a_checkpoint_says_what_its_export_says_also_under_exits(checkpoint: Pat
 
 
 def _generate(argv: list[str]) -> tuple[str, str]:
+    from megatron_recursive.commands import parser_of
     from megatron_recursive.errors import UserError
     from megatron_recursive.inference import command
 
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
     heard, refused = io.StringIO(), ""
     with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(io.StringIO()):
         try:
-            command.run(parser.parse_args(argv))
+            command.run(parser_of("generate").parse_args(argv))
         except UserError as error:
             refused = str(error)
     return heard.getvalue(), refused

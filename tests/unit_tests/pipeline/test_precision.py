@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import run_distributed
 from tests.models import Case, Layout, Training, train
@@ -51,6 +53,29 @@ def test_recompute_repeats_the_dropout_masks(kind: str, how: str) -> None:
         plain, recomputed = rank[kind, "none"], rank[kind, how]
         assert recomputed.metrics == plain.metrics
         assert worst_error(recomputed.gradients[0], plain.gradients[0])[0] <= 1e-6
+
+
+def dropping_on_four(sequence_parallel: bool) -> dict[str, Training]:
+    layout = Layout(tp=2, pp=2, sequence_parallel=sequence_parallel)
+    replayed = replace(layout, recompute_passes=True)
+    found = {"plain": train(Case(FULL, transformer=DROPOUT), layout)}
+    found["recomputed"] = train(Case(FULL, transformer={**DROPOUT, **FULL_RECOMPUTE}), replayed)
+    return {**found, "without": train(Case(FULL), layout)}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_dropout_on_two_stages_of_two_tensor_parallel_ranks(sequence_parallel: bool) -> None:
+    """The two ranks of a stage drop the same hidden features (where they hold the same tokens), so that what both hold
+    keeps one gradient, bit for bit; and a replay repeats their masks, those of attention too, which differ by rank."""
+    ranks = run_distributed(dropping_on_four, 4, sequence_parallel)
+    assert last_stage([rank["plain"] for rank in ranks])[0].metrics != ranks[-1]["without"].metrics, "dropout was on"
+    for one, other in ((ranks[0], ranks[1]), (ranks[2], ranks[3])):
+        assert one["plain"].metrics == other["plain"].metrics
+        theirs = other["plain"].gradients[0]
+        assert [name for name, mine in one["plain"].gradients[0].items() if not torch.equal(mine, theirs[name])] == []
+    for rank in ranks:
+        assert rank["recomputed"].metrics == rank["plain"].metrics
+        assert worst_error(rank["recomputed"].gradients[0], rank["plain"].gradients[0])[0] <= 1e-6
 
 
 @cache

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 
 from tests.distributed import run_distributed
+from tests.grids import chosen, grid
 from tests.models import Case, Layout, Training, train
 from tests.parameters import Tensors
 from tests.unit_tests.models.comparing import worst_error
-from tests.unit_tests.pipeline.cases import ADAM, ALL_CASES, LAYOUTS
+from tests.unit_tests.pipeline.cases import ADAM, ALL_CASES, LAYOUTS, QUICK
 
+Serial, Ring = dict[str, Training], Callable[[str], list[dict[str, Training]]]
 PAIRS = [(layout, case) for layout, (_, _, cases) in LAYOUTS.items() for case in cases]
+EVALUATED = [pair for pair in PAIRS if ALL_CASES[pair[1]].evaluate]
+TRAINED = [pair for pair in PAIRS if ALL_CASES[pair[1]].optimizer]
 
 
 def train_all(cases: dict[str, Case], layout: Layout) -> dict[str, Training]:
     return {name: train(case, layout) for name, case in cases.items()}
 
 
-@cache
-def serial() -> dict[str, Training]:
-    return run_distributed(train_all, 1, ALL_CASES, Layout(), timeout=180)[0]
+@pytest.fixture(scope="module")
+def serial(request: pytest.FixtureRequest) -> Serial:
+    """In one process."""
+    names = dict.fromkeys(case for _, case in chosen(request, "layout", "case"))
+    return run_distributed(train_all, 1, {name: ALL_CASES[name] for name in names}, Layout(), timeout=180)[0]
 
 
-@cache
-def ring(layout: str) -> list[dict[str, Training]]:
-    ranks, how, names = LAYOUTS[layout]
-    return run_distributed(train_all, ranks, {name: ALL_CASES[name] for name in names}, how, timeout=240)
+@pytest.fixture(scope="module")
+def ring(request: pytest.FixtureRequest) -> Ring:
+    """By layout, what every rank has."""
+    pairs = chosen(request, "layout", "case")
+
+    @cache
+    def of(layout: str) -> list[dict[str, Training]]:
+        ranks, how, _ = LAYOUTS[layout]
+        cases = {case: ALL_CASES[case] for asked, case in pairs if asked == layout}
+        return run_distributed(train_all, ranks, cases, how, timeout=240)
+
+    return of
 
 
 def tolerance(layout: str) -> float:
@@ -53,28 +68,31 @@ def last_stage(ranks: list[Training]) -> list[Training]:
     return reporting
 
 
-@pytest.mark.parametrize(("layout", "case"), PAIRS)
-class TestRingEqualsSerial:
-    def test_losses_and_metrics(self, layout: str, case: str) -> None:
-        for rank in last_stage([rank[case] for rank in ring(layout)]):
-            assert metrics_error(rank.metrics, serial()[case].metrics) <= tolerance(layout)
+@pytest.mark.parametrize(("layout", "case"), grid(PAIRS, QUICK))
+def test_losses_and_metrics(serial: Serial, ring: Ring, layout: str, case: str) -> None:
+    for rank in last_stage([rank[case] for rank in ring(layout)]):
+        assert metrics_error(rank.metrics, serial[case].metrics) <= tolerance(layout)
 
-    def test_evaluation(self, layout: str, case: str) -> None:
-        assert bool(serial()[case].evaluations) == ALL_CASES[case].evaluate
-        for rank in last_stage([rank[case] for rank in ring(layout)]):
-            assert metrics_error(rank.evaluations, serial()[case].evaluations) <= tolerance(layout)
 
-    def test_all_gradients(self, layout: str, case: str) -> None:
-        for step, expected in enumerate(serial()[case].gradients):
-            mine = [rank[case].gradients[step] for rank in ring(layout)]
-            assert error_over_stages(mine, expected)[0] <= tolerance(layout)
+@pytest.mark.parametrize(("layout", "case"), grid(EVALUATED, QUICK))
+def test_evaluation(serial: Serial, ring: Ring, layout: str, case: str) -> None:
+    assert len(serial[case].evaluations) == ALL_CASES[case].steps
+    for rank in last_stage([rank[case] for rank in ring(layout)]):
+        assert metrics_error(rank.evaluations, serial[case].evaluations) <= tolerance(layout)
 
-    def test_gradient_norm(self, layout: str, case: str) -> None:
-        expected = serial()[case].gradient_norms
-        assert all(norm > ADAM["clip_grad"] for norm in expected)
-        for rank in ring(layout):
-            assert rank[case].gradient_norms == pytest.approx(expected, rel=tolerance(layout))
 
-    def test_trained_parameters(self, layout: str, case: str) -> None:
-        mine = [rank[case].parameters for rank in ring(layout)]
-        assert error_over_stages(mine, serial()[case].parameters)[0] <= tolerance(layout)
+@pytest.mark.parametrize(("layout", "case"), grid(PAIRS, QUICK))
+def test_all_gradients(serial: Serial, ring: Ring, layout: str, case: str) -> None:
+    for step, expected in enumerate(serial[case].gradients):
+        mine = [rank[case].gradients[step] for rank in ring(layout)]
+        assert error_over_stages(mine, expected)[0] <= tolerance(layout)
+
+
+@pytest.mark.parametrize(("layout", "case"), grid(TRAINED, QUICK))
+def test_gradient_norm_and_trained_parameters(serial: Serial, ring: Ring, layout: str, case: str) -> None:
+    expected = serial[case]
+    assert len(expected.gradient_norms) > 1 and min(expected.gradient_norms) > ADAM["clip_grad"]
+    for rank in ring(layout):
+        assert rank[case].gradient_norms == pytest.approx(expected.gradient_norms, rel=tolerance(layout))
+    mine = [rank[case].parameters for rank in ring(layout)]
+    assert error_over_stages(mine, expected.parameters)[0] <= tolerance(layout)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-from tests.distributed import REPOSITORY, run_distributed
+from tests.distributed import run_distributed
 from tests.models import Case, Layout, build_wrapped, run_schedule
 
 SHAPE = dict(num_layers=8, hidden_size=64, ffn_hidden_size=256, num_attention_heads=4, num_query_groups=4,
@@ -41,22 +37,23 @@ def _equal_passes() -> list[tuple[Any, ...]]:
 
 
 def test_equal_passes_idle_three_slots_per_further_stage() -> None:
-    """However many passes and micro-batches: forward 1 + backward 2 slots for each of the other P - 1 stages."""
+    """However many passes and micro-batches: forward 1 + backward 2 slots of 1 / P for each of the other P - 1 stages.
+    """
     (found,) = run_distributed(_equal_passes, 1)
     for stages, batches, passes, efficiency, idle, peak in found:
         assert max(peak) <= passes * batches
         if batches % stages:
             assert efficiency > 0.5
             continue
-        assert idle == pytest.approx([3.0 * (stages - 1)] * stages)
+        assert idle == pytest.approx([3.0 * (stages - 1) / stages] * stages)
         assert efficiency == pytest.approx(batches * passes / (batches * passes + stages - 1))
         assert peak[0] == min(2 * (stages - 1) + (passes - 1) * stages + 1, passes * batches) == max(peak)
 
 
 def _references() -> dict[str, float]:
-    from megatron_recursive.pipeline.planner import Pipeline, plan_pipeline
+    from megatron_recursive.pipeline.planner import plan_pipeline
 
-    timeline, report = plan_pipeline(Pipeline(plan_of(1, 6), stages=4, micro_batches=8))
+    timeline, report = plan_pipeline(plan_of(1, 6), 4, 8)
     assert timeline.efficiency == report["schedules"]["ring, one phase"]["efficiency"]
     return {name: one["efficiency"] for name, one in report["schedules"].items()}
 
@@ -119,7 +116,7 @@ def _prices() -> dict[str, Any]:
 
     shape, plan, ratios = ModelShape(**SHAPE), plan_of(3, 2, detach=True), []
     for split in ((4, 4), (5, 3), (1, 2, 5)):
-        unit = 8 * layer_forward_flops(shape) / len(split)
+        unit = 8 * layer_forward_flops(shape)
         ratios.append(sum(price_passes(plan, shape, split).busy(1)) * unit / flops_per_token(shape, plan).total)
     both = {two: simulate(price_passes(plan, shape, (2,) * 4), 8, two_phases=two) for two in (False, True)}
     promised = simulated_speedup(plan, shape, stages=4, micro_batches=8, two_phases=True)
@@ -224,55 +221,54 @@ def test_megatron_runs_in_the_simulated_order(name: str) -> None:
         assert works == {p.index: {p.grad} for p in plan.passes[first_answered:]}
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# --- what is planned with it ----------------------------------------------------------------------------------------
 
 
-def _command(folder: Any, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "tools/plan_pipeline.py"), *flags]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
-
-
-def test_the_command(tmp_path: Any) -> None:
-    depth = ("--num-refinement-blocks", "2", "--num-latent-refinements", "1")
-    done = _command(tmp_path, "--pp", "2", "--micro-batches", "4", "--unit-costs", *depth, "--output", "new/a.png")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "ring, two phases" in done.stdout and "rank 1   .aabbaabbccdDDdDDcCCcCCdDDdDDCCCC.." in done.stdout
-    assert (tmp_path / "new/a.png").read_bytes().startswith(b"\x89PNG")
-
-    done = _command(tmp_path, "--pp", "3", "--micro-batches", "9", "--json", "--layers-per-stage", "4", "4", "2")
-    report = json.loads(done.stdout)
-    assert report["messages"]["neighbours"] == {"forward": 21 * 9, "backward": 7 * 9, "zero answers": 0}
-    assert report["messages"]["last to first"] == {"forward": 20 * 9, "backward": 6 * 9, "zero answers": 0}
-
-
-def _messages_and_errors() -> tuple[dict[str, dict[str, int]], list[str]]:
+def _planned() -> dict[str, Any]:
     from megatron_recursive.accounting import ModelShape
     from megatron_recursive.errors import UserError
-    from megatron_recursive.pipeline.planner import Pipeline, messages
+    from megatron_recursive.pipeline.pass_costs import price_passes
+    from megatron_recursive.pipeline.planner import messages, plan_pipeline, simulated_step
+    from megatron_recursive.plots.pipeline_timeline import described
 
-    shape, plan = ModelShape(**SHAPE), plan_of(2, 1)
-    plain = build_plan(RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=0.02))
+    shape, plain = ModelShape(**SHAPE), RecursionConfig(enable_recursive_refinement=False)
+    steps = []
+    for stages, batches, detach in ((2, 16, True), (4, 24, False), (4, 23, True), (8, 40, True)):
+        plan = plan_of(2, 2, detach=detach)
+        timeline, _ = plan_pipeline(plan, stages, batches, shape)
+        step = simulated_step(plan, price_passes(plan, shape, (8 // stages,) * stages), batches)
+        steps.append(((timeline.makespan, timeline.efficiency, tuple(timeline.peak_live)),
+                      (step.makespan, step.efficiency, step.live)))  # fmt: skip
+    timeline, report = plan_pipeline(plan_of(2, 1, detach=True), 2, 4)
     said = []
-    for wrong in (
-        dict(stages=1), dict(micro_batches=3), dict(stages=3), dict(layers_per_stage=(5, 3)), dict(plan=plain),
-        dict(backward_cost=0.0),
-    ):  # fmt: skip
+    for plan, stages in ((plan_of(2, 1), 1), (build_plan(plain.resolved(embedding_init_std=0.02)), 4)):
         try:
-            Pipeline(**{"plan": plan, "stages": 4, "micro_batches": 4, "shape": shape, **wrong})
+            plan_pipeline(plan, stages, 4)
         except UserError as error:
             said.append(str(error))
-    return messages(plan_of(2, 1, detach=True), 2, 1, two_phases=False), said
+    return {"steps": steps, "text": described(timeline, plan_of(2, 1, detach=True), report), "refusals": said,
+            "messages": messages(plan_of(2, 1, detach=True), 1, two_phases=False)}  # fmt: skip
 
 
-def test_messages_and_refusals() -> None:
-    ((counted, said),) = run_distributed(_messages_and_errors, 1)
-    assert counted == {
+@pytest.fixture(scope="module")
+def planned() -> dict[str, Any]:
+    (found,) = run_distributed(_planned, 1)
+    return found
+
+
+def test_a_step_of_many_micro_batches_is_told_from_a_few_groups(planned: dict[str, Any]) -> None:
+    for simulated, told in planned["steps"]:
+        assert told[:2] == pytest.approx(simulated[:2], rel=1e-4) and told[2] == simulated[2]
+
+
+def test_a_timeline_in_letters(planned: dict[str, Any]) -> None:
+    assert "ring, two phases" in planned["text"]
+    assert "rank 1   .aabbaabbccdDDdDDcCCcCCdDDdDDCCCC.." in planned["text"]
+
+
+def test_messages_and_refusals(planned: dict[str, Any]) -> None:
+    assert planned["messages"] == {
         "neighbours": {"forward": 4, "backward": 4, "zero answers": 2},
         "last to first": {"forward": 3, "backward": 3, "zero answers": 2},
     }
-    flags = ("--pp 1", "--micro-batches 3", "--layers-per-stage", "--layers-per-stage",
-             "--disable-recursive-refinement", "--backward-cost")  # fmt: skip
-    assert len(said) == len(flags)
-    for text, flag in zip(said, flags, strict=True):
-        assert flag in text and text.endswith(".") and "\n" not in text
+    assert len(planned["refusals"]) == 2 and all("--timeline" in said for said in planned["refusals"])

@@ -1,49 +1,69 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
 
+from megatron_recursive.commands import main
 from megatron_recursive.errors import UserError
-from megatron_recursive.plots.loss_curve import plot_loss_curve, read_curves
-
-ROOT = Path(__file__).parents[3]
-
-
-def line(iteration, kind, **metrics):
-    return json.dumps({"iteration": iteration, "kind": kind, **metrics}) + "\n"
+from megatron_recursive.plots.loss_curve import Drawn, plot_loss_curve
+from megatron_recursive.plots.runs import read_runs
+from tests.unit_tests.plots.records import start, train, valid, write
 
 
 def run_of(blocks):
+    """With a halting loss and changes of the state where there are blocks."""
+    yield start(blocks=blocks)
     for iteration in range(10, 60, 10):
-        yield line(iteration, "train", **{"lm loss": 9 - iteration / 10, "halt loss": 0.7, "total loss": 9.5})
-        per_block = {f"lm loss block {b}": 9 - iteration / 10 - 0.1 * b for b in range(1, blocks + 1)}
+        loss, halt = 9 - iteration / 10, {"halt loss": 0.7, "total loss": 9.5} if blocks else {}
         changes = {f"output change block {b}": 1 / b for b in range(1, blocks + 1)}
-        yield line(iteration, "valid", **{"lm loss": 9.1 - iteration / 10}, **per_block, **changes, note="ignored")
+        yield train(iteration, loss, **halt)
+        yield valid(iteration, *(loss + 0.1 * b for b in range(blocks, 0, -1)), loss, **changes, note="ignored")
+
+
+def texts_of(picture):
+    """All that is written in an .svg."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", picture.read_text())
+
+
+@pytest.fixture(autouse=True)
+def written_as_text(monkeypatch):
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 12])
 def test_a_picture_is_drawn_beside_the_metrics(tmp_path, blocks):
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(run_of(blocks)))
-    assert plot_loss_curve(metrics) == tmp_path / "metrics.png"
+    metrics = write(tmp_path / "metrics.jsonl", *run_of(blocks))
+    assert plot_loss_curve([metrics]) == tmp_path / "metrics.png"
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.png"]
 
 
-def test_later_lines_of_a_resumed_run_replace_earlier_ones(tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
-    # Block 9 was logged before the resume only; the replaced line takes it along.
-    first = line(10, "train", **{"lm loss": 5.0}) + line(20, "train", **{"lm loss": 9.0, "lm loss block 9": 1.0})
-    resumed = line(20, "train", **{"lm loss": 4.0}) + line(20, "valid", **{"lm loss": 4.5})
-    metrics.write_text(first + resumed + line(30, "train", **{"lm loss": float("nan")}) + '{"iteration": 40, "ki')
-    curves = read_curves(metrics)
-    assert set(curves) == {("train", "lm loss"), ("valid", "lm loss")}
-    assert list(curves["train", "lm loss"]) == [10, 20, 30]
-    assert curves["train", "lm loss"][20] == 4.0
-    assert curves["valid", "lm loss"] == {20: 4.5}
+def test_several_runs_share_a_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, blocks in (("default", 3), ("plain", 0)):
+        write(tmp_path / name / "checkpoints/metrics.jsonl", *run_of(blocks))
+    assert str(plot_loss_curve(["default", "plain"])) == "comparison.png"
+    texts = texts_of(plot_loss_curve(["default", "plain"], tmp_path / "new/two.svg"))
+    assert {"default (held-out lm loss 4.000)", "plain (held-out lm loss 4.000)", "thousand tokens"} <= {*texts}
+    # Single values, means and evaluations are told apart; the halting loss has a panel of its own.
+    assert {"training, one logged iteration", "training, mean of 3 logged iterations"} <= {*texts}
+    assert {"held-out, one evaluation", "language-model loss", "halting loss", "block 1", "block 4"} <= {*texts}
+    assert "iteration" in texts_of(plot_loss_curve(["default", "plain"], tmp_path / "x.svg", "iteration"))
+    assert "training FLOPs (1e9)" in texts_of(plot_loss_curve(["plain"], tmp_path / "x.svg", "flops"))
+    with pytest.raises(UserError, match="--x seconds: .* does not tell it; choose one of iteration, tokens, flops"):
+        plot_loss_curve(["default", "plain"], x="seconds")
+
+
+def test_what_is_no_number_is_a_gap(tmp_path):
+    file = write(tmp_path / "m.jsonl", train(10, 5.0), train(20, float("inf")), valid(20, 4.5))
+    file.write_text(file.read_text() + '{"iteration": 40, "ki')  # still being written
+    drawn = Drawn(read_runs([file])[0], "C0", "o", "iteration", 1.0)
+    x, y = drawn.points("train", "lm loss")
+    assert x == [10, 20] and y[0] == 5.0 and y[1] != y[1]
+    assert drawn.points("held-out", "lm loss") == ([20], [4.5])
+    assert plot_loss_curve([file], tmp_path / "a.svg").exists()
 
 
 @pytest.mark.parametrize(
@@ -51,43 +71,42 @@ def test_later_lines_of_a_resumed_run_replace_earlier_ones(tmp_path):
     [
         ("{\n", ":2 is not valid JSON"),
         ("[]\n", ":2 is not a JSON object"),
-        (line(1, "best"), ":2 has the kind 'best'"),
-        (line("1", "train"), ":2 has the iteration '1'"),
-        (line(1, "train", **{"lm loss": "low"}), ":2 has 'low' under 'lm loss'"),
+        (json.dumps({"kind": "best", "iteration": 1}) + "\n", ":2 has the kind 'best'"),
+        (json.dumps({"kind": "train", "iteration": "1"}) + "\n", ":2 has the iteration '1'"),
+        (json.dumps(train(1, "low")) + "\n", ":2 has 'low' under 'lm loss'"),
+        (json.dumps(train(1, 1.0, time="now")) + "\n", ":2 has 'now' under 'time'"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, text, said):
-    (tmp_path / "m.jsonl").write_text(line(1, "train", **{"lm loss": 1}) + text)
+    file = write(tmp_path / "m.jsonl", train(1, 1.0))
+    file.write_text(file.read_text() + text)
     with pytest.raises(UserError) as caught:
-        plot_loss_curve(tmp_path / "m.jsonl")
-    assert f"{tmp_path / 'm.jsonl'}{said}" in str(caught.value)
+        plot_loss_curve([file])
+    assert f"{file}{said}" in str(caught.value)
 
 
 def test_missing_empty_and_unknown_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot read .*none.jsonl .No such file"):
-        plot_loss_curve(tmp_path / "none.jsonl")
-    (tmp_path / "empty.jsonl").write_text("")
+        plot_loss_curve([tmp_path / "none.jsonl"])
+    empty = write(tmp_path / "empty.jsonl")
     with pytest.raises(UserError, match="holds no losses"):
-        plot_loss_curve(tmp_path / "empty.jsonl")
-    (tmp_path / "m.jsonl").write_text("".join(run_of(1)))
+        plot_loss_curve([empty])
+    metrics = write(tmp_path / "m.jsonl", *run_of(1))
     with pytest.raises(UserError, match="cannot write .*empty.jsonl/a.png"):
-        plot_loss_curve(tmp_path / "m.jsonl", tmp_path / "empty.jsonl" / "a.png")
-    with pytest.raises(UserError, match="end it with one of .png, .pdf, .svg"):
-        plot_loss_curve(tmp_path / "empty.jsonl", tmp_path / "a.doc")
+        plot_loss_curve([metrics], empty / "a.png")
+    with pytest.raises(UserError, match="--output .* end it with one of .png, .pdf, .svg"):
+        plot_loss_curve([metrics], tmp_path / "a.doc")
 
 
-def test_the_command(tmp_path):
-    def run(*flags):
-        command = [sys.executable, ROOT / "tools/plot_metrics.py", *flags]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-
-    (tmp_path / "m.jsonl").write_text("".join(run_of(2)))
-    done = run("--metrics", "m.jsonl", "--output", "new/curve.svg")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "new/curve.svg\n", "")
-    assert "<svg" in (tmp_path / "new/curve.svg").read_text()
-
-    (tmp_path / "m.jsonl").write_text("nonsense\n")
-    done = run("--metrics", "m.jsonl")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: m.jsonl:1 is not valid JSON; remove the line\n"
+def test_the_command_takes_runs_as_words_and_as_flags(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c"):
+        write(tmp_path / name / "metrics.jsonl", *run_of(2))
+    main(["plot", "a", "--metrics", "b", "--metrics", "c", "--output", "abc.svg"])
+    assert capsys.readouterr() == ("abc.svg\n", "")
+    assert {f"{name} (held-out lm loss 4.000)" for name in "abc"} <= {*texts_of(tmp_path / "abc.svg")}
+    for words, said in ((["plot"], "RUN is missing"), (["plot", "none"], "cannot read none")):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out) == (2, "") and err.startswith(f"error: {said}") and err.count("\n") == 1

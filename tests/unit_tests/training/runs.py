@@ -22,8 +22,9 @@ FLAGS = (
 ).split()
 RECURSION = ["--num-refinement-blocks", "2", "--num-latent-refinements", "1"]
 PLAIN = ["--disable-recursive-refinement"]
+TIMES = ("time", "seconds", "tokens per second")
 PATCHED = (
-    "training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint", "save_checkpoint",
+    "training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint", "save_checkpoint", "train",
     "report_theoretical_memory", "num_floating_point_operations", "build_train_valid_test_data_iterators",
 )  # fmt: skip
 
@@ -64,8 +65,9 @@ def save_to(folder: Path, every: int = 3) -> list[str]:
 
 
 def metrics_of(folder: Path) -> dict[int, dict[str, Any]]:
-    """Iteration to everything that ``metrics.jsonl`` holds on it, at full precision; a repeated iteration: the last."""
-    return {record["iteration"]: record for record in records_of(folder, "train")}
+    """Iteration to all numbers of ``metrics.jsonl`` but times, at full precision; a repeated iteration: the last."""
+    trained = {record["iteration"]: record for record in records_of(folder, "train")}
+    return {n: {name: v for name, v in record.items() if name not in TIMES} for n, record in trained.items()}
 
 
 def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -86,8 +88,8 @@ def copy_checkpoint(source: Path, target: Path, iteration: int) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its content."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    """Every file below a folder with its content, but for the logs, which a run begins before it is refused."""
+    files = [f for f in folder.rglob("*") if f.is_file() and f.parent.name != "logs"]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 

@@ -87,8 +87,11 @@ def test_plain_python_refuses_what_only_shows_while_training_starts(tmp_path: Pa
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     before = files_of(tmp_path)
     result = run_command([sys.executable, SCRIPT, *FLAGS, *RECURSION, *save_to(tmp_path)], timeout=150)
-    check_refusal(result, f"The checkpoint {tmp_path / 'iter_0000003'} cannot be")
+    check_refusal(result, f"{shard} (by the SHA-256")
     assert files_of(tmp_path) == before
+
+
+SENTENCE = "--num-attention-heads 1 is not divisible by --tensor-model-parallel-size 2."
 
 
 def test_torchrun_shows_the_sentence_once() -> None:
@@ -96,5 +99,5 @@ def test_torchrun_shows_the_sentence_once() -> None:
     flags = [*FLAGS, "--num-attention-heads", "1", "--tensor-model-parallel-size", "2"]
     result = run_command([*torchrun, SCRIPT, *flags], timeout=150)
     # torchrun's own exit code is 1; its report follows with a traceback of its own.
-    check_refusal(result, "--num-attention-heads 1 is not divisible by --tensor-model-parallel-size 2", code=1)
-    assert "exitcode  : 2" in result.stderr
+    check_refusal(result, SENTENCE, code=1)
+    assert "exitcode  : 2" in result.stderr and f"traceback : {SENTENCE}" in result.stderr

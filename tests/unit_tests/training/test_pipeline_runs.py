@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -13,13 +14,16 @@ from typing import Any
 import pytest
 
 from tests.distributed import REPOSITORY, run_distributed
+from tests.grids import grid
 from tests.unit_tests.training.runs import FLAGS, SCRIPT, copy_checkpoint, in_worker, metrics_of, save_to, train
 
 RECURSION = ["--num-refinement-blocks", "2", "--num-latent-refinements", "2"]
-# Four layers for four stages, eight micro-batches, dropout off: random numbers differ from layout to layout.
-DEEP = ["--num-layers", "4", "--global-batch-size", "16", "--train-iters", "12", "--hidden-dropout", "0",
-        "--attention-dropout", "0", "--eval-iters", "1", "--eval-interval", "6", "--clip-grad", "0.05"]  # fmt: skip
-LAYOUTS = {"PP 1": (1, 1), "PP 2": (1, 2), "TP 2 x PP 2": (2, 2), "PP 4": (1, 4)}
+LAST = 7  # iteration
+# Four layers for four stages, four micro-batches, dropout off: random numbers differ from layout to layout.
+DEEP = ["--num-layers", "4", "--global-batch-size", "8", "--train-iters", str(LAST), "--hidden-dropout", "0",
+        "--attention-dropout", "0", "--eval-iters", "1", "--eval-interval", "4", "--clip-grad", "0.05"]  # fmt: skip
+LAYOUTS = {"PP 2": (1, 2), "TP 2 x PP 2": (2, 2), "PP 4": (1, 4)}
+DETACH, FULL = "--detach-between-refinements", "--no-detach-between-refinements"
 
 
 @pytest.fixture(scope="module")
@@ -31,46 +35,52 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_layout(start: Path, folder: Path, layout: tuple[int, int], *flags: str) -> dict[int, dict[str, Any]]:
-    """Go on from the checkpoint's iteration 2 to 12 at (TP, PP)."""
+    """Go on from the checkpoint's iteration 2 to the last one at (TP, PP)."""
     tp, pp = layout
     copy_checkpoint(start, folder, 2)
     sizes = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
-    argv = [*save_to(folder, 12), *DEEP, "--no-load-rng", *sizes, *flags]
+    argv = [*save_to(folder, LAST), *DEEP, "--no-load-rng", *sizes, *flags]
     said = train(*argv, recursion=RECURSION, world_size=tp * pp)
     assert said is None, said
     return metrics_of(folder)
 
 
-@pytest.mark.parametrize("gradient", ["--detach-between-refinements", "--no-detach-between-refinements"])
-def test_every_layout_goes_on_with_the_same_losses(checkpoint: Path, tmp_path: Path, gradient: str) -> None:
-    runs = {}
-    for name, layout in LAYOUTS.items():
-        runs[name] = run_layout(checkpoint, tmp_path / name.replace(" ", "_"), layout, gradient)
-        assert sorted(runs[name]) == list(range(3, 13))
-    for name, run in runs.items():
-        for iteration, metrics in runs["PP 1"].items():
-            for key in ("lm loss", "halt loss", "total loss", "lm loss block 1", "grad norm"):
-                # What the log line prints has seven digits.
-                assert run[iteration][key] == pytest.approx(metrics[key], rel=2e-6), (name, iteration, key)
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[str, Any]]]:
+    """By gradient flow: what one process gives."""
+    return {flag: run_layout(checkpoint, tmp_path_factory.mktemp("whole"), (1, 1), flag) for flag in (DETACH, FULL)}
 
 
+@pytest.mark.parametrize(
+    ("layout", "gradient"),
+    grid(itertools.product(LAYOUTS, (DETACH, FULL)), quick=[("PP 2", DETACH), ("TP 2 x PP 2", FULL)]),
+)
+def test_every_layout_goes_on_with_the_same_losses(
+    checkpoint: Path, whole: dict[str, dict[int, dict[str, Any]]], tmp_path: Path, layout: str, gradient: str
+) -> None:
+    run = run_layout(checkpoint, tmp_path, LAYOUTS[layout], gradient)
+    assert sorted(run) == list(range(3, LAST + 1))
+    for iteration, metrics in whole[gradient].items():
+        for key in ("lm loss", "halt loss", "total loss", "lm loss block 1", "grad norm"):
+            # What the log line prints has seven digits.
+            assert run[iteration][key] == pytest.approx(metrics[key], rel=2e-6), (iteration, key)
+
+
+@pytest.mark.grid
 def test_a_checkpoint_of_two_stages_goes_on_at_tensor_parallel_two_and_on_one_stage(
-    checkpoint: Path, tmp_path: Path
+    checkpoint: Path, whole: dict[str, dict[int, dict[str, Any]]], tmp_path: Path
 ) -> None:
     copy_checkpoint(checkpoint, tmp_path / "pp2", 2)
     flags = [*DEEP, "--no-load-rng"]
-    two_stages = ["--pipeline-model-parallel-size", "2", "--exit-interval", "6"]
-    assert train(*save_to(tmp_path / "pp2", 6), *flags, *two_stages, recursion=RECURSION, world_size=2) is None
-    runs = {}
+    two_stages = ["--pipeline-model-parallel-size", "2", "--exit-interval", "4"]
+    assert train(*save_to(tmp_path / "pp2", 4), *flags, *two_stages, recursion=RECURSION, world_size=2) is None
     for name, more, ranks in (("one", [], 1), ("tp2", ["--tensor-model-parallel-size", "2"], 2)):
-        copy_checkpoint(tmp_path / "pp2", tmp_path / name, 6)
-        assert train(*save_to(tmp_path / name, 12), *flags, *more, recursion=RECURSION, world_size=ranks) is None
-        runs[name] = metrics_of(tmp_path / name)
-    whole = run_layout(checkpoint, tmp_path / "whole", (1, 1))
-    for run in runs.values():
-        assert sorted(run) == list(range(7, 13))
+        copy_checkpoint(tmp_path / "pp2", tmp_path / name, 4)
+        assert train(*save_to(tmp_path / name, LAST), *flags, *more, recursion=RECURSION, world_size=ranks) is None
+        run = metrics_of(tmp_path / name)
+        assert sorted(run) == list(range(5, LAST + 1))
         for iteration, metrics in run.items():
-            assert metrics["lm loss"] == pytest.approx(whole[iteration]["lm loss"], rel=2e-6)
+            assert metrics["lm loss"] == pytest.approx(whole[DETACH][iteration]["lm loss"], rel=2e-6)
 
 
 REFUSED = {

@@ -1,0 +1,104 @@
+"""``megatron-recursive convert``: import, export and verify."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from megatron_recursive.command_line import example
+from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan.recursion_config import add_recursion_arguments
+
+SUMMARY = "Convert between Hugging Face models and Megatron checkpoints, with a proof at every run."
+
+# The knobs that an import reads: those of the function that the weights compute, and of the halting head that it makes.
+# What only training or generation reads is given there.
+KNOBS = frozenset(
+    knob.name for knob in dataclasses.fields(RecursionConfig)
+    if knob.metadata["binds"] or knob.name in ("halt_loss_weight", "halt_bias")
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(
+        dest="action", required=True, prog=parser.prog, title="actions, each with a --help of its own",
+        metavar="{import,export,verify}",
+    )  # fmt: skip
+    _add_import(actions.add_parser("import", help="a Hugging Face model to a Megatron checkpoint"))
+    _add_export(actions.add_parser("export", help="a Megatron checkpoint to a Hugging Face folder"))
+    verifier = actions.add_parser("verify", help="compare two folders or checkpoints; exit code 1 if they differ")
+    _describe(verifier, "Compare two models tensor by tensor, and their logits.", "verify", "MODEL", "CKPT")
+    required = verifier.add_argument_group("required: a Hugging Face folder or a Megatron checkpoint each")
+    required.add_argument("a", metavar="A")
+    required.add_argument("b", metavar="B")
+    _add_proof(verifier)
+    parser.epilog = example("convert", "import", "--hf", "MODEL", "--out", "CKPT", "--num-refinement-blocks", "3")
+
+
+def _describe(parser: argparse.ArgumentParser, text: str, *words: str) -> None:
+    parser.description = text
+    parser.epilog = example("convert", *words)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    _describe(parser, "Convert a Hugging Face model to a Megatron checkpoint, and print the line that trains on.",
+              "import", "--hf", "MODEL", "--out", "CKPT", "--num-refinement-blocks", "3", "--state-norm",
+              "none")  # fmt: skip
+    required = parser.add_argument_group("required")
+    required.add_argument("--hf", required=True, metavar="MODEL", help="a folder, a .gguf file, or a cached hub name")
+    required.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to make")
+    shape = parser.add_argument_group("layers and embedding")
+    shape.add_argument("--layer-selection", choices=("uniform", "first", "last", "middle"),
+                       help="which layers --num-layers keeps (default: uniform)")  # fmt: skip
+    shape.add_argument("--num-layers", type=int, metavar="K", help="how many layers to keep (default: all)")
+    shape.add_argument("--layers", metavar="I,J,...", help="the layers to keep, by number from 0")
+    shape.add_argument("--untie-embeddings", action="store_true", help="give the head a copy of the embedding")
+    add_recursion_arguments(parser, KNOBS)
+    for action in parser._actions:
+        if action.dest in KNOBS:
+            action.default = argparse.SUPPRESS  # what is not given is the source's own, where it is a model of ours
+    _add_proof(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _describe(parser, "Convert a Megatron checkpoint to a folder for AutoModelForCausalLM.from_pretrained(DIR, "
+              "trust_remote_code=True).", "export", "--ckpt", "CKPT", "--out", "DIR")  # fmt: skip
+    required = parser.add_argument_group("required")
+    required.add_argument("--ckpt", required=True, metavar="CKPT", help="a --save folder, or one iteration's folder")
+    required.add_argument("--out", required=True, metavar="DIR", help="model folder to make")
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the one trained with)")
+    _add_proof(parser)
+
+
+def _add_proof(parser: argparse.ArgumentParser) -> None:
+    proof = parser.add_argument_group("proof")
+    proof.add_argument("--no-proof", action="store_true", help="do not compare logits; the output is then unproven")
+    proof.add_argument("--proof-dtype", choices=("float32", "float64"), default="float32", help="compare logits in it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert or compare; the last line on stdout is JSON."""
+    import torch
+
+    from megatron_recursive.backends import cpu
+
+    cpu.install()
+    from megatron_recursive.hf import convert, export, verify
+
+    dtype = None if args.no_proof else getattr(torch, args.proof_dtype)
+    agreed = True
+    if args.action == "import":
+        recursion = {name: value for name, value in vars(args).items() if name in KNOBS}
+        selection = args.layer_selection or ("uniform" if args.num_layers is not None else None)
+        report = convert.import_model(args.hf, args.out, convert.ImportOptions(
+            recursion, selection, args.num_layers, args.layers, args.untie_embeddings, dtype))  # fmt: skip
+    elif args.action == "export":
+        report = export.export_model(args.ckpt, args.out, args.tokenizer, dtype)
+    else:
+        report = verify.verify(args.a, args.b, dtype)
+        agreed = verify.agree(report)
+    print(json.dumps(report.summary()))
+    if not agreed:
+        raise SystemExit(1)

@@ -1,0 +1,65 @@
+"""``megatron-recursive generate``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_recursive.command_line import example
+
+SUMMARY = "Generate text with an exported model, any causal model of transformers, or a Megatron checkpoint."
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXITS = ("halting", "output-change", "kl", "argmax")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    model = parser.add_argument_group("model, which is required")
+    model.add_argument("--model", required=True, metavar="DIR_OR_CKPT",
+                       help="a Hugging Face folder, a name in the hub's cache, or a Megatron checkpoint")
+    model.add_argument("--tokenizer", metavar="DIR", help="default: that of the model")
+    model.add_argument("--dtype", choices=DTYPES, default="auto",
+                       help="of the weights (default: auto, as they are stored)")
+    asked = parser.add_argument_group("prompts and output: one of --prompt, --prompt-file and --interactive")
+    asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    asked.add_argument("--prompt-file", metavar="FILE", help='a prompt a line, or .jsonl with "prompt"')
+    asked.add_argument("--interactive", action="store_true", help="a conversation, with the tokenizer's chat template")
+    asked.add_argument("--json", action="store_true", help="a JSON line per result, and nothing else on stdout")
+    asked.add_argument("--show-recursive-steps", action="store_true",
+                       help="for each new token, what every block would have said, its probability and the halting "
+                       "probability: a table on a terminal, JSON lines elsewhere")
+    chosen = parser.add_argument_group("choice of tokens")
+    chosen.add_argument("--max-tokens", type=int, default=128, help="at most so many new ones")
+    chosen.add_argument("--temperature", type=float,
+                        help="0: the most likely token (default without --top-k, --top-p)")
+    chosen.add_argument("--top-k", type=int, help="sample among so many tokens")
+    chosen.add_argument("--top-p", type=float, help="sample among the likeliest tokens of this probability together")
+    chosen.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid what was said")
+    chosen.add_argument("--num-beams", type=int, default=1, help="beam search with so many beams")
+    chosen.add_argument("--seed", type=int, default=0, help="of sampling, for each prompt anew")
+    depth = parser.add_argument_group("depth, of recursive models")
+    depth.add_argument("--num-refinement-blocks", type=int, metavar="T", help="run T blocks (default: as trained)")
+    depth.add_argument("--exit", choices=EXITS, help="let each token leave after its own block (default: none leaves)")
+    depth.add_argument("--halt-threshold", type=float,
+                       help="--exit halting: probability at which a token leaves (default: the model's)")
+    depth.add_argument("--exit-threshold", type=float,
+                       help="--exit output-change or kl: leave below this change (default: 0.03 or 0.001)")
+    depth.add_argument("--exit-stable-blocks", type=int,
+                       help="--exit argmax: leave after so many agreeing blocks (default: 2)")
+    depth.add_argument("--max-inference-refinement-steps", type=int, metavar="BLOCKS",
+                       help="cap under --exit (default: the model's, at most the T it was trained with)")
+    # fmt: on
+    parser.epilog = example("generate", "--model", "DIR_OR_CKPT", "--prompt", "Once upon", "--exit", "halting")
+
+
+def run(args: argparse.Namespace) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    from megatron_recursive.inference import command
+
+    command.run(args)

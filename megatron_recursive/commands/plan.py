@@ -1,0 +1,287 @@
+"""``megatron-recursive plan``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_recursive.accounting import ModelShape, Recording, StateBytes, count_parameters, flops_per_token
+from megatron_recursive.command_line import command, example
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.architecture import Architecture
+from megatron_recursive.plan import RecursionConfig, build_plan
+from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
+
+if TYPE_CHECKING:
+    from megatron_recursive.pipeline.layouts import Job, Layout
+
+SUMMARY = "Say which layouts of a model fit a number of GPUs, what each needs, and how fast it would be."
+NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
+SIZES = (*NEEDED, "ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size")
+SWITCHES = ("swiglu", "disable_bias_linear", "untie_embeddings_and_output_weights")
+CHOICES = {"normalization": ("LayerNorm", "RMSNorm"), "position_embedding_type": ("learned_absolute", "rope", "none")}
+DEFAULTS = {"vocab_size": 32768, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
+KNOBS = ("enable_recursive_refinement", "num_refinement_blocks", "num_latent_refinements", "detach_between_refinements",
+         "state_norm", "halt_loss_weight", "halt_supervision")  # fmt: skip
+UNSAID = ("--norm-epsilon=1e-05", "--init-method-std=0.02", "--rotary-base=10000", "--rotary-percent=1.0",
+          "--normalization=LayerNorm", "--position-embedding-type=learned_absolute")  # fmt: skip
+COLUMNS = (
+    ("TP", "tensor", "3d"), ("PP", "pipeline", "4d"), ("DP", "data", "5d"), ("batches", "micro_batches", "9d"),
+    ("weights", "weights_gib", "9.1f"), ("passes", "passes_gib", "8.1f"), ("head", "head_gib", "7.1f"),
+    ("total", "total_gib", "7.1f"), ("efficiency", "efficiency", "12.3f"), ("step s", "step_seconds", "9.3g"),
+    ("MFU", "mfu", "7.3f"), ("tokens/s", "tokens_per_second", "12,.0f"), ("days", "days", "8.1f"),
+)  # fmt: skip
+SHOWN = 20  # layouts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    parser.description = (
+        "List the tensor x pipeline x data-parallel layouts that fit, the fastest first, with the memory of the "
+        "fullest rank and the simulated efficiency of the pipeline, and print the line that trains in the first."
+    )
+    required = parser.add_argument_group("required")
+    required.add_argument("--gpus", type=int, required=True, help="how many")
+    model = parser.add_argument_group("model: a checkpoint, a Hugging Face folder, or Megatron's flags")
+    model.add_argument("--ckpt", metavar="DIR", help="a --save folder, or one iteration's folder")
+    model.add_argument("--hf", metavar="DIR", help="a folder with a config.json")
+    for name in (*SIZES, *CHOICES, *SWITCHES):
+        kind: dict[str, Any] = {"type": int} if name in SIZES else {"choices": CHOICES.get(name)}
+        told = f" (default: {DEFAULTS[name]})" if name in DEFAULTS else ""
+        model.add_argument(flag_of(name), default=argparse.SUPPRESS, help=f"as in training{told}",
+                           **({"action": "store_true"} if name in SWITCHES else kind))
+    model.add_argument("--seq-length", type=int, help="default: the checkpoint's, or 4096 and at most the model's")
+    add_recursion_arguments(parser, KNOBS)
+    for action in parser._actions:
+        if action.dest in KNOBS:
+            action.default = argparse.SUPPRESS  # what is not given is the source's own
+    job = parser.add_argument_group("training")
+    job.add_argument("--micro-batch-size", type=int, help="default: the checkpoint's, or 1")
+    job.add_argument("--global-batch-size", type=int, help="default: the checkpoint's, or 4 micro-batches a GPU")
+    job.add_argument("--bf16", action="store_true", help="weights in bf16, Adam in fp32 (default: all in fp32)")
+    job.add_argument("--use-distributed-optimizer", action="store_true", help="spread Adam's states over DP")
+    job.add_argument("--recompute-passes", action="store_true", help="keep one hidden tensor a pass, replay the pass")
+    job.add_argument("--recompute-granularity", choices=("full",), help="replay layer by layer")
+    job.add_argument("--tokens", metavar="N", help="also tell the days that so many take: 100B, 300M, ...")
+    gpus = parser.add_argument_group("GPUs")
+    gpus.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each; 90%% of it may be filled")
+    gpus.add_argument("--gpus-per-node", type=int, default=8, help="most ranks of a tensor-parallel group")
+    gpus.add_argument("--mfu", type=float, default=0.4, help="share of its peak that a GPU reaches while it computes")
+    gpus.add_argument("--peak-tflops", type=float, help="of a GPU (default: an H100's, 989 in bf16 and 67 in fp32)")
+    gpus.add_argument("--tensor-model-parallel-size", "--tp", type=int, dest="tp", help="only layouts of this size")
+    gpus.add_argument("--pipeline-model-parallel-size", "--pp", type=int, dest="pp", help="only layouts of this size")
+    output = parser.add_argument_group("output")
+    output.add_argument("--timeline", metavar="PICTURE",
+                        help="simulate a step of the best layout with stages, and draw it: .png, .pdf or .svg")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    # fmt: on
+    parser.epilog = example("plan", "--gpus", "64", "--num-layers", "32", "--hidden-size", "4096", "--tokens", "100B",
+                            "--num-attention-heads", "32", "--swiglu", "--bf16",
+                            "--use-distributed-optimizer")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    _check(args)
+    values, tokens = _model(args), _count(args.tokens)
+    recursion = RecursionConfig.from_mapping({**values, **{k: v for k, v in vars(args).items() if k in KNOBS}})
+    arch = Architecture.from_megatron(values, args.ckpt or args.hf or "The model")
+    from megatron_recursive.pipeline.layouts import fitting_layouts, what_would_fit
+
+    job = _job(args, arch, recursion)
+    fitting = fitting_layouts(job)
+    if not fitting:
+        raise UserError(what_would_fit(job))
+    found = [x for x in fitting if args.tp in (None, x.tensor) and args.pp in (None, x.pipeline)]
+    if not found:
+        sizes = ", ".join(f"{x.tensor} x {x.pipeline}" for x in fitting[:8])
+        raise UserError(f"No layout of these --tp and --pp fits; those that do have TP x PP of {sizes}.")
+    parameters, flops = count_parameters(job.shape, job.plan), flops_per_token(job.shape, job.plan).total
+    report = {
+        "layers": arch.num_layers, "width": arch.hidden_size, "passes": job.plan.num_passes,
+        "passes_with_gradient": len(job.plan.grad_passes), "parameters_held": parameters.held,
+        "parameters_unrolled": parameters.unrolled, "flops_per_token": flops, "assumed_mfu": args.mfu,
+        "assumed_peak_tflops": args.peak_tflops, "layouts": [_figures(args, job, x, flops, tokens) for x in found],
+        "command": command("pretrain", *_words(args, values, job, arch, recursion, found[0], tokens)),
+    }  # fmt: skip
+    text = _text(args, job, report)
+    if args.timeline:
+        from megatron_recursive.pipeline.planner import plan_pipeline
+        from megatron_recursive.plots.pipeline_timeline import described, plot_timeline
+
+        best = next((x for x in found if x.pipeline > 1), found[0])
+        step = best.pipeline, best.micro_batches, job.shape, job.backward_cost
+        timeline, simulated = plan_pipeline(job.plan, *step)
+        picture = str(plot_timeline(timeline, job.plan, args.timeline))
+        report["timeline"] = {**simulated, "picture": picture}
+        text += [described(timeline, job.plan, simulated), "", picture, ""]
+    start = f", from the checkpoint CKPT of convert import --hf {args.hf}" if args.hf else ""
+    text += [f"The first layout{start}, with your own words for those in capitals:", str(report["command"])]
+    print(json.dumps(report) if args.json else "\n".join(text))
+
+
+# --- what is asked --------------------------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and name not in KNOBS
+        if is_number and not 0 < value <= (1 if name == "mfu" else 1e15):
+            raise UserError(f"{flag_of(name)} must be positive{' and at most 1' * (name == 'mfu')}, but is {value}.")
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+        raise UserError(f"--gpus {args.gpus} fill no nodes of --gpus-per-node {args.gpus_per_node}; change either.")
+
+
+def _model(args: argparse.Namespace) -> dict[str, Any]:
+    """Megatron's arguments of the model, by the names under which a checkpoint stores them; fills in the job's."""
+    given = {name: vars(args)[name] for name in (*SIZES, *CHOICES, *SWITCHES) if name in vars(args)}
+    missing = [flag_of(name) for name in NEEDED if name not in given]
+    if args.ckpt or args.hf:
+        if given or (args.ckpt and args.hf):
+            flag, source = flag_of(next(iter(given), "hf")), "--ckpt" if args.ckpt else "--hf"
+            raise UserError(f"{flag} is decided by the model of {source}; leave out either.")
+        values = _of_checkpoint(Path(args.ckpt)) if args.ckpt else _of_hugging_face(Path(args.hf))
+    elif missing:
+        raise UserError(f"{' and '.join(missing)} missing; describe the model, or name one with --ckpt or --hf.")
+    else:
+        values = {**DEFAULTS, "max_position_embeddings": args.seq_length or 4096, **given}
+        hidden, heads = values["hidden_size"], values["num_attention_heads"]
+        if (hidden % heads and "kv_channels" not in given) or heads % given.get("num_query_groups", 1):
+            raise UserError("--num-attention-heads must divide --hidden-size and be divided by --num-query-groups.")
+        values.setdefault("ffn_hidden_size", int(hidden * 8 / 3 / 64) * 64 if "swiglu" in given else 4 * hidden)
+        values |= {"group_query_attention": "num_query_groups" in given, "padded_vocab_size": values["vocab_size"],
+                   "add_bias_linear": "disable_bias_linear" not in given}  # fmt: skip
+    args.seq_length = args.seq_length or values.get("seq_length") or min(4096, values["max_position_embeddings"])
+    args.micro_batch_size = args.micro_batch_size or values.get("micro_batch_size") or 1
+    batch = args.global_batch_size or values.get("global_batch_size")
+    args.global_batch_size = batch or 4 * args.gpus * args.micro_batch_size
+    args.bf16 = bool(args.bf16 or values.get("bf16"))
+    args.peak_tflops = args.peak_tflops or (989.0 if args.bf16 else 67.0)
+    return values
+
+
+def _of_checkpoint(folder: Path) -> dict[str, Any]:
+    from megatron_recursive.hf.torch_dist import TorchDistCheckpoint, iteration_folder
+
+    return TorchDistCheckpoint(iteration_folder(folder)).arguments()
+
+
+def _of_hugging_face(folder: Path) -> dict[str, Any]:
+    from megatron_recursive.hf.mappings import family_of, read_config
+    from megatron_recursive.hf.sources import config_object, read_json
+
+    values = read_json(folder / "config.json")
+    family = family_of(values, str(folder))
+    config = config_object(family, values, str(folder))
+    return {**getattr(config, "recursion", {}), **read_config(family, config, str(folder)).to_megatron()}
+
+
+def _job(args: argparse.Namespace, arch: Architecture, recursion: RecursionConfig) -> Job:
+    from megatron_recursive.pipeline.layouts import GIB, Job
+
+    shape = ModelShape(
+        arch.num_layers, arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads, arch.num_query_groups,
+        arch.head_dim, arch.padded_vocab_size, args.seq_length, args.seq_length if arch.positions == "learned" else 0,
+        arch.gated, arch.tied, arch.linear_bias, arch.qkv_bias, arch.qk_norm is not None, arch.qk_norm == "full",
+        arch.norm == "layernorm", 4 if arch.norm_placement == "sandwich" else 2,
+    )  # fmt: skip
+    # As with Transformer Engine on a GPU: fused norms and activations; no dropout.
+    recording = Recording(
+        args.micro_batch_size, element=2 if args.bf16 else 4, rotary=arch.positions == "rope",
+        recompute_passes=args.recompute_passes, recompute_layers=int(args.recompute_granularity is not None),
+    )  # fmt: skip
+    plan = build_plan(recursion.resolved(embedding_init_std=arch.init_std))
+    return Job(
+        shape, plan, args.gpus, args.gpu_memory * GIB, args.peak_tflops * 1e12 * args.mfu,
+        args.global_batch_size, recording, StateBytes() if args.bf16 else StateBytes(4, 4, 8),
+        args.use_distributed_optimizer, pads_vocabulary=not (args.ckpt or args.hf), node=args.gpus_per_node,
+    )  # fmt: skip
+
+
+def _count(text: str | None) -> float | None:
+    units = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+    if text is None:
+        return None
+    try:
+        number = float(text[:-1]) * units[text[-1].upper()] if text[-1:].isalpha() else float(text)
+    except (ValueError, KeyError):
+        number = 0.0
+    if not 1 <= number < 1e18:
+        raise UserError(f"--tokens {text} must be a positive number such as 300M, 100B or 1.5T.")
+    return number
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+
+
+def _figures(args: argparse.Namespace, job: Job, layout: Layout, flops: float, tokens: float | None) -> dict[str, Any]:
+    from megatron_recursive.pipeline.layouts import GIB
+
+    memory, speed = layout.memory, job.tokens_per_step / layout.seconds
+    return {
+        "tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data,
+        "micro_batches": layout.micro_batches, "fullest_stage": layout.stage, "weights_gib": memory.weights / GIB,
+        "passes_gib": (memory.decoder + memory.states) / GIB, "head_gib": max(memory.heads, memory.replay) / GIB,
+        "total_gib": memory.total / GIB, "efficiency": layout.efficiency, "step_seconds": layout.seconds,
+        "tokens_per_second": speed, "mfu": speed * flops / (job.gpus * args.peak_tflops * 1e12),
+        "days": tokens / speed / 86400 if tokens else None,
+    }  # fmt: skip
+
+
+def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[str]:
+    from megatron_recursive.pipeline.layouts import TENSOR_COST, USABLE
+
+    columns = COLUMNS if args.tokens else COLUMNS[:-1]
+    about = [
+        f"{report['layers']} layers of width {report['width']}, {report['passes']} pass{'es' * (report['passes'] > 1)} "
+        f"({report['passes_with_gradient']} with gradient): {report['parameters_held'] / 1e6:,.0f} M parameters held, "
+        f"{report['parameters_unrolled'] / 1e6:,.0f} M unrolled, {report['flops_per_token'] / 1e9:,.2f} GFLOPs a token",
+        f"{job.gpus} GPUs of {args.gpu_memory:g} GiB ({USABLE:.0%} may be filled), {'bf16' if args.bf16 else 'fp32'}; "
+        f"a step of {job.global_batch} x {args.seq_length:,} tokens in micro-batches of {args.micro_batch_size}",
+    ]
+    rows = ["".join(f"{name:>{form.partition('.')[0].rstrip('d,')}}" for name, _, form in columns)]
+    rows += ["".join(f"{each[key]:{form}}" for _, key, form in columns) for each in report["layouts"][:SHOWN]]
+    rows += [f"and {len(report['layouts']) - SHOWN} more (--json)"] if len(report["layouts"]) > SHOWN else []
+    notes = [
+        "batches: micro-batches of each pipeline in a step. GiB of the fullest rank, computed and not measured: "
+        "weights with gradients and Adam's states; what recorded passes keep; head, the logits or a pass's replay.",
+        f"Assumed: a GPU reaches {args.mfu:.0%} of {args.peak_tflops:g} TFLOPS while it computes (--mfu, "
+        "--peak-tflops). Simulated: how long stages wait (efficiency; MFU is what remains). Communication is not "
+        f"simulated; every doubling of TP is charged {TENSOR_COST:.0%}.",
+    ]
+    about, notes = ([textwrap.fill(line, 100, subsequent_indent="  ") for line in lines] for lines in (about, notes))
+    return [*about, "", *rows, "", *notes, ""]
+
+
+def _words(
+    args: argparse.Namespace, values: dict[str, Any], job: Job, arch: Architecture, recursion: RecursionConfig,
+    layout: Layout, tokens: float | None,
+) -> list[str]:  # fmt: skip
+    """The flags of a run in a layout, to be given on each node."""
+    node, unsaid = min(job.node, job.gpus), set(UNSAID)
+    nodes = [f"--nnodes={job.gpus // node}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29500"]
+    if job.pads_vocabulary:  # the model is that of flags, and what they leave out is as in training
+        unsaid |= {f"--padded-vocab-size={arch.padded_vocab_size}", "--no-bias-gelu-fusion"}
+    switches = {
+        "--sequence-parallel": layout.tensor > 1,
+        "--bf16": args.bf16,
+        "--use-distributed-optimizer": args.use_distributed_optimizer,
+        "--recompute-passes": args.recompute_passes,
+        "--recompute-granularity=full --recompute-method=uniform --recompute-num-layers=1": args.recompute_granularity,
+        f"--load={args.ckpt or 'CKPT'}": args.ckpt or args.hf,
+    }
+    return [
+        f"--nproc-per-node={node}", *(nodes if job.gpus > node else []),
+        f"--tensor-model-parallel-size={layout.tensor}", f"--pipeline-model-parallel-size={layout.pipeline}",
+        *(word for flags, on in switches.items() if on for word in flags.split()),
+        f"--micro-batch-size={args.micro_batch_size}", f"--global-batch-size={job.global_batch}",
+        f"--seq-length={args.seq_length}", *(flag for flag in arch.megatron_flags() if flag not in unsaid),
+        *(flag for flag in recursion.flags() if flag not in RecursionConfig().flags()),
+        "--hidden-dropout=0", "--attention-dropout=0", "--lr=3e-4",
+        f"--train-iters={-(-int(tokens) // job.tokens_per_step) if tokens else 1000}",
+        "--data-path=DATA", "--split=949,50,1", "--save=SAVE", "--save-interval=1000",
+        f"--tokenizer-type={values.get('tokenizer_type') or 'HuggingFaceTokenizer'}",
+        f"--tokenizer-model={values.get('tokenizer_model') or 'TOKENIZER'}",
+    ]  # fmt: skip

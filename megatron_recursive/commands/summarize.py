@@ -1,0 +1,28 @@
+"""``megatron-recursive summarize``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from megatron_recursive.command_line import example
+from megatron_recursive.commands.plot import add_runs, runs_of
+from megatron_recursive.plots.run_summary import summarize_runs
+
+SUMMARY = "Say in a few lines what a run trained and what came out, or set several side by side."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Of one run: what was trained, its losses, what each refinement block adds, and which health alarms spoke. Of "
+        "several: a table, and whether the recursion earned its FLOPs against a run without it, or else the first run."
+    )
+    add_runs(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print the same figures as one JSON object")
+    parser.epilog = example("summarize", "runs/default", "runs/plain")
+
+
+def run(args: argparse.Namespace) -> None:
+    text, figures = summarize_runs(runs_of(args))
+    print(json.dumps(figures) if args.json else text)

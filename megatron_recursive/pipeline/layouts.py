@@ -1,0 +1,139 @@
+"""The layouts in which a job fits its GPUs: memory by ``accounting``, time by the simulated step, the fastest first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, stage_memory
+from megatron_recursive.accounting.flops import layer_forward_flops
+from megatron_recursive.pipeline.pass_costs import price_passes
+from megatron_recursive.pipeline.planner import Step, simulated_step
+from megatron_recursive.plan import RecursionPlan
+
+GIB = 2**30
+USABLE = 0.9  # of a GPU's memory; CUDA, NCCL, buffers of kernels and the allocator's gaps have the rest
+TENSOR_COST = 0.05  # of the time, for every doubling of the tensor-parallel size: a stated guess, not simulated
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, on what.
+
+    Attributes:
+        shape: with the padded vocabulary, or with ``pads_vocabulary`` one that Megatron pads for each layout.
+        memory: bytes of a GPU. flops: what a GPU computes a second, while it does.
+        recording, state: of one tensor-parallel rank and one optimizer shard; each layout has its own.
+        node: GPUs that a tensor-parallel group may span.
+    """
+
+    shape: ModelShape
+    plan: RecursionPlan
+    gpus: int
+    memory: float
+    flops: float
+    global_batch: int
+    recording: Recording
+    state: StateBytes
+    distributed_optimizer: bool = False
+    pads_vocabulary: bool = False
+    node: int = 8
+
+    @property
+    def backward_cost(self) -> float:
+        return 2.0 + self.recording.recompute_passes + (self.recording.recompute_layers > 0)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.shape.seq_length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job is spread. ``memory`` is that of the fullest stage, ``stage``; a step takes ``seconds``."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    micro_batches: int
+    stage: int
+    memory: StageMemory
+    efficiency: float
+    seconds: float
+
+
+def fitting_layouts(job: Job) -> list[Layout]:
+    """The fastest first; of equally fast ones, that of the smaller tensor-parallel and pipeline sizes."""
+    found = [layout for sizes in _sizes(job) if (layout := _layout(job, *sizes)).memory.total <= USABLE * job.memory]
+    return sorted(found, key=lambda layout: (layout.seconds, layout.tensor, layout.pipeline))
+
+
+def _sizes(job: Job) -> Iterator[tuple[int, int, int, int]]:
+    """(tensor, pipeline, data, micro-batches) of all layouts with equal stages and a micro-batch for each stage."""
+    shape, node = job.shape, min(job.node, job.gpus)
+    rows = 0 if job.pads_vocabulary else shape.vocab_size  # 0 is divided by everything
+    divided = math.gcd(node, job.gpus, shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size,
+                       shape.seq_length, rows)  # fmt: skip
+    for tensor in (n for n in range(1, node + 1) if divided % n == 0):
+        ranks = job.gpus // tensor
+        for pipeline in (n for n in range(1, shape.num_layers + 1) if math.gcd(ranks, shape.num_layers) % n == 0):
+            data = ranks // pipeline
+            batches, ragged = divmod(job.global_batch, data * job.recording.micro_batch)
+            if not ragged and batches >= pipeline:
+                yield tensor, pipeline, data, batches
+
+
+def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> Layout:
+    """With its step simulated, unless one micro-batch alone is too much."""
+    shape, plan, split = job.shape, job.plan, (job.shape.num_layers // pipeline,) * pipeline
+    if job.pads_vocabulary:
+        rows = 128 * tensor  # Megatron's --make-vocab-size-divisible-by
+        shape = replace(shape, vocab_size=-(-shape.vocab_size // rows) * rows)
+    recording = replace(job.recording, tensor_parallel=tensor, sequence_parallel=tensor > 1)
+    state = replace(job.state, optimizer_shards=data if job.distributed_optimizer else 1)
+
+    def fullest(step: Step) -> tuple[int, StageMemory]:
+        stages = stage_memory(shape, plan, recording, state, layers_per_stage=split, live_passes=step.live,
+                              in_flight=step.in_flight)  # fmt: skip
+        return max(enumerate(stages), key=lambda numbered: numbered[1].total)
+
+    step = Step(math.inf, 0.0, (len(plan.grad_passes),) * pipeline, 1)
+    if fullest(step)[1].total <= USABLE * job.memory:
+        step = simulated_step(plan, price_passes(plan, job.shape, split, job.backward_cost), batches)
+    forward = layer_forward_flops(shape) * shape.num_layers * shape.seq_length * recording.micro_batch / job.flops
+    seconds = step.makespan * forward / tensor * (1 + TENSOR_COST * math.log2(tensor))
+    return Layout(tensor, pipeline, data, batches, *fullest(step), step.efficiency, seconds)
+
+
+_CHANGES: dict[str, Callable[[Job], Job]] = {
+    "--use-distributed-optimizer": lambda job: replace(job, distributed_optimizer=True),
+    "--recompute-passes": lambda job: replace(job, recording=replace(job.recording, recompute_passes=True)),
+    "--recompute-granularity full": lambda job: replace(job, recording=replace(job.recording, recompute_layers=1)),
+    "--micro-batch-size 1": lambda job: replace(job, recording=replace(job.recording, micro_batch=1)),
+}
+
+
+def what_would_fit(job: Job) -> str:
+    """A sentence on a job that fits in no layout: why, and the least change under which it fits."""
+    every = [_layout(job, *sizes) for sizes in _sizes(job)]
+    if not every:
+        return (
+            f"{job.gpus} GPUs, {job.shape.num_layers} layers and a global batch of {job.global_batch} divide into no "
+            "layout with a micro-batch for each stage; try another --global-batch-size or --gpus."
+        )
+    least = min(every, key=lambda layout: layout.memory.total)
+    said = (
+        f"No layout fits: the leanest (TP {least.tensor}, PP {least.pipeline}, DP {least.data}) needs at least "
+        f"{least.memory.total / GIB:,.1f} GiB a GPU, of which {USABLE * job.memory / GIB:,.1f} may be filled"
+    )
+    for times in (1, 2, 4, 8, 16):
+        for names in (names for count in range(len(_CHANGES) + 1) for names in combinations(_CHANGES, count)):
+            changed = replace(job, gpus=times * job.gpus, global_batch=times * job.global_batch)
+            for name in names:
+                changed = _CHANGES[name](changed)
+            if fitting_layouts(changed):
+                words = [*names, *([f"--gpus {changed.gpus}"] if times > 1 else [])]
+                return f"{said}; it fits with {' and '.join(words)}."
+    return f"{said}; nor does it with {16 * job.gpus} GPUs and all recomputation, so that it takes larger GPUs."

@@ -1,0 +1,150 @@
+"""Patch of megatron-core 0.19: what a run shows while it trains, its rates, compact lines and closing summary.
+
+``train`` and ``save_checkpoint`` are globals of ``megatron.training.training``. The wrappers time them and pass
+everything through; there is no hook that knows where training begins and what a save took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.command_line import command
+from megatron_recursive.training import console, progress_lines
+from megatron_recursive.training.progress_lines import count, duration
+
+ROWS_A_HEADER = 25
+
+
+class Progress:
+    """One run on one rank. The clock runs on every rank; the last rank, which knows the losses, shows them."""
+
+    def __init__(self) -> None:
+        self._since = self._began = time.monotonic()
+        self._paused = 0.0
+        self._rows = self._first = self._last = 0
+        self._first_loss: tuple[float, int] | None = None
+        self._last_loss: tuple[float, int] | None = None
+        self._tokens = self._trained = 0
+        self._held_out: tuple[int, dict[str, float]] | None = None
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around what is no training: an evaluation, a save."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
+
+    def begin(self, iteration: int) -> None:
+        """Training is about to start, ``iteration`` being the first. Starts the clock."""
+        self._since = self._began = time.monotonic()
+        self._paused, self._first = 0.0, iteration
+
+    def lap(self) -> float:
+        """Seconds of training since the last lap."""
+        now = time.monotonic()
+        seconds, self._since, self._paused = now - self._since - self._paused, now, 0.0
+        return seconds
+
+    def trained(self, record: dict[str, Any], means: dict[str, float], iterations: int, over: int) -> None:
+        """A logged interval: ``record`` as in metrics.jsonl, ``means`` of its ``over`` iterations."""
+        self._last, self._tokens = record["iteration"], record["tokens"]
+        self._first_loss = self._first_loss or (record["lm loss"], self._last)
+        self._last_loss = means["lm loss"], over
+        if console.style() != "compact":
+            return
+        if self._rows % ROWS_A_HEADER == 0:
+            console.say(progress_lines.header(means, iterations))
+        self._rows += 1
+        console.say(progress_lines.row(
+            self._last, iterations, self._tokens, means, grad_norm=record.get("grad norm"),
+            learning_rate=record.get("learning rate"), tokens_per_second=record["tokens per second"],
+            left=(iterations - self._last) * record["seconds"],
+        ))  # fmt: skip
+
+    def evaluated(self, kind: str, iteration: int, metrics: dict[str, float], number: int | None) -> None:
+        """An evaluation of a held-out (``valid``) or ``test`` set; ``number`` among several."""
+        if kind == "valid" and not number:
+            self._held_out = iteration, metrics
+        if console.style() == "compact":
+            which = {"valid": "held out", "test": "test set"}[kind] + ("" if number is None else f" {number}")
+            console.say(progress_lines.evaluation(f"{which} at iteration {iteration}", metrics))
+
+    def saved(self, iteration: int, folder: Path, seconds: float) -> None:
+        """A checkpoint is complete."""
+        if console.style() == "compact":
+            size = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
+            console.say(f"checkpoint of iteration {iteration}: {folder} ({size / 1e6:,.1f} MB, {seconds:.1f} s)")
+
+    def summary(self, args: Any) -> str:
+        """What was trained, where it is, and what to type next."""
+        spent = time.monotonic() - self._began
+        if not self._last:
+            lines = [f"nothing was trained: iteration {args.curr_iteration} of {args.train_iters} is the last one"]
+        else:
+            tokens = self._tokens - (self._first - 1) * args.global_batch_size * args.seq_length
+            end = "done" if self._last >= args.train_iters else "stopped"
+            lines = [f"{end}: iterations {self._first} to {self._last} of {args.train_iters}, {count(tokens)} tokens "
+                     f"in {duration(spent)}, evaluations and saves included"]  # fmt: skip
+        if self._first_loss is not None and self._last_loss is not None:
+            (first, iteration), (loss, over) = self._first_loss, self._last_loss
+            what = f"mean of the last {over} iterations" if over > 1 else "the last iteration"
+            lines.append(f"  lm loss      {first:.3f} at iteration {iteration}, {loss:.3f} at the end ({what})")
+        if self._held_out is not None:
+            iteration, metrics = self._held_out
+            blocks = ", ".join(f"{b}: {v:.3f}" for b, v in progress_lines.blocks_of(metrics).items())
+            after = f"; after block {blocks}" if blocks else ""
+            lines.append(f"  held out     {metrics['lm loss']:.3f} at iteration {iteration}{after}")
+        lines += [f"  {name:<11}  {value}" for name, value in self._places(args)]
+        if args.save is not None:
+            lines.append(f"next: {command('summarize', args.save)}")
+            lines.append(f"      {command('plot', args.save)}")
+        return "\n".join(lines)
+
+    def _places(self, args: Any) -> Iterator[tuple[str, Any]]:
+        if args.save is not None:
+            yield "checkpoints", args.save
+        for name, place in (("metrics", args.metrics_file), ("events", args.tensorboard_dir)):
+            if place is not None:
+                yield name, place
+        if console.log_path() is not None:
+            yield "logs", console.log_path().parent  # type: ignore[union-attr]
+
+
+def install(progress: Progress) -> None:
+    """Wrap the ``train`` and ``save_checkpoint`` that ``pretrain`` calls. Call it last: it times what is there."""
+    from megatron.training import get_args, training
+
+    train, save = _unwrapped_train(training.train), training.save_checkpoint
+
+    @functools.wraps(train)
+    def timed_train(*args: Any, **kwargs: Any) -> Any:
+        run = get_args()
+        progress.begin(run.iteration + 1)
+        if run.rank == 0 and console.style() == "compact":
+            start = f", going on from {run.load}" if run.iteration else ""
+            console.say(f"training: iterations {run.iteration + 1} to {run.train_iters}{start}")
+        return train(*args, **kwargs)
+
+    @functools.wraps(save)
+    def timed_save(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        run, start = get_args(), time.monotonic()
+        with progress.pausing():
+            result = save(iteration, *args, **kwargs)
+        if run.rank == 0 and run.save is not None and not run.async_save:
+            progress.saved(iteration, Path(run.save) / f"iter_{iteration:07d}", time.monotonic() - start)
+        return result
+
+    timed_save.__wrapped__ = inspect.unwrap(save)
+    training.train, training.save_checkpoint = timed_train, timed_save
+
+
+def _unwrapped_train(function: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(function, "__wrapped__", function)

@@ -1,0 +1,100 @@
+"""The lines of a run in the compact log style: one an interval, a table an evaluation. At most 120 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+WIDTH = 120
+MOST_BLOCKS = 3  # columns for losses by block; of more blocks some are shown, the first and the last among them
+
+Metrics = Mapping[str, float]
+
+
+def blocks_of(metrics: Metrics, name: str = "lm loss") -> dict[int, float]:
+    """``"lm loss block 3"`` and its like, by block."""
+    prefix = f"{name} block "
+    found = {int(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
+    return dict(sorted(found.items()))
+
+
+def shown_blocks(blocks: Sequence[int], most: int = MOST_BLOCKS) -> list[int]:
+    """At most so many of the blocks, evenly spread, from the first to the last."""
+    if len(blocks) <= most:
+        return list(blocks)
+    return [blocks[round(place * (len(blocks) - 1) / (most - 1))] for place in range(most)]
+
+
+def count(number: float) -> str:
+    """A number of tokens in five characters or fewer: 950, 1.2k, 307k, 6.5M, 1.3B, 2.0T."""
+    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= factor * 0.9995:
+            scaled = number / factor
+            return f"{scaled:.0f}{unit}" if scaled >= 99.95 else f"{scaled:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Two units: 43s, 2m05s, 3h10m, 12d04h."""
+    whole = max(round(seconds), 0)
+    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // small:02d}{smaller}"
+    return f"{whole}s"
+
+
+def header(metrics: Metrics, iterations: int) -> str:
+    """Names over the columns of :func:`row`."""
+    blocks = [f"block {block}" for block in shown_blocks(list(blocks_of(metrics)))]
+    halting = ["halt loss", "steps"] if "halt loss" in metrics else []
+    names = ["tokens", "lm loss", *blocks, *halting, "grad", "lr", "tokens/s", "left"]
+    return f"{'iteration':>{_iteration_width(iterations)}}" + "".join(f"{n:>{_width(n)}}" for n in names)
+
+
+def row(
+    iteration: int, iterations: int, tokens: float, metrics: Metrics, *,
+    grad_norm: float | None, learning_rate: float | None, tokens_per_second: float | None, left: float | None,
+) -> str:  # fmt: skip
+    """One line an interval; ``metrics`` are means over it. ``left`` is in seconds."""
+    by_block = blocks_of(metrics)
+    cells = {"tokens": count(tokens), "lm loss": f"{metrics['lm loss']:.4f}"}
+    cells |= {f"block {block}": f"{by_block[block]:.3f}" for block in shown_blocks(list(by_block))}
+    if "halt loss" in metrics:
+        cells["halt loss"] = f"{metrics['halt loss']:.3f}"
+        steps = metrics.get("expected refinement steps")
+        cells["steps"] = "-" if steps is None else f"{steps:.2f}"
+    cells["grad"] = "-" if grad_norm is None else f"{grad_norm:.3g}"
+    cells["lr"] = "-" if learning_rate is None else f"{learning_rate:.2e}"
+    cells["tokens/s"] = "-" if tokens_per_second is None else count(tokens_per_second)
+    cells["left"] = "-" if left is None else duration(left)
+    start = f"{iteration}/{iterations}"
+    return f"{start:>{_iteration_width(iterations)}}" + "".join(f"{c:>{_width(n)}}" for n, c in cells.items())
+
+
+def _iteration_width(iterations: int) -> int:
+    return max(9, 2 * len(str(iterations)) + 1)
+
+
+def _width(name: str) -> int:
+    return max(len(name), 7 if name in ("tokens", "left", "steps") else 8 if name in ("lr", "grad") else 6) + 2
+
+
+def evaluation(title: str, metrics: Metrics) -> str:
+    """A table by block: what was lost after each, and how far it moved the output state."""
+    import math
+
+    perplexity = math.exp(min(metrics["lm loss"], 20.0))
+    lines = [f"{title}: lm loss {metrics['lm loss']:.4f} (perplexity {perplexity:,.1f})"]
+    losses, changes = blocks_of(metrics), blocks_of(metrics, "output change")
+    if losses:
+        shown = shown_blocks(list(losses), 10)
+        lines.append("    after block  " + "".join(f"{block:>8}" for block in shown))
+        lines.append("    lm loss      " + "".join(f"{losses[block]:>8.3f}" for block in shown))
+        if set(shown) <= set(changes):
+            lines.append("    state moved  " + "".join(f"{changes[block]:>8.3f}" for block in shown))
+    facts = []
+    if "expected refinement steps" in metrics:
+        facts.append(f"{metrics['expected refinement steps']:.2f} blocks until a token halts, on average")
+    facts += [f"{name} {metrics[name]:.3f}" for name in ("halt loss", "token cosine") if name in metrics]
+    if facts:
+        lines.append("    " + ", ".join(facts))
+    return "\n".join(lines)

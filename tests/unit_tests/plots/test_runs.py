@@ -1,0 +1,45 @@
+import pytest
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.plots.runs import read_runs
+from tests.unit_tests.plots.records import start, train, valid, write
+
+
+def test_a_resumed_run_supersedes_what_an_earlier_start_did_after_its_checkpoint(tmp_path):
+    file = write(
+        tmp_path / "metrics.jsonl",
+        start(time=100.0), train(10, 9.0, time=110.0), valid(20, 8.5, time=121.0), train(20, 8.4, time=120.0),
+        train(25, 1.0, time=125.0), valid(30, 1.0, time=130.0), {"kind": "alarm", "iteration": 26, "alarm": "lost"},
+        start(blocks=2, iteration=20, time=900.0),  # refused, or ended before it logged anything: no start
+        start(iteration=20, time=1000.0), train(40, 7.0, time=1020.0), {"kind": "valid", "iteration": 40, "set": 1},
+    )  # fmt: skip
+    (run,) = read_runs([file])
+    assert run.starts == 2 and run.plan is not None and run.plan.num_blocks == 3
+    assert [(r["kind"], r["iteration"]) for r in run.records] == [
+        ("train", 10), ("valid", 20), ("train", 20), ("train", 40)
+    ]  # fmt: skip
+    assert run.records[-1]["tokens"] == 40 * 64 and run.records[-1]["flops"] == 40 * 64 * 1e6
+    assert [r["elapsed"] for r in run.of("train")] == [10, 20, 21 + 20]  # without the work that was lost
+
+
+def test_files_of_older_versions_say_iteration_0_of_every_start(tmp_path):
+    file = write(tmp_path / "m.jsonl", start(), train(10, 9.0), train(20, 8.0), start(), train(20, 7.0), train(30, 6.0))
+    (run,) = read_runs([file])
+    assert run.starts == 2 and [r["lm loss"] for r in run.records] == [9.0, 7.0, 6.0]
+    assert all("elapsed" not in r for r in run.records)
+
+
+def test_runs_are_found_in_folders_and_named_by_what_tells_them_apart(tmp_path):
+    places = ("runs/default/checkpoints", "runs/plain/checkpoints", "other/default")
+    files = [write(tmp_path / place / "metrics.jsonl", start(), train(1, 1.0)) for place in places]
+    given = [tmp_path / "runs/default", tmp_path / "runs/plain/checkpoints", files[2]]
+    assert [run.name for run in read_runs(given[:2])] == ["default", "plain"]
+    assert [run.name for run in read_runs(given)] == ["runs/default", "runs/plain", "other/default"]
+    assert [run.name for run in read_runs(given[:1])] == ["default"]
+    with pytest.raises(UserError, match="runs holds no metrics.jsonl.* name .*runs/default.* or .*runs/plain"):
+        read_runs([tmp_path / "runs"])
+    with pytest.raises(UserError, match="is named twice"):
+        read_runs([tmp_path / "runs/default", files[0]])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="name the --save folder of a run"):
+        read_runs([tmp_path / "empty"])

@@ -1,0 +1,194 @@
+"""What a run shows and where the rest goes; how it says that it ended."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.training import console, ending, progress_lines
+from tests.distributed import run_distributed
+from tests.forked_runs import RunServer, wait_until
+from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, save_to
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def metrics_of_blocks(blocks: int) -> dict[str, float]:
+    metrics = {"lm loss": 11.123456, "halt loss": 12.3456, "total loss": 23.4, "expected refinement steps": 11.97}
+    for block in range(1, blocks + 1):
+        metrics |= {f"lm loss block {block}": 10 + 1 / block, f"output change block {block}": 1 / block}
+    return metrics
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3, 12])
+@pytest.mark.parametrize("iterations", [10, 1_000_000])
+def test_a_row_fits_and_stands_under_its_header(blocks: int, iterations: int) -> None:
+    metrics = metrics_of_blocks(blocks)
+    head = progress_lines.header(metrics, iterations)
+    row = progress_lines.row(
+        iterations, iterations, 1.23e15, metrics, grad_norm=1.23e-5, learning_rate=1.5e-4, tokens_per_second=9.87e6,
+        left=3.2e7,
+    )  # fmt: skip
+    assert len(row) == len(head) <= progress_lines.WIDTH
+    ends = [found.end() for found in re.finditer(r"\S+(?: \S+)*", head)]
+    assert all(row[end - 1] != " " and row[end : end + 1] in (" ", "") for end in ends), f"\n{head}\n{row}"
+    table = progress_lines.evaluation("held out at iteration 7", metrics).splitlines()
+    assert max(map(len, table)) <= progress_lines.WIDTH
+
+
+def test_of_many_blocks_the_first_and_the_last_are_shown() -> None:
+    assert progress_lines.shown_blocks(range(1, 14)) == [1, 7, 13]
+    assert progress_lines.shown_blocks([1, 2, 3]) == [1, 2, 3]
+    counts = [950, 1200, 99_960, 307_200, 999_600, 6.5e6, 1.3e9, 2e12]
+    assert [progress_lines.count(n) for n in counts] == ["950", "1.2k", "100k", "307k", "1.0M", "6.5M", "1.3B", "2.0T"]
+    assert [progress_lines.duration(s) for s in (43, 125, 11_400, 1_051_200)] == ["43s", "2m05s", "3h10m", "12d04h"]
+
+
+VALIDATION = (
+    " validation loss at iteration 6 | lm loss value: 4.4E+00 | lm loss PPL: 8.5E+01 | token cosine value: 3.0E-01 | "
+    "token cosine PPL: 1.3E+00 | lm loss block 1 value: 4.4E+00 | lm loss block 1 PPL: 8.5E+01 | "
+)
+
+
+def test_only_losses_have_a_perplexity() -> None:
+    assert console.NO_PERPLEXITY.sub("", VALIDATION) == VALIDATION.replace("token cosine PPL: 1.3E+00 | ", "")
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def shown_in_worker(argv: list[str]) -> tuple[str, str]:
+    """What this rank's part of a run shows on stdout and stderr, as the command has it."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = shown = io.StringIO(), io.StringIO()
+    try:
+        console.install()
+        assert in_worker(argv) is None
+    finally:
+        console._current = None
+        sys.stdout, sys.stderr = streams
+    return shown[0].getvalue(), shown[1].getvalue()
+
+
+EVALUATED = ["--eval-iters", "1", "--eval-interval", "3", "--log-interval", "2"]
+
+
+def test_a_pipe_gets_megatrons_lines_and_the_log_the_rest(tmp_path: Path) -> None:
+    ranks = run_distributed(shown_in_worker, 2, [*FLAGS, *RECURSION, *EVALUATED, *save_to(tmp_path)], timeout=120)
+    assert [err for _, err in ranks] == ["", ""]
+    first, last = (out.splitlines() for out, _ in ranks)
+    assert f"log: {tmp_path / 'logs'}" in first[0] and sum("recursion plan: core" in line for line in first) == 1
+    logged = [line for line in last if re.search(r"\] iteration +\d+/ +6 \| consumed samples:", line)]
+    assert len(logged) == 4  # 1, 2, 4, 6
+    assert all(re.search(r"\| lm loss: \S+ \| halt loss: \S+ \| .*total loss: \S+ \|", line) for line in logged)
+    evaluated = [line for line in last if " loss at iteration " in line]
+    assert [line.split(" | ")[0] for line in evaluated] == [
+        " validation loss at iteration 3", " validation loss at iteration 6",
+        " validation loss at iteration 6 on test set",
+    ]  # fmt: skip
+    assert last[-1].startswith("      ") and any(line.startswith("done: iterations 1 to 6 of 6") for line in last)
+    assert len(first) + len(last) < 50
+    log = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert "end of arguments" in log and "recursion plan: core" in log
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trained = [record for record in records if record["kind"] == "train"]
+    assert [record["tokens"] for record in trained] == [128, 256, 384]
+    for record in trained:
+        assert record["tokens per second"] * record["seconds"] == pytest.approx(4 * 16)
+
+
+def test_a_terminal_gets_a_line_an_interval(tmp_path: Path) -> None:
+    flags = [*FLAGS, *RECURSION, *EVALUATED, *save_to(tmp_path), "--log-style", "compact"]
+    ((out, _),) = run_distributed(shown_in_worker, 1, flags, timeout=120)
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= max(progress_lines.WIDTH, len(lines[0]))
+    starts = [line.split()[0] for line in lines]
+    assert [start for start in starts if start in ("2/6", "4/6", "6/6")] == ["2/6", "4/6", "6/6"]
+    assert sum(line.startswith("held out at iteration") for line in lines) == 2
+    assert sum(line.startswith("checkpoint of iteration") for line in lines) == 2
+    assert not any("lm loss value" in line or "consumed samples" in line for line in lines)
+
+
+# --- how it ends ----------------------------------------------------------------------------------------------------
+
+
+def say_in_worker() -> bool:
+    import torch
+
+    os.environ |= {"RANK": str(torch.distributed.get_rank()), "WORLD_SIZE": str(torch.distributed.get_world_size())}
+    try:
+        return ending._is_the_one_that_speaks()
+    finally:
+        ending._stores.clear()
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def test_one_rank_speaks() -> None:
+    assert sorted(run_distributed(say_in_worker, 4)) == [False, False, False, True]
+
+
+@pytest.fixture
+def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs an ending in this process; returns (exit code, stderr, elastic error file, log)."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(ending, "leave_at_once", sys.exit)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    shown = sys.stderr
+    console.install()
+    console.begin(None, str(tmp_path), timers=False)
+
+    def end(how: Any, error: Exception) -> tuple[int, str, dict[str, Any], str]:
+        try:
+            raise error
+        except Exception as caught:
+            with pytest.raises(SystemExit) as stop:
+                how(caught)
+        recorded = json.loads((tmp_path / "error.json").read_text())["message"]
+        return stop.value.code, shown.getvalue(), recorded, (tmp_path / "logs" / "rank-0.log").read_text()  # type: ignore[attr-defined,return-value]
+
+    yield end
+    console._current = None
+
+
+def test_a_mistake_ends_in_a_sentence_that_torchrun_repeats(ended: Any) -> None:
+    code, err, recorded, log = ended(ending.end_with_sentence, UserError("--lr is -1; give a positive number."))
+    assert (code, err) == (2, "error: --lr is -1; give a positive number.\n")
+    assert recorded["extraInfo"]["py_callstack"] == recorded["message"] == "--lr is -1; give a positive number."
+    assert "Traceback" not in log
+
+
+def test_a_defect_keeps_its_traceback_in_the_file_that_the_last_line_names(ended: Any, tmp_path: Path) -> None:
+    code, err, recorded, log = ended(ending.end_with_traceback, RuntimeError("CUDA out of\nmemory."))
+    assert code == 1 and err.count("\n") == 1 and "Traceback" not in err
+    assert "RuntimeError: CUDA out of memory; the traceback is in" in err
+    assert str(tmp_path / "logs" / "rank-0.log") in err and "Traceback (most recent call last)" in log
+    assert "Traceback" in recorded["extraInfo"]["py_callstack"]
+
+
+def test_ctrl_c_says_what_goes_on(tmp_path: Path) -> None:
+    server = RunServer(tmp_path)
+    try:
+        saves = save_to(tmp_path / "run", 2)
+        run = server.start([*FLAGS, *RECURSION, "--train-iters", "5000", *saves], world_size=2)
+        tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
+        wait_until(lambda: tracker.exists() and int(tracker.read_text() or 0) >= 2, run)
+        for pid in run.pids:
+            os.killpg(pid, signal.SIGINT)
+        assert run.wait(timeout=30) == [ending.EXIT_INTERRUPTED] * 2, run.tail()
+        said = [line for log in run.logs for line in log.read_text().splitlines() if "Ctrl-C" in line]
+        assert len(said) == 1 and re.search(r"stopped by Ctrl-C at iteration \d+; the last checkpoint is iter", said[0])
+        assert said[0].endswith("and the same command goes on from there.")
+        assert not any("Traceback" in log.read_text() for log in run.logs)
+    finally:
+        server.close()
