@@ -15,18 +15,15 @@ from typing import Any
 
 from megatron_recursive.errors import UserError
 
+SUFFIX = ".idx.json"
+
 
 @dataclass(frozen=True)
 class Preparation:
-    """The record of a dataset.
+    """The record of a dataset: ids are below ``vocab_size``; ``vocabulary`` is their tokens' :func:`vocabulary_digest`.
 
-    Attributes:
-        vocab_size: token ids are below it.
-        vocabulary: :func:`vocabulary_digest` of the tokenizer, up to ``vocab_size``.
-        tokenizer: what the user called the tokenizer, for people only.
-        source: digest of the inputs (names, sizes, times), the tokenizer and the options that the tokens depend on.
-        documents, tokens, skipped: as the preparation counted them.
-        bin_bytes: size of the ``.bin``, by which a record that another program's files have outlived is known.
+    ``tokenizer`` is what the user called it, for people only; ``source`` the :func:`digest` of all that the tokens
+    depend on; by ``bin_bytes``, the size of the ``.bin``, a record that another program's files have outlived is known.
     """
 
     vocab_size: int
@@ -42,18 +39,13 @@ class Preparation:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-def preparation_file(prefix: str | Path) -> Path:
-    """Where the record of a dataset lies."""
-    return Path(f"{prefix}.idx.json")
-
-
 def read_preparation(prefix: str | Path) -> Preparation | None:
     """The record of a dataset, or None where it has none, or one of other files.
 
     Raises:
         UserError: the record is not one.
     """
-    file = preparation_file(prefix)
+    file = Path(f"{prefix}{SUFFIX}")
     if "://" in str(prefix) or not file.is_file():
         return None
     try:
@@ -67,11 +59,10 @@ def read_preparation(prefix: str | Path) -> Preparation | None:
 
 
 def vocabulary_digest(vocabulary: Mapping[str, int], below: int) -> str:
-    """SHA-256 of which token each id below a bound stands for; tokens added behind it make no difference."""
-    tokens = sorted((number, token) for token, number in vocabulary.items() if number < below)
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+    """Which token each id below a bound stands for, in short; tokens added behind it make no difference."""
+    return digest(sorted((number, token) for token, number in vocabulary.items() if number < below))
 
 
-def source_digest(key: Mapping[str, Any]) -> str:
-    """SHA-256 of what a dataset depends on."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+def digest(value: Any) -> str:
+    """SHA-256 of a value of JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_recursive.data.files import cannot_write
 from megatron_recursive.data.indexed import check_indexed_dataset
-from megatron_recursive.data.preparation import read_preparation, source_digest
+from megatron_recursive.data.preparation import digest, read_preparation
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.data.readers import read_span, refuse
 from megatron_recursive.data.sources import SourceFile, find_files, plan_parts, require_packages
@@ -87,7 +87,7 @@ def preprocess(
         with tempfile.TemporaryDirectory() as folder:
             asked = key(store_tokenizer(choice, Path(folder)))
         if work.key() != asked:  # the plan of an interrupted run that was to write these files: go on with it
-            return _already_there(prefix, source_digest(asked))
+            return _already_there(prefix, digest(asked))
     # A mistake in the first lines is reported before the slow start of the workers.
     _read_something(parts, json_key, on_error)
     try:
@@ -126,11 +126,7 @@ def _checked_prefix(prefix: str) -> str:
 
 
 def _already_there(prefix: str, source: str) -> IndexedSummary:
-    """What an earlier run of the same command made.
-
-    Raises:
-        UserError: the files are of another command, or damaged.
-    """
+    """What an earlier run of the same command made; refuses files of another one, or damaged ones."""
     made = read_preparation(prefix)
     if made is None or made.source != source:
         how = "made otherwise" if made is None else "made of other documents, with another tokenizer or options"

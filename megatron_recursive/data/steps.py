@@ -15,7 +15,7 @@ from datatrove.pipeline.readers.base import BaseReader
 
 from megatron_recursive.data.files import cannot_write, sync
 from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset, quiet_megatron
-from megatron_recursive.data.preparation import Preparation, preparation_file, source_digest
+from megatron_recursive.data.preparation import SUFFIX, Preparation, digest
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.data.readers import read_span
 from megatron_recursive.data.tokenizer import StoredTokenizer, load_encoder
@@ -190,7 +190,7 @@ def merge_parts(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer) -> Pa
                     progress.advance(report.documents, work.part(rank).with_suffix(".bin").stat().st_size)
         builder.finalize(str(joined_idx))
         made = Preparation(
-            tokenizer.id_range, tokenizer.vocabulary, tokenizer.name, source_digest(work.key() or {}),
+            tokenizer.id_range, tokenizer.vocabulary, tokenizer.name, digest(work.key()),
             total.documents, total.tokens, total.skipped, joined_bin.stat().st_size,
         )  # fmt: skip
         record.write_text(made.to_json(), "utf-8")
@@ -199,7 +199,7 @@ def merge_parts(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer) -> Pa
         # An old .idx must not stand beside a new .bin, not even for a moment.
         idx_file.unlink(missing_ok=True)
         os.replace(joined_bin, bin_file)
-        os.replace(record, preparation_file(prefix))
+        os.replace(record, f"{prefix}{SUFFIX}")
         os.replace(joined_idx, idx_file)
     except OSError as error:
         joined_bin.unlink(missing_ok=True)

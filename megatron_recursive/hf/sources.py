@@ -97,10 +97,9 @@ def open_source(given: str) -> Source:
 
 
 def _cached(name: str) -> Path:
-    parent = Path(name).parent
-    if name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") != 1 or parent.is_dir():
-        if "/" in name or name.endswith(".gguf"):
-            raise UserError(f"{name} does not exist; give a model folder, a .gguf file, or a name in the hub's cache.")
+    # A name of the hub is ORG/MODEL or MODEL, and no folder here is called ORG.
+    if "/" in name and (name[0] in ".~/" or name.count("/") > 1 or Path(name).parent.is_dir()) or name[-5:] == ".gguf":
+        raise UserError(f"{name} does not exist; give a model folder, a .gguf file, or a name in the hub's cache.")
     from huggingface_hub import snapshot_download
 
     try:

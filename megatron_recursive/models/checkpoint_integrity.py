@@ -25,10 +25,7 @@ COMPLETE = "metadata.json"  # Megatron writes it last but for the manifest: a sa
 def check_integrity(folder: Path, *, needed: bool = False) -> None:
     """Hash every file that the manifest of an iteration's folder names; without a manifest there is nothing to check.
 
-    Every rank calls it, and the first one reads.
-
-    Args:
-        needed: refuse a folder without a manifest.
+    Every rank calls it, and the first one reads. ``needed`` refuses a folder without a manifest.
 
     Raises:
         UserError: a file is missing or is not what was saved; says which checkpoint to take instead.
@@ -39,8 +36,7 @@ def check_integrity(folder: Path, *, needed: bool = False) -> None:
             raise UserError(f"--verify-integrity: {manifest} does not exist; leave the flag out to load it unchecked.")
         return
     try:
-        if not isinstance(json.loads(manifest.read_bytes())["files"], dict):
-            raise ValueError("no files")
+        dict(json.loads(manifest.read_bytes())["files"])
         validation.verify_integrity_manifest(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:  # on every rank alike
         raise UserError(f"{manifest} is damaged ({type(error).__name__}); {advise_other(folder)}.") from error

@@ -58,12 +58,7 @@ def refuse_schedule_values(args: argparse.Namespace) -> None:
 def check_schedule(folder: Path, common: Mapping[str, Any], scheduler: Any, run: argparse.Namespace) -> None:
     """Refuse to resume with another schedule, unless the flags say which of the two counts.
 
-    Args:
-        common: the checkpoint's common state, with its arguments and its scheduler.
-        scheduler: this run's, freshly built; None where there is none.
-
-    Raises:
-        UserError: names the flags, both values, and how to take either.
+    ``common`` is the checkpoint's common state, with its arguments and its scheduler; ``scheduler`` is this run's.
     """
     saved = _saved_schedule(common, scheduler, run)
     if not saved or run.override_opt_param_scheduler or run.use_checkpoint_opt_param_scheduler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def check_data(args: argparse.Namespace) -> None:
     """Refuse data whose ids the model has no rows for, or that another tokenizer made."""
     if args.mock_data:
         return
-    rows, vocabulary, digests = args.padded_vocab_size, _vocabulary(), dict[int, str]()
+    rows, vocabulary = args.padded_vocab_size, None if args.allow_other_tokenizer else _vocabulary()
+    digest_below = functools.lru_cache(lambda below: vocabulary_digest(vocabulary or {}, below))
     for flag, prefix in prefixes_of(args):
         made = read_preparation(prefix)
         if made is None:
@@ -41,17 +43,12 @@ def check_data(args: argparse.Namespace) -> None:
                     f"{flag} {prefix} holds the token id {largest}, but this run's tokenizer makes a vocabulary of "
                     f"{rows}; give the tokenizer that the data was prepared with, or prepare it again."
                 )
-            continue
-        if made.vocab_size > rows:
+        elif made.vocab_size > rows:
             raise UserError(
                 f"{flag} {prefix} was prepared with a vocabulary of {made.vocab_size} (tokenizer {made.tokenizer}), "
                 f"but this run's tokenizer makes one of {rows}; give that tokenizer, or prepare the data again."
             )
-        if vocabulary is None or args.allow_other_tokenizer:
-            continue
-        if made.vocab_size not in digests:
-            digests[made.vocab_size] = vocabulary_digest(vocabulary, made.vocab_size)
-        if digests[made.vocab_size] != made.vocabulary:
+        elif vocabulary is not None and digest_below(made.vocab_size) != made.vocabulary:
             raise UserError(
                 f"{flag} {prefix} was prepared with another tokenizer ({made.tokenizer}) than this run's, to which its "
                 f"token ids mean something else; give that one, prepare the data again, {GO_ON}."
