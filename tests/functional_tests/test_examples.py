@@ -14,7 +14,7 @@ import pytest
 from tests import examples
 from tests.distributed import run_command, run_distributed
 from tests.examples import FOLDER, SCRIPTS, Command
-from tests.unit_tests.training.runs import losses_of, metrics_of
+from tests.unit_tests.training.runs import in_worker, losses_of, metrics_of
 
 TINY = (
     "--hidden-size 32 --num-attention-heads 4 --num-layers 2 --seq-length 32 --max-position-embeddings 32 "
@@ -156,7 +156,7 @@ def test_the_smallest_trains_on_the_cpu(variables: dict[str, str], tmp_path: Pat
 
 @pytest.mark.heavy
 def test_two_agents_train_as_one(variables: dict[str, str], tmp_path: Path) -> None:
-    """Two torchrun agents that meet on the loopback, of one rank each, and one agent of two ranks."""
+    """Two torchrun agents that meet on the loopback, of one rank each, and two ranks that never heard of agents."""
     flags = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2", "--ffn-hidden-size", "64",
              "--num-query-groups", "2", "--train-iters", "4"]  # fmt: skip
     with socket.socket() as probe:
@@ -167,6 +167,7 @@ def test_two_agents_train_as_one(variables: dict[str, str], tmp_path: Path) -> N
     with ThreadPoolExecutor(2) as pool:
         for agent in [pool.submit(train, "multi_node", agents, *flags) for _ in range(2)]:
             agent.result()
-    train("multi_node", {**agents, "SAVE": one, "NNODES": "1", "GPUS": "2", "JOB": "one"}, *flags)
+    command = examples.command_of("multi_node", {**agents, "SAVE": one}, tmp_path, *TINY, *flags)
+    assert run_distributed(in_worker, 2, command.flags, timeout=120) == [None, None]
     assert sorted(losses_of(tmp_path / "two")) == [1, 2, 3, 4]
     assert metrics_of(tmp_path / "two") == metrics_of(tmp_path / "one")

@@ -7,15 +7,14 @@ file: ``python -m tests.functional_tests.test_golden_losses``.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.distributed import run_command
+from tests.distributed import run_distributed
+from tests.unit_tests.training.runs import in_worker
 
-ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 KEYS = ("lm loss", "halt loss", "total loss", "lm loss block 1", "output change block 2", "grad norm")
 COMMON = (
@@ -32,11 +31,9 @@ RUNS = {
 
 
 def losses_of(flags: str, folder: Path) -> list[dict[str, float]]:
-    script = ROOT / "examples/recursive_gpt/pretrain_recursive_gpt.py"
-    metrics = folder / "metrics.jsonl"
-    result = run_command([sys.executable, str(script), *COMMON.split(), *flags.split(), "--metrics-file", str(metrics),
-                 "--data-cache-path", str(folder / "cache")], timeout=240, cwd=folder)  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    metrics, cache = folder / "metrics.jsonl", folder / "cache"
+    argv = [*COMMON.split(), *flags.split(), "--metrics-file", str(metrics), "--data-cache-path", str(cache)]
+    assert run_distributed(in_worker, 1, argv, timeout=240) == [None]
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [{key: record[key] for key in KEYS} for record in records if record["kind"] == "train"]
 

@@ -142,6 +142,7 @@ def test_megatron_state_does_not_survive_a_job() -> None:
         assert run_distributed(megatron_state, 2) == [(True, True)] * 2
 
 
+@pytest.mark.grid
 def test_a_hang_shows_where_the_rank_stands(expendable_pool: WorkerPool) -> None:
     stuck, spared = run_distributed(process_id, 2)
     began = time.monotonic()
@@ -156,6 +157,7 @@ def test_a_hang_shows_where_the_rank_stands(expendable_pool: WorkerPool) -> None
     assert run_distributed(process_id, 1) == [spared]
 
 
+@pytest.mark.grid
 def test_a_failure_does_not_wait_for_the_ranks_that_hang(expendable_pool: WorkerPool) -> None:
     run_distributed(process_id, 2)  # pays for the start of a fresh worker
     began = time.monotonic()
@@ -166,12 +168,14 @@ def test_a_failure_does_not_wait_for_the_ranks_that_hang(expendable_pool: Worker
     assert message.index("the deliberate cause") < message.index("in rank_zero_raises_while_rank_one_sleeps")
 
 
+@pytest.mark.grid
 def test_a_dying_worker_is_reported_and_replaced(expendable_pool: WorkerPool) -> None:
     with pytest.raises(DistributedFailure, match="rank 1 of 2 failed first: worker process .* died with exit code 3"):
         run_distributed(rank_one_dies, 2)
     assert [total for total, _, _ in run_distributed(sum_of_ranks, 2)] == [3.0, 3.0]
 
 
+@pytest.mark.grid
 def test_a_killed_worker_is_reported(expendable_pool: WorkerPool) -> None:
     with pytest.raises(DistributedFailure, match="died with signal SIGKILL"):
         run_distributed(rank_zero_is_killed, 1)
@@ -183,6 +187,7 @@ def test_a_command_returns_its_output_and_exit_code() -> None:
     assert (done.returncode, done.stdout) == (5, "sour\n")
 
 
+@pytest.mark.grid
 def test_a_command_that_hangs_is_killed_with_its_children_and_shows_their_stacks() -> None:
     child = "import os, time\ndef oversleep(): time.sleep(60)\nprint(os.getpid(), flush=True)\noversleep()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"

@@ -75,7 +75,7 @@ def test_megatron_reads_the_tokens_back(corpus, written):
     assert names(written.parent) == ["one.bin", "one.idx", "one.idx.json"]
 
 
-@pytest.mark.parametrize(("workers", "part_bytes"), [(1, 700), (2, 700), (2, 5000), (3, None)])
+@pytest.mark.parametrize(("workers", "part_bytes"), [(1, 2500), (2, 2000), (3, None)])
 def test_the_files_do_not_depend_on_workers_and_parts(corpus, written, tmp_path, many_processes, workers, part_bytes):
     summary = preprocess(
         [corpus / "train.jsonl"], tmp_path / "two", corpus / "tok", workers=workers, part_bytes=part_bytes
@@ -101,7 +101,7 @@ def test_gpt2_files_give_the_same_tokens(corpus, written, tmp_path):
     assert contents(tmp_path / "x") == contents(written)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.grid), 2])
 def test_sentencepiece(corpus, tmp_path, many_processes, workers):
     trained = train_tokenizer([corpus / "train.jsonl"], tmp_path / "sp", 300, kind="sentencepiece")
     model = trained.folder / "tokenizer.model"
@@ -242,6 +242,7 @@ def test_no_room_leaves_nothing_under_a_final_name(corpus, written, tmp_path, by
     assert names(tmp_path) == ["corpus", "x.bin", "x.idx", "x.idx.json"]
 
 
+@pytest.mark.grid
 def test_a_killed_run_goes_on_from_its_complete_parts(corpus, tmp_path):
     text = "\n".join(json.dumps({"text": f"{n} " + TEXTS[n % 200] * 20}) for n in range(16_000))
     (tmp_path / "big.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a first file, packed"}\n'))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.distributed import run_distributed
+from tests.grids import chosen, grid
 from tests.models import (
     HIDDEN,
     LAYERS,
@@ -259,24 +261,47 @@ LAYOUTS: dict[str, tuple[int, Layout, dict[str, Any]]] = {
 }
 
 
-def train_all(layout: Layout, options: dict[str, Any]) -> dict[str, Training]:
+def train_all(names: list[str], layout: Layout, options: dict[str, Any]) -> dict[str, Training]:
     results = {}
-    for name, case in TRAINED.items():
+    for name in names:
+        case = TRAINED[name]
         in_double = case.transformer.get("params_dtype") == torch.float64
         how = replace(layout, ddp={**layout.ddp, "grad_reduce_in_fp32": False}) if in_double else layout
         results[name] = train(replace(case, transformer={**case.transformer, **options}), how)
     return results
 
 
-@cache
-def trained(layout: str | None = None) -> list[dict[str, Training]]:
-    ranks, how, options = LAYOUTS[layout] if layout else (1, Layout(), {})
-    return run_distributed(train_all, ranks, how, options, timeout=180)
+# Norms meet the sharding of heads and of the sequence, and recomputation; stages and replicas hardly.
+ASKED: dict[str, list[str]] = {
+    "tp2": ["olmo2", "olmo2-full-gradient", "sandwich-layernorm"],
+    "tp2-sp": [*TRAINED],
+    "pp2": ["olmo2", "sandwich-residual"],
+    "dp2-distributed-optimizer": ["sandwich-layernorm"],
+    "recompute-layers": ["olmo2", "post-residual"],
+    "recompute-parts": ["olmo2-full-gradient", "sandwich-layernorm", "sandwich-residual"],
+    "recompute-passes-tp2-sp": ["olmo2-full-gradient", "sandwich-residual", "post-residual"],
+}
+PAIRS = [(layout, case) for layout, cases in ASKED.items() for case in cases]
+QUICK = [("tp2-sp", "olmo2"), ("tp2-sp", "sandwich-residual"), ("recompute-parts", "sandwich-layernorm")]
 
 
-@pytest.mark.parametrize(("layout", "case"), itertools.product(LAYOUTS, TRAINED))
-def test_a_layout_trains_as_one_process_does(layout: str, case: str) -> None:
-    expected = trained()[0][case]
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest) -> Callable[[str], list[dict[str, Training]]]:
+    """By layout; "" is one process."""
+    pairs = chosen(request, "layout", "case")
+
+    @cache
+    def of(layout: str) -> list[dict[str, Training]]:
+        ranks, how, options = LAYOUTS[layout] if layout else (1, Layout(), {})
+        names = dict.fromkeys(case for asked, case in pairs if layout in ("", asked))
+        return run_distributed(train_all, ranks, [*names], how, options, timeout=180)
+
+    return of
+
+
+@pytest.mark.parametrize(("layout", "case"), grid(PAIRS, QUICK))
+def test_a_layout_trains_as_one_process_does(trained: Any, layout: str, case: str) -> None:
+    expected = trained("")[0][case]
     ranks = [rank[case] for rank in trained(layout)]
     tolerance = 1e-6 if case == "olmo2-full-gradient" else 1e-5
     assert set().union(*(rank.parameters for rank in ranks)) == set(expected.parameters)
@@ -362,7 +387,7 @@ def reshard(folder: Path, case: Case) -> tuple[Tensors, Tensors, Tensors, dict[s
     return stops[0], stops[1], stops[2], shapes
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", grid(TRAINED, quick=["sandwich-layernorm"]))
 def test_checkpoints_reshard(case: str, tmp_path: Path) -> None:
     for one, two, back, shapes in run_distributed(reshard, 2, tmp_path, TRAINED[case], timeout=120):
         assert one.keys() == two.keys() == back.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_recursive.plan import DecoderPass, RecursionPlan
 from tests.distributed import run_distributed
+from tests.grids import chosen, grid
 from tests.models import Case, Layout, Training, train
 from tests.unit_tests.models.comparing import worst_error
 
@@ -37,34 +39,48 @@ def train_how(case: Case, options: dict[str, Any], layout: Layout) -> Training:
     return train(replace(case, transformer={**case.transformer, **options}), layout)
 
 
-def train_all(dropout: float, layout: Layout) -> dict[tuple[str, str], Training]:
+LAYOUTS = {"tp1": (Layout(), 0.0), "tp1-dropout": (Layout(), 0.1),
+           "tp2-sp-dropout": (Layout(tp=2, sequence_parallel=True), 0.1)}  # fmt: skip
+# Every pair of layout, recursion and way of recomputing.
+TRIPLES = [(layout, list(RECURSIONS)[(at + place) % 3], how) for at, layout in enumerate(LAYOUTS)
+           for place, how in enumerate(how for how in HOW if how != "none")]  # fmt: skip
+QUICK = TRIPLES[1::4]
+
+
+def train_all(pairs: list[tuple[str, str]], layout: Layout, dropout: float) -> dict[tuple[str, str], Training]:
     base = {"hidden_dropout": dropout, "attention_dropout": dropout}
     return {
-        (name, how): train_how(Case(recursion, transformer=base, micro_batches=2), options, layout)
-        for name, recursion in RECURSIONS.items()
-        for how, options in HOW.items()
+        (name, how): train_how(Case(RECURSIONS[name], transformer=base, micro_batches=2), HOW[how], layout)
+        for name, how in pairs
     }
 
 
-@cache
-def trained(dropout: float, layout: str) -> list[dict[tuple[str, str], Training]]:
-    how = {"tp1": Layout(), "tp2-sp": Layout(tp=2, sequence_parallel=True)}[layout]
-    return run_distributed(train_all, how.tp, dropout, how, timeout=120)
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest) -> Callable[[str], list[dict[tuple[str, str], Training]]]:
+    triples = chosen(request, "layout", "recursion", "how")
+
+    @cache
+    def of(layout: str) -> list[dict[tuple[str, str], Training]]:
+        asked = [pair for name, *pair in triples if name == layout]
+        pairs = dict.fromkeys((recursion, each) for recursion, how in asked for each in ("none", how))
+        how, dropout = LAYOUTS[layout]
+        return run_distributed(train_all, how.tp, [*pairs], how, dropout, timeout=120)
+
+    return of
 
 
-@pytest.mark.parametrize("how", [how for how in HOW if how != "none"])
-@pytest.mark.parametrize("recursion", RECURSIONS)
-@pytest.mark.parametrize(("layout", "dropout"), [("tp1", 0.0), ("tp1", 0.1), ("tp2-sp", 0.1)])
-def test_recompute_changes_no_gradient(layout: str, dropout: float, recursion: str, how: str) -> None:
-    for rank in trained(dropout, layout):
+@pytest.mark.parametrize(("layout", "recursion", "how"), grid(TRIPLES, QUICK))
+def test_recompute_changes_no_gradient(trained: Any, layout: str, recursion: str, how: str) -> None:
+    for rank in trained(layout):
         plain, recomputed = rank[recursion, "none"], rank[recursion, how]
         assert recomputed.metrics == plain.metrics
         assert worst_error(recomputed.gradients[0], plain.gradients[0])[0] <= 1e-6
 
 
 def test_dropout_was_on() -> None:
-    with_dropout, without = trained(0.1, "tp1")[0], trained(0.0, "tp1")[0]
-    assert with_dropout["detach", "none"].metrics != without["detach", "none"].metrics
+    pairs = [("detach", "none")]
+    (with_dropout,), (without,) = (run_distributed(train_all, 1, pairs, *LAYOUTS[n]) for n in ("tp1-dropout", "tp1"))
+    assert with_dropout[pairs[0]].metrics != without[pairs[0]].metrics
 
 
 # The first pass with gradient reads nothing that carries one: its layers must be trained all the same.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
+from tests.grids import grid
 from tests.models import Case, Layout, Training, train
 from tests.unit_tests.models.comparing import worst_error
 from tests.unit_tests.pipeline.cases import FULL, FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, SUPERVISED_HALTING
@@ -32,24 +34,27 @@ RECOMPUTES: Variants = {
 }
 
 
-def train_each(variants: Variants) -> dict[tuple[str, str], Training]:
+PAIRS = [(kind, how) for kind in KINDS for how in RECOMPUTES if how != "none"]
+
+
+def train_each(variants: Variants, kinds: Sequence[str] = tuple(KINDS)) -> dict[tuple[str, str], Training]:
     return {
-        (kind, name): train(Case(**arguments, transformer=transformer), layout)
-        for kind, arguments in KINDS.items()
+        (kind, name): train(Case(**KINDS[kind], transformer=transformer), layout)
+        for kind in kinds
         for name, (transformer, layout) in variants.items()
     }
 
 
 @cache
-def with_dropout() -> list[dict[tuple[str, str], Training]]:
-    return run_distributed(train_each, 2, RECOMPUTES, timeout=120)
+def with_dropout(kind: str, how: str) -> list[dict[tuple[str, str], Training]]:
+    return run_distributed(train_each, 2, {how: RECOMPUTES[how]}, [kind])
 
 
-@pytest.mark.parametrize("how", [how for how in RECOMPUTES if how != "none"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "how"), grid(PAIRS, quick=[("detach", "full"), ("full", "passes-and-layers")]))
 def test_recompute_repeats_the_dropout_masks(kind: str, how: str) -> None:
     """At one seed, recompute changes no gradient."""
-    for rank in with_dropout():
+    for one, other in zip(with_dropout(kind, "none"), with_dropout(kind, how), strict=True):
+        rank = one | other
         plain, recomputed = rank[kind, "none"], rank[kind, how]
         assert recomputed.metrics == plain.metrics
         assert worst_error(recomputed.gradients[0], plain.gradients[0])[0] <= 1e-6
@@ -84,12 +89,12 @@ def precisions(stages: int) -> list[dict[tuple[str, str], Training]]:
     return run_distributed(train_each, stages, {"bf16": ({"bf16": True}, layout), "fp32": ({}, layout)}, timeout=120)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", grid(KINDS, quick=["full"]))
 def test_dropout_was_on(kind: str) -> None:
-    assert with_dropout()[1][kind, "none"].metrics != precisions(2)[1][kind, "fp32"].metrics
+    assert with_dropout(kind, "none")[1][kind, "none"].metrics != precisions(2)[1][kind, "fp32"].metrics
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", grid(KINDS, quick=["full"]))
 def test_bf16_losses(kind: str) -> None:
     """The forward pass does the same operations in the same order, so that nothing but the reports' sums may differ."""
     expected = precisions(1)[0][kind, "bf16"].metrics
@@ -97,7 +102,7 @@ def test_bf16_losses(kind: str) -> None:
         assert metrics_error(rank.metrics, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", grid(KINDS, quick=["full"]))
 def test_bf16_gradients(kind: str) -> None:
     """The gradients of the states are summed in another order, in bf16, at 2^-9 relative a sum, and a state is read by
     several passes: seen are 4e-3 to 6e-3, against 2e-2 between bf16 and fp32. Nor may the ring be farther from fp32."""

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from tests.distributed import run_distributed
+from tests.grids import grid
 from tests.models import Case, Layout, build_wrapped, run_schedule
 
 SHAPE = dict(num_layers=8, hidden_size=64, ffn_hidden_size=256, num_attention_heads=4, num_query_groups=4,
@@ -144,6 +145,7 @@ def _large() -> tuple[float, float]:
     return timeline.efficiency, time.perf_counter() - start
 
 
+@pytest.mark.grid
 def test_hundreds_of_stages_take_seconds() -> None:
     ((efficiency, seconds),) = run_distributed(_large, 1, timeout=120)
     assert efficiency == pytest.approx(512 * 9 / (512 * 9 + 511))
@@ -211,7 +213,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", grid(RUNS, quick=["full, 2 stages, ragged", "detached, 2 stages, two phases"]))
 def test_megatron_runs_in_the_simulated_order(name: str) -> None:
     case, layout = RUNS[name]
     plan = build_plan(case.resolved_recursion())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
+from tests.grids import grid
 from tests.unit_tests.training.runs import (
     FLAGS,
     PLAIN,
@@ -81,7 +82,7 @@ def test_resharding_between_tensor_parallel_sizes(recursive: Path, tmp_path: Pat
     assert losses_of(back) == pytest.approx({i: reference[i] for i in (7, 8, 9)}, rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", grid(["fp32", "bf16"], quick=["bf16"]))
 def test_the_distributed_optimizer_resumes(precision: str, tmp_path: Path) -> None:
     """Exactly on as many ranks; on one rank up to the order of its sums."""
     flags = [*NO_DROPOUT, "--use-distributed-optimizer", *(["--bf16"] if precision == "bf16" else [])]
@@ -98,7 +99,7 @@ def test_the_distributed_optimizer_resumes(precision: str, tmp_path: Path) -> No
     assert_tensors_equal(whole / "iter_0000006", two / "iter_0000006")
 
 
-@pytest.mark.parametrize("origin", ["plain", "stock"])
+@pytest.mark.parametrize("origin", grid(["plain", "stock"], quick=["stock"]))
 def test_init_from_gpt(origin: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The weights are the GPT's, everything else starts fresh; started again, the run resumes from its own."""
     gpt = request.getfixturevalue(origin)
@@ -116,7 +117,9 @@ def test_init_from_gpt(origin: str, tmp_path: Path, request: pytest.FixtureReque
     assert sorted(metrics_of(tmp_path)) == [1, 2]
 
 
-@pytest.mark.parametrize("knobs", [["--state-norm", "none"], ["--state-init", "trunc-normal"]], ids=" ".join)
+@pytest.mark.parametrize("knobs", [
+    pytest.param(["--state-norm", "none"], marks=pytest.mark.grid), ["--state-init", "trunc-normal"]
+], ids=" ".join)  # fmt: skip
 def test_init_from_gpt_with_other_states(plain: Path, tmp_path: Path, knobs: list[str]) -> None:
     flags = ["--init-from-gpt", plain, *knobs, *FROZEN]
     assert train(*save_to(tmp_path, every=1), *flags, "--train-iters", "1") is None
@@ -140,6 +143,7 @@ def test_a_disabled_recursion_is_megatrons_own_gpt(plain: Path, stock: Path, tmp
     assert_tensors_equal(ours / "iter_0000004", theirs / "iter_0000004")
 
 
+@pytest.mark.grid
 def test_megatrons_own_checkpoint_is_continued_with_recursion_off(plain: Path, stock: Path, tmp_path: Path) -> None:
     copy_checkpoint(stock, tmp_path / "stock", 2)
     copy_checkpoint(plain, tmp_path / "plain", 2)

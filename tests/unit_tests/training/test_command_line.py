@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.distributed import REPOSITORY, run_command
 from tests.unit_tests.training.runs import (
     FLAGS,
@@ -49,6 +51,7 @@ def run_and_kill(flags: list[str], log: Path, is_time: Callable[[], bool]) -> No
             process.wait(10)
 
 
+@pytest.mark.grid
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Killed in the middle of a save; the losses equal an undisturbed run's."""
     many = ["--train-iters", "60", "--lr-decay-iters", "60"]
@@ -81,6 +84,7 @@ def test_plain_python_refuses_before_anything_is_written(tmp_path: Path) -> None
     assert files_of(tmp_path) == {}
 
 
+@pytest.mark.grid
 def test_plain_python_refuses_what_only_shows_while_training_starts(tmp_path: Path) -> None:
     assert train(*save_to(tmp_path), "--train-iters", "3") is None
     (shard,) = (tmp_path / "iter_0000003").glob("*.distcp")

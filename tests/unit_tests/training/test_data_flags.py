@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import run_distributed
+from tests.grids import grid
 from tests.unit_tests.training.runs import FLAGS, RECURSION, SCRIPT, losses_of, train
 
 EOD, SEQ = 126, 16  # the NullTokenizer's last id of 127
@@ -306,12 +307,14 @@ def second_documents_twice(argv: list[str], layout: tuple[int, int]) -> list[dic
 
 
 POSITIONS = {"rope": ["--position-embedding-type", "rope"], "learned": []}
+LAYOUTS = {"alone": (1, 1), "TP 2": (2, 1), "PP 3": (1, 3)}
+PAIRS = [("alone", "rope"), ("alone", "learned"), ("TP 2", "rope"), ("PP 3", "rope"), ("PP 3", "learned")]
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("layout", [(1, 1), (1, 2), (2, 1), (1, 3)], ids=["alone", "PP 2", "TP 2", "PP 3"])
-def test_no_second_document_sees_the_first(data: Path, layout: tuple[int, int], positions: str) -> None:
+@pytest.mark.parametrize(("name", "positions"), grid(PAIRS, quick=[("alone", "rope"), ("PP 3", "learned")]))
+def test_no_second_document_sees_the_first(data: Path, name: str, positions: str) -> None:
     """Bit for bit, in every pass, on every stage; without the flags the same change is seen."""
+    layout = LAYOUTS[name]
     argv = [*ON_DATA, "--num-layers", "6", "--num-refinement-blocks", "3", "--num-latent-refinements", "1",
             "--data-path", str(data / "a"), "--global-batch-size", "8", *POSITIONS[positions]]  # fmt: skip
     resets = ["--reset-attention-mask", "--reset-position-ids"]
@@ -321,14 +324,15 @@ def test_no_second_document_sees_the_first(data: Path, layout: tuple[int, int], 
             assert len(first["passes"]) == 4 * 3 * 2  # micro-batches, blocks, passes of a block
             is_last = rank >= layout[0] * (layout[1] - 1)
             assert len(first["logits"]) == (4 * 3 if is_last else 0)
-            for name in first:
-                for one, other in zip(first[name], second[name], strict=True):
-                    assert torch.equal(one, other) is equal, (rank, name)
+            for what in first:
+                for one, other in zip(first[what], second[what], strict=True):
+                    assert torch.equal(one, other) is equal, (rank, what)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 def test_runs_with_all_flags_at_once_train_in_every_layout(data: Path, tmp_path: Path) -> None:
     """All flags at once, evaluated at another micro-batch size. Only data-parallel runs start from the same weights."""
     still = ["--hidden-dropout", "0", "--attention-dropout", "0"]

@@ -16,6 +16,7 @@ import pytest
 from megatron_recursive.accounting import ModelShape, flops_per_token
 from megatron_recursive.plan import RecursionConfig, build_plan
 from tests.distributed import run_command, run_distributed
+from tests.grids import grid
 from tests.unit_tests.training.runs import (
     FLAGS,
     RECURSION,
@@ -44,7 +45,7 @@ def scalars_of(folder: Path) -> dict[str, dict[int, float]]:
 # --- throughput and timers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world_size", "stages"), [(1, 1), (4, 2)], ids=["alone", "PP 2 x DP 2"])
+@pytest.mark.parametrize(("world_size", "stages"), grid([(1, 1), (4, 2)], quick=[(1, 1)]))
 def test_throughput_is_the_work_of_the_plan_per_rank_and_second(tmp_path: Path, world_size: int, stages: int) -> None:
     """TFLOP/s times seconds times ranks is the step's work, whatever the layout."""
     sizes = ["--pipeline-model-parallel-size", str(stages), "--global-batch-size", "8"]
@@ -123,7 +124,7 @@ def in_mb(line: str) -> dict[str, float]:
     return {name: float(size.removesuffix(" MB")) for name, size in parts}
 
 
-@pytest.mark.parametrize("name", MEMORY_RUNS)
+@pytest.mark.parametrize("name", grid(MEMORY_RUNS, quick=["replay", "uneven stages, two phases"]))
 def test_reported_activations_are_what_autograd_saves(name: str) -> None:
     """Within 10% plus half a printed digit; the states are held by Python, and are no part of what autograd saves."""
     flags, world_size = MEMORY_RUNS[name]
@@ -143,6 +144,7 @@ def test_reported_activations_are_what_autograd_saves(name: str) -> None:
 # --- traces ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 def test_profile_leaves_the_asked_ranks_trace_beside_the_run(tmp_path: Path) -> None:
     steps = ["--profile", "--profile-step-start", "2", "--profile-step-end", "4", "--profile-ranks", "1"]
     assert train("--save", tmp_path / "run", "--save-interval", "100", *steps, world_size=2) is None
@@ -199,7 +201,8 @@ if __name__ == "__main__":
 """
 
 
-MODES = [("validate_results", 16), pytest.param("disabled", 17, marks=pytest.mark.heavy)]
+MODES = [pytest.param("validate_results", 16, marks=pytest.mark.grid),
+         pytest.param("disabled", 17, marks=pytest.mark.heavy)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("mode", "exit_code"), MODES)
@@ -219,6 +222,7 @@ def test_a_nan_in_a_weight_stops_the_run_with_a_sentence(tmp_path: Path, mode: s
 # --- run.json -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 def test_a_run_can_be_made_again_from_its_record(tmp_path: Path) -> None:
     """The command in run.json, run by a shell, gives the same losses: two ranks, dropout on."""
     assert train(*save_to(tmp_path, 3), f"--tensorboard-dir={tmp_path / 'events'}", world_size=2) is None

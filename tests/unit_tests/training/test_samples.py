@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
+from tests.grids import grid
 from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, metrics_of, save_to, train
 
-SAMPLES = ["--generate-interval", "3", "--generation-prompt", "1 2 3", "--generation-prompt", "",
+SAMPLES = ["--train-iters", "4", "--generate-interval", "2", "--generation-prompt", "1 2 3", "--generation-prompt", "",
            "--generation-tokens", "4"]  # fmt: skip
 LAYOUTS = {
     "one process": (1, []),
@@ -47,20 +48,20 @@ def _continue_checkpoint(folder: str, prompts: list[list[int]]) -> list[list[int
         return answers
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", grid(LAYOUTS, quick=["PP 2"]))
 def test_samples_are_the_models_and_training_does_not_notice(layout: str, tmp_path: Path) -> None:
     """Dropout is on (Megatron's default), so that a random number drawn in between would show."""
     ranks, flags = LAYOUTS[layout]
-    assert train(*save_to(tmp_path / "quiet", 6), *flags, world_size=ranks) is None
-    argv = [*FLAGS, *RECURSION, *flags, *save_to(tmp_path / "loud", 6), *SAMPLES]
+    assert train(*save_to(tmp_path / "quiet", 4), "--train-iters", "4", *flags, world_size=ranks) is None
+    argv = [*FLAGS, *RECURSION, *flags, *save_to(tmp_path / "loud", 4), *SAMPLES]
     results = run_distributed(_listen, ranks, argv, timeout=120)
     assert results[0][0] is None and not any(lines for _, lines in results[1:])
     quiet, loud = metrics_of(tmp_path / "quiet"), metrics_of(tmp_path / "loud")
-    assert loud.keys() == quiet.keys() and len(quiet) == 6
+    assert loud.keys() == quiet.keys() and len(quiet) == 4
     assert [_numbers(loud[i]) for i in loud] == [_numbers(quiet[i]) for i in quiet]
 
     heard = [re.fullmatch(r"sample at iteration (\d+): '(.*)' -> '(.*)'", line) for line in results[0][1]]
-    assert [(found[1], found[2]) for found in heard if found] == [(i, p) for i in "36" for p in ("1 2 3", "")]
+    assert [(found[1], found[2]) for found in heard if found] == [(i, p) for i in "24" for p in ("1 2 3", "")]
     (expected,) = run_distributed(_continue_checkpoint, 1, str(tmp_path / "loud"), [[1, 2, 3], [126]])
     assert [[int(each) for each in found[3].split()] for found in heard[2:] if found] == expected
 
