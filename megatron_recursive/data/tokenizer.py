@@ -126,8 +126,9 @@ def store_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
         UserError: there is no such tokenizer, or one that neither ``tokenizers`` nor SentencePiece can run.
     """
     model = _sentencepiece_model(choice.check())
+    name = str(Path(choice.path).absolute()) if choice.path and Path(choice.path).exists() else str(choice)
     if model is not None:
-        return _store_sentencepiece(model, folder, str(choice))
+        return _store_sentencepiece(model, folder, name)
     if choice.vocab_file is not None and choice.merge_file is not None:
         tokenizer = gpt2_tokenizer(choice.vocab_file, choice.merge_file)
     else:
@@ -140,7 +141,7 @@ def store_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
     file.write_text(text, "utf-8")
     known = id_range(tokenizer)
     vocabulary = vocabulary_digest(tokenizer.get_vocab(), known)
-    return StoredTokenizer(file, tokenizer.eos_token_id, known, _digest(text.encode()), vocabulary, str(choice))
+    return StoredTokenizer(file, tokenizer.eos_token_id, known, _digest(text.encode()), vocabulary, name)
 
 
 def _sentencepiece_model(choice: TokenizerChoice) -> Path | None:
