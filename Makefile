@@ -17,6 +17,8 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 # Which tests "make test" runs (a pytest marker expression), and further arguments of pytest.
 MARKERS ?= not heavy and not grid and not gpu
+# Tests see GPUs only where they are meant for them.
+ON_GPU = $(if $(filter-out gpu,$(MARKERS)),,MEGATRON_RECURSIVE_TEST_GPU=1)
 PYTEST_ARGS ?=
 # Arguments of the pretraining example ("make pretrain ARGS='--train-iters 20'").
 ARGS ?=
@@ -33,7 +35,7 @@ install-eval: $(STAMP_EVAL) ## Add the evaluation packages (lm-eval and others) 
 	@echo "$(VENV) is up to date, evaluation packages included."
 
 test: $(STAMP) ## Run the quick tests (MARKERS=..., PYTEST_ARGS=... to choose others)
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(ON_GPU) $(PYTHON) -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check the style (ruff) and the types (mypy)
 	@$(PYTHON) -m ruff check .

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-import torch
 
 from megatron_recursive.accounting import flops_per_token
 from megatron_recursive.plan import RecursionConfig, build_plan
@@ -71,11 +70,10 @@ def test_gradient_free_passes_have_no_backward() -> None:
     some, all_ = flops_per_token(shape, detached), flops_per_token(shape, full)
     assert some.passes_forward == all_.passes_forward
     assert all_.passes_backward == 2 * all_.passes_forward == 2 * some.passes_backward
-    assert some.head_forward == 2 * some.head_backward / 2  # two blocks are read, one of them is supervised
+    assert some.head_backward == some.head_forward  # two blocks are read, and one of them learns, at twice the cost
 
 
 def test_causal_attention_counts_half_of_the_scores() -> None:
     shape, plan = shape_of(Case()), build_plan(RecursionConfig().resolved(embedding_init_std=0.02))
     saved = flops_per_token(shape, plan, causal=False).passes_forward - flops_per_token(shape, plan).passes_forward
     assert saved == plan.num_passes * shape.num_layers * 2 * shape.seq_length * shape.query_size
-    assert torch.tensor(flops_per_token(shape, plan).total).isfinite()

@@ -138,6 +138,7 @@ def test_gradient_checkpointing_changes_no_gradient(detach: bool) -> None:
 FEW = {"blocks": 2, "latents": 1, "num_hidden_layers": 1}  # tracing takes a second a layer and pass
 
 
+@pytest.mark.grid
 def test_forward_compiles_to_one_graph() -> None:
     model, tokens = make_model(**FEW), make_tokens(2, 8)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -158,6 +159,7 @@ def test_training_step_compiles_to_one_graph() -> None:
     assert worst_error({name: p.grad for name, p in model.named_parameters()}, expected)[0] < 1e-5
 
 
+@pytest.mark.grid
 def test_a_static_cache_compiles_to_one_graph() -> None:
     model, tokens = make_model(**FEW), make_tokens(2, 9)
     cache = StaticCache(config=model.config, max_cache_len=16)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import run_distributed
-from tests.models import HEADS, SEQ, VOCAB, Case, Layout, make_batches, start_parallel, transformer_config
+from tests.models import SEQ, VOCAB, Case, Layout, make_batches, start_parallel, transformer_config
 from tests.parameters import fill_weights
 from tests.unit_tests.models.comparing import relative_error, worst_error
 from tests.unit_tests.models.options import OPTIONS
@@ -201,7 +201,3 @@ def test_the_models_agree(answers: dict[str, tuple[Answer, Answer]], name: str) 
     assert ("halt_loss" in actual.losses) == any("halting_head" in each for each in actual.gradients)
     error, where = worst_error(actual.gradients, expected.gradients)
     assert error < 5e-5, where
-
-
-def test_grouped_heads_are_really_split_by_group() -> None:
-    assert any(case.transformer.get("num_query_groups", HEADS) not in (1, HEADS) for case, _ in CASES.values())

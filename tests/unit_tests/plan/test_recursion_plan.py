@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import subprocess
 import sys
@@ -13,34 +12,36 @@ import pytest
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
 
-GRID = list(itertools.product((1, 2, 3, 5), (1, 2, 6), (True, False), ("all", "last")))
-
 
 def make_plan(blocks: int = 2, latents: int = 2, **knobs: object) -> RecursionPlan:
     config = RecursionConfig(num_refinement_blocks=blocks, num_latent_refinements=latents, **knobs)  # type: ignore[arg-type]
     return build_plan(config.resolved(embedding_init_std=0.02))
 
 
-@pytest.mark.parametrize(("blocks", "latents", "detach", "supervision"), GRID)
-def test_core_plan(blocks: int, latents: int, detach: bool, supervision: str) -> None:
-    plan = make_plan(blocks, latents, detach_between_refinements=detach, halt_supervision=supervision)
-    passes = plan.passes
-    assert plan.family == "core" and not plan.is_plain
-    assert plan.num_passes == len(passes) == blocks * (latents + 1) and plan.num_blocks == blocks
-    assert [p.index for p in passes] == list(range(len(passes)))
-    assert [p.block for p in passes] == [block for block in range(blocks) for _ in range(latents + 1)]
-    assert [p.target for p in passes] == (["latent"] * latents + ["output"]) * blocks
-    for p in passes:
-        assert p.reads == (("output", "latent") if p.target == "output" else ("output", "latent", "input"))
-        assert p.grad == (not detach or p.block == blocks - 1)
-        assert p.cuts_states == (detach and p.block > 0 and (p.index == 0 or passes[p.index - 1].block != p.block))
-        assert p.supervised_weight == (1.0 if p is passes[-1] else 0.0)
-        assert p.halt_weight == 0 or p.target == "output"
-    assert sum(p.halt_weight for p in passes) == pytest.approx(1.0)
-    assert sum(p.halt_weight > 0 for p in passes) == (blocks if supervision == "all" else 1)
-    assert plan.block_ends == tuple(p for p in passes if p.target == "output")
-    assert [p for p in passes if plan.is_block_end(p)] == list(plan.block_ends)
-    assert plan.grad_passes == passes[plan.first_grad_pass :]
+def test_a_plan_written_out() -> None:
+    """Two latent passes and an output pass a block: the last block learns, and both are asked whether they halt."""
+    plan, all_states, own = make_plan(2, 2), ("output", "latent", "input"), ("output", "latent")
+    written = [
+        (0, "latent", all_states, False, False, 0.0, 0.0),
+        (0, "latent", all_states, False, False, 0.0, 0.0),
+        (0, "output", own, False, False, 0.0, 0.5),
+        (1, "latent", all_states, True, True, 0.0, 0.0),
+        (1, "latent", all_states, True, False, 0.0, 0.0),
+        (1, "output", own, True, False, 1.0, 0.5),
+    ]
+    found = [(p.block, p.target, p.reads, p.grad, p.cuts_states, p.supervised_weight, p.halt_weight)
+             for p in plan.passes]  # fmt: skip
+    assert found == written and [p.index for p in plan.passes] == list(range(6))
+    assert plan.family == "core" and not plan.is_plain and (plan.num_passes, plan.num_blocks) == (6, 2)
+    assert plan.first_grad_pass == 3 and plan.grad_passes == plan.passes[3:]
+    assert plan.block_ends == (plan.passes[2], plan.passes[5])
+    assert [p.index for p in plan.passes if plan.is_block_end(p)] == [2, 5]
+
+
+def test_full_gradient_cuts_nothing_and_halting_may_be_asked_once() -> None:
+    plan = make_plan(3, 1, detach_between_refinements=False, halt_supervision="last")
+    assert all(p.grad and not p.cuts_states for p in plan.passes) and plan.first_grad_pass == 0
+    assert [p.halt_weight for p in plan.passes] == [0.0] * 5 + [1.0]
     assert all(plan.gradient_groups(tied_embeddings=False).values())
 
 
