@@ -176,6 +176,15 @@ class Difference:
         return self.name in ("num_refinement_blocks", "num_latent_refinements")
 
 
+def initial_std(hidden_size: int) -> float:
+    """The std at which the matrices of a fresh recursive model start, where --init-method-std does not say otherwise.
+
+    1 / sqrt(width): a matrix then keeps the scale of what it is applied to. At a fixed 0.02 a pass through a narrow
+    model is nearly the identity, and V passes are V copies (guide, section 2).
+    """
+    return float(hidden_size) ** -0.5
+
+
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 

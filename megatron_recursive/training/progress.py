@@ -17,6 +17,7 @@ from typing import Any
 from megatron_recursive.command_line import command
 from megatron_recursive.training import console, progress_lines
 from megatron_recursive.training.progress_lines import count, duration
+from megatron_recursive.training.start_check import tell_start
 
 ROWS_A_HEADER = 25
 
@@ -124,9 +125,13 @@ def install(progress: Progress) -> None:
 
     train, save = _unwrapped_train(training.train), training.save_checkpoint
 
+    signature = inspect.signature(train)
+
     @functools.wraps(train)
     def timed_train(*args: Any, **kwargs: Any) -> Any:
         run = get_args()
+        bound = signature.bind(*args, **kwargs).arguments
+        tell_start(run, bound["model"], bound["optimizer"])
         progress.begin(run.iteration + 1)
         if run.rank == 0 and console.style() == "compact":
             start = f", going on from {run.load}" if run.iteration else ""
