@@ -32,6 +32,7 @@ class Progress:
         self._first_loss: tuple[float, int] | None = None
         self._last_loss: tuple[float, int] | None = None
         self._tokens = self._trained = 0
+        self.alarms: dict[str, str] = {}  # the last of each kind
         self._held_out: tuple[int, dict[str, float]] | None = None
 
     @contextlib.contextmanager
@@ -103,6 +104,7 @@ class Progress:
             blocks = ", ".join(f"{b}: {v:.3f}" for b, v in progress_lines.blocks_of(metrics).items())
             after = f"; after block {blocks}" if blocks else ""
             lines.append(f"  held out     {metrics['lm loss']:.3f} at iteration {iteration}{after}")
+        lines += [f"  ALARM        {alarm}" for alarm in self.alarms.values()]
         lines += [f"  {name:<11}  {value}" for name, value in self._places(args)]
         if args.save is not None:
             lines.append(f"next: {command('summarize', args.save)}")

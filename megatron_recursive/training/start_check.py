@@ -29,8 +29,8 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
         turns, cosine = _measure(model, run)
     if run.rank != 0:
         return
-    some = [f"{value:.2f}" for value in turns[: SHOWN - 1]] + ["..."] * (len(turns) > SHOWN) + [f"{turns[-1]:.2f}"]
-    shown = " ".join(some if len(turns) > 1 else some[:1])
+    some = turns if len(turns) <= SHOWN else [*turns[: SHOWN - 2], None, turns[-1]]
+    shown = " ".join("..." if value is None else f"{value:.2f}" for value in some)
     console.say(
         f"at the start passes turn what they read by {shown} (0: copies, 1.41: a right angle); token cosine after the "
         f"last {cosine:.2f}"
