@@ -25,7 +25,6 @@ from megatron_recursive.training.progress import Progress
 WINDOW = 50  # iterations that an alarm averages over
 STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
 COLLAPSE_COSINE = 0.9  # mean token-to-token cosine of the last output state
-RECOVERY = 0.02  # a cosine that falls by this much within a window is on its way down, as at the start of every run
 LATEST = 500  # iterations after which the alarms speak at the latest
 
 
@@ -71,10 +70,12 @@ def append_metrics(file: str | None, record: dict[str, Any]) -> None:
 class HealthAlarms:
     """Says when a recursion does not use its depth. Means over ``WINDOW`` iterations, said at most once a window.
 
-    * state ignored: the last block's loss is not ``STATE_IGNORED_GAIN`` nats below the first block's, and not getting
-      there (it does not gain as much from one half of the window to the other).
-    * collapse: the token-to-token cosine of the last output state is above ``COLLAPSE_COSINE`` and does not fall by
-      ``RECOVERY`` from one half to the other.
+    * state ignored: the last block's loss is within ``STATE_IGNORED_GAIN`` nats of the first block's.
+    * harm: in the second half of the run the last block's loss is above the first's by more. Earlier it may be: a
+      healthy recursion passes through that while its tokens separate.
+    * collapse: the token-to-token cosine of the last output state is above ``COLLAPSE_COSINE``.
+
+    Each must hold over the window and over the last fifth of it.
     """
 
     def __init__(self, recursion: RecursionConfig) -> None:
@@ -96,35 +97,40 @@ class HealthAlarms:
         if after == 0 or iteration < after or iteration < self.quiet_until:
             return []
         alarms = []
-        gain, cosine = _mean(self.gains), _mean(self.cosines)
-        stays = _rise(self.gains) < STATE_IGNORED_GAIN
-        if len(self.gains) == WINDOW and gain < STATE_IGNORED_GAIN and stays:
-            where = "below" if gain > 0 else "above"
-            mend = ", or --no-detach-between-refinements" if self.detached else ""
-            alarms.append(
-                f"the state is ignored: over the last {WINDOW} iterations the loss after block {self.blocks} is "
-                f"{abs(gain):.4f} {where} the loss after block 1, where {STATE_IGNORED_GAIN} below is the least; try "
-                f"another --init-method-std, --embedding-multiplier or --lr{mend}."
-            )
-        if len(self.cosines) == WINDOW and cosine > COLLAPSE_COSINE and _rise(self.cosines) > -RECOVERY:
-            alarms.append(
-                f"tokens have collapsed: their output states' mean cosine is {cosine:.3f}, where {COLLAPSE_COSINE} is "
-                "the most; try another --init-method-std, --embedding-multiplier or a lower --lr."
-            )
+        if len(self.gains) == WINDOW:
+            alarms += self._of_gain(_mean(self.gains), _latest(self.gains), late=2 * iteration >= iterations)
+        if len(self.cosines) == WINDOW:
+            cosine = _mean(self.cosines)
+            if min(cosine, _latest(self.cosines)) > COLLAPSE_COSINE:
+                alarms.append(
+                    f"tokens have collapsed: their output states' mean cosine is {cosine:.3f}, where {COLLAPSE_COSINE} "
+                    "is the most; try another --init-method-std, --embedding-multiplier or a lower --lr."
+                )
         if alarms:
             self.quiet_until = iteration + WINDOW
         return alarms
 
+    def _of_gain(self, gain: float, latest: float, *, late: bool) -> list[str]:
+        """``gain`` is the mean of the window, ``latest`` that of its end."""
+        if max(gain, latest) > STATE_IGNORED_GAIN or (min(gain, latest) < -STATE_IGNORED_GAIN and not late):
+            return []
+        what = "the state is ignored" if gain > -STATE_IGNORED_GAIN else "the last block does harm"
+        mend = ", or --no-detach-between-refinements" if self.detached else ""
+        return [
+            f"{what}: over the last {WINDOW} iterations the loss after block {self.blocks} is {abs(gain):.4f} "
+            f"{'below' if gain > 0 else 'above'} the loss after block 1, where {STATE_IGNORED_GAIN} below is the "
+            f"least; try another --init-method-std, --embedding-multiplier or --lr{mend}."
+        ]
+
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values)
 
 
-def _rise(values: Iterable[float]) -> float:
-    """From the mean of the first half to the mean of the second."""
+def _latest(values: Iterable[float]) -> float:
+    """The mean of the last fifth of a window: what has left a bad state by then is on its way out."""
     known = list(values)
-    half = len(known) // 2
-    return _mean(known[half:]) - _mean(known[:half])
+    return _mean(known[-(len(known) // 5) :])
 
 
 def _wrap_start(original: Callable[..., Any], record: dict[str, Any]) -> Callable[..., Any]:
