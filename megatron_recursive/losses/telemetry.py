@@ -22,6 +22,12 @@ def relative_change(before_SBH: Tensor, after_SBH: Tensor, mask_SB: Tensor, shar
     return _all_reduce(masked(ratio_SB, mask_SB), shard_group)
 
 
+def turn(read_SBH: Tensor, result_SBH: Tensor, mask_SB: Tensor, shard_group: ProcessGroup | None) -> Tensor:
+    """Mean distance between the directions of two states of a token: 0 for the same, sqrt(2) for a right angle."""
+    before, after = (torch.nn.functional.normalize(state.float(), dim=-1) for state in (read_SBH, result_SBH))
+    return _all_reduce(masked((after - before).norm(dim=-1), mask_SB), shard_group)
+
+
 def token_cosine(state_SBH: Tensor, mask_SB: Tensor, shard_group: ProcessGroup | None) -> Tensor:
     """Mean cosine between the states of two different tokens of a sequence, 0 where it is negative.
 

@@ -72,15 +72,17 @@ class RecursionConfig:
         0.5, "A token halts at the first block whose halting probability reaches this. Higher refines longer.")
     max_inference_refinement_steps: int = _knob(
         12, "Cap on the blocks that adaptive halting may run at inference.")
-    recursion_alarm_after: int = _knob(
-        500, "Iteration from which the health alarms speak (state ignored, tokens collapsed). 0 turns them off.")
+    recursion_alarm_after: int | None = _knob(
+        None, "Iteration from which the health alarms speak (state ignored, tokens collapsed). 0 turns them off. "
+        "Default: a tenth of the run, at most 500.", type=int)
 
     def __post_init__(self) -> None:
         for knob in dataclasses.fields(self):
             self._check_type(knob)
         for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        self._require("recursion_alarm_after", self.recursion_alarm_after >= 0, "must be 0 (off) or positive")
+        after = self.recursion_alarm_after
+        self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
         self._require("halt_loss_weight", self.halt_loss_weight >= 0 and math.isfinite(self.halt_loss_weight),
                       "must be 0 or a positive number")
@@ -174,6 +176,15 @@ class Difference:
     @property
     def is_depth(self) -> bool:
         return self.name in ("num_refinement_blocks", "num_latent_refinements")
+
+
+def initial_std(hidden_size: int) -> float:
+    """The std at which the matrices of a fresh recursive model start, where --init-method-std does not say otherwise.
+
+    1 / sqrt(width): a matrix then keeps the scale of what it is applied to. At a fixed 0.02 a pass through a narrow
+    model is nearly the identity, and V passes are V copies (guide, section 2).
+    """
+    return float(hidden_size) ** -0.5
 
 
 def flag_of(name: str) -> str:

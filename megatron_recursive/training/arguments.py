@@ -18,7 +18,7 @@ from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_
 from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
-from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
+from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of, initial_std
 from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.checkpointing import check_vocabulary, checkpoint_to_read, saved_arguments
 from megatron_recursive.training.console import STYLES
@@ -26,6 +26,8 @@ from megatron_recursive.training.norm_arguments import add_norm_arguments, refus
 from megatron_recursive.training.ranges import restrict_numbers
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
 from megatron_recursive.training.schedule_check import refuse_schedule_values
+
+MEGATRON_INIT_STD = 0.02
 
 
 def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
@@ -124,7 +126,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--allow-other-tokenizer", action="store_true",
         help="Train on data, or from a checkpoint, that was made with another tokenizer than this run's.",
     )
-    parser.set_defaults(**_machine_defaults(), verify_integrity=None)
+    parser.set_defaults(**_machine_defaults(), verify_integrity=None, init_method_std=None)
     return help_text.describe(parser, upstream)
 
 
@@ -171,6 +173,12 @@ def megatron_arguments_from_checkpoint(args: argparse.Namespace, from_plain_gpt:
 
 def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:
     """Fill in the knobs left open, and store them in the arguments, which every checkpoint carries."""
+    folder, is_plain_gpt = checkpoint_to_read(args)
+    if folder is not None and not is_plain_gpt and args.embedding_multiplier is None:
+        args.embedding_multiplier = saved_arguments(folder).get("embedding_multiplier")
+    if args.init_method_std is None:
+        fresh = args.enable_recursive_refinement and args.init_from_gpt is None
+        args.init_method_std = initial_std(args.hidden_size) if fresh else MEGATRON_INIT_STD
     std = args.init_method_std if args.embedding_init_method_std is None else args.embedding_init_method_std
     recursion = RecursionConfig.from_mapping(vars(args)).resolved(
         embedding_init_std=std, from_plain_gpt=args.init_from_gpt is not None

@@ -13,7 +13,7 @@ import inspect
 import json
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_recursive.training.progress import Progress
 WINDOW = 50  # iterations that an alarm averages over
 STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
 COLLAPSE_COSINE = 0.9  # mean token-to-token cosine of the last output state
+LATEST = 500  # iterations after which the alarms speak at the latest
 
 
 def install(recursion: RecursionConfig, run: dict[str, Any], progress: Progress) -> None:
@@ -67,10 +68,14 @@ def append_metrics(file: str | None, record: dict[str, Any]) -> None:
 
 
 class HealthAlarms:
-    """Says when a recursion stops using its depth. Means over ``WINDOW`` iterations, said at most once a window.
+    """Says when a recursion does not use its depth. Means over ``WINDOW`` iterations, said at most once a window.
 
-    * state ignored: the last block's loss is not ``STATE_IGNORED_GAIN`` nats below the first block's.
+    * state ignored: the last block's loss is within ``STATE_IGNORED_GAIN`` nats of the first block's.
+    * harm: in the second half of the run the last block's loss is above the first's by more. Earlier it may be: a
+      healthy recursion passes through that while its tokens separate.
     * collapse: the token-to-token cosine of the last output state is above ``COLLAPSE_COSINE``.
+
+    Each must hold over the window and over the last fifth of it.
     """
 
     def __init__(self, recursion: RecursionConfig) -> None:
@@ -81,37 +86,51 @@ class HealthAlarms:
         self.cosines: deque[float] = deque(maxlen=WINDOW)
         self.quiet_until = 0
 
-    def observe(self, iteration: int, metrics: dict[str, float]) -> list[str]:
-        """Take in the metrics of an iteration; returns what must be said."""
+    def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
+        """Take in the metrics of an iteration of so many; returns what must be said."""
         first, last = metrics.get("lm loss block 1"), metrics.get(f"lm loss block {self.blocks}")
         if first is not None and last is not None and self.blocks > 1:
             self.gains.append(first - last)
         if "token cosine" in metrics:
             self.cosines.append(metrics["token cosine"])
-        if self.after == 0 or iteration < self.after or iteration < self.quiet_until:
+        after = min(LATEST, max(iterations // 10, 1)) if self.after is None else self.after
+        if after == 0 or iteration < after or iteration < self.quiet_until:
             return []
         alarms = []
-        if len(self.gains) == WINDOW and _mean(self.gains) < STATE_IGNORED_GAIN:
-            gain = _mean(self.gains)
-            where = "below" if gain > 0 else "above"
-            mend = ", or --no-detach-between-refinements" if self.detached else ""
-            alarms.append(
-                f"the state is ignored: over the last {WINDOW} iterations the loss after block {self.blocks} is "
-                f"{abs(gain):.4f} {where} the loss after block 1, where {STATE_IGNORED_GAIN} below is the least; try "
-                f"another --init-method-std, --embedding-multiplier or --lr{mend}."
-            )
-        if len(self.cosines) == WINDOW and _mean(self.cosines) > COLLAPSE_COSINE:
-            alarms.append(
-                f"tokens have collapsed: their output states' mean cosine is {_mean(self.cosines):.3f} (threshold "
-                f"{COLLAPSE_COSINE}); try a larger --embedding-multiplier or a lower learning rate."
-            )
+        if len(self.gains) == WINDOW:
+            alarms += self._of_gain(_mean(self.gains), _latest(self.gains), late=2 * iteration >= iterations)
+        if len(self.cosines) == WINDOW:
+            cosine = _mean(self.cosines)
+            if min(cosine, _latest(self.cosines)) > COLLAPSE_COSINE:
+                alarms.append(
+                    f"tokens have collapsed: their output states' mean cosine is {cosine:.3f}, where {COLLAPSE_COSINE} "
+                    "is the most; try another --init-method-std, --embedding-multiplier or a lower --lr."
+                )
         if alarms:
             self.quiet_until = iteration + WINDOW
         return alarms
 
+    def _of_gain(self, gain: float, latest: float, *, late: bool) -> list[str]:
+        """``gain`` is the mean of the window, ``latest`` that of its end."""
+        if max(gain, latest) > STATE_IGNORED_GAIN or (min(gain, latest) < -STATE_IGNORED_GAIN and not late):
+            return []
+        what = "the state is ignored" if gain > -STATE_IGNORED_GAIN else "the last block does harm"
+        mend = ", or --no-detach-between-refinements" if self.detached else ""
+        return [
+            f"{what}: over the last {WINDOW} iterations the loss after block {self.blocks} is {abs(gain):.4f} "
+            f"{'below' if gain > 0 else 'above'} the loss after block 1, where {STATE_IGNORED_GAIN} below is the "
+            f"least; try another --init-method-std, --embedding-multiplier or --lr{mend}."
+        ]
 
-def _mean(values: deque[float]) -> float:
+
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _latest(values: Iterable[float]) -> float:
+    """The mean of the last fifth of a window: what has left a bad state by then is on its way out."""
+    known = list(values)
+    return _mean(known[-(len(known) // 5) :])
 
 
 def _wrap_start(original: Callable[..., Any], record: dict[str, Any]) -> Callable[..., Any]:
@@ -147,8 +166,9 @@ def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms, progr
         known = [(step, {name: float(value) for name, value in values.items()}) for step, values in pending]
         pending.clear()
         for step, metrics in known:
-            for alarm in alarms.observe(step, metrics):
+            for alarm in alarms.observe(step, metrics, run.train_iters):
                 console.say(f"ALARM at iteration {step}: {alarm}")
+                progress.alarms[alarm.split(":")[0]] = f"{alarm} (iteration {step})"
                 append_metrics(run.metrics_file, {"kind": "alarm", "iteration": step, "alarm": alarm})
         seconds = progress.lap() / len(known)
         record = {

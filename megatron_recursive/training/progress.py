@@ -17,6 +17,7 @@ from typing import Any
 from megatron_recursive.command_line import command
 from megatron_recursive.training import console, progress_lines
 from megatron_recursive.training.progress_lines import count, duration
+from megatron_recursive.training.start_check import tell_start
 
 ROWS_A_HEADER = 25
 
@@ -31,6 +32,7 @@ class Progress:
         self._first_loss: tuple[float, int] | None = None
         self._last_loss: tuple[float, int] | None = None
         self._tokens = self._trained = 0
+        self.alarms: dict[str, str] = {}  # the last of each kind
         self._held_out: tuple[int, dict[str, float]] | None = None
 
     @contextlib.contextmanager
@@ -102,6 +104,7 @@ class Progress:
             blocks = ", ".join(f"{b}: {v:.3f}" for b, v in progress_lines.blocks_of(metrics).items())
             after = f"; after block {blocks}" if blocks else ""
             lines.append(f"  held out     {metrics['lm loss']:.3f} at iteration {iteration}{after}")
+        lines += [f"  ALARM        {alarm}" for alarm in self.alarms.values()]
         lines += [f"  {name:<11}  {value}" for name, value in self._places(args)]
         if args.save is not None:
             lines.append(f"next: {command('summarize', args.save)}")
@@ -124,9 +127,13 @@ def install(progress: Progress) -> None:
 
     train, save = _unwrapped_train(training.train), training.save_checkpoint
 
+    signature = inspect.signature(train)
+
     @functools.wraps(train)
     def timed_train(*args: Any, **kwargs: Any) -> Any:
         run = get_args()
+        bound = signature.bind(*args, **kwargs).arguments
+        tell_start(run, bound["model"], bound["optimizer"])
         progress.begin(run.iteration + 1)
         if run.rank == 0 and console.style() == "compact":
             start = f", going on from {run.load}" if run.iteration else ""

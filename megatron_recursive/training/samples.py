@@ -3,10 +3,6 @@
 ``checkpoint_and_decide_exit`` is a global of ``megatron.training.training`` that sees model and iteration once an
 iteration on every rank, and Megatron has no hook there; the wrapper passes everything through. Samples are greedy full
 forwards in evaluation mode, without dropout and gradient, so that no random state and no number of the training moves.
-
-Passes do not go through a schedule here: stage after stage computes its part of a pass, and broadcasts it to the
-others, so that every stage holds the states. Only the first data-parallel replica works, the others wait for it at
-their next collective.
 """
 
 from __future__ import annotations
@@ -14,19 +10,13 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.utils import unwrap_model
-from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.models.recursion_state import RecursionState, initial_state_vectors, run_plan
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
-from megatron_recursive.plan import DecoderPass
-from megatron_recursive.training import console
+from megatron_recursive.training import console, stagewise
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,40 +100,18 @@ def _print_samples(
     run: argparse.Namespace, chunks: list[Any], optimizer: Any, iteration: int, prompts: list[list[int]]
 ) -> None:
     from megatron.training import get_timers, get_tokenizer
-    from megatron.training.training import (
-        disable_forward_pre_hook,
-        enable_forward_pre_hook,
-        should_disable_forward_pre_hook,
-    )
 
     get_timers()("interval-time").stop()  # as around an evaluation: not a part of the time per iteration
-    gathers_late = should_disable_forward_pre_hook(run)
-    if gathers_late:
-        disable_forward_pre_hook(chunks, optimizer=optimizer)
-    if parallel_state.get_data_parallel_rank() == 0:
-        model: RecursiveGPTModel = unwrap_model(chunks[0])
-        with _evaluating(model):
-            for prompt, ids in zip(run.generation_prompt, prompts, strict=True):
-                room = min(len(ids) + run.generation_tokens, run.seq_length)
-                tokens = greedy(model, ids, room, run.vocab_size, get_tokenizer().eod)
-                text = get_tokenizer().detokenize(tokens[len(ids) :])
-                if run.rank == 0:
-                    console.say(f"sample at iteration {iteration}: {prompt!r} -> {text!r}")
-    if gathers_late:
-        enable_forward_pre_hook(chunks)
+    with stagewise.evaluating(run, chunks, optimizer) as model:
+        for prompt, ids in zip(run.generation_prompt, prompts, strict=True):
+            if model is None:
+                break
+            room = min(len(ids) + run.generation_tokens, run.seq_length)
+            tokens = greedy(model, ids, room, run.vocab_size, get_tokenizer().eod)
+            text = get_tokenizer().detokenize(tokens[len(ids) :])
+            if run.rank == 0:
+                console.say(f"sample at iteration {iteration}: {prompt!r} -> {text!r}")
     get_timers()("interval-time", log_level=0).start(barrier=True)
-
-
-@contextmanager
-def _evaluating(model: RecursiveGPTModel) -> Any:
-    was_training, held = model.training, getattr(model.decoder, "input_tensor", None)
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-        model.decoder.set_input_tensor(held)
 
 
 def greedy(model: RecursiveGPTModel, ids: list[int], length: int, vocab_size: int, end: int) -> list[int]:
@@ -167,44 +135,9 @@ def _next_token(model: RecursiveGPTModel, tokens: list[int], vocab_size: int) ->
     filled = tokens + [0] * (-len(tokens) % multiple)
     input_ids = torch.tensor([filled], device=device)
     positions = torch.arange(len(filled), device=device)[None]
-    output_SBH = _run_passes(model, input_ids, positions)
+    output_SBH = stagewise.run_passes(model, input_ids, positions)
     choice = torch.zeros(1, dtype=torch.long, device=device)
     if model.post_process:
         logits_BSV = model.logits_BSV(output_SBH, runtime_gather_output=True)
         choice = logits_BSV[:, len(tokens) - 1, :vocab_size].argmax(-1)
-    return int(_from_stage(model, choice, model.pg_collection.pp.size() - 1))
-
-
-def _run_passes(model: RecursiveGPTModel, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """The output state after the last pass, [S, B, H], on every stage; S is a part under sequence parallelism."""
-    config, group = model.config, model.pg_collection.pp
-    ranks = model.pg_collection.tp.size() if config.sequence_parallel else 1
-    shape = (input_ids.shape[1] // ranks, input_ids.shape[0], config.hidden_size)
-    dtype = torch.float if config.fp32_residual_connection else config.params_dtype
-    embedding = torch.empty(shape, dtype=dtype, device=input_ids.device)
-    if model.pre_process:
-        embedding = model.embed(input_ids, positions).to(dtype)
-    state = RecursionState(
-        _from_stage(model, embedding, 0), initial_state_vectors(model.plan, config.hidden_size)
-    )
-
-    def decode(_: DecoderPass, hidden_SBH: Tensor) -> Tensor:
-        for stage in range(group.size()):
-            if group.rank() == stage:
-                model.decoder.set_input_tensor(None if model.pre_process else hidden_SBH)
-                hidden_SBH = model.decode(hidden_SBH if model.pre_process else None, None).to(dtype)
-            hidden_SBH = _from_stage(model, hidden_SBH, stage)
-        return hidden_SBH
-
-    for _ in run_plan(model.plan, state, decode):
-        pass
-    return state.output
-
-
-def _from_stage(model: RecursiveGPTModel, tensor: Tensor, stage: int) -> Tensor:
-    """``tensor`` of a pipeline stage, on all of them."""
-    group = model.pg_collection.pp
-    if group.size() > 1:
-        tensor = tensor.contiguous()
-        torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, stage), group=group)
-    return tensor
+    return int(stagewise.from_stage(model, choice, model.pg_collection.pp.size() - 1))

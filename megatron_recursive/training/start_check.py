@@ -1,0 +1,64 @@
+"""What a pass does before anything is learned, said at the start: whether passes are copies of what they read."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from megatron_recursive.losses.telemetry import token_cosine, turn
+from megatron_recursive.plan import DecoderPass
+from megatron_recursive.training import console, stagewise
+
+TOKENS = 256  # at most; drawn uniformly from the vocabulary, so that they differ
+NEAR_IDENTITY = 0.1  # a pass that turns what it reads by less is a copy of it
+NEAR_EACH_OTHER = 0.5  # mean cosine between the output states of different tokens
+SHOWN = 8
+
+
+def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> None:
+    """Measure one forward of the model as it stands, and print how far each pass turns the sum that it reads.
+
+    Every rank calls it; rank 0 prints, and warns where the passes are copies of what they read or the tokens of each
+    other.
+    """
+    with stagewise.evaluating(run, chunks, optimizer) as model:
+        if model is None or model.plan.is_plain:
+            return
+        turns, cosine = _measure(model, run)
+    if run.rank != 0:
+        return
+    some = turns if len(turns) <= SHOWN else [*turns[: SHOWN - 2], None, turns[-1]]
+    shown = " ".join("..." if value is None else f"{value:.2f}" for value in some)
+    console.say(
+        f"at the start passes turn what they read by {shown} (0: copies, 1.41: a right angle); token cosine after the "
+        f"last {cosine:.2f}"
+    )
+    if max(turns) < NEAR_IDENTITY:
+        console.say(
+            f"WARNING: all passes are near the identity, so that {len(turns)} of them say little more than one; raise "
+            f"--init-method-std ({run.init_method_std:.3g} here, 1/sqrt(--hidden-size) is {run.hidden_size**-0.5:.3g})."
+        )
+    if cosine > NEAR_EACH_OTHER:
+        console.say(
+            "WARNING: the tokens are near each other after the last pass; raise --embedding-multiplier "
+            f"({run.embedding_multiplier:.3g} here), so that the input stands beside the states."
+        )
+
+
+def _measure(model: Any, run: argparse.Namespace) -> tuple[list[float], float]:
+    device = next(model.parameters()).device
+    length = min(run.seq_length, TOKENS)
+    length -= length % run.tensor_model_parallel_size
+    generator = torch.Generator("cpu").manual_seed(run.seed)
+    ids = torch.randint(run.vocab_size, (1, length), generator=generator).to(device)
+    group = model.pg_collection.tp if model.config.sequence_parallel else None
+    turns: list[torch.Tensor] = []
+
+    def watch(_: DecoderPass, read_SBH: torch.Tensor, result_SBH: torch.Tensor) -> None:
+        turns.append(turn(read_SBH, result_SBH, torch.ones_like(result_SBH[..., 0]), group))
+
+    output_SBH = stagewise.run_passes(model, ids, torch.arange(length, device=device)[None], watch)
+    cosine = token_cosine(output_SBH, torch.ones_like(output_SBH[..., 0], dtype=torch.float), group)
+    return [float(total / count) for total, count in turns], float(cosine[0] / cosine[1])
