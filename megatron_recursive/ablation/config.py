@@ -64,11 +64,10 @@ def read_config(file: str | Path, output: str | None = None) -> Ablation:
         return _read(yaml.safe_load(Path(file).read_text(encoding="utf-8")), output)
     except OSError as error:
         raise UserError(f"Cannot read {file} ({error.strerror}); name an ablation's YAML file.") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{file}:{line} is not YAML ({error.problem}); mend the line.") from error
     except (yaml.YAMLError, ValueError, UserError) as error:
-        raise UserError(f"{file}: {' '.join(str(error).split()).rstrip('.')}.") from error
+        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{line}: {' '.join(str(what).split()).rstrip('.')}.") from error
 
 
 def _read(values: Any, output: str | None) -> Ablation:
@@ -80,8 +79,8 @@ def _read(values: Any, output: str | None) -> Ablation:
     _check_keys(values["arms"], (), "arms")
     arms = tuple(_arm(str(name), given, values) for name, given in values["arms"].items())
     equal = values.get("equal", "tokens")
-    ((kind, reference),) = (equal if isinstance(equal, dict) else {equal: arms[0].name}).items()
-    _check_keys({kind: None}, ("tokens", "flops"), "equal: ")
+    kind, reference = next(iter(equal.items())) if isinstance(equal, dict) and equal else (equal, arms[0].name)
+    _check_keys({str(kind): None}, ("tokens", "flops"), "equal: ")
     _check_keys({str(reference): None}, [arm.name for arm in arms], f"equal: {kind}: ")
     seeds, (iterations, *_) = (_numbers(values[key], key, int) for key in ("seeds", "iterations"))
     return Ablation(Path(values["output"]), arms, seeds, iterations, kind, str(reference))

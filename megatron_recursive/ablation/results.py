@@ -77,7 +77,7 @@ def table_of(figures: dict[str, Any]) -> str:
     commits = sorted({f"{r['commit']['hash'][:7]}{' (changed)' * r['commit']['changed']}" for r in runs if r["commit"]})
     rates = sorted({rate for arm in arms for rate in arm["by lr"]}, key=float)
     rows = [["arm", "layers x passes", "parameters", "iterations", "tokens", "FLOPs", "best rate", "seeds",
-             "held-out loss", "spread", "after each block", "token cosine", *(f"seed 1 at {rate}" for rate in rates)]]
+             "held-out loss", "spread", "after each block", "token cosine", *(f"first seed, {rate}" for rate in rates)]]
     for arm in arms:
         rows.append([
             arm["arm"], f"{arm['layers']} x {arm['passes']}", f"{arm['parameters held']:,}", f"{arm['iterations']:,}",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.ablation.config import Ablation, Arm
+from megatron_recursive.command_line import PROGRAM
 from megatron_recursive.errors import UserError
 from megatron_recursive.plots.runs import FILE, read_runs
 
@@ -32,7 +34,7 @@ class PlannedRun:
     iterations: int
     flops: float
     folder: Path
-    flags: tuple[str, ...]
+    words: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.arm.name}, lr {self.rate:g}, seed {self.seed}"
@@ -47,11 +49,11 @@ class PlannedRun:
         """What it came to, in the words of results.json; None before its final evaluation."""
         if not (self.folder / FILE).is_file():
             return None
-        (run,), saved = read_runs([self.folder / FILE]), self.folder / "run.json"
+        (run,), saved = read_runs([self.folder / FILE]), self.folder / "run.json"  # of its last checkpoint
         final = next((r for r in run.of("held-out") if r["iteration"] == self.iterations and "lm loss" in r), None)
         return final and {
             "arm": self.arm.name, "lr": self.rate, "seed": self.seed, "folder": str(self.folder),
-            "command": run.about.get("command"), "iterations": self.iterations, "tokens": final.get("tokens"),
+            "command": shlex.join([PROGRAM, *self.words]), "iterations": self.iterations, "tokens": final.get("tokens"),
             "commit": json.loads(saved.read_text())["commit"] if saved.is_file() else None, "FLOPs": self.flops,
             "seconds": final.get("elapsed"), "loss": final["lm loss"],
             "blocks": [final[name] for b in range(1, 1000) if (name := f"lm loss block {b}") in final],
@@ -87,10 +89,11 @@ class Study:
         flags, slug = _flags(arm, rate, seed, iterations), re.sub(r"\W+", "-", arm.name).strip("-").lower()
         digest = hashlib.sha256(json.dumps([arm.name, arm.processes, flags]).encode()).hexdigest()[:8]
         folder = self.ablation.output / "runs" / slug / f"lr{rate:g}_seed{seed}_{digest}"
+        words = ["pretrain", *(["--nproc-per-node", str(arm.processes)] if arm.processes > 1 else [])]
         # Two runs that wrote one cache would read each other's half files.
-        flags = ["--data-cache-path", f"{folder}/cache", *flags, "--save", f"{folder}", "--load", f"{folder}"]
+        words += ["--data-cache-path", f"{folder}/cache", *flags, "--save", f"{folder}", "--load", f"{folder}"]
         flops = iterations * facts["tokens per iteration"] * facts["FLOPs per token"]
-        return PlannedRun(arm, rate, seed, iterations, flops, folder, tuple(flags))
+        return PlannedRun(arm, rate, seed, iterations, flops, folder, tuple(words))
 
     def grid(self, arm: Arm) -> list[PlannedRun]:
         """All rates with the first seed."""

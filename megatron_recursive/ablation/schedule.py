@@ -11,21 +11,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
 from megatron_recursive.ablation.runs import PlannedRun, Study
 from megatron_recursive.errors import UserError
 
-TRAIN = (sys.executable, "-m", "megatron_recursive", "pretrain")
+COMMAND = (sys.executable, "-m", "megatron_recursive")
 POLL_S, GRACE_S, LINE_S = 0.2, 30.0, 60.0
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 def places(jobs: int | None) -> list[str]:
-    """Where a process can run: the CUDA devices, or where there are none an empty name a job on the CPUs."""
+    """Where a process can run: the CUDA devices, or where there are none an empty name for each job on the CPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
@@ -35,23 +34,20 @@ def places(jobs: int | None) -> list[str]:
     return devices[:jobs] or [""] * (jobs or max(1, len(os.sched_getaffinity(0)) // threads))
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Two ablations in one folder would train into each other's checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder} is in use by another ablation; wait for it, or give --output.") from error
-        yield
+tqdm.monitor_interval = 0  # no thread of its own, which a run's start would fork
 
 
 class Schedule:
     """Trains what is due of a study, with a bar of the FLOPs spent, or lines in a log; ``refresh`` after each run."""
 
     def __init__(self, study: Study, free: Sequence[str], refresh: Callable[[], object]) -> None:
-        self.study, self.free, self.refresh = study, list(free), refresh
+        self.study, self.free, self.refresh, folder = study, list(free), refresh, study.ablation.output
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(folder / "lock", "w")  # two ablations would train into each other's checkpoints
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder} is in use by another ablation; wait for it, or give --output.") from error
         self.places, self.running = len(self.free), dict[PlannedRun, tuple[subprocess.Popen[bytes], list[str], int]]()
         self.runs, total = study.size()
         self.is_terminal, self.shown = sys.stderr.isatty(), time.monotonic()
@@ -68,6 +64,9 @@ class Schedule:
                 for run in ended:
                     self._show(self._ended(run))
                 self.refresh()
+        except KeyboardInterrupt:
+            tqdm.write(f"stopped: {len(self.study.results)} of {self.runs} runs are done; the same command goes on.")
+            raise
         finally:
             self.bar.close()
             for process, *_ in self.running.values():
@@ -88,11 +87,10 @@ class Schedule:
             environment = {"OMP_NUM_THREADS": "1", **os.environ}
             if any(taken):
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
-            several = ["--nproc-per-node", str(run.arm.processes)] if run.arm.processes > 1 else []
             run.folder.mkdir(parents=True, exist_ok=True)
             with open(run.folder / "log.txt", "ab") as log:
                 process = subprocess.Popen(
-                    [*TRAIN, *several, *run.flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                    [*COMMAND, *run.words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                     start_new_session=True, preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
                 )  # fmt: skip
                 self.running[run] = process, taken, log.tell()
@@ -113,7 +111,7 @@ class Schedule:
         why = next((line for line in lines[::-1] if line.startswith("error: ")), f"exit code {code}: {lines[-2:-1]}")
         if code == 0:
             why = f"no held-out loss at iteration {run.iterations}; give --eval-iters and held-out data"
-        if code < 0 or code > 128:
+        if code < 0 or 128 < code < 160:
             why = f"ended by {signal.Signals(abs(code) % 128).name}; the same command goes on with it"
             self.study.killed.add(run)
         self.study.failures[run] = f"{run}: {why.removeprefix('error: ').strip().rstrip('.')} (log: {log})."

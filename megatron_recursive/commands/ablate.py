@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
 from megatron_recursive.ablation.config import SCHEMA, read_config
-from megatron_recursive.command_line import command, example
+from megatron_recursive.command_line import PROGRAM, example
 from megatron_recursive.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,19 +41,22 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--jobs {args.jobs} must be at least 1.")
     from megatron_recursive.ablation.results import write_results
     from megatron_recursive.ablation.runs import Study, facts_of
-    from megatron_recursive.ablation.schedule import Schedule, alone_in, places
+    from megatron_recursive.ablation.schedule import Schedule, places
 
-    study, line, free = Study(ablation, facts_of(ablation)), command("ablate", args.config), places(args.jobs)
+    study, free = Study(ablation, facts_of(ablation)), places(args.jobs)
+    most = max(ablation.arms, key=lambda arm: arm.processes)
+    if any(free) and most.processes > len(free):
+        raise UserError(f"arms.{most.name} wants {most.processes} processes, but has {len(free)} CUDA devices.")
     study.read()
     if args.dry_run:
         return print("\n".join(_listed(study, len(free))))
+    line = shlex.join([PROGRAM, "ablate", args.config, *(["--output", args.output] if args.output else [])])
     picture = importlib.util.find_spec("matplotlib") is not None
-    with alone_in(ablation.output):
-        write_results(study, line, picture=picture)
-        Schedule(study, free, lambda: write_results(study, line, picture=picture)).go()
-        figures = write_results(study, line, picture=picture)
-    print(*(each["said"] for each in figures["comparisons"]), sep="\n")
-    print(f"{ablation.output / 'results.md'}, .json{', .png' if picture else ' (the picture needs matplotlib)'}")
+    refresh = functools.partial(write_results, study, line, picture=picture)
+    Schedule(study, free, refresh).go()
+    said = [each["said"] for each in refresh()["comparisons"]]
+    files = f"{ablation.output / 'results.md'}, .json{', .png' if picture else ' (the picture needs matplotlib)'}"
+    print(*said, files, sep="\n")
     if study.failures:
         print(f"{len(study.failures)} of {study.size()[0]} runs failed; the same command tries them again.")
         raise SystemExit(1)
@@ -61,8 +66,9 @@ def _listed(study: Study, jobs: int) -> list[str]:
     """Every run with its FLOPs and where it stands, and how long the rest takes by those that are done."""
     lines, (number, total) = [], study.size()
     for run in study.known():
-        done = study.results.get(run)
-        state = f"held-out loss {done['loss']:.4f}" if done else f"{run.share():.0%} trained"
+        state = f"{run.share():.0%} trained" if run.share() else "to do"
+        if run in study.results:
+            state = f"held-out loss {study.results[run]['loss']:.4f}"
         lines.append(f"{run}: {run.iterations:,} iterations, {run.flops:.3g} FLOPs, {state}")
     if number > len(lines):
         lines.append(f"and {number - len(lines)} more, with the other seeds at the best rate of each arm")

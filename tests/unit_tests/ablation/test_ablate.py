@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,11 @@ import pytest
 from megatron_recursive.ablation import runs, schedule
 from megatron_recursive.ablation.config import SCHEMA, read_config
 from megatron_recursive.ablation.runs import Study
+from megatron_recursive.accounting import ModelShape, flops_per_token
 from megatron_recursive.commands import main
-from tests.distributed import REPOSITORY, _is_running
+from megatron_recursive.plan import RecursionConfig, build_plan
+from megatron_recursive.training.describe import describe
+from tests.distributed import REPOSITORY, _is_running, run_distributed
 
 FAKE = str(Path(__file__).with_name("fake_training.py"))
 CONFIG = """
@@ -66,7 +72,7 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
     ("--eval-iters 5", "--seed=5", "flags must not hold --seed, which follows from seeds"),
     ("--blocks 3", "--blocks '3", "No closing quotation"),
     ("--blocks 3", "--nproc-per-node x", "--nproc-per-node: invalid int value"),
-    ("arms:", "arms: [", ".yaml:5 is not YAML (expected ','"),
+    ("arms:", "arms: [", ".yaml:5: expected ','"),
     (CONFIG, "- 3", "it must hold keys and values"),
     ("--eval-iters 5", "--eval-iters=0", "arms.recursion, deep: give --eval-iters"),
     ("--num-layers 2,", "", "arms.recursion, deep: --num-layers missing."),
@@ -107,7 +113,7 @@ def test_all_arms_spend_what_the_reference_spends(equal: str, expected: tuple[in
     assert iterations == expected == (first.iterations, second.iterations)
     if "flops" in equal:
         assert first.flops == pytest.approx(second.flops, rel=1e-3)
-    assert f"--train-iters {expected[0]} " in " ".join(first.flags)
+    assert f"--train-iters {expected[0]} " in " ".join(first.words)
 
 
 def test_the_rate_is_chosen_when_the_grid_has_ended_by_itself(tmp_path: Path) -> None:
@@ -130,7 +136,7 @@ def test_the_rate_is_chosen_when_the_grid_has_ended_by_itself(tmp_path: Path) ->
 def test_flags_of_a_run(tmp_path: Path) -> None:
     study = study_of(tmp_path, CONFIG.replace("--blocks 3", "--blocks 3 --min-lr 0 --save-interval 7"))
     mine, plain = (study.grid(arm)[0] for arm in study.ablation.arms)
-    words = " ".join(mine.flags)
+    words = " ".join(mine.words)
     assert words.index("--min-lr 0.0001") < words.index("--min-lr 0 --save-interval 7"), "a later flag wins"
     assert f"--save {mine.folder} --load {mine.folder}" in words and "--lr 0.001 --seed 3 --train-iters 10" in words
     assert f"--data-cache-path {mine.folder}/cache" in words
@@ -156,7 +162,7 @@ def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
 def ablate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Run the command with a training that takes no time; returns exit code, stdout and results.json."""
     monkeypatch.setattr(runs, "DESCRIBE", [sys.executable, FAKE])
-    monkeypatch.setattr(schedule, "TRAIN", [sys.executable, FAKE])
+    monkeypatch.setattr(schedule, "COMMAND", [sys.executable, FAKE])
     monkeypatch.setattr(schedule, "POLL_S", 0.02)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -249,25 +255,35 @@ def test_an_arm_of_several_processes_takes_as_many_places(
     assert ablate(text)[0] == 0
     devices = {name.split(" ")[0]: each["devices"] for name, (each,) in starts(tmp_path).items()}
     assert set(devices["recursion-deep"].split(",")) == {"4", "5"} and devices["own-layers"] in ("4", "5")
-    assert starts(tmp_path)["recursion-deep lr0.002_seed3"][0]["argv"][:2] == ["--nproc-per-node", "2"]
+    assert starts(tmp_path)["recursion-deep lr0.002_seed3"][0]["argv"][:3] == ["pretrain", "--nproc-per-node", "2"]
 
 
-def command(folder: Path, text: str) -> subprocess.Popen[bytes]:
-    program = (f"import sys; from megatron_recursive.ablation import runs, schedule; from megatron_recursive.commands "
-               f"import main; sys.modules['matplotlib'] = None; runs.DESCRIBE = schedule.TRAIN = [sys.executable, {FAKE!r}]; main(sys.argv[1:])")  # fmt: skip
+    text = text.replace("--nproc-per-node 2", "--nproc-per-node 3")
+    assert ablate(text)[0] == 2
+
+
+def command(folder: Path, text: str, terminal: int) -> subprocess.Popen[bytes]:
+    program = f"""if True:
+        import sys
+        from megatron_recursive.ablation import runs, schedule
+        from megatron_recursive.commands import main
+        sys.modules["matplotlib"], runs.DESCRIBE, schedule.COMMAND = None, *[[sys.executable, {FAKE!r}]] * 2
+        main(sys.argv[1:])"""
     words = ["ablate", write(folder, text), "--output", str(folder / "out"), "--jobs", "2"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, "-c", program, *words], env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)  # fmt: skip
+    return subprocess.Popen([sys.executable, "-c", program, *words], env=environment, stdout=terminal,
+                            stderr=terminal)  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_run_outlives_the_ablation(number: signal.Signals, ablate: Any, tmp_path: Path) -> None:
     text = CONFIG.replace("--blocks 3", "--blocks 3 --sleep").replace("[1e-3, 4e-3, 0.002]", "[2e-3]")
-    process = command(tmp_path, text)
+    master, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    process = command(tmp_path, text, terminal)
     results, deadline = tmp_path / "out" / "results.json", time.monotonic() + 60
     while not results.exists() or not json.loads(results.read_text())["runs"] or len(starts(tmp_path)) < 3:
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline and process.poll() is None, os.read(master, 10_000)
         time.sleep(0.05)
     with pytest.raises(SystemExit, match="2"):
         main(["ablate", write(tmp_path, text), "--output", str(tmp_path / "out")])
@@ -277,6 +293,12 @@ def test_no_run_outlives_the_ablation(number: signal.Signals, ablate: Any, tmp_p
     while any(_is_running(pid) for pid in sleeping):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    os.set_blocking(master, False)
+    shown = ""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            shown += os.read(master, 10_000).decode()
+    assert "FLOP/s, 1 of 4 runs" in shown and ("stopped: 1 of 4 runs are done" in shown) == (number == signal.SIGINT)
     done = json.loads(results.read_text())
     assert [run["arm"] for run in done["runs"]][:1] == ["own layers"] and done["failed"] == []
     code, _, figures = ablate(text)
@@ -289,6 +311,7 @@ def test_two_ablations_do_not_share_a_folder(ablate: Any, tmp_path: Path) -> Non
     with open(tmp_path / "out" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert ablate(CONFIG)[0] == 2
+    assert ablate(CONFIG, "--jobs", "0")[0] == 2 and starts(tmp_path) == {}
 
 
 # --- the real thing -------------------------------------------------------------------------------------------------
@@ -308,10 +331,27 @@ equal: flops
 """
 
 
+def test_what_training_says_of_an_arm() -> None:
+    common = [*REAL.split("flags: >")[1].split("arms:")[0].split(), "--lr", "1e-2", "--train-iters", "4"]
+    core = ["--num-refinement-blocks", "2", "--num-latent-refinements", "1"]
+    flags = {"core": core, "wrong": ["--hidden-size", "33"], "off": ["--disable-recursive-refinement"]}
+    asked = {name: {"processes": 2, "flags": [*common, *each]} for name, each in flags.items()}
+    (facts,) = run_distributed(describe, 1, asked)
+    shape = ModelShape(1, 32, 128, 4, 4, 8, 128, 16)
+    for name, knobs in (("core", {"num_refinement_blocks": 2, "num_latent_refinements": 1}),
+                        ("off", {"enable_recursive_refinement": False})):  # fmt: skip
+        plan = build_plan(RecursionConfig(**knobs).resolved(embedding_init_std=0.02))  # type: ignore[arg-type]
+        assert facts[name]["FLOPs per token"] == flops_per_token(shape, plan).total
+        assert facts[name]["plain"] == (name == "off") and facts[name]["passes"] == plan.num_passes
+        assert (facts[name]["tokens per iteration"], facts[name]["world size"]) == (64, 2)
+    assert list(facts["wrong"]) == ["error"] and "33" in facts["wrong"]["error"]
+
+
 @pytest.mark.heavy
 def test_two_real_runs(tmp_path: Path) -> None:
     words = ["ablate", write(tmp_path, REAL), "--output", str(tmp_path / "out"), "--jobs", "2"]
-    result = subprocess.run([sys.executable, "-m", "megatron_recursive", *words], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "megatron_recursive", *words], capture_output=True, text=True,
+                            cwd=REPOSITORY)  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "out" / "results.json").read_text())
     recursion, own = figures["arms"]
