@@ -40,6 +40,7 @@ setup(
         "megatron-core[training]>=0.19.2,<0.20",
         "torch>=2.11,<2.15",
         "numpy",
+        "pyyaml",
         "safetensors",
         "tensorboard",
         "tokenizers",

@@ -33,7 +33,8 @@ _EXAMPLE_WIDTH = 100
 _EXTRA_OF = {
     "datatrove": "data", "orjson": "data", "pyarrow": "data", "sentencepiece": "data", "zstandard": "data",
     "gguf": "hf", "accelerate": "hf", "matplotlib": "plots",
-    **dict.fromkeys(("megatron", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers"), ""),
+    **dict.fromkeys(("megatron", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers",
+                    "yaml"), ""),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_recursive.ablation.config import read_config
 from megatron_recursive.commands import parser_of
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import flag_of
@@ -20,6 +21,7 @@ from tests.quotes import DOCUMENTS, ROOT, renewed
 
 TEXTS = {name: (ROOT / name).read_text() for name in (*DOCUMENTS, "CHANGELOG.md")}
 SCRIPTS = {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "examples").rglob("*.sh")}
+CONFIGS = [*(ROOT / "examples" / "ablations").glob("*.yaml"), *(ROOT / "benchmarks").glob("*.yaml")]
 FOLDERS = r"(?:megatron_recursive|examples|tools|benchmarks|tests|requirements|\.ci)"
 PATH = re.compile(rf"(?<![\w./-])({FOLDERS}/[\w./-]*\w/?)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+|_[a-z0-9]+)*")
@@ -103,6 +105,8 @@ def test_every_pretraining_command_parses() -> None:
     assert block is not None
     text = re.sub(r"\$\(\(.*?\)\)", "8", block[1].replace("\n", " ").replace('"$@"', ""))
     commands.append(re.sub(r'"\$\w+"', "2", text))
+    for file in CONFIGS:
+        commands += [shlex.join(arm.flags) for arm in read_config(file).arms]
     commands = [command for command in commands if "..." not in command]
     assert run_distributed(_parse, 1, commands) == [len(commands)] and len(commands) >= 2
 

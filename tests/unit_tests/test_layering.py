@@ -42,9 +42,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "models", "hf")), "torch", "transformers",
         "megatron.core",
     ),
+    "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "tqdm", "yaml"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
-                                            "plots", "launch", "__version__")),
+                                            "plots", "ablation", "launch", "__version__")),
         "torch", "transformers",
     ),
     "launch": (f"{OURS}.training.pretrain", "torch"),

@@ -1,0 +1,154 @@
+"""The runs of an ablation: the words of each, how long it trains, what came out of it, and which are due."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.ablation.config import Ablation, Arm
+from megatron_recursive.command_line import PROGRAM
+from megatron_recursive.errors import UserError
+from megatron_recursive.plots.runs import FILE, read_runs
+
+DESCRIBE = (sys.executable, "-m", "megatron_recursive.training.describe")
+SAVES = 5  # of a run on its way, unless its flags say --save-interval
+_AT = re.compile(rb'"iteration": (\d+)')
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training of an ablation. Its folder's name has a hash of its flags: a run of other flags is another run."""
+
+    arm: Arm
+    rate: float
+    seed: int
+    iterations: int
+    flops: float
+    folder: Path
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.arm.name}, lr {self.rate:g}, seed {self.seed}"
+
+    def share(self) -> float:
+        """How much of it is trained, by the end of its metrics."""
+        file = self.folder / FILE
+        found = _AT.findall(file.read_bytes()[-16384:]) if file.is_file() else []
+        return min(int(found[-1]) / self.iterations, 1.0) if found else 0.0
+
+    def result(self) -> dict[str, Any] | None:
+        """What it came to, in the words of results.json; None before its final evaluation."""
+        if not (self.folder / FILE).is_file():
+            return None
+        (run,), saved = read_runs([self.folder / FILE]), self.folder / "run.json"  # of its last checkpoint
+        final = next((r for r in run.of("held-out") if r["iteration"] == self.iterations and "lm loss" in r), None)
+        return final and {
+            "arm": self.arm.name, "lr": self.rate, "seed": self.seed, "folder": str(self.folder),
+            "command": shlex.join([PROGRAM, *self.words]), "iterations": self.iterations, "tokens": final.get("tokens"),
+            "commit": json.loads(saved.read_text())["commit"] if saved.is_file() else None, "FLOPs": self.flops,
+            "seconds": final.get("elapsed"), "loss": final["lm loss"],
+            "blocks": [final[name] for b in range(1, 1000) if (name := f"lm loss block {b}") in final],
+            "token cosine": final.get("token cosine"), "alarms": [r["alarm"] for r in run.of("alarm")],
+            "held out": {k: v for k, v in final.items() if k not in ("kind", "iteration", "time", "elapsed", "flops")},
+        }  # fmt: skip
+
+
+@dataclass
+class Study:
+    """An ablation under way.
+
+    Attributes:
+        facts: arm -> what training says of it (``training/describe.py``).
+        results: of the runs that are done; failures: a sentence about each of those that failed.
+        killed: the failures by a signal, which say nothing of their rate: before these are done it has no best.
+    """
+
+    ablation: Ablation
+    facts: Mapping[str, Mapping[str, Any]]
+    results: dict[PlannedRun, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[PlannedRun, str] = field(default_factory=dict)
+    killed: set[PlannedRun] = field(default_factory=set)
+
+    def iterations(self, arm: Arm) -> int:
+        """So many that the arm spends the tokens, or the training FLOPs, of the reference."""
+        is_flops = self.ablation.equal == "flops"
+        cost = {n: f["tokens per iteration"] * (f["FLOPs per token"] if is_flops else 1) for n, f in self.facts.items()}
+        return max(1, round(self.ablation.iterations * cost[self.ablation.reference] / cost[arm.name]))
+
+    def run(self, arm: Arm, rate: float, seed: int) -> PlannedRun:
+        iterations, facts = self.iterations(arm), self.facts[arm.name]
+        flags, slug = _flags(arm, rate, seed, iterations), re.sub(r"\W+", "-", arm.name).strip("-").lower()
+        digest = hashlib.sha256(json.dumps([arm.name, arm.processes, flags]).encode()).hexdigest()[:8]
+        folder = self.ablation.output / "runs" / slug / f"lr{rate:g}_seed{seed}_{digest}"
+        words = ["pretrain", *(["--nproc-per-node", str(arm.processes)] if arm.processes > 1 else [])]
+        # Two runs that wrote one cache would read each other's half files.
+        words += ["--data-cache-path", f"{folder}/cache", *flags, "--save", f"{folder}", "--load", f"{folder}"]
+        flops = iterations * facts["tokens per iteration"] * facts["FLOPs per token"]
+        return PlannedRun(arm, rate, seed, iterations, flops, folder, tuple(words))
+
+    def grid(self, arm: Arm) -> list[PlannedRun]:
+        """All rates with the first seed."""
+        return [self.run(arm, rate, self.ablation.seeds[0]) for rate in arm.rates]
+
+    def best(self, arm: Arm) -> float | None:
+        """The rate of the lowest loss, once all of several have ended by themselves."""
+        grid, ended = self.grid(arm), self.results.keys() | self.failures.keys() - self.killed
+        losses = {run.rate: self.results[run]["loss"] for run in grid if run in self.results}
+        losses = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+        if len(grid) > 1 and (not losses or not ended >= set(grid)):
+            return None
+        return min(losses, key=lambda rate: losses[rate]) if losses else arm.rates[0]
+
+    def known(self) -> list[PlannedRun]:
+        """The grids, then the other seeds at the best rates that are known, seed by seed."""
+        arms, best = self.ablation.arms, {arm: self.best(arm) for arm in self.ablation.arms}
+        return [run for arm in arms for run in self.grid(arm)] + [
+            self.run(arm, rate, seed) for seed in self.ablation.seeds[1:] for arm, rate in best.items() if rate
+        ]
+
+    def due(self) -> list[PlannedRun]:
+        return [run for run in self.known() if run not in self.results and run not in self.failures]
+
+    def read(self) -> None:
+        """Take in what is done already: first of the grids, from which the others follow."""
+        for _ in range(2):
+            self.results |= {run: result for run in self.due() if (result := run.result()) is not None}
+
+    def size(self) -> tuple[int, float]:
+        """How many runs there will be, and the FLOPs of all."""
+        each = [(len(arm.rates) + len(self.ablation.seeds) - 1, self.grid(arm)[0].flops) for arm in self.ablation.arms]
+        return sum(number for number, _ in each), sum(number * flops for number, flops in each)
+
+    def spent(self) -> float:
+        """FLOPs of what has ended, and of what is on its way."""
+        due = set(self.due())
+        return sum(run.flops * (run.share() if run in due else 1.0) for run in self.known())
+
+
+def _flags(arm: Arm, rate: float, seed: int, iterations: int) -> list[str]:
+    """A later flag wins: the arm's over what serves where it gives none."""
+    return ["--min-lr", f"{rate / 10:g}", "--save-interval", str(math.ceil(iterations / SAVES)), *arm.flags,
+            "--lr", f"{rate:g}", "--seed", str(seed), "--train-iters", str(iterations)]  # fmt: skip
+
+
+def facts_of(ablation: Ablation) -> dict[str, dict[str, Any]]:
+    """Arm -> what training says of it; a UserError names an arm whose flags it refuses."""
+    first = {arm.name: _flags(arm, arm.rates[0], ablation.seeds[0], ablation.iterations) for arm in ablation.arms}
+    asked = {arm.name: {"processes": arm.processes, "flags": first[arm.name]} for arm in ablation.arms}
+    said = subprocess.run(DESCRIBE, input=json.dumps(asked), capture_output=True, text=True)
+    if said.returncode:
+        raise RuntimeError(f"{DESCRIBE[-1]} failed:\n{said.stderr}")
+    facts: dict[str, dict[str, Any]] = json.loads(said.stdout)
+    for name, each in facts.items():
+        if "error" in each or not each["evaluation iterations"]:
+            raise UserError(f"arms.{name}: {each.get('error', 'give --eval-iters; 0 leaves no held-out loss.')}")
+    return facts

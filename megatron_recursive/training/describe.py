@@ -1,0 +1,50 @@
+"""What training would make of some flags, without training: ``python -m megatron_recursive.training.describe``.
+
+Reads name -> {"flags", "processes"} as JSON, and writes name -> what the metrics file says of such a run and a little
+more, or {"error"}: the sentence that refuses the flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_recursive.backends import cpu
+from megatron_recursive.errors import UserError
+
+
+def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The answer to each. What Megatron holds globally is cleared again."""
+    cpu.install()
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    from megatron_recursive.training.arguments import parse_arguments
+    from megatron_recursive.training.model_provider import model_config_from_args
+    from megatron_recursive.training.report import run_description
+
+    facts: dict[str, dict[str, Any]] = {}
+    for name, given in asked.items():
+        world = str(given["processes"])
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        sys.argv = ["pretrain", *given["flags"]]
+        try:
+            args, recursion = parse_arguments()
+            more = {"layers": args.num_layers, "width": args.hidden_size, "evaluation iterations": args.eval_iters}
+            facts[name] = run_description(args, model_config_from_args(args, recursion)) | more
+            facts[name]["plain"] = not recursion.enable_recursive_refinement
+        except UserError as error:
+            facts[name] = {"error": str(error)}
+        destroy_global_vars()
+        destroy_num_microbatches_calculator()
+    return facts
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        answer = describe(json.load(sys.stdin))
+    print(json.dumps(answer))
