@@ -91,7 +91,7 @@ def test_plain_python_refuses_what_only_shows_while_training_starts(tmp_path: Pa
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     before = files_of(tmp_path)
     result = run_command([sys.executable, SCRIPT, *FLAGS, *RECURSION, *save_to(tmp_path)], timeout=150)
-    check_refusal(result, f"{shard} (by the SHA-256")
+    check_refusal(result, f"{shard} is damaged or missing (by the SHA-256")
     assert files_of(tmp_path) == before
 
 
