@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.distributed import run_command, run_distributed
 from tests.unit_tests.hf.donors import make_donor
 from tests.unit_tests.training.runs import in_worker, losses_of, tensors_of
@@ -38,6 +40,7 @@ def _there_and_again(run: Path, back: Path, again: Path) -> tuple[dict[str, Any]
     return report, verify.agree(verify.verify(str(run), str(again), say=str))
 
 
+@pytest.mark.grid
 def test_a_cached_name_in_shards_trains_in_parallel_and_returns(tmp_path: Path) -> None:
     _cache_model(tmp_path / "cache")
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) > 3

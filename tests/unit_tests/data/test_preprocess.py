@@ -75,7 +75,9 @@ def test_megatron_reads_the_tokens_back(corpus, written):
     assert names(written.parent) == ["one.bin", "one.idx", "one.idx.json"]
 
 
-@pytest.mark.parametrize(("workers", "part_bytes"), [(1, 2500), (2, 2000), (3, None)])
+@pytest.mark.parametrize(("workers", "part_bytes"), [
+    pytest.param(1, 2500, marks=pytest.mark.grid), (2, 4000), (3, None)
+])  # fmt: skip
 def test_the_files_do_not_depend_on_workers_and_parts(corpus, written, tmp_path, many_processes, workers, part_bytes):
     summary = preprocess(
         [corpus / "train.jsonl"], tmp_path / "two", corpus / "tok", workers=workers, part_bytes=part_bytes

@@ -117,9 +117,8 @@ def test_init_from_gpt(origin: str, tmp_path: Path, request: pytest.FixtureReque
     assert sorted(metrics_of(tmp_path)) == [1, 2]
 
 
-@pytest.mark.parametrize("knobs", [
-    pytest.param(["--state-norm", "none"], marks=pytest.mark.grid), ["--state-init", "trunc-normal"]
-], ids=" ".join)  # fmt: skip
+@pytest.mark.grid
+@pytest.mark.parametrize("knobs", [["--state-norm", "none"], ["--state-init", "trunc-normal"]], ids=" ".join)
 def test_init_from_gpt_with_other_states(plain: Path, tmp_path: Path, knobs: list[str]) -> None:
     flags = ["--init-from-gpt", plain, *knobs, *FROZEN]
     assert train(*save_to(tmp_path, every=1), *flags, "--train-iters", "1") is None
