@@ -8,12 +8,13 @@ what was given in ``args.others``.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_recursive import __version__
@@ -71,10 +72,9 @@ def _run(name: str, words: Sequence[str]) -> None:
         args.others = others
     elif others:  # words, since the parser refuses flags that it does not know
         raise UserError(f"{others[0]} belongs to no flag; --help lists what {parser.prog} takes.")
-    if name != "pretrain":  # it keeps a log
-        _quieten_libraries()
     try:
-        module_of(name).run(args)
+        with _quiet_libraries() if name != "pretrain" else contextlib.nullcontext():  # it keeps a log
+            module_of(name).run(args)
     except ModuleNotFoundError as error:
         if not is_known_package(error.name or ""):
             raise
@@ -83,11 +83,20 @@ def _run(name: str, words: Sequence[str]) -> None:
         raise SystemExit(_INTERRUPTED) from None
 
 
-def _quieten_libraries() -> None:
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
     """Megatron, torch and transformers tell of every package that they do not find, and of every choice they make."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b")
-    for name in ("", "megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("", "megatron", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def door(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import json
 import os
 import pty
@@ -166,6 +167,7 @@ def ablate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(schedule, "POLL_S", 0.02)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    installed = importlib.import_module("matplotlib")  # to be put back: a second import would make another module
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # drawing takes longer than such runs
 
     def run(text: str, *words: str) -> tuple[int, str, dict[str, Any]]:
@@ -177,6 +179,7 @@ def ablate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         results = tmp_path / "out" / "results.json"
         return code, capsys.readouterr().out, json.loads(results.read_text()) if results.exists() else {}
 
+    run.matplotlib = installed  # type: ignore[attr-defined]
     return run
 
 
@@ -217,7 +220,7 @@ def test_rates_then_seeds_then_results(ablate: Any, tmp_path: Path, monkeypatch:
     assert kept == {"iter_0000010"}, "of a run that is done the last checkpoint stays"
     before = starts(tmp_path)
     with monkeypatch.context() as installed:
-        installed.delitem(sys.modules, "matplotlib")
+        installed.setitem(sys.modules, "matplotlib", ablate.matplotlib)
         assert ablate(CONFIG)[0] == 0 and starts(tmp_path) == before, "what is done is not run again"
     assert (tmp_path / "out" / "results.png").stat().st_size > 10_000
     assert "about 0.00 hours" in ablate(CONFIG, "--dry-run")[1]

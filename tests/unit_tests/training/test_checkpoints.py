@@ -157,7 +157,7 @@ OTHER_RECURSIONS = [
     (["--num-latent-refinements", "2"], ["--num-latent-refinements 1 (this run: 2)", "--override-recursion-depth"]),
     (["--state-init", "trunc-normal"], ["--state-init zeros (this run: trunc-normal)"]),
     (["--state-norm", "none", "--override-recursion-depth"], ["--state-norm final (this run: none)"]),
-    (["--embedding-multiplier", "3"], ["--embedding-multiplier 50.0 (this run: 3.0)"]),
+    (["--embedding-multiplier", "3"], ["--embedding-multiplier 5.65", "(this run: 3.0)"]),
     (PLAIN, ["--enable-recursive-refinement on (this run: off)"]),
     (["--num-refinement-blocks", "3", "--state-norm", "none"], ["--num-refinement-blocks 2", "--state-norm final"]),
     (["--padded-vocab-size", "256"], ["--padded-vocab-size 256 is not the 128 of the checkpoint"]),
