@@ -85,7 +85,8 @@ def test_the_nodes_of_a_job_meet_at_its_first(variables: dict[str, str], tmp_pat
 
 
 def test_a_later_flag_wins_and_what_cannot_work_is_refused(variables: dict[str, str], tmp_path: Path) -> None:
-    medium = examples.command_of("medium", {**variables, "GPUS": "4"}, tmp_path, "--train-iters", "7", "--lr-warmup-iters", "1")
+    short = ["--train-iters", "7", "--lr-warmup-iters", "1"]
+    medium = examples.command_of("medium", {**variables, "GPUS": "4"}, tmp_path, *short)
     large = examples.command_of("large", variables, tmp_path, "--pipeline-model-parallel-size", "5")
     (facts,) = run_distributed(examples.facts_of, 1, {"medium": medium, "large": large})
     assert (facts["medium"]["train"], facts["medium"]["data"]) == (7, 4)
