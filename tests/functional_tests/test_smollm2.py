@@ -86,13 +86,13 @@ def test_the_recursive_import_trains_on_over_two_stages(exported: Path) -> None:
     at = command.index("--data-path")
     command[at : at + 2] = ["--mock-data"]
     command += shlex.split(
-        "--pipeline-model-parallel-size 2 --seq-length 48 --global-batch-size 2 --train-iters 3 --lr 2e-4 "
+        "--pipeline-model-parallel-size 2 --seq-length 48 --global-batch-size 2 --train-iters 4 --lr 2e-4 "
         "--lr-decay-style constant --eval-iters 0 --log-interval 1 --num-workers 0"
     )
     result = run_command(command, timeout=580)
     assert result.returncode == 0, result.stderr[-2000:]
     losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", result.stdout)]
-    assert len(losses) == 3 and losses[-1] < losses[0] - 0.3, losses
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.5, losses
     back = exported.parent / "recursive_hf"
     report, _ = convert("export", "--ckpt", ckpt, "--out", back)
     assert report["max_logit_error"] < 1e-4 and report["family"] == "recursive_gpt"
