@@ -174,8 +174,9 @@ def megatron_arguments_from_checkpoint(args: argparse.Namespace, from_plain_gpt:
 def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:
     """Fill in the knobs left open, and store them in the arguments, which every checkpoint carries."""
     folder, is_plain_gpt = checkpoint_to_read(args)
-    if folder is not None and not is_plain_gpt and args.embedding_multiplier is None:
-        args.embedding_multiplier = saved_arguments(folder).get("embedding_multiplier")
+    resumed = folder if args.enable_recursive_refinement and not is_plain_gpt else None
+    if resumed is not None and args.embedding_multiplier is None:
+        args.embedding_multiplier = saved_arguments(resumed).get("embedding_multiplier")
     if args.init_method_std is None:
         fresh = args.enable_recursive_refinement and args.init_from_gpt is None
         args.init_method_std = initial_std(args.hidden_size) if fresh else MEGATRON_INIT_STD

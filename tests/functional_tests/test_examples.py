@@ -148,6 +148,7 @@ def train(name: str, variables: dict[str, str], *flags: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.grid
 def test_the_smallest_trains_on_the_cpu(variables: dict[str, str], tmp_path: Path) -> None:
     train("small", {**variables, "SAVE": str(tmp_path)}, "--train-iters", "6", "--lr", "1e-2")
     losses = losses_of(tmp_path)

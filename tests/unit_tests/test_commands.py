@@ -206,6 +206,7 @@ def example_of(name: str) -> str:
     return epilog.removeprefix("example:\n")
 
 
+@pytest.mark.grid
 def test_printed_lines_run_in_a_bare_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the clone's folder, and the examples of --help: the second reads what the first wrote."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")

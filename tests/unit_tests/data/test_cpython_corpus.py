@@ -26,6 +26,7 @@ def splits(corpus):
     return read(corpus.train_file), read(corpus.valid_file)
 
 
+@pytest.mark.grid
 def test_another_process_writes_the_same_bytes(corpus, tmp_path):
     # Another hash seed: the order of sets must not reach the files.
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}

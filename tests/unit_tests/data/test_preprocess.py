@@ -104,6 +104,7 @@ def test_gpt2_files_give_the_same_tokens(corpus, written, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.grid), 2])
+@pytest.mark.grid
 def test_sentencepiece(corpus, tmp_path, many_processes, workers):
     trained = train_tokenizer([corpus / "train.jsonl"], tmp_path / "sp", 300, kind="sentencepiece")
     model = trained.folder / "tokenizer.model"
@@ -156,6 +157,7 @@ def test_the_record_says_which_tokenizer_it_was(corpus, written, tmp_path):
     assert read_preparation(tmp_path / "one") is None
 
 
+@pytest.mark.grid
 def test_skipped_documents_are_counted_and_complete_parts_kept(corpus, written, tmp_path, many_processes):
     broken = [*LINES[:100], "{", *LINES[100:], '{"text": 3}']
     (tmp_path / "bad.jsonl").write_text("\n".join(broken))
@@ -178,6 +180,7 @@ def test_skipped_documents_are_counted_and_complete_parts_kept(corpus, written, 
     assert names(tmp_path) == ["bad.jsonl", "x.bin", "x.idx", "x.idx.json"]
 
 
+@pytest.mark.grid
 def test_parts_of_other_inputs_are_not_taken(corpus, tmp_path, capfd):
     (tmp_path / "a.jsonl").write_text("\n".join([*LINES, "{"]))
     with pytest.raises(UserError, match="is not valid JSON"):
@@ -325,6 +328,7 @@ def scripts(folder):
         (folder / name).chmod(0o755)
 
 
+@pytest.mark.grid
 def test_slurm_jobs_make_the_same_files(corpus, written, tmp_path, monkeypatch):
     scripts(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -378,6 +382,7 @@ def test_wrong_executor_options_are_named(tmp_path, kind, options, said):
         build_executor(kind, [Troubled("")], 2, 1, tmp_path / "logs", options)
 
 
+@pytest.mark.grid
 def test_the_command_reports(corpus, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": \n')
     command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", "a.jsonl", "--output", "x"]

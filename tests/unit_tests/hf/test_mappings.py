@@ -247,6 +247,7 @@ def test_garbage_in_the_generation_settings_is_refused(text: str, tmp_path: Path
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.grid
 def test_the_command_says_it_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "tools/convert_hf.py", "import", "--hf", "nobody/nothing"]
     result = run_command([*command, "--out", str(tmp_path / "out")], timeout=120)

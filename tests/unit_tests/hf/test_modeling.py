@@ -271,6 +271,7 @@ print(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, 
 """
 
 
+@pytest.mark.grid
 def test_a_saved_folder_loads_without_this_package(tmp_path: Path) -> None:
     model = make_model(recursion={"state_init": "trunc-normal"})
     RecursiveGPTConfig.register_for_auto_class()

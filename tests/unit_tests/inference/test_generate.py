@@ -214,6 +214,7 @@ def test_a_missing_or_wrong_tokenizer_and_files_that_are_no_model(plain: Path, t
     assert "is a file" in refusal("--model", tmp_path / "config.json", "--prompt", "a")
 
 
+@pytest.mark.grid
 def test_the_command_writes_plain_lines_where_there_is_no_terminal(recursive: Path) -> None:
     tool = [sys.executable, str(REPOSITORY / "tools" / "generate.py")]
     done = run_command([*tool, "--prompt", "ab", "--max-tokens", "2", "--model", str(recursive)], timeout=120)
@@ -221,6 +222,7 @@ def test_the_command_writes_plain_lines_where_there_is_no_terminal(recursive: Pa
     assert done.stderr.startswith("[1 of 1: 2 tokens, ") and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.grid
 def test_the_command_ends_with_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     tool = [sys.executable, str(REPOSITORY / "tools" / "generate.py")]
     done = run_command([*tool, "--prompt", "a", "--model", str(tmp_path / "none")], timeout=120)

@@ -135,6 +135,7 @@ def test_replayed_passes_keep_one_hidden_tensor_each(stages: int, batches: int, 
         assert rank.alive <= rank.recorded + others
 
 
+@pytest.mark.grid
 def test_recompute_brings_memory_down() -> None:
     """On two stages of two layers, nine passes with gradient."""
     kinds = {

@@ -78,6 +78,7 @@ def check_refusal(result: subprocess.CompletedProcess[str], expected: str, code:
     assert "usage:" not in result.stdout + result.stderr
 
 
+@pytest.mark.grid
 def test_plain_python_refuses_before_anything_is_written(tmp_path: Path) -> None:
     flags = [*FLAGS, *save_to(tmp_path / "run"), "--no-such-flag"]
     check_refusal(run_command([sys.executable, SCRIPT, *flags], timeout=150), "--no-such-flag")

@@ -74,6 +74,7 @@ def test_the_index_files_of_the_data_do_not_depend_on_where_the_files_lie(folder
     assert gpt2_tokenizer.build(arguments(tmp_path)).unique_identifiers != one
 
 
+@pytest.mark.grid
 def test_a_run_trains_and_resumes_with_the_two_files(folder: Path, tmp_path: Path) -> None:
     data = ["--data-path", folder / "tokens", "--data-cache-path", tmp_path / "cache", "--reset-position-ids",
             "--eod-mask-loss", *files_of(folder)]  # fmt: skip

@@ -22,6 +22,7 @@ def olmo2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.grid
 def test_a_run_goes_on_at_another_tensor_parallel_size(olmo2: Path, tmp_path: Path) -> None:
     copy_checkpoint(olmo2, tmp_path, 3)
     tp2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]

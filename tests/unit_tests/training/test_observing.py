@@ -243,6 +243,7 @@ def test_a_run_can_be_made_again_from_its_record(tmp_path: Path) -> None:
     assert list((tmp_path / "reproduced" / "tensorboard").glob("events.out*"))
 
 
+@pytest.mark.grid
 def test_the_record_of_a_resumed_run_starts_where_that_run_did(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second one"
     assert train(*save_to(first, 2)) is None
