@@ -126,14 +126,18 @@ def test_with_a_cuda_device_nothing_is_installed() -> None:
 
 def test_groups_share_the_thread_that_polls_their_sockets() -> None:
     found = answers("""
-import os
+import os, time
 from megatron_recursive.backends import cpu
 cpu.install()
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 groups = [torch.distributed.new_group([0], backend="gloo") for _ in range(3)]
 for group in groups:
     torch.distributed.all_reduce(torch.ones(1), group=group)
-tasks = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+for _ in range(100):  # a thread names itself once it runs
+    time.sleep(0.05)
+    tasks = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+    if "gloo_tcp_loop" in tasks and tasks.count("pt_gloo_runloop") >= 8:
+        break
 result = {"polling": tasks.count("gloo_tcp_loop"), "working": tasks.count("pt_gloo_runloop")}
 """)
     assert found == {"polling": 1, "working": 8}
