@@ -20,7 +20,7 @@ from megatron_recursive import __version__
 from megatron_recursive.command_line import PROGRAM, CommandParser, is_known_package, missing_package
 from megatron_recursive.errors import UserError, report_user_errors
 
-COMMANDS = ("pretrain", "corpus", "tokenizer", "preprocess", "convert", "generate", "plan", "plot", "summarize")
+COMMANDS = ("pretrain", "corpus", "tokenizer", "preprocess", "convert", "generate", "plan", "plot", "summarize", "task")
 _INTERRUPTED = 130  # as shells report SIGINT
 
 

@@ -38,9 +38,12 @@ class Loaded:
 
 @contextlib.contextmanager
 def open_model(
-    given: str, *, tokenizer: str | None = None, dtype: str = "auto", num_refinement_blocks: int | None = None
-) -> Iterator[Loaded]:
+    given: str, *, tokenizer: str | None = None, dtype: str = "auto", num_refinement_blocks: int | None = None,
+    text: bool = True,
+) -> Iterator[Loaded]:  # fmt: skip
     """Load a model and its tokenizer; a Megatron checkpoint keeps its process groups while the context lasts.
+
+    ``text`` False: for token ids alone; no tokenizer is looked for.
 
     Raises:
         UserError: there is no such model, it cannot be read, or it has no blocks to change.
@@ -53,9 +56,9 @@ def open_model(
                     f"--model {given} is neither a Hugging Face folder (config.json) nor a Megatron checkpoint "
                     f"({TRACKER} or .metadata); name one of these."
                 )
-            loaded = _open_checkpoint(stack, given, tokenizer, DTYPES.get(dtype))
+            loaded = _open_checkpoint(stack, given, tokenizer, DTYPES.get(dtype), text)
         else:
-            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"))
+            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"), text)
         if num_refinement_blocks is not None:
             _set_blocks(loaded, num_refinement_blocks)
         yield loaded
@@ -72,7 +75,7 @@ def _set_blocks(loaded: Loaded, count: int) -> None:
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
 
 
-def _open_folder(given: str, tokenizer: str | None, dtype: Any) -> Loaded:
+def _open_folder(given: str, tokenizer: str | None, dtype: Any, has_text: bool) -> Loaded:
     path = Path(given)
     is_name = not path.exists() and not path.is_absolute() and not given.startswith(".") and given.count("/") <= 1
     if not path.is_dir() and not is_name:
@@ -92,7 +95,9 @@ def _open_folder(given: str, tokenizer: str | None, dtype: Any) -> Loaded:
         raise UserError(f"--model {given} cannot be loaded ({_reason(error)}); check the folder.") from error
     if torch.cuda.is_available():
         model.cuda()
-    text = TokenizerText(load_tokenizer(given if tokenizer is None else tokenizer))
+    text: Text = NumberText(config.vocab_size)
+    if has_text:
+        text = TokenizerText(load_tokenizer(given if tokenizer is None else tokenizer))
     recursive = getattr(config, "plan", None) is not None and config.plan.get("family") != "plain"
     return Loaded(given, model.eval(), text, getattr(config, "max_position_embeddings", None), recursive)
 
@@ -112,13 +117,15 @@ def _model_class(config: Any) -> Any:
 
 
 def _open_checkpoint(
-    stack: contextlib.ExitStack, given: str, tokenizer: str | None, dtype: torch.dtype | None
+    stack: contextlib.ExitStack, given: str, tokenizer: str | None, dtype: torch.dtype | None, has_text: bool
 ) -> Loaded:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
         from megatron_recursive.inference.megatron_model import open_megatron
     model, found = stack.enter_context(open_megatron(given, dtype))
-    text = _checkpoint_text(given, found.checkpoint.folder.parent, found.args, tokenizer)
+    text: Text = NumberText(model.config.vocab_size)
+    if has_text:
+        text = _checkpoint_text(given, found.checkpoint.folder.parent, found.args, tokenizer)
     return Loaded(given, model, text, found.arch.max_positions, not found.plan.is_plain)
 
 

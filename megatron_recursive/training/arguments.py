@@ -122,6 +122,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--allow-other-tokenizer", action="store_true",
         help="Train on data, or from a checkpoint, that was made with another tokenizer than this run's.",
     )
+    group.add_argument(
+        "--answer-tokens", type=int, metavar="FIRST",
+        help="Count the loss at labels from this token id on and at no others: the answers of a task that "
+        "megatron-recursive task has made. Losses and metrics of training and evaluation are then those of answers.",
+    )
     parser.set_defaults(**_machine_defaults(), verify_integrity=None)
     return help_text.describe(parser, upstream)
 

@@ -44,7 +44,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         for key in BATCH_KEYS:
             value = loaded.get(key)
             batch[key] = value.cuda(non_blocking=True) if value is not None else None
-    return get_batch_on_this_tp_rank(
+    batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
@@ -60,6 +60,10 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         is_pipeline_first_stage=not is_last,  # a middle stage reads the same samples, and uses their mask
         is_pipeline_last_stage=is_last,
     )
+    first_answer = getattr(args, "answer_tokens", None)  # Megatron's own arguments do not have it
+    if first_answer is not None and batch["labels"] is not None and batch["loss_mask"] is not None:
+        batch["loss_mask"] = batch["loss_mask"] * (batch["labels"] >= first_answer)
+    return batch
 
 
 def loss_func(
