@@ -5,16 +5,17 @@ Sanford et al. 2024, arXiv 2402.09268). All tasks share one vocabulary, in which
 
     0 filler    1 to 31 the level of the document, once in it    32 to 63 symbols    64 to 95 answers
 
-An answer is predicted at the token before it. A document has exactly ``seq_length`` tokens: Megatron's GPTDataset
-advances by as many, so that a sample is a document, and its last label, the first token of the next, is no answer.
+An answer is predicted at the token before it, and is not read itself (--answer-tokens): earlier answers are a shortcut
+on which training settles. A document has exactly ``seq_length`` tokens: Megatron's GPTDataset advances by as many, so
+that a sample is a document, and its last label, the first token of the next, is no answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from megatron_recursive.data.files import replacing
 from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     Ids = NDArray[numpy.unsignedinteger[Any]]
 
 FILLER, SYMBOLS, ANSWERS, NONE = 0, 32, 64, 95
-VOCAB_SIZE = 128  # the last id is NullTokenizer's end of a document, which no document has
-MAX_LEVEL = SYMBOLS - 1
 PLUS, EQUALS = SYMBOLS + 10, SYMBOLS + 11
+VOCAB_SIZE = 128  # the last id is NullTokenizer's end of a document, which no document has
+LEVEL_NAMES = {"megatron-recursive task hops": "hops", "megatron-recursive task addition": "summands"}
+"""What stands in a record in the place of a tokenizer, and what the levels of that task are called."""
 _CHUNK = 4096  # documents made at a time: a part of what a seed means
-_MADE_BY = "megatron-recursive task "  # in the record, where a tokenizer would stand
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Hops:
     """k-hop induction: from a symbol to the successor of its last earlier occurrence, k times.
 
     ``q1 LEVEL q2 a2 q3 a3 ...``: the level is k, and an answer is the symbol where the k-th hop of its question ends,
-    or NONE where a hop finds no earlier occurrence. (q1 never has one, so that the level takes the place of a1.)
+    or NONE where a hop finds no earlier occurrence. (q1 never has one, so that the level takes the place of a1.) No
+    symbol follows itself, since it would hop onto itself for ever.
 
     Attributes:
         levels: each document draws its k among these. alphabet: different symbols. length: symbols of a document.
@@ -49,12 +51,11 @@ class Hops:
     levels: tuple[int, ...] = (4,)
     alphabet: int = 4
     length: int = 48
-    name: ClassVar[str] = "hops"
-    level_name: ClassVar[str] = "hops"
+    made_by = "megatron-recursive task hops"
 
     def __post_init__(self) -> None:
-        _check("--hops", self.levels, 1, MAX_LEVEL)
-        _check("--alphabet", [self.alphabet], 2, NONE - ANSWERS)
+        _check("--hops", self.levels, 1, SYMBOLS - 1)
+        _check("--alphabet", [self.alphabet], 3, NONE - ANSWERS)
         _check("--length", [self.length], 2, 2**14)
 
     @property
@@ -66,9 +67,9 @@ class Hops:
         import numpy
 
         level_N = random.choice(numpy.array(self.levels), count)
-        symbol_NL = random.integers(self.alphabet, size=(count, self.length))
-        # Where one hop leads, by position; -1: nowhere, and from there (the last column) nowhere again. A symbol that
-        # follows itself leads to its own position.
+        step_NL = random.integers(1, self.alphabet, size=(count, self.length))
+        symbol_NL = (random.integers(self.alphabet, size=(count, 1)) + step_NL.cumsum(1)) % self.alphabet
+        # Where one hop leads, by position; -1: nowhere, and from there (the last column) nowhere again.
         hop_NL = numpy.full((count, self.length + 1), -1)
         seen_NA = numpy.full((count, self.alphabet), -2)
         for position in range(self.length):
@@ -90,7 +91,7 @@ class Hops:
 class Addition:
     """Addition of several numbers: ``LEVEL 5 1 3 + 0 2 1 = 5 3 4 0``, and filler up to the length of the longest.
 
-    Digits stand with the least significant first, the sum's too, so that an answer needs the carry of those before it.
+    Digits stand with the least significant first, the sum's too.
 
     Attributes:
         levels: each document draws among these how many numbers it adds. digits: of a number.
@@ -98,11 +99,10 @@ class Addition:
 
     levels: tuple[int, ...] = (2, 3, 4)
     digits: int = 3
-    name: ClassVar[str] = "addition"
-    level_name: ClassVar[str] = "summands"
+    made_by = "megatron-recursive task addition"
 
     def __post_init__(self) -> None:
-        _check("--summands", self.levels, 2, MAX_LEVEL)
+        _check("--summands", self.levels, 2, SYMBOLS - 1)
         _check("--digits", [self.digits], 1, 15)
 
     @property
@@ -122,30 +122,26 @@ class Addition:
         digit_NMD = random.integers(10, size=(count, most, self.digits))
         digit_NMD *= numpy.arange(most)[:, None] < level_N[:, None, None]
         sum_N = (digit_NMD * 10 ** numpy.arange(self.digits)).sum((1, 2))
-        answer_NA = sum_N[:, None] // 10 ** numpy.arange(self.answer_digits) % 10
+        answer_NA = ANSWERS + sum_N[:, None] // 10 ** numpy.arange(self.answer_digits) % 10
         ids_NS = numpy.full((count, self.seq_length), FILLER, numpy.uint16)
         ids_NS[:, 0] = level_N
         for level in set(self.levels):
-            rows = numpy.flatnonzero(level_N == level)
-            numbers = numpy.full((len(rows), level, self.digits + 1), PLUS)
-            numbers[:, :, :-1] = SYMBOLS + digit_NMD[rows, :level]
-            numbers[:, -1, -1] = EQUALS
-            end = 1 + numbers[0].size if len(rows) else 1
-            ids_NS[rows, 1:end] = numbers.reshape(len(rows), -1)
-            ids_NS[rows, end : end + self.answer_digits] = ANSWERS + answer_NA[rows]
+            rows, end = numpy.flatnonzero(level_N == level), 1 + level * (self.digits + 1)
+            numbers_RMD = numpy.full((len(rows), level, self.digits + 1), PLUS)
+            numbers_RMD[:, :, :-1] = SYMBOLS + digit_NMD[rows, :level]
+            numbers_RMD[:, -1, -1] = EQUALS
+            ids_NS[rows, 1:end] = numbers_RMD.reshape(len(rows), end - 1)
+            ids_NS[rows, end : end + self.answer_digits] = answer_NA[rows]
         return ids_NS
 
 
-Task = Hops | Addition
-
-
-def _check(flag: str, values: Any, least: int, most: int) -> None:
+def _check(flag: str, values: Iterable[int], least: int, most: int) -> None:
     for value in values:
         if not least <= value <= most:
             raise UserError(f"{flag} must lie between {least} and {most}, but is {value}.")
 
 
-def write_task(task: Task, prefix: Path, documents: int, seed: tuple[int, int]) -> bool:
+def write_task(task: Hops | Addition, prefix: Path, documents: int, seed: tuple[int, int]) -> bool:
     """Write ``PREFIX.bin``, ``.idx`` and their record; the same task, count and seed give the same bytes.
 
     Returns:
@@ -154,33 +150,28 @@ def write_task(task: Task, prefix: Path, documents: int, seed: tuple[int, int]) 
     Raises:
         UserError: other files are there (a cache of Megatron's may know them by their name), or they cannot be written.
     """
-    source = source_digest({"task": task.name, **asdict(task), "documents": documents, "seed": seed})
+    import numpy
+
+    source = source_digest({"task": task.made_by, **asdict(task), "documents": documents, "seed": seed})
     bin_file, idx_file = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     if bin_file.exists() or idx_file.exists():
         made = read_preparation(prefix)
         if made is not None and made.source == source and idx_file.exists():
             return False
         raise UserError(f"{bin_file} is there already, and another task or half of one; choose another --output.")
+    random = numpy.random.default_rng(seed)
     with replacing(bin_file, preparation_file(prefix), idx_file) as (bin_part, record_part, idx_part):
         megatron = megatron_indexed_dataset()
         builder = megatron.IndexedDatasetBuilder(str(bin_part), dtype=megatron.DType.optimal_dtype(VOCAB_SIZE))
-        for ids_NS in _chunks(task, documents, seed):
-            for ids in ids_NS:
+        for start in range(0, documents, _CHUNK):
+            for ids in task.documents(random, min(_CHUNK, documents - start)):
                 builder.add_document(ids, [task.seq_length])
         builder.finalize(str(idx_part))
         record_part.write_text(Preparation(
-            VOCAB_SIZE, source_digest({"tasks": 1}), _MADE_BY + task.name, source, documents,
+            VOCAB_SIZE, source_digest({"vocabulary": "tasks"}), task.made_by, source, documents,
             documents * task.seq_length, 0, bin_part.stat().st_size,
         ).to_json(), "utf-8")  # fmt: skip
     return True
-
-
-def _chunks(task: Task, documents: int, seed: tuple[int, int]) -> Iterator[Ids]:
-    import numpy
-
-    random = numpy.random.default_rng(seed)
-    for start in range(0, documents, _CHUNK):
-        yield task.documents(random, min(_CHUNK, documents - start))
 
 
 def read_task(prefix: str) -> tuple[str, Ids]:
@@ -193,7 +184,6 @@ def read_task(prefix: str) -> tuple[str, Ids]:
 
     check_indexed_dataset(prefix)
     made = read_preparation(prefix)
-    names = {_MADE_BY + task.name: task.level_name for task in (Hops, Addition)}
-    if made is None or made.tokenizer not in names:
+    if made is None or made.tokenizer not in LEVEL_NAMES:
         raise UserError(f"--data {prefix} is no task that megatron-recursive task has made; give the prefix of one.")
-    return names[made.tokenizer], numpy.fromfile(f"{prefix}.bin", "u2").reshape(made.documents, -1)
+    return LEVEL_NAMES[made.tokenizer], numpy.fromfile(f"{prefix}.bin", "u2").reshape(made.documents, -1)

@@ -39,11 +39,11 @@ class Loaded:
 @contextlib.contextmanager
 def open_model(
     given: str, *, tokenizer: str | None = None, dtype: str = "auto", num_refinement_blocks: int | None = None,
-    text: bool = True,
+    numbers: bool = False,
 ) -> Iterator[Loaded]:  # fmt: skip
     """Load a model and its tokenizer; a Megatron checkpoint keeps its process groups while the context lasts.
 
-    ``text`` False: for token ids alone; no tokenizer is looked for.
+    ``numbers``: a folder's texts are token ids, as those of a checkpoint without a tokenizer are in any case.
 
     Raises:
         UserError: there is no such model, it cannot be read, or it has no blocks to change.
@@ -56,9 +56,9 @@ def open_model(
                     f"--model {given} is neither a Hugging Face folder (config.json) nor a Megatron checkpoint "
                     f"({TRACKER} or .metadata); name one of these."
                 )
-            loaded = _open_checkpoint(stack, given, tokenizer, DTYPES.get(dtype), text)
+            loaded = _open_checkpoint(stack, given, tokenizer, DTYPES.get(dtype))
         else:
-            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"), text)
+            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"), numbers)
         if num_refinement_blocks is not None:
             _set_blocks(loaded, num_refinement_blocks)
         yield loaded
@@ -75,7 +75,7 @@ def _set_blocks(loaded: Loaded, count: int) -> None:
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
 
 
-def _open_folder(given: str, tokenizer: str | None, dtype: Any, has_text: bool) -> Loaded:
+def _open_folder(given: str, tokenizer: str | None, dtype: Any, numbers: bool) -> Loaded:
     path = Path(given)
     is_name = not path.exists() and not path.is_absolute() and not given.startswith(".") and given.count("/") <= 1
     if not path.is_dir() and not is_name:
@@ -95,9 +95,7 @@ def _open_folder(given: str, tokenizer: str | None, dtype: Any, has_text: bool) 
         raise UserError(f"--model {given} cannot be loaded ({_reason(error)}); check the folder.") from error
     if torch.cuda.is_available():
         model.cuda()
-    text: Text = NumberText(config.vocab_size)
-    if has_text:
-        text = TokenizerText(load_tokenizer(given if tokenizer is None else tokenizer))
+    text = NumberText(config.vocab_size) if numbers else TokenizerText(load_tokenizer(tokenizer or given))
     recursive = getattr(config, "plan", None) is not None and config.plan.get("family") != "plain"
     return Loaded(given, model.eval(), text, getattr(config, "max_position_embeddings", None), recursive)
 
@@ -117,15 +115,13 @@ def _model_class(config: Any) -> Any:
 
 
 def _open_checkpoint(
-    stack: contextlib.ExitStack, given: str, tokenizer: str | None, dtype: torch.dtype | None, has_text: bool
+    stack: contextlib.ExitStack, given: str, tokenizer: str | None, dtype: torch.dtype | None
 ) -> Loaded:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
         from megatron_recursive.inference.megatron_model import open_megatron
     model, found = stack.enter_context(open_megatron(given, dtype))
-    text: Text = NumberText(model.config.vocab_size)
-    if has_text:
-        text = _checkpoint_text(given, found.checkpoint.folder.parent, found.args, tokenizer)
+    text = _checkpoint_text(given, found.checkpoint.folder.parent, found.args, tokenizer)
     return Loaded(given, model, text, found.arch.max_positions, not found.plan.is_plain)
 
 

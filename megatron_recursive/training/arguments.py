@@ -124,8 +124,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--answer-tokens", type=int, metavar="FIRST",
-        help="Count the loss at labels from this token id on and at no others: the answers of a task that "
-        "megatron-recursive task has made. Losses and metrics of training and evaluation are then those of answers.",
+        help="Token ids from this one on are answers, as in the data of megatron-recursive task: the loss and all "
+        "metrics count where one is to be said, and the model reads token 0 where one stands.",
     )
     parser.set_defaults(**_machine_defaults(), verify_integrity=None)
     return help_text.describe(parser, upstream)

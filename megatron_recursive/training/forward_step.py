@@ -61,9 +61,18 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         is_pipeline_last_stage=is_last,
     )
     first_answer = getattr(args, "answer_tokens", None)  # Megatron's own arguments do not have it
-    if first_answer is not None and batch["labels"] is not None and batch["loss_mask"] is not None:
-        batch["loss_mask"] = batch["loss_mask"] * (batch["labels"] >= first_answer)
+    if first_answer is not None:
+        _hide_answers(batch, first_answer)
     return batch
+
+
+def _hide_answers(batch: dict[str, Tensor | None], first: int) -> None:
+    """--answer-tokens: the model reads token 0 where an answer stands, and the loss counts at answers alone."""
+    tokens, labels, mask = (batch[name] for name in ("tokens", "labels", "loss_mask"))
+    if tokens is not None:
+        batch["tokens"] = tokens.masked_fill(tokens >= first, 0)
+    if labels is not None and mask is not None:
+        batch["loss_mask"] = mask * (labels >= first)
 
 
 def loss_func(

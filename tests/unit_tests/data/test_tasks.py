@@ -33,13 +33,14 @@ def hop_answer(symbols: list[int], place: int, hops: int) -> int:
     return ANSWERS + symbols[place] - SYMBOLS
 
 
-@pytest.mark.parametrize("task", [Hops(), Hops((1, 2, 5), alphabet=7, length=30), Hops((31,), 2, 9)], ids=str)
+@pytest.mark.parametrize("task", [Hops(), Hops((1, 2, 5), alphabet=7, length=30), Hops((9,), 3, 60)], ids=str)
 def test_hops(task: Hops) -> None:
     ids = task.documents(numpy.random.default_rng(0), 300)
     assert ids.shape == (300, task.seq_length) and set(ids[:, 1].tolist()) == set(task.levels)
     for row in ids.tolist():
         symbols, hops = row[::2], row[1]
         assert set(symbols) <= set(range(SYMBOLS, SYMBOLS + task.alphabet))
+        assert all(one != other for one, other in zip(symbols, symbols[1:], strict=False))
         assert row[3::2] == [hop_answer(symbols, place, hops) for place in range(1, task.length)]
     answers = ids[:, 3::2]
     assert len(set(answers[answers != NONE].tolist())) == task.alphabet
@@ -87,7 +88,7 @@ def test_a_seed_makes_the_same_bytes_and_nothing_is_overwritten(tmp_path: Path) 
 def test_mistakes_name_their_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in {
         "hops --hops 1 32": "--hops must lie between 1 and 31, but is 32.",
-        "hops --alphabet 1": "--alphabet must lie between 2 and 31, but is 1.",
+        "hops --alphabet 2": "--alphabet must lie between 3 and 31, but is 2.",
         "hops --length 1": "--length must lie between 2 and",
         "addition --summands 1": "--summands must lie between 2 and 31, but is 1.",
         "addition --digits 16": "--digits must lie between 1 and 15, but is 16.",

@@ -13,6 +13,7 @@ import torch
 
 from megatron_recursive.commands import main
 from megatron_recursive.data.tasks import ANSWERS, Addition, Hops, read_task, write_task
+from megatron_recursive.inference import answers
 from tests.unit_tests.inference.folders import write_plain, write_recursive
 
 DOCUMENTS = 12
@@ -44,9 +45,10 @@ def by_hand(folder: Path, task: str, level_place: int, **options: Any) -> dict[A
     model = RecursiveGPTForCausalLM.from_pretrained(folder / "recursive").eval()
     found: dict[Any, list[Any]] = defaultdict(list)
     for ids in read_task(str(folder / task))[1].tolist():
+        read = torch.tensor([[0 if token >= ANSWERS else token for token in ids]])
         with torch.no_grad():
-            full = model(torch.tensor([ids]), output_blocks=True).block_logits[:, 0].argmax(-1).tolist()
-            left = model(torch.tensor([ids]), **options)
+            full = model(read, output_blocks=True).block_logits[:, 0].argmax(-1).tolist()
+            left = model(read, **options)
         for place, token in enumerate(ids):
             if token >= ANSWERS:
                 at_exit = int(left.logits[0, place - 1].argmax())
@@ -56,11 +58,14 @@ def by_hand(folder: Path, task: str, level_place: int, **options: Any) -> dict[A
 
 
 @pytest.mark.parametrize(("task", "level_place"), [("hops", 1), ("sums", 0)])
-def test_counts(folder: Path, task: str, level_place: int, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", str(folder / "recursive"), "--data", str(folder / task), "--batch-size", "7"]
+def test_counts(
+    folder: Path, task: str, level_place: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "_BATCH", 7)
+    words = ["--model", str(folder / "recursive"), "--data", str(folder / task)]
     out, _ = said(capsys, *words, "--json", "--halt-threshold", "0.4")
     result = json.loads(out)
-    assert result["level"] == {"hops": "hops", "sums": "summands"}[task] and result["exit"] == "halting"
+    assert result["exit"] == "halting"
     expected = by_hand(folder, task, level_place, exit="halting", halt_threshold=0.4)
     levels = sorted(expected)
     expected[None] = [answer for level in levels for answer in expected[level]]
@@ -79,14 +84,13 @@ def test_other_models_exits_and_mistakes(folder: Path, capsys: pytest.CaptureFix
     data = ["--data", str(folder / "hops")]
     out, _ = said(capsys, *plain, *data)
     assert out.splitlines()[0].split() == ["hops", "answers", "block", "1"] and len(out.splitlines()) == 4
-    out, _ = said(capsys, *recursive, *data, "--num-refinement-blocks", "4", "--documents", "3", "--exit", "argmax")
-    assert "block 4" in out and "mean exit block" in out and f"{3 * 19:9,}" in out.splitlines()[-1]
+    out, _ = said(capsys, *recursive, *data, "--num-refinement-blocks", "4", "--exit", "argmax")
+    assert "block 4" in out and "mean exit block" in out and f" {DOCUMENTS * 19} " in out.splitlines()[-1]
     assert "exit" not in said(capsys, *recursive, *data, "--exit", "none")[0]
     for words, sentence in (
         ([*plain, *data, "--exit", "kl"], "is a plain one"),
         ([*recursive, "--data", str(folder / "long")], "has documents of 60 tokens"),
         ([*recursive, "--data", str(folder / "absent")], "absent.bin does not exist"),
-        ([*recursive, *data, "--batch-size", "0"], "--batch-size must be at least 1"),
         ([*recursive, *data, "--exit", "none", "--halt-threshold", "0.4"], "belongs to an exit"),
     ):
         out, err = said(capsys, *words)
