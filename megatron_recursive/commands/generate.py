@@ -53,13 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = example("generate", "--model", "DIR_OR_CKPT", "--prompt", "Once upon", "--exit", "halting")
 
 
-def run(args: argparse.Namespace) -> None:
+def prepare_transformers() -> None:
+    """Before transformers is imported: no warnings, no network, and bars only where somebody sees them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+
+
+def run(args: argparse.Namespace) -> None:
+    prepare_transformers()
     from megatron_recursive.inference import command
 
     command.run(args)

@@ -43,9 +43,12 @@ class Loaded:
 
 @contextlib.contextmanager
 def open_model(
-    given: str, *, tokenizer: str | None = None, dtype: str = "auto", num_refinement_blocks: int | None = None
-) -> Iterator[Loaded]:
+    given: str, *, tokenizer: str | None = None, dtype: str = "auto", num_refinement_blocks: int | None = None,
+    numbers: bool = False,
+) -> Iterator[Loaded]:  # fmt: skip
     """Load a model and its tokenizer; a Megatron checkpoint keeps its process groups while the context lasts.
+
+    ``numbers``: a folder's texts are token ids, as those of a checkpoint without a tokenizer are in any case.
 
     Raises:
         UserError: there is no such model, it cannot be read, or it has no blocks to change.
@@ -60,7 +63,7 @@ def open_model(
                 )
             loaded = _open_checkpoint(stack, given, tokenizer, DTYPES.get(dtype))
         else:
-            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"))
+            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"), numbers)
         if num_refinement_blocks is not None:
             _set_blocks(loaded, num_refinement_blocks)
         yield loaded
@@ -77,7 +80,7 @@ def _set_blocks(loaded: Loaded, count: int) -> None:
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
 
 
-def _open_folder(given: str, tokenizer: str | None, dtype: Any) -> Loaded:
+def _open_folder(given: str, tokenizer: str | None, dtype: Any, numbers: bool) -> Loaded:
     path = Path(given)
     is_name = not path.exists() and not path.is_absolute() and not given.startswith(".") and given.count("/") <= 1
     if path.suffix == ".gguf" and path.is_file():
@@ -103,7 +106,8 @@ def _open_folder(given: str, tokenizer: str | None, dtype: Any) -> Loaded:
         raise UserError(f"--model {given} cannot be loaded ({_reason(error)}); check the folder.") from error
     if torch.cuda.is_available():
         model.cuda()
-    text = TokenizerText(load_tokenizer(given if tokenizer is None else tokenizer, NEEDS_ITS_OWN))
+    own = given if tokenizer is None else tokenizer
+    text = NumberText(config.vocab_size) if numbers else TokenizerText(load_tokenizer(own, NEEDS_ITS_OWN))
     recursive = getattr(config, "plan", None) is not None and config.plan.get("family") != "plain"
     return Loaded(given, model.eval(), text, getattr(config, "max_position_embeddings", None), recursive)
 

@@ -126,6 +126,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--allow-other-tokenizer", action="store_true",
         help="Train on data, or from a checkpoint, that was made with another tokenizer than this run's.",
     )
+    group.add_argument(
+        "--answer-tokens", type=int, metavar="FIRST",
+        help="Token ids from this one on are answers, as in the data of megatron-recursive task: the loss and all "
+        "metrics count where one is to be said, and the model reads token 0 where one stands.",
+    )
     parser.set_defaults(**_machine_defaults(), verify_integrity=None, init_method_std=None)
     return help_text.describe(parser, upstream)
 

@@ -44,7 +44,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         for key in BATCH_KEYS:
             value = loaded.get(key)
             batch[key] = value.cuda(non_blocking=True) if value is not None else None
-    return get_batch_on_this_tp_rank(
+    batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
@@ -60,6 +60,19 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         is_pipeline_first_stage=not is_last,  # a middle stage reads the same samples, and uses their mask
         is_pipeline_last_stage=is_last,
     )
+    first_answer = getattr(args, "answer_tokens", None)  # Megatron's own arguments do not have it
+    if first_answer is not None:
+        _hide_answers(batch, first_answer)
+    return batch
+
+
+def _hide_answers(batch: dict[str, Tensor | None], first: int) -> None:
+    """--answer-tokens: the model reads token 0 where an answer stands, and the loss counts at answers alone."""
+    tokens, labels, mask = (batch[name] for name in ("tokens", "labels", "loss_mask"))
+    if tokens is not None:
+        batch["tokens"] = tokens.masked_fill(tokens >= first, 0)
+    if labels is not None and mask is not None:
+        batch["loss_mask"] = mask * (labels >= first)
 
 
 def loss_func(

@@ -19,7 +19,8 @@ from megatron_recursive.commands import COMMANDS, convert, corpus, main, parser_
 from megatron_recursive.commands.pretrain import LAUNCHER_FLAGS
 from tests.distributed import REPOSITORY
 
-EVERY = [*((name,) for name in COMMANDS), *(("convert", action) for action in ("import", "export", "verify"))]
+EVERY = [*((name,) for name in COMMANDS), *(("convert", action) for action in ("import", "export", "verify")),
+         *(("task", action) for action in ("hops", "addition", "evaluate"))]  # fmt: skip
 HEAVY = ("torch", "numpy", "transformers", "megatron", "matplotlib", "pyarrow", "datatrove")
 
 
