@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_recursive.data.files import replacing
 from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset
-from megatron_recursive.data.preparation import Preparation, preparation_file, read_preparation, source_digest
+from megatron_recursive.data.preparation import SUFFIX, Preparation, digest, read_preparation
 from megatron_recursive.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def write_task(task: Hops | Addition, prefix: Path, documents: int, seed: tuple[
     """
     import numpy
 
-    source = source_digest({"task": task.made_by, **asdict(task), "documents": documents, "seed": seed})
+    source = digest({"task": task.made_by, **asdict(task), "documents": documents, "seed": seed})
     bin_file, idx_file = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     if bin_file.exists() or idx_file.exists():
         made = read_preparation(prefix)
@@ -160,7 +160,7 @@ def write_task(task: Hops | Addition, prefix: Path, documents: int, seed: tuple[
             return False
         raise UserError(f"{bin_file} is there already, and another task or half of one; choose another --output.")
     random = numpy.random.default_rng(seed)
-    with replacing(bin_file, preparation_file(prefix), idx_file) as (bin_part, record_part, idx_part):
+    with replacing(bin_file, Path(f"{prefix}{SUFFIX}"), idx_file) as (bin_part, record_part, idx_part):
         megatron = megatron_indexed_dataset()
         builder = megatron.IndexedDatasetBuilder(str(bin_part), dtype=megatron.DType.optimal_dtype(VOCAB_SIZE))
         for start in range(0, documents, _CHUNK):
@@ -168,7 +168,7 @@ def write_task(task: Hops | Addition, prefix: Path, documents: int, seed: tuple[
                 builder.add_document(ids, [task.seq_length])
         builder.finalize(str(idx_part))
         record_part.write_text(Preparation(
-            VOCAB_SIZE, source_digest({"vocabulary": "tasks"}), task.made_by, source, documents,
+            VOCAB_SIZE, digest({"vocabulary": "tasks"}), task.made_by, source, documents,
             documents * task.seq_length, 0, bin_part.stat().st_size,
         ).to_json(), "utf-8")  # fmt: skip
     return True
