@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     task = _add_making(actions, "hops", "k-hop induction: from a symbol to the successor of its last earlier "
                        "occurrence, k times. Symbols and answers alternate, and each document tells its k.")
-    task.add_argument("--hops", type=int, nargs="+", default=[4], metavar="K",
-                      help="each document draws its k among these (default: 4)")
+    task.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3, 4], metavar="K",
+                      help="each document draws its k among these (default: 1 2 3 4)")
     task.add_argument("--alphabet", type=int, default=4, help="different symbols")
     task.add_argument("--length", type=int, default=48, help="symbols of a document, which has twice as many tokens")
     task = _add_making(actions, "addition", "Sums of several numbers, the least significant digit first; the digits of "

@@ -48,7 +48,7 @@ class Hops:
         levels: each document draws its k among these. alphabet: different symbols. length: symbols of a document.
     """
 
-    levels: tuple[int, ...] = (4,)
+    levels: tuple[int, ...] = (1, 2, 3, 4)
     alphabet: int = 4
     length: int = 48
     made_by = "megatron-recursive task hops"
