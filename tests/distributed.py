@@ -403,7 +403,7 @@ def _worker_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    return environment if ON_GPU else environment | {"CUDA_VISIBLE_DEVICES": ""}
+    return environment if ON_GPU else environment | {"CUDA_VISIBLE_DEVICES": "", "MEGATRON_RECURSIVE_DEVICE": "cpu"}
 
 
 def _free_port() -> int:
