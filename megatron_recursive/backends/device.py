@@ -21,7 +21,7 @@ from megatron_recursive.errors import UserError
 
 CHOICES = ("auto", "cuda", "cpu")
 VARIABLE = "MEGATRON_RECURSIVE_DEVICE"  # what --device is where the command line does not say
-PATIENCE = datetime.timedelta(minutes=10)  # for ranks that are still importing torch
+PATIENCE = 600.0  # seconds, for ranks that are still importing torch
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def agree(mine: Found, store: Any, world_size: int) -> list[Found]:
     key = f"megatron_recursive/device/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store.set(f"{key}/{mine.rank}", json.dumps(asdict(mine)))
     keys = [f"{key}/{rank}" for rank in range(world_size)]
-    store.wait(keys, PATIENCE)
+    store.wait(keys, datetime.timedelta(seconds=PATIENCE))
     return [Found(**json.loads(store.get(each))) for each in keys]
 
 

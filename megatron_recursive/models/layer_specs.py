@@ -1,7 +1,7 @@
 """The layer spec for machines without Transformer Engine: torch's fused attention, norms for sequence parallelism.
 
-Everything else is Megatron's own local spec. Parameter names and checkpoint keys stay Megatron's; those of norms that
-its layer lacks are in ``norm_placement.py``.
+Everything else is Megatron's own local spec; Transformer Engine's spec gets no more than the norms that are asked for.
+Parameter names and checkpoint keys stay Megatron's; those of norms that its layer lacks are in ``norm_placement.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -112,3 +113,10 @@ def local_block_spec(
     place_norms(layer, config, norms)
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=SequenceParallelNorm)
+
+
+def engine_layer_spec(spec: ModuleSpec, config: TransformerConfig, norms: NormLayout) -> ModuleSpec:
+    """Megatron's spec of Transformer Engine's modules, with the norms of a layout."""
+    spec = copy.deepcopy(spec)
+    place_norms(spec.submodules, config, norms, engine=True)
+    return spec
