@@ -31,9 +31,9 @@ from megatron_recursive.models.norms import SequenceParallelNorm
 class SDPACoreAttention(MegatronModule):
     """Causal self-attention over ``torch.nn.functional.scaled_dot_product_attention``.
 
-    On CUDA by one of its fused kernels (:func:`fused_attention`). A mask, where one is given, is *added* to causality: no
-    mask can open the future. Dropout draws from Megatron's tensor-parallel random state, so that ranks drop different
-    heads.
+    On CUDA by one of its fused kernels (:func:`fused_attention`). A mask, where one is given, is *added* to causality:
+    no mask can open the future. Dropout draws from Megatron's tensor-parallel random state, so that ranks drop
+    different heads.
     """
 
     def __init__(
