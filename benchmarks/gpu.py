@@ -172,10 +172,10 @@ PARTS = {environment: 30, attention: 45, parity: 90, training: 80, control: 80, 
 
 
 def in_process(name: str, context: Context, **options: Any) -> dict[str, Any]:
-    import gpu_models
+    from gpu_parts import models
 
-    gpu_models.start(context.device)
-    return getattr(gpu_models, name)(context.tiny, **options)
+    models.start(context.device)
+    return getattr(models, name)(context.tiny, **options)
 
 
 def run_part(name: str, limit: float, options: Sequence[str]) -> dict[str, Any]:
@@ -244,15 +244,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        import gpu_models
+        from gpu_parts import models
 
-        gpu_models.start(args.device)
-        gpu_models.parity_child(args.tiny, args.child)
+        models.start(args.device)
+        models.parity_child(args.tiny, args.child)
     elif args.part is not None:
         (part,) = (part for part in PARTS if part.__name__ == args.part)
         result = part(Context(args.device, args.tiny, args.work))
         print(f"\n{json.dumps(result)}")
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part under way ends too
         options = ["--device", args.device, *(["--tiny"] if args.tiny else [])]
         sys.exit(0 if run_all(args.parts, options, args.out, args.patience) else 1)
 

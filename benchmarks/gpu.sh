@@ -14,9 +14,10 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
   [ -d "$1" ] || { echo "error: $1 is no folder of wheels; make it with tools/fetch_wheels.sh." >&2; exit 2; }
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
-  find "$1" -name '*.whl' -print0 | while IFS= read -r -d '' wheel; do
-    "$python" -m zipfile -e "$wheel" "$site"
-  done
+  "$python" -c 'if True:
+    import pathlib, sys, zipfile
+    for wheel in sorted(pathlib.Path(sys.argv[1]).rglob("*.whl")):
+        zipfile.ZipFile(wheel).extractall(sys.argv[2])' "$1" "$site"
   path=$path:$site
   shift
 fi

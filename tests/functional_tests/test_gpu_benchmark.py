@@ -27,7 +27,7 @@ def rehearse(*arguments: object, timeout: float = 120) -> tuple[int, dict[str, A
 def models_in_worker() -> dict[str, Any]:
     """What the parts with models of their own measure; Megatron is imported already."""
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    models = importlib.import_module("gpu_models")
+    models = importlib.import_module("gpu_parts.models")
     models.prepare()
     return {name: getattr(models, name)(True) for name in ("attention", "speed", "memory")}
 

@@ -115,8 +115,9 @@ class Arm:
         config = TransformerConfig(
             num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=size.heads, ffn_hidden_size=size.ffn,
             normalization="RMSNorm", add_bias_linear=False, gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0, bf16=bf16,
-            params_dtype=dtype, pipeline_dtype=dtype, use_cpu_initialization=True, init_method_std=size.hidden**-0.5,
+            activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0,
+            bf16=bf16, params_dtype=dtype, pipeline_dtype=dtype, use_cpu_initialization=not bf16,
+            init_method_std=size.hidden**-0.5,
             bias_activation_fusion=True, bias_dropout_fusion=True, masked_softmax_fusion=False,
             gradient_accumulation_fusion=False, persist_layer_norm=engine, apply_rope_fusion=engine,
             transformer_impl="transformer_engine" if engine else "local",
