@@ -53,13 +53,19 @@ class DistributedTimeout(DistributedFailure):
 
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, **kwargs: Any
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60.0,
+    pool: WorkerPool | None = None,
+    **kwargs: Any,
 ) -> list[Any]:
     """Call ``fn(*args, **kwargs)`` on ``world_size`` gloo ranks and return the results in rank order.
 
     ``fn`` is a module-level function; workers import it by name. Arguments and results are pickled by value, tensors
     as detached CPU copies. Every call starts with seed 0 and without any Megatron state. Pytest does not rewrite
     ``assert`` in the workers: prefer ``torch.testing.assert_close``, which shows the values.
+    ``pool``: other workers than usual.
 
     Raises:
         DistributedFailure: a rank raised an exception or died.
@@ -69,7 +75,7 @@ def run_distributed(
         raise ValueError(f"world_size is {world_size}, but the pool has 1 to {MAX_WORKERS} ranks")
     if "<" in fn.__qualname__:
         raise ValueError(f"{fn.__qualname__} is not a module-level function, so workers cannot import it")
-    return _the_pool().run(f"{fn.__module__}:{fn.__qualname__}", world_size, _dumps((args, kwargs)), timeout)
+    return (pool or _the_pool()).run(f"{fn.__module__}:{fn.__qualname__}", world_size, _dumps((args, kwargs)), timeout)
 
 
 def shutdown_pool() -> None:
@@ -271,7 +277,8 @@ class _Worker:
 class WorkerPool:
     """Up to :data:`MAX_WORKERS` idle workers; a job of n ranks takes the first n.
 
-    ``imports`` is "megatron", or "torch" for workers that start faster but cannot clean up after Megatron.
+    ``imports`` is "megatron"; "torch" for workers that start faster but cannot clean up after Megatron; or "engine" for
+    Megatron on the stand-ins of Transformer Engine.
     """
 
     def __init__(self, imports: str = "megatron") -> None:
@@ -403,7 +410,7 @@ def _worker_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    return environment if ON_GPU else environment | {"CUDA_VISIBLE_DEVICES": ""}
+    return environment if ON_GPU else environment | {"CUDA_VISIBLE_DEVICES": "", "MEGATRON_RECURSIVE_DEVICE": "cpu"}
 
 
 def _free_port() -> int:
@@ -479,7 +486,9 @@ def worker_main() -> None:
     _die_with(parent)
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "ab", buffering=0), all_threads=True, chain=False)
     connection = Connection(pipe)
-    connection.send_bytes(_dumps(_guarded(_import_megatron if imports == "megatron" else _import_torch)))
+    if imports == "engine":
+        sys.path.insert(0, str(REPOSITORY / "tests" / "stand_ins"))
+    connection.send_bytes(_dumps(_guarded(_import_torch if imports == "torch" else _import_megatron)))
     while True:
         try:
             job = pickle.loads(connection.recv_bytes())

@@ -65,8 +65,8 @@ class Layout:
         stages: arguments of TransformerConfig that say which stage holds which layers.
         phases: of the ring.
         recompute_passes: replay passes in the backward.
-        engine: Transformer Engine's layers and its fused kernels, and gradients accumulated by Apex's kernel where that
-            is installed. Needs GPUs and MEGATRON_RECURSIVE_TEST_GPU=1. No GPU has run it yet.
+        engine: Transformer Engine's layers. On GPUs (MEGATRON_RECURSIVE_TEST_GPU=1; none has run it yet) also its fused
+            kernels, and gradients accumulated by Apex's kernel where that is installed; on CPUs its stand-ins.
     """
 
     tp: int = 1
@@ -153,7 +153,9 @@ def transformer_config(case: Case, layout: Layout) -> Any:
         apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
         pipeline_model_parallel_size=layout.pp, pipeline_dtype=torch.float32, deallocate_pipeline_outputs=True,
     )  # fmt: skip
-    if layout.engine:
+    if layout.engine and not ON_GPU:
+        values["transformer_impl"] = "transformer_engine"
+    elif layout.engine:
         values.update(
             transformer_impl="transformer_engine", bias_dropout_fusion=True, bias_activation_fusion=True,
             apply_rope_fusion=True, persist_layer_norm=True,
@@ -178,7 +180,8 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
 
     config = transformer_config(case, layout)
     arguments = {"position_embedding_type": "rope", "share_embeddings_and_output_weights": True, **case.model}
-    spec = _engine_spec(config) if layout.engine else local_block_spec(config, norms=NormLayout(**case.norms))
+    norms = NormLayout(**case.norms)
+    spec = _engine_spec(config, norms) if layout.engine else local_block_spec(config, norms=norms)
     model = RecursiveGPTModel(
         config, spec, VOCAB, SEQ,
         recursion=case.resolved_recursion(), plan=case.plan,
@@ -191,10 +194,13 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
     return model.cuda() if ON_GPU else model
 
 
-def _engine_spec(config: Any) -> Any:
+def _engine_spec(config: Any, norms: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    from megatron_recursive.models.layer_specs import engine_layer_spec
+
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return engine_layer_spec(spec, config, norms)
 
 
 def build_wrapped(case: Case, layout: Layout) -> Any:

@@ -2,7 +2,7 @@
 
 Megatron asks torch.cuda for streams, events, random states and memory figures, and writes ``device="cuda"`` into
 factory calls. :func:`install` answers those questions for the CPU. Importing this module changes nothing;
-:func:`install` does nothing where CUDA exists.
+:func:`install` does nothing where CUDA exists, unless the CPU is asked for.
 
 What is patched, for the process: functions of ``torch.cuda`` (the table below), ``Tensor.cuda``, ``Module.cuda``,
 ``Tensor.to``, ``Tensor.type``, the factory functions of torch (their ``device`` only; a global ``TorchFunctionMode``
@@ -39,8 +39,11 @@ def is_installed() -> bool:
     return _installed
 
 
-def install() -> bool:
+def install(*, on_purpose: bool = False) -> bool:
     """Make Megatron run on this CPU. Call it before megatron is imported.
+
+    Args:
+        on_purpose: even where a CUDA device exists, which this process then does not see.
 
     Returns:
         True when the process now runs on the CPU, False where a CUDA device exists and nothing was changed.
@@ -48,7 +51,9 @@ def install() -> bool:
     global _installed
     if _installed:
         return True
-    if torch.cuda.is_available():
+    if on_purpose:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif torch.cuda.is_available():
         return False
     # Megatron's fusions are decorated with torch.compile, which on the CPU costs seconds and a C++ compiler.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -73,7 +78,7 @@ def install() -> bool:
     )
     _installed = True
     if int(os.environ.get("RANK", "0")) == 0:
-        logger.info("No CUDA device: Megatron runs on the CPU, under gloo.")
+        logger.info("%s: Megatron runs on the CPU, under gloo.", "As asked" if on_purpose else "No CUDA device")
     return True
 
 

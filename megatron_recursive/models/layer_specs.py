@@ -1,12 +1,13 @@
 """The layer spec for machines without Transformer Engine: torch's fused attention, norms for sequence parallelism.
 
-Everything else is Megatron's own local spec. Parameter names and checkpoint keys stay Megatron's; those of norms that
-its layer lacks are in ``norm_placement.py``.
+Everything else is Megatron's own local spec; Transformer Engine's spec gets no more than the norms that are asked for.
+Parameter names and checkpoint keys stay Megatron's; those of norms that its layer lacks are in ``norm_placement.py``.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_recursive.models.norm_placement import NormLayout, place_norms
 from megatron_recursive.models.norms import SequenceParallelNorm
@@ -28,8 +31,9 @@ from megatron_recursive.models.norms import SequenceParallelNorm
 class SDPACoreAttention(MegatronModule):
     """Causal self-attention over ``torch.nn.functional.scaled_dot_product_attention``.
 
-    Grouped queries are not repeated in memory. A mask, where one is given, is *added* to causality: no mask can open
-    the future. Dropout draws from Megatron's tensor-parallel random state, so that ranks drop different heads.
+    On CUDA by one of its fused kernels (:func:`fused_attention`). A mask, where one is given, is *added* to causality:
+    no mask can open the future. Dropout draws from Megatron's tensor-parallel random state, so that ranks drop
+    different heads.
     """
 
     def __init__(
@@ -80,17 +84,34 @@ class SDPACoreAttention(MegatronModule):
         # Under sequence parallelism the block has already entered this random state.
         fork = dropout_p > 0 and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else torch.autograd.profiler.record_function("sdpa"):
-            context = F.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=visible,
-                is_causal=visible is None,
-                dropout_p=dropout_p,
-                scale=self.softmax_scale,
-                enable_gqa=groups != heads,
-            )
+            attend: Any = fused_attention if query.is_cuda else F.scaled_dot_product_attention
+            context = attend(
+                query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), attn_mask=visible,
+                is_causal=visible is None, dropout_p=dropout_p, scale=self.softmax_scale, enable_gqa=groups != heads,
+            )  # fmt: skip
         return context.permute(2, 0, 1, 3).reshape(s_q, batch, heads * head_dim)
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, enable_gqa: bool, **options: Any
+) -> Tensor:
+    """``scaled_dot_product_attention`` by torch's flash or memory-efficient kernel, never by the slow one.
+
+    Torch takes another kernel without a word where it finds none of these; here that is an error. Grouped queries are
+    repeated where only the memory-efficient kernel fits (a mask, fp32), since it knows none. No GPU has run this yet.
+
+    Raises:
+        RuntimeError: neither kernel takes these shapes, or this type.
+    """
+    if query.dtype == torch.float64:  # of tests
+        kernels = [SDPBackend.MATH]
+    else:
+        kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if enable_gqa and (attn_mask is not None or query.dtype == torch.float32):
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+        enable_gqa = False
+    with sdpa_kernel(kernels):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, enable_gqa=enable_gqa, **options)
 
 
 def local_block_spec(
@@ -112,3 +133,10 @@ def local_block_spec(
     place_norms(layer, config, norms)
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=SequenceParallelNorm)
+
+
+def engine_layer_spec(spec: ModuleSpec, config: TransformerConfig, norms: NormLayout) -> ModuleSpec:
+    """Megatron's spec of Transformer Engine's modules, with the norms of a layout."""
+    spec = copy.deepcopy(spec)
+    place_norms(spec.submodules, config, norms, engine=True)
+    return spec

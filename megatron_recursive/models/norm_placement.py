@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_recursive.models.norms import FullProjectionNorm, SequenceParallelNorm
+from megatron_recursive.models.norms import FullProjectionNorm, SequenceParallelNorm, norm_together
 
 PLACEMENTS = ("pre", "post", "sandwich")
 OUTPUT_SCOPES = ("branch", "residual")
@@ -66,27 +66,33 @@ class NormLayout:
         return 4 if self.norm_placement == "sandwich" else 2
 
 
-class OutputNormLinear(RowParallelLinear):
-    """Megatron's row-parallel projection with a norm on its output, bias included, after the tensor-parallel sum.
+class _NormsItsOutput(torch.nn.Module):
+    """In front of a row-parallel projection of Megatron's: a norm on its output, bias included, after the sum.
 
-    Under sequence parallelism the sum leaves each rank its own tokens, which is what the norm works on.
+    Under sequence parallelism the tensor-parallel sum leaves each rank its own tokens, which is what the norm works on.
     """
+
+    norm: Callable[..., torch.nn.Module]
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.post_layernorm = SequenceParallelNorm(config, output_size, config.layernorm_epsilon)
+        self.post_layernorm = type(self).norm(config, output_size, config.layernorm_epsilon)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
         output_SBH, bias = super().forward(input_)
         return self.post_layernorm(output_SBH if bias is None else output_SBH + bias), None
 
 
+class OutputNormLinear(_NormsItsOutput, RowParallelLinear):
+    norm = SequenceParallelNorm
+
+
 class NormedResidualAdd(torch.nn.Module):
     """Megatron's bias-dropout-add with a norm of the sum."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, norm: Callable[..., torch.nn.Module]) -> None:
         super().__init__()
-        self.post_layernorm = SequenceParallelNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """Called as Megatron's ``get_bias_dropout_add``; what it returns takes (branch, bias), residual, dropout."""
@@ -116,19 +122,42 @@ class FullQKNormSelfAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         query_SBND, key_SBND, *others = super().get_query_key_value_tensors(*args, **kwargs)
-        return self.q_norm(query_SBND), self.k_norm(key_SBND), *others
+        return *norm_together([self.q_norm, self.k_norm], [query_SBND, key_SBND]), *others
 
 
-def place_norms(layer: TransformerLayerSubmodules, config: TransformerConfig, layout: NormLayout) -> None:
-    """Give a local layer spec, which is of placement ``pre``, the norms of a layout (in place)."""
+def place_norms(
+    layer: TransformerLayerSubmodules, config: TransformerConfig, layout: NormLayout, *, engine: bool = False
+) -> None:
+    """Give a layer spec, which is of placement ``pre``, the norms of a layout (in place).
+
+    Args:
+        engine: the spec is of Transformer Engine's modules, whose column-parallel projections hold the input norms;
+            otherwise it is the local one.
+    """
     attention, mlp = layer.self_attention.submodules, layer.mlp.keywords["submodules"]
+    norm: Any = SequenceParallelNorm
+    output_linear: Any = OutputNormLinear
+    if engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+        norm, output_linear = TENorm, _engine_output_norm_linear()
     if layout.norm_placement == "post":
+        if engine:
+            attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
     if layout.norm_placement != "pre":
         if layout.output_norm_scope == "branch":
-            attention.linear_proj = mlp.linear_fc2 = OutputNormLinear
+            attention.linear_proj = mlp.linear_fc2 = output_linear
         else:
-            layer.self_attn_bda = layer.mlp_bda = ModuleSpec(NormedResidualAdd, params={"config": config})
+            add = ModuleSpec(NormedResidualAdd, params={"config": config, "norm": norm})
+            layer.self_attn_bda = layer.mlp_bda = add
     if config.qk_layernorm and layout.qk_norm_scope == "full":
         layer.self_attention.module = FullQKNormSelfAttention
         attention.q_layernorm = attention.k_layernorm = IdentityOp
+
+
+def _engine_output_norm_linear() -> type[torch.nn.Module]:
+    """:class:`OutputNormLinear` of Transformer Engine's parts, which are there only where it is installed."""
+    from megatron.core.extensions.transformer_engine import TENorm, TERowParallelLinear
+
+    return type("TEOutputNormLinear", (_NormsItsOutput, TERowParallelLinear), {"norm": TENorm})

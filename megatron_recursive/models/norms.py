@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,11 +46,10 @@ class SequenceParallelNorm(torch.nn.Module):
 
 
 class FullProjectionNorm(MegatronModule):
-    """RMSNorm or LayerNorm over all heads of a projection at once, heads being spread over tensor-parallel ranks.
+    """What :func:`norm_together` needs of a projection whose heads are spread over tensor-parallel ranks.
 
-    The statistics of a token are summed over the ranks, forward and backward. Weight and bias are sharded as the heads
-    are, so that their gradients are complete on each rank, also under sequence parallelism (queries and keys have been
-    gathered over the sequence by then). Statistics are taken in fp32 at least.
+    Weight and bias are sharded as the heads are, so that their gradients are complete on each rank, also under sequence
+    parallelism (queries and keys have been gathered over the sequence by then).
 
     Args:
         num_heads: of the whole projection; their width is ``config.kv_channels``.
@@ -74,26 +74,6 @@ class FullProjectionNorm(MegatronModule):
             self.bias = torch.nn.Parameter(torch.zeros(local, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
 
-    def forward(self, heads_SBND: Tensor) -> Tensor:
-        """This rank's heads [S, B, heads, head_dim], normed over those of all ranks."""
-        x = heads_SBND.flatten(-2).to(torch.promote_types(heads_SBND.dtype, torch.float32))
-        is_rms = self.config.normalization == "RMSNorm"
-        if not is_rms:
-            x = x - self._mean(x)
-        x = x * torch.rsqrt(self._mean(x.square()) + self.config.layernorm_epsilon)
-        x = x * (self.weight + 1 if self.config.layernorm_zero_centered_gamma else self.weight)
-        if not is_rms:
-            x = x + self.bias
-        return x.to(heads_SBND.dtype).view(heads_SBND.shape)
-
-    def _mean(self, x: Tensor) -> Tensor:
-        """Over the last axis of all ranks. Every rank's heads depend on it: the backward sums over the ranks too."""
-        total = x.sum(-1, keepdim=True)
-        if self.tp_group.size() > 1:
-            total = tensor_parallel.reduce_from_tensor_model_parallel_region(total, self.tp_group)
-            total = tensor_parallel.copy_to_tensor_model_parallel_region(total, self.tp_group)
-        return total / self.size
-
     def sharded_state_dict(
         self,
         prefix: str = "",
@@ -104,3 +84,36 @@ class FullProjectionNorm(MegatronModule):
             self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0, "bias": 0}, sharded_offsets,
             tp_group=self.tp_group, dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )  # fmt: skip
+
+
+def norm_together(norms: Sequence[FullProjectionNorm], heads: Sequence[Tensor]) -> list[Tensor]:
+    """RMSNorm or LayerNorm of several projections, each over all of its heads at once, with messages for all in one.
+
+    The statistics of a token are summed over the tensor-parallel ranks, forward and backward: one all-reduce each way
+    (LayerNorm: two, since the mean comes first). They are taken in fp32 at least.
+
+    Args:
+        heads: for each norm this rank's heads, [S, B, heads, head_dim].
+    """
+    config = norms[0].config
+    xs = [each.flatten(-2).to(torch.promote_types(each.dtype, torch.float32)) for each in heads]
+    if config.normalization != "RMSNorm":
+        xs = [x - mean for x, mean in zip(xs, _means(norms, xs), strict=True)]
+    variances = _means(norms, [x.square() for x in xs])
+    normed = []
+    for norm, x, variance, given in zip(norms, xs, variances, heads, strict=True):
+        x = x * torch.rsqrt(variance + config.layernorm_epsilon)
+        x = x * (norm.weight + 1 if config.layernorm_zero_centered_gamma else norm.weight)
+        if config.normalization != "RMSNorm":
+            x = x + norm.bias
+        normed.append(x.to(given.dtype).view(given.shape))
+    return normed
+
+
+def _means(norms: Sequence[FullProjectionNorm], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Over the last axis of all ranks. Every rank's heads depend on it: the backward sums over the ranks too."""
+    total, group = torch.stack([x.sum(-1, keepdim=True) for x in xs]), norms[0].tp_group
+    if group.size() > 1:
+        total = tensor_parallel.reduce_from_tensor_model_parallel_region(total, group)
+        total = tensor_parallel.copy_to_tensor_model_parallel_region(total, group)
+    return [each / norm.size for each, norm in zip(total, norms, strict=True)]

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from megatron.training import arguments as megatron_arguments
 from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_global_variables
 
-from megatron_recursive.backends import cpu
+from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of, initial_std
@@ -97,6 +97,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--override-recursion-depth", action="store_true",
         help="Load a checkpoint that was trained with other --num-refinement-blocks or --num-latent-refinements.",
+    )
+    group.add_argument(
+        "--device", choices=device.CHOICES, default=os.environ.get(device.VARIABLE, "auto"),
+        help="Train on GPUs (cuda), on CPUs on purpose (cpu), or on GPUs unless no host of the job has one (auto). "
+        f"Without the flag {device.VARIABLE} of the environment is asked.",
     )
     group.add_argument(
         "--pipeline-phases", choices=("auto", "one", "two"), default="auto",

@@ -130,7 +130,7 @@ def _is_the_one_that_speaks() -> bool:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     try:
-        store = _store(mine)
+        store = job_store()
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         speaks = store.compare_set(f"megatron_recursive/said/{attempt}", "", mine) == mine.encode()
         store.add("megatron_recursive/arrived", 1)
@@ -149,22 +149,30 @@ def _hosts_the_store(rank: str) -> bool:
     return rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
-def _store(rank: str) -> Any:
+def job_store(patience: float = PATIENCE) -> Any:
+    """Where the ranks of this job meet, before and after process groups exist; rank 0 keeps it open until it ends."""
     from torch import distributed
 
     if distributed.is_initialized():
         return distributed.distributed_c10d._get_default_store()
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    hosts = _hosts_the_store(rank)
+    hosts = _hosts_the_store(os.environ.get("RANK", "0"))
     if not hosts:
-        _wait_for_host(where)
-    limit = datetime.timedelta(seconds=PATIENCE)
-    return distributed.TCPStore(*where, None, hosts, timeout=limit, wait_for_workers=False)
+        _wait_for_host(where, patience)
+    limit = datetime.timedelta(seconds=patience)
+    # multi_tenant: the process group will be made at the same port, by this process.
+    store = distributed.TCPStore(*where, None, hosts, timeout=limit, wait_for_workers=False, multi_tenant=True)
+    if hosts:
+        _kept.append(store)
+    return store
 
 
-def _wait_for_host(where: tuple[str, int]) -> None:
+_kept: list[Any] = []
+
+
+def _wait_for_host(where: tuple[str, int], patience: float) -> None:
     """Until somebody listens there; torch's own attempts would write their stacks to stderr."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             socket.create_connection(where, timeout=PATIENCE).close()

@@ -18,7 +18,8 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
-from megatron_recursive.models.layer_specs import local_block_spec
+from megatron_recursive.models import fusions
+from megatron_recursive.models.layer_specs import engine_layer_spec, local_block_spec
 from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
@@ -86,7 +87,8 @@ def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> Module
         local = config.transformer.transformer_impl == "local"
         if local:
             return local_block_spec(config.transformer, vp_stage, norms=config.norms)
-        return default_layer_spec(config, vp_stage)
+        spec = default_layer_spec(config, vp_stage)
+        return spec if config.norms == NormLayout() else engine_layer_spec(spec, config.transformer, config.norms)
     if callable(spec) and not isinstance(spec, ModuleSpec):
         takes_stage = "vp_stage" in inspect.signature(spec).parameters
         return spec(config, vp_stage=vp_stage) if takes_stage else spec(config)
@@ -114,6 +116,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     if args.spec is not None:
         _check_spec(args.spec)
     transformer = core_transformer_config_from_args(args)
+    fusions.choose(transformer)
     plan = build_plan(recursion)
     if recursion.init_depth_scaling == "unrolled" and not args.init_method_xavier_uniform:
         unrolled = transformer.num_layers * plan.num_passes

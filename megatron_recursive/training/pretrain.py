@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import socket
+import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_recursive.errors import UserError
@@ -28,10 +30,8 @@ def main() -> None:
 
 
 def _run() -> None:
-    from megatron_recursive.backends import cpu
-
     _prepare_environment()
-    cpu.install()
+    _choose_device()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
         from megatron.core.enums import ModelType
@@ -81,6 +81,27 @@ def _run() -> None:
             _close(args, progress)
         raise
     _close(args, progress)
+
+
+def _choose_device() -> None:
+    """Before Megatron is imported: the CPU's surface, where the ranks agree that they run on CPUs."""
+    from megatron_recursive.backends import cpu, device
+
+    if cpu.is_installed():
+        return
+    asked = _device_flag(sys.argv[1:], os.environ.get(device.VARIABLE, "auto"))
+    mine, world_size = device.look(asked), int(os.environ["WORLD_SIZE"])
+    job = [mine] if world_size == 1 else device.agree(mine, ending.job_store(device.PATIENCE), world_size)
+    if device.on_cpu(job):
+        cpu.install(on_purpose=asked == "cpu")
+
+
+def _device_flag(argv: Sequence[str], default: str) -> str:
+    """--device, for which the import of Megatron's parser has to wait; what is wrong with it, that parser will say."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, fromfile_prefix_chars="@")
+    peek.add_argument("--device", nargs="?", default=default)
+    peek.error = lambda message: None  # type: ignore[method-assign, assignment, return-value]
+    return str(peek.parse_known_args(list(argv))[0].device)
 
 
 def _close(args: Any, progress: Any) -> None:

@@ -25,7 +25,8 @@ from megatron_recursive.training.model_provider import RecursiveGPTModelConfig
 
 FILE = "run.json"
 PACKAGES = ("megatron-recursive", "torch", "megatron-core", "transformer-engine", "numpy", "transformers", "tokenizers")
-ENVIRONMENT = ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN")
+ENVIRONMENT = ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN",
+               "MEGATRON_RECURSIVE_DEVICE")  # fmt: skip
 # Where a run reads its start from and writes to; a reproduction has its own.
 PLACES = ("--load", "--ckpt-step", "--save", "--metrics-file", "--tensorboard-dir")
 REPRODUCED = "reproduced"

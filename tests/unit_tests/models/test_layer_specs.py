@@ -55,6 +55,58 @@ def test_attention_equals_megatrons() -> None:
         assert error <= 1e-5, what
 
 
+def fused_errors() -> list[float]:
+    """The calls that a GPU gets, by the fused kernel that torch has for CPUs too."""
+    from megatron_recursive.models.layer_specs import fused_attention
+
+    errors = []
+    for groups, mask, dtype in itertools.product((HEADS, 2), (None, document_mask(BATCH, SEQ, 5)),
+                                                 (torch.float32, torch.bfloat16, torch.float64)):  # fmt: skip
+        query, key, value = (each.detach().to(dtype).permute(1, 2, 0, 3) for each in make_qkv(groups))
+        visible = None if mask is None else ~mask
+        options = {"is_causal": mask is None, "enable_gqa": groups != HEADS, "attn_mask": visible}
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+        errors.append(relative_error(fused_attention(query, key, value, **options), expected))
+    return errors
+
+
+def test_fused_attention_is_attention() -> None:
+    assert max(run_distributed(fused_errors, 1)[0]) <= 1e-2  # bf16
+
+
+def choose_fusions(works: bool) -> tuple[dict[str, bool], bool]:
+    """Megatron's compiled fusions in a config, and whether rotary positions are compiled."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_recursive.models import fusions
+
+    compile_, eager = torch.compile, getattr(rope_utils, fusions.ROTARY)
+    vars(rope_utils).pop(f"{fusions.ROTARY}_eager", None)
+    fusions.compiles.cache_clear()
+    torch.compile = (lambda function: lambda *args: function(*args)) if works else no_compiler
+    try:
+        config = transformer_config(Case(transformer={"bias_activation_fusion": True}), Layout())
+        fusions.choose(config)
+        return ({flag: getattr(config, flag) for flag in fusions.COMPILED_BY_MEGATRON},
+                getattr(rope_utils, fusions.ROTARY) is not eager)  # fmt: skip
+    finally:
+        torch.compile = compile_
+        setattr(rope_utils, fusions.ROTARY, eager)
+        vars(rope_utils).pop(f"{fusions.ROTARY}_eager", None)
+        fusions.compiles.cache_clear()
+
+
+def no_compiler(function: Any) -> Any:
+    raise RuntimeError("Failed to find C compiler.")
+
+
+def test_fusions_are_off_where_they_do_not_compile() -> None:
+    flags, rotary = run_distributed(choose_fusions, 1, True)[0]
+    assert flags["bias_activation_fusion"] and rotary
+    flags, rotary = run_distributed(choose_fusions, 1, False)[0]
+    assert not any(flags.values()) and not rotary
+
+
 def open_and_cached() -> dict[str, Tensor]:
     start_parallel()
     attention, (query, key, value) = make_attention("ours", 2), make_qkv(2)

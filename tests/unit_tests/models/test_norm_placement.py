@@ -29,6 +29,7 @@ from tests.models import (
     named_parameters,
     start_parallel,
     train,
+    transformer_config,
 )
 from tests.parameters import Tensors, gathered
 from tests.unit_tests.models.comparing import relative_error, worst_error
@@ -359,6 +360,37 @@ def graphs_of_a_pass_without_gradient() -> list[bool]:
 def test_a_norm_of_the_sum_keeps_no_graph_in_a_pass_without_gradient() -> None:
     """Megatron turns gradients on around the residual sum, whatever the pass says."""
     assert run_distributed(graphs_of_a_pass_without_gradient, 1)[0] == [False, False]
+
+
+def messages_of_both_norms(kind: str) -> tuple[int, int]:
+    """All-reduces of the norms of queries and keys, forward and backward."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_recursive.models.norms import FullProjectionNorm, norm_together
+
+    start_parallel(2)
+    config = transformer_config(Case(transformer={"normalization": kind}), Layout(tp=2))
+    group, reduce, calls = parallel_state.get_tensor_model_parallel_group(), dist.all_reduce, [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return reduce(*args, **kwargs)
+
+    heads = [torch.randn(3, 2, n, HIDDEN // 4, requires_grad=True) for n in (2, 1)]
+    dist.all_reduce = counted
+    try:
+        normed = norm_together([FullProjectionNorm(config, n, group) for n in (4, 2)], heads)
+        forward = calls[0]
+        sum(each.square().sum() for each in normed).backward()
+    finally:
+        dist.all_reduce = reduce
+    return forward, calls[0] - forward
+
+
+@pytest.mark.parametrize(("kind", "number"), [("RMSNorm", 1), ("LayerNorm", 2)])
+def test_queries_and_keys_share_their_messages(kind: str, number: int) -> None:
+    assert run_distributed(messages_of_both_norms, 2, kind) == [(number, number)] * 2
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ def saved_iterations(folder: Path) -> tuple[int, int]:
 
 def run_and_kill(flags: list[str], log: Path, is_time: Callable[[], bool]) -> None:
     """Start the command in a process group of its own and send SIGKILL when it ``is_time``."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                                "MEGATRON_RECURSIVE_DEVICE": "cpu"}  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), *flags], stdout=output, stderr=output, env=environment, process_group=0

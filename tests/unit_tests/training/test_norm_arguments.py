@@ -45,20 +45,24 @@ def test_a_checkpoint_of_other_norms_is_refused_by_flag(olmo2: Path) -> None:
     assert per_head is not None and "--qk-norm-scope full (this run: head)" in per_head
 
 
-def refused_beside_transformer_engine() -> str:
+def refused_beside_transformer_engine() -> list[str]:
     from megatron_recursive.errors import UserError
     from megatron_recursive.training.norm_arguments import refuse_norms
 
-    flags = {"norm_placement": "post", "output_norm_scope": "branch", "qk_norm_scope": "head", "qk_layernorm": True,
-             "spec": None, "transformer_impl": "transformer_engine", "apply_wd_to_qk_layernorm": False}  # fmt: skip
-    refuse_norms(argparse.Namespace(**flags | {"norm_placement": "pre"}))
-    with pytest.raises(UserError) as error:
-        refuse_norms(argparse.Namespace(**flags))
-    return str(error.value)
+    flags = {"norm_placement": "post", "output_norm_scope": "branch", "qk_norm_scope": "full", "qk_layernorm": True,
+             "spec": None, "transformer_impl": "transformer_engine", "apply_wd_to_qk_layernorm": False,
+             "use_transformer_engine_op_fuser": False}  # fmt: skip
+    refuse_norms(argparse.Namespace(**flags))
+    said = []
+    for change in ({"transformer_impl": "inference_optimized"}, {"use_transformer_engine_op_fuser": True}):
+        with pytest.raises(UserError) as error:
+            refuse_norms(argparse.Namespace(**flags | change))
+        said.append(str(error.value))
+    return said
 
 
-def test_transformer_engine_has_only_input_norms() -> None:
-    assert run_distributed(refused_beside_transformer_engine, 1) == [
-        "--norm-placement post is not there for --transformer-impl transformer_engine yet; use --transformer-impl "
-        "local."
+def test_transformer_engine_has_every_norm() -> None:
+    assert run_distributed(refused_beside_transformer_engine, 1)[0] == [
+        "--norm-placement post is not there for --transformer-impl inference_optimized; leave that out.",
+        "--norm-placement post and --use-transformer-engine-op-fuser exclude each other; leave either out.",
     ]

@@ -15,6 +15,7 @@ def _facts() -> dict[str, Any]:
     """What the patches rely on, read from the installed Megatron."""
     import megatron.core
     from megatron.core.dist_checkpointing import validation
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import gpt_model
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -38,6 +39,7 @@ def _facts() -> dict[str, Any]:
             "build_train_valid_test_data_iterators": calls(training.pretrain, "build_train_valid_test_data_iterators"),
             "load_checkpoint": calls(training.setup_model_and_optimizer, "load_checkpoint"),
             "num_floating_point_operations": calls(training.training_log, "num_floating_point_operations"),
+            "rotary positions": calls(rope_utils.apply_rotary_pos_emb, "_apply_rotary_pos_emb_bshd"),
             "report_theoretical_memory": calls(training.training_log, "report_theoretical_memory"),
             "save_checkpoint": calls(training.save_checkpoint_and_time, "save_checkpoint"),
             "compile_helpers": calls(initialize._compile_dependencies, "compile_helpers"),

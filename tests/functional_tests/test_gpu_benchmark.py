@@ -1,0 +1,116 @@
+"""The one command for a GPU, benchmarks/gpu.sh, rehearsed on CPUs at tiny sizes; and the wheels that it takes along."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import REPOSITORY, run_command, run_distributed
+
+GPU_SH, FETCH = REPOSITORY / "benchmarks" / "gpu.sh", REPOSITORY / "tools" / "fetch_wheels.sh"
+TINY = ["--device", "cpu", "--tiny"]
+
+
+def rehearse(*arguments: object, timeout: float = 120) -> tuple[int, dict[str, Any], str]:
+    done = run_command(["bash", GPU_SH, *map(str, arguments)], timeout=timeout, env={"PYTHON": sys.executable})
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def models_in_worker() -> dict[str, Any]:
+    """What the parts with models of their own measure; Megatron is imported already."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    models = importlib.import_module("gpu_parts.models")
+    models.prepare()
+    return {name: getattr(models, name)(True) for name in ("attention", "speed", "memory")}
+
+
+def test_the_models_of_the_benchmark_run() -> None:
+    found = run_distributed(models_in_worker, 1, timeout=120)[0]
+    assert set(found["attention"]["torch_would_take"].values()) == {"FLASH_ATTENTION"}
+    speeds = found["speed"]["models"]
+    assert set(speeds) == {"tiny plain", "tiny recursive"}
+    assert all(model["tokens_per_second"] > 0 and model["of_matmul"] > 0 for model in speeds.values())
+    counted = {name: model["counted_bytes"] for name, model in found["memory"]["models"].items()}
+    assert counted["recomputed"] < counted["detached"] < counted["full"]
+
+
+def test_a_part_writes_its_result_and_prints_it(tmp_path: Path) -> None:
+    code, record, err = rehearse(*TINY, "--parts", "environment", "--out", tmp_path)
+    assert code == 0 and "environment: ok" in err
+    assert json.loads((tmp_path / "cpu.json").read_text()) == record
+    assert record["parts"]["environment"]["torch"] and record["device"] == "cpu"
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    yield importlib.import_module("gpu")
+    sys.modules.pop("gpu", None)
+
+
+def test_a_part_that_hangs_or_fails_leaves_the_others(driver: Any, tmp_path: Path, capsys: Any) -> None:
+    assert driver.run_part("environment", 0.1, TINY)["error"] == "not done after 0 s"
+    assert not driver.run_all(["environment", "attention"], ["--device", "none"], tmp_path, 1.0)  # argparse refuses it
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [part["ok"] for part in record["parts"].values()] == [False, False]
+    assert "invalid choice: 'none'" in record["parts"]["attention"]["error"]
+    assert 500 <= driver.BUDGET <= 540
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1500)
+def test_the_whole_command_rehearses_on_a_cpu(tmp_path: Path) -> None:
+    code, record, err = rehearse(*TINY, "--patience", 8, "--out", tmp_path, timeout=1400)
+    assert code == 0, [part for part in record["parts"].values() if not part["ok"]]
+    parts = record["parts"]
+    assert parts["parity"]["worst_relative_error"] == 0.0 and parts["parity"]["tensors"] > 20
+    assert parts["control"]["losses"] == parts["control"]["losses_on_cpu"]
+    assert parts["training"]["last_loss"] < parts["training"]["first_loss"]
+    assert "config.json" in parts["convert"]["files"] and parts["profile"]["trace_bytes"] > 0
+    assert "skipped" in parts["speed_engine"]
+
+
+# --- wheels ---------------------------------------------------------------------------------------------------------
+
+
+def fetch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", FETCH, *map(str, arguments)], capture_output=True, text=True, timeout=60,
+                          env=os.environ | environment)  # fmt: skip
+
+
+def test_no_wheel_replaces_torch(tmp_path: Path) -> None:
+    names = [line.split("==")[0] for line in fetch("--list").stdout.splitlines()]
+    assert {"megatron-core", "numpy", "transformers", "tokenizers", "safetensors"} <= set(names)
+    assert not [name for name in names if name.startswith(("torch", "triton", "nvidia", "cuda"))]
+    have = tmp_path / "freeze.txt"
+    have.write_text("numpy==2.5.0\nhf_xet==1.0\nregex @ file:///somewhere\n")
+    left = [line.split("==")[0] for line in fetch("--list", "--have", have).stdout.splitlines()]
+    assert set(names) - set(left) == {"numpy", "hf-xet", "regex"}
+
+
+@pytest.mark.parametrize(("megabytes", "batches"), [((25, 30, 20, 45), [2, 1, 1]), ((10, 61), None)])
+def test_a_batch_stays_below_the_limit(tmp_path: Path, megabytes: Any, batches: Any) -> None:
+    pip = tmp_path / "python"
+    pip.write_text(f"""#!{sys.executable}
+import sys
+folder = sys.argv[sys.argv.index("--dest") + 1]
+for number, size in enumerate({megabytes}):
+    open(f"{{folder}}/w{{number}}-1-py3-none-any.whl", "wb").truncate(size * 10**6)
+""")
+    pip.chmod(0o755)
+    done = fetch(tmp_path / "out", PYTHON=str(pip))
+    found = sorted((tmp_path / "out").iterdir())
+    if batches is None:
+        assert done.returncode == 1 and "w1-1-py3-none-any.whl alone has 61000000 bytes" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert [len(list(folder.iterdir())) for folder in found] == batches
+    assert all(sum(f.stat().st_size for f in folder.iterdir()) < 60e6 for folder in found)
