@@ -1,8 +1,8 @@
 """Weight gradients that a layer's kernel adds to ``main_grad`` itself (``gradient_accumulation_fusion``), by layer.
 
-Megatron has one switch. Transformer Engine's linears have a kernel of their own; those of Megatron-Core want Apex's, and
-refuse to be built without it, the output layer among them, which stands beside Transformer Engine's layers too. So the
-former fuse where the switch is on, the latter where Apex is there as well; DDP adds up what is not fused.
+Megatron has one switch. Transformer Engine's linears have a kernel of their own. Those of Megatron-Core want Apex's
+and refuse to be built without it; the output layer is one of them beside Transformer Engine's layers too. So the former
+fuse where the switch is on, the latter where Apex is there as well, and DDP adds up what is not fused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gradients of a weight that is used many times, added up where the weight is bf16, and by kernels that add themselves."""
+"""Gradients of a weight that is used many times: sums of bf16 gradients, and kernels that add to main_grad."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Buckets of gradients are reduced once a step, behind the last backward that reaches them, whatever the step's depth."""
+"""Buckets of gradients are reduced once a step, behind the last backward that reaches them, at any depth."""
 
 from __future__ import annotations
 
