@@ -46,7 +46,8 @@ class _Apart(torch.autograd.Function):
         with torch.enable_grad():
             output = function(*ctx.leaves)
         # The edge and not the tensor: a pipeline frees the data of what it has sent, and only this would hold it.
-        ctx.edge, ctx.uses, ctx.part = get_gradient_edge(output), uses, part
+        ctx.edge = get_gradient_edge(output) if output.requires_grad else None  # weights may be frozen
+        ctx.uses, ctx.part = uses, part
         uses.open[part] += 1
         return output.detach()
 
@@ -54,7 +55,8 @@ class _Apart(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.uses.open[ctx.part] -= 1  # before, since DDP asks as soon as a weight has its gradient
-        torch.autograd.backward([ctx.edge], [grad])
+        if ctx.edge is not None:
+            torch.autograd.backward([ctx.edge], [grad])
         gradients = [None if leaf is None else leaf.grad for leaf in ctx.leaves]
         ctx.edge = ctx.leaves = None
         return None, None, None, None, *gradients
