@@ -8,7 +8,7 @@ pytest's own process, which only writes cases down, never loads it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -33,6 +33,7 @@ class Case:
         recursion: knobs that differ from the defaults of this file (T=2, n=2, embedding multiplier 1 / 0.15).
         plan: a plan of one's own, instead of the one that the knobs give.
         transformer, model, norms: arguments of TransformerConfig, of the model and of NormLayout that differ.
+        layers: changes the local block spec in place.
         micro_batches: of all data-parallel ranks together.
         optimizer: arguments of OptimizerConfig; None takes no optimizer step.
         documents: give an explicit attention mask that hides earlier documents.
@@ -44,6 +45,7 @@ class Case:
     transformer: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=dict)
+    layers: Callable[[Any], None] | None = None
     micro_batches: int = 4
     optimizer: Mapping[str, Any] | None = None
     steps: int = 1
@@ -182,6 +184,8 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
     arguments = {"position_embedding_type": "rope", "share_embeddings_and_output_weights": True, **case.model}
     norms = NormLayout(**case.norms)
     spec = _engine_spec(config, norms) if layout.engine else local_block_spec(config, norms=norms)
+    if case.layers is not None:
+        case.layers(spec)
     model = RecursiveGPTModel(
         config, spec, VOCAB, SEQ,
         recursion=case.resolved_recursion(), plan=case.plan,

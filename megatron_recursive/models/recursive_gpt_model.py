@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
 from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
+from megatron_recursive.models.fusion import built_by_layer
 from megatron_recursive.models.halting_head import HaltingHead
 from megatron_recursive.models.recursion_state import RecursionState, initial_state_vectors, run_plan
+from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
 
 
@@ -56,11 +59,16 @@ class RecursiveGPTModel(GPTModel):
     recompute_passes: bool = False  # keep the input of a pass only, and replay it in the backward
 
     def __init__(
-        self, *args: Any, recursion: RecursionConfig, plan: RecursionPlan | None = None, **kwargs: Any
+        self, config: Any, *args: Any, recursion: RecursionConfig, plan: RecursionPlan | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.recursion = recursion
-        self.plan = plan or build_plan(recursion)
+        plan = plan or build_plan(recursion)
+        if not plan.is_plain:
+            # Transformer Engine's linears overwrite main_grad in the backward of the forward that fills this cache,
+            # which is that of the first pass and comes last.
+            config.disable_parameter_transpose_cache = True
+        with built_by_layer(config, self):
+            super().__init__(config, *args, **kwargs)
+        self.recursion, self.plan, self.uses = recursion, plan, Uses()
         if self.plan.is_plain:
             return
         if self.post_process and self.plan.has_halting:
@@ -72,12 +80,25 @@ class RecursiveGPTModel(GPTModel):
             for name, vector in initial_state_vectors(self.plan, self.config.hidden_size).items():
                 self.register_buffer(f"initial_{name}", vector.to(self.config.params_dtype))
 
+    def weights_by_part(self) -> dict[str, set[torch.nn.Parameter]]:
+        """The weights that each name given to :meth:`Uses.apart` stands for. A tied embedding belongs to two."""
+        modules = {"embedding": "embedding", "layers": "decoder", "output norm": "output_norm",
+                   "output layer": "output_layer", "halting head": "halting_head"}  # fmt: skip
+        parts = {part: set(getattr(self, name).parameters()) for part, name in modules.items() if hasattr(self, name)}
+        if self.post_process and self.share_embeddings_and_output_weights:
+            parts["output layer"].add(self.shared_embedding_or_output_weight())
+        return parts
+
     # -- the three parts that passes are made of -----------------------------------------------------------------
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Token ids [B, S] to the scaled embedding [S, B, H]."""
-        embedding, *_ = self._preprocess(input_ids=input_ids, position_ids=position_ids)
-        return embedding if self.plan.embedding_multiplier == 1.0 else embedding * self.plan.embedding_multiplier
+
+        def lookup(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            embedding: Tensor = self._preprocess(input_ids=input_ids, position_ids=position_ids)[0]
+            return embedding if self.plan.embedding_multiplier == 1.0 else embedding * self.plan.embedding_multiplier
+
+        return self.uses.apart("embedding", lookup, input_ids, position_ids)
 
     def initial_state(self, embedding_SBH: Tensor) -> RecursionState:
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
@@ -104,9 +125,9 @@ class RecursiveGPTModel(GPTModel):
 
         # Given as an argument: what the decoder holds by the time of the replay belongs to another pass.
         given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor
-        if self.recompute_passes and torch.is_grad_enabled():
-            return tensor_parallel.checkpoint(layers, False, given_SBH)
-        return layers(given_SBH)
+        replayed = self.recompute_passes and torch.is_grad_enabled()
+        function = partial(tensor_parallel.checkpoint, layers, False) if replayed else layers
+        return self.uses.apart("layers", function, given_SBH)
 
     def read_block(self, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor) -> BlockReadout:
         """Ask the heads about the output state after a block.
@@ -121,7 +142,7 @@ class RecursiveGPTModel(GPTModel):
         if self.plan.has_halting:
             asked_SBH = hidden_SBH if decoder_pass is self.plan.passes[-1] else hidden_SBH.detach()
             with torch.set_grad_enabled(torch.is_grad_enabled() and decoder_pass.halt_weight > 0):
-                readout.halt_logits_BS = self.halting_head(asked_SBH)
+                readout.halt_logits_BS = self.uses.apart("halting head", self.halting_head, asked_SBH)
         if supervised or decoder_pass.halt_weight > 0 or not self.training:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
                 logits_SBV = self._logits(hidden_SBH)
@@ -135,12 +156,18 @@ class RecursiveGPTModel(GPTModel):
         if self.plan.state_norm == "final":
             return output_SBH
         with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
-            return self.output_norm(output_SBH)
+            return self.uses.apart("output norm", self.output_norm, output_SBH)
 
     def _logits(self, hidden_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output)
-        return logits_SBV
+
+        def project(hidden_SBH: Tensor) -> Tensor:
+            logits_SBV: Tensor = self.output_layer(
+                hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output
+            )[0]
+            return logits_SBV
+
+        return self.uses.apart("output layer", project, hidden_SBH)
 
     def logits_BSV(self, output_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
         """Logits [B, S, V] of an output state (this rank's shard of V unless gathered)."""

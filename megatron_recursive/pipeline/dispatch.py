@@ -1,8 +1,9 @@
-"""The patch of megatron-core 0.19 that puts the ring under Megatron's training.
+"""The patch of megatron-core 0.19 that puts recursive models under Megatron's training.
 
-``get_forward_backward_func`` looks ``forward_backward_pipelining_without_interleaving`` up as a global of ``schedules``
-each time it is called, so that replacing it there reaches training and evaluation. Models without a recursion plan of
-several passes go to the original.
+``get_forward_backward_func`` looks its schedules up as globals of ``schedules`` each time it is called, so that
+replacing them there reaches training and evaluation. On several pipeline stages a recursive model takes the ring; on
+one it takes Megatron's own schedule. Either way a training step begins by what :mod:`.readiness` says. Models without a
+recursion plan of several passes go to the original.
 """
 
 from __future__ import annotations
@@ -13,20 +14,28 @@ from typing import Any
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_recursive.pipeline.readiness import begin_step
 from megatron_recursive.pipeline.ring_schedule import ring_forward_backward
 
 NAME = "forward_backward_pipelining_without_interleaving"
+ONE_STAGE = "forward_backward_no_pipelining"
 
 
 def install() -> None:
-    """Route recursive models on several pipeline stages to the ring. A second call changes nothing."""
-    original = getattr(schedules, NAME)
-    setattr(schedules, NAME, _dispatcher(getattr(original, "__wrapped__", original)))
+    """Route recursive models to their schedules. A second call changes nothing."""
+    for name, ours in ((NAME, ring_forward_backward), (ONE_STAGE, None)):
+        original = getattr(schedules, name)
+        original = getattr(original, "__wrapped__", original)
+        setattr(schedules, name, _dispatcher(original, ours or original))
 
 
-def _dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward_backward(*, model: Any, **kwargs: Any) -> Any:
-        return (ring_forward_backward if _is_recursive(model) else original)(model=model, **kwargs)
+def _dispatcher(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    def forward_backward(*, model: Any, forward_only: bool = False, **kwargs: Any) -> Any:
+        if not _is_recursive(model):
+            return original(model=model, forward_only=forward_only, **kwargs)
+        if not forward_only:
+            begin_step(model[0] if isinstance(model, list) else model)
+        return ours(model=model, forward_only=forward_only, **kwargs)
 
     forward_backward.__wrapped__ = original  # type: ignore[attr-defined]
     return forward_backward

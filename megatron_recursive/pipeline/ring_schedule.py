@@ -63,11 +63,6 @@ class PassView(torch.nn.Module):
     def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
         self.__dict__["received"] = tensor[0] if isinstance(tensor, list) else tensor
 
-    def set_is_first_microbatch(self) -> None:
-        """Transformer Engine caches quantised weights per step; one pass may say that a step begins."""
-        if self.decoder_pass is self.step.passes[0]:
-            self.step.model.set_is_first_microbatch()
-
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | RecursiveOutput:
         return self.step.run_pass(self, *args, **kwargs)
 

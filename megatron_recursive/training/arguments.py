@@ -17,6 +17,7 @@ from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_
 
 from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
+from megatron_recursive.models.fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of, initial_std
 from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals, tokenizer_check
@@ -150,8 +151,7 @@ def _machine_defaults() -> dict[str, Any]:
     # Causality is the attention's own; an explicit mask costs S x S per sample and is made only where it says more.
     # Without --eval-interval Megatron 0.19 fails when it counts samples; 1000 was its default before.
     defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False, "eval_interval": 1000}
-    # Of Apex; the output layer is Megatron's own even beside Transformer Engine's layers, and asks for it.
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+    if not has_te and importlib.util.find_spec(APEX_KERNEL) is None:
         defaults["gradient_accumulation_fusion"] = False
     if not has_te:
         defaults.update(transformer_impl="local", no_persist_layer_norm=True, masked_softmax_fusion=False,

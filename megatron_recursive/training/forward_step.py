@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.core.utils import StragglerDetector, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
@@ -23,6 +23,7 @@ from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.recursive_gpt_model import RecursiveOutput
 
 SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
+STRAGGLER = StragglerDetector()  # of --log-straggler, which divides by the time between its start and stop
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -112,15 +113,17 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor | RecursiveOutp
     """One micro-batch through the model; called by Megatron's schedules in training and evaluation."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator)
+    with STRAGGLER(bdata=True):
+        batch = get_batch(data_iterator)
     timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
+    with STRAGGLER:
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
     return output, partial(loss_func, batch["loss_mask"])
 
 

@@ -139,7 +139,7 @@ def steps_around_an_evaluation(case: Case, layout: Layout) -> tuple[list[dict[st
             optimizer.step()
     seen: set[object] = set()
     for group in wrapped.bucket_groups:
-        seen |= set(group.golden_per_param_grad_ready_counts)
+        seen |= group.register_grad_ready.ready
     return metrics, [name for name, p in wrapped.module.named_parameters() if p not in seen]
 
 

@@ -1,4 +1,4 @@
-"""Where the ring cannot equal the unpipelined model to fp32 rounding: dropout, whose masks differ, and bf16."""
+"""The ring under dropout, whose masks differ from the unpipelined model's, and in bf16."""
 
 from __future__ import annotations
 
@@ -104,9 +104,8 @@ def test_bf16_losses(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", grid(KINDS, quick=["full"]))
 def test_bf16_gradients(kind: str) -> None:
-    """The gradients of the states are summed in another order, in bf16, at 2^-9 relative a sum, and a state is read by
-    several passes: seen are 4e-3 to 6e-3, against 2e-2 between bf16 and fp32. Nor may the ring be farther from fp32."""
-    half, single = (precisions(1)[0][kind, precision].gradients[0] for precision in ("bf16", "fp32"))
+    """Nor in the backward pass: each use of a weight reaches ``main_grad`` in fp32 by itself on one stage too. Seen are
+    1e-8, against 2e-2 between bf16 and fp32, and 4e-3 to 6e-3 where one stage sums the uses in bf16."""
+    half = precisions(1)[0][kind, "bf16"].gradients[0]
     mine = [rank[kind, "bf16"].gradients[0] for rank in precisions(2)]
-    assert error_over_stages(mine, half)[0] <= 1e-2
-    assert error_over_stages(mine, single)[0] <= 1.5 * error_over_stages([half], single)[0]
+    assert error_over_stages(mine, half)[0] <= 1e-6

@@ -256,3 +256,26 @@ def test_the_record_of_a_resumed_run_starts_where_that_run_did(tmp_path: Path) -
     assert argv[-2:] == ["--ckpt-step", "4"]
     assert train(*argv, flags=(), recursion=()) is None
     assert losses_of(second / "reproduced") == losses_of(second) and sorted(losses_of(second)) == [5, 6]
+
+
+def straggler_starts(argv: list[str]) -> tuple[str | None, list[bool]]:
+    from megatron_recursive.training.forward_step import STRAGGLER
+
+    starts: list[bool] = []
+
+    def start() -> None:
+        starts.append(STRAGGLER.bdata)
+        STRAGGLER.bdata = False  # as its own
+
+    STRAGGLER.start = start
+    try:
+        return in_worker(argv), starts
+    finally:
+        STRAGGLER.start = STRAGGLER.null_method
+
+
+def test_the_straggler_detector_times_data_and_model() -> None:
+    """--log-straggler divides by this time. The detector needs CUDA events, so that its start is watched here."""
+    ((said, starts),) = run_distributed(straggler_starts, 1, [*FLAGS, *RECURSION, "--train-iters", "2"], timeout=120)
+    assert said is None
+    assert starts == [True, False] * 4, "data, then model, of two micro-batches in two iterations"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ def _facts() -> dict[str, Any]:
     import megatron.core
     from megatron.core.dist_checkpointing import validation
     from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.gpt import gpt_model
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -58,6 +60,10 @@ def _facts() -> dict[str, Any]:
             if list(inspect.signature(getattr(validation, name)).parameters) == ["checkpoint_dir"]),
         "step": "assert len(steps) == 1" in inspect.getsource(DistributedOptimizer.state_dict),
         "raised": "raise RuntimeError(full_message)" in inspect.getsource(RerunStateMachine.validate_result),
+        "flagged forward": "None if self.disable_parameter_transpose_cache else self.is_first_microbatch"
+        in (Path(megatron.core.__file__).parent / "extensions" / "transformer_engine.py").read_text(encoding="utf-8"),
+        "not started": "if self.is_first_batch:\n            self.start_grad_sync("
+        in inspect.getsource(param_and_grad_buffer._ParamAndGradBucketGroup.finish_grad_sync),
         "upstream builder": _keywords(GPTModelBuilder.build_model, "GPTModel"),
         "our builder": _keywords(RecursiveGPTModelBuilder.build_model, "RecursiveGPTModel"),
         "preprocess returns": "preproc_output = (\n            decoder_input,\n            rotary_pos_emb,"
@@ -81,6 +87,7 @@ def test_what_is_patched_is_still_where_it_was() -> None:
     assert {"prefix", "iteration"} <= set(facts["evaluate_and_print_results"])
     assert facts["report_theoretical_memory"] == ["args", "num_microbatches", "verbose"]
     assert facts["preprocess returns"] and facts["trace"] and facts["raised"]
+    assert facts["flagged forward"] and facts["not started"]
     assert facts["tracker"] and facts["step"] and facts["split"]
     assert set(facts["schedule"]) == {*facts["schedule flags"], "num_steps"}
     functions = "save_integrity_manifest,verify_integrity_manifest,_verify_integrity_manifest_impl"
