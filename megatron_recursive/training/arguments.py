@@ -20,9 +20,10 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of, initial_std
 from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals, tokenizer_check
+from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.checkpointing import check_vocabulary, checkpoint_to_read, saved_arguments
 from megatron_recursive.training.console import STYLES
-from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms, take_checkpoint_norms
+from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
 from megatron_recursive.training.ranges import restrict_numbers
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
 from megatron_recursive.training.schedule_check import refuse_schedule_values
@@ -164,7 +165,7 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
     saved = saved_arguments(folder)
     with megatron_speaks_in_sentences(args):
         megatron_arguments_from_checkpoint(args, from_plain_gpt)
-    take_checkpoint_norms(args, saved)
+    take_function(args, saved)
     if not from_plain_gpt:
         for name, value in RecursionConfig.from_mapping(saved).to_dict().items():
             setattr(args, name, value)

@@ -36,18 +36,12 @@ from megatron_recursive.models.checkpoint_integrity import (
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import Difference, flag_of
+from megatron_recursive.training.architecture import ARCHITECTURE as ARCHITECTURE  # noqa: PLC0414
+from megatron_recursive.training.architecture import check_architecture
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 from megatron_recursive.training.schedule_check import check_schedule, groups_of_the_checkpoint
 
 STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
-
-# Megatron's arguments that make other weights, or another function of the same weights.
-ARCHITECTURE = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
-    "num_query_groups", "kv_channels", "swiglu", "normalization", "qk_layernorm", "add_qkv_bias",
-    "position_embedding_type", "untie_embeddings_and_output_weights",
-    "norm_placement", "output_norm_scope", "qk_norm_scope",
-)  # fmt: skip
 
 
 def install(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
@@ -282,18 +276,6 @@ def _reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300].rstrip(" :")
-
-
-def check_architecture(folder: Path, saved: dict[str, Any], run: argparse.Namespace) -> None:
-    """Refuse a checkpoint of other layers by the flags that differ, before Megatron compares tensor by tensor."""
-    stored = [name for name in ARCHITECTURE if saved.get(name) is not None]
-    if not saved.get("group_query_attention"):  # of no meaning then, and Megatron puts different figures there
-        stored = [name for name in stored if name != "num_query_groups"]
-    changed = [Difference(n, saved[n], getattr(run, n), True) for n in stored if saved[n] != getattr(run, n)]
-    if changed:
-        raise UserError(
-            f"The checkpoint {folder} was trained with {', '.join(map(_tell, changed))}; give the checkpoint's values."
-        )
 
 
 def check_vocabulary(folder: Path, saved: dict[str, Any], vocab_size: int) -> None:
