@@ -21,7 +21,8 @@ from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of, initial_std
 from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
-from megatron_recursive.training.checkpointing import check_vocabulary, checkpoint_to_read, saved_arguments
+from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
+from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
 from megatron_recursive.training.ranges import restrict_numbers
@@ -46,8 +47,11 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.tokenizer_type is None and args.vocab_file is not None and args.merge_file is not None:
         args.tokenizer_type = "GPT2BPETokenizer"  # as Megatron's own GPT script
     refusals.refuse_features(args, on_cpu=cpu.is_installed())
-    if (args.exit_on_missing_checkpoint or args.ckpt_step is not None) and checkpoint_to_read(args)[0] is None:
-        flag = "--exit-on-missing-checkpoint" if args.exit_on_missing_checkpoint else "--ckpt-step"
+    folder, from_plain_gpt = checkpoint_to_read(args)
+    if (args.exit_on_missing_checkpoint and folder is None) or (
+        args.ckpt_step is not None and (folder is None or from_plain_gpt)
+    ):
+        flag = "--exit-on-missing-checkpoint" if args.ckpt_step is None else "--ckpt-step"
         there = "it is missing" if args.load is None else f"{args.load} holds none"
         raise UserError(f"{flag} needs a checkpoint in --load, but {there}.")
     if args.use_checkpoint_args:
@@ -163,7 +167,7 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
     if folder is None:
         raise UserError("--use-checkpoint-args needs a checkpoint in --load or --init-from-gpt.")
     saved = saved_arguments(folder)
-    with megatron_speaks_in_sentences(args):
+    with megatron_speaks_in_sentences(args), reading_only(args, folder, from_plain_gpt=from_plain_gpt):
         megatron_arguments_from_checkpoint(args, from_plain_gpt)
     take_function(args, saved)
     if not from_plain_gpt:

@@ -31,13 +31,13 @@ from megatron_recursive.models.checkpoint_integrity import (
     TRACKER,
     advise_other,
     check_integrity,
-    complete_iterations,
 )
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import Difference, flag_of
 from megatron_recursive.training.architecture import ARCHITECTURE as ARCHITECTURE  # noqa: PLC0414
 from megatron_recursive.training.architecture import check_architecture
+from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 from megatron_recursive.training.schedule_check import check_schedule, groups_of_the_checkpoint
 
@@ -92,7 +92,7 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training import get_args
 
         run = get_args()
-        root = Path(run.save)
+        root = saving_root(run, passing=kwargs.get("non_persistent_ckpt", False))
         try:
             if run.rank == 0:  # a folder that is written again is not complete meanwhile
                 for name in (COMPLETE, MANIFEST):
@@ -100,9 +100,10 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(iteration, *args, **kwargs)
         except (OSError, CheckpointException) as error:
             free = shutil.disk_usage(root).free if root.is_dir() else 0
+            last = last_complete(root, Path(run.save))
             raise UserError(
                 f"The checkpoint of iteration {iteration} cannot be written to {root}, where {free / 1e6:,.1f} MB are "
-                f"free ({_reason(error)}); make room and start the same command again, since {_last_complete(root)}."
+                f"free ({_reason(error)}); make room and start the same command again, since {last}."
             ) from error
 
     save_checkpoint.__wrapped__ = original  # type: ignore[attr-defined]
@@ -134,6 +135,7 @@ def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig, verify:
         try:
             run.verify_integrity = False  # it is done, where there was a manifest
             with (
+                reading_only(run, folder, from_plain_gpt=from_plain_gpt),
                 reading_checkpoint(from_plain_gpt=from_plain_gpt),
                 _torch_adam_mended(optimizer, folder),
                 groups_of_the_checkpoint({} if from_plain_gpt else common, optimizer, scheduler, run),
@@ -189,45 +191,6 @@ def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     inner = [each.optimizer for each in chained if isinstance(each, DistributedOptimizer)]
     return [each for each in inner if isinstance(each, torch.optim.Adam | torch.optim.AdamW) and not each.state]
-
-
-def checkpoint_to_read(args: argparse.Namespace) -> tuple[Path | None, bool]:
-    """The iteration folder that this run will read (None: none), and whether it holds a plain GPT to start from.
-
-    ``--load`` comes first, so that a run that started with ``--init-from-gpt`` resumes from its own checkpoints.
-    """
-    if args.load is not None:
-        folder = iteration_folder(Path(args.load), "--load", args.ckpt_step)
-        if folder is not None:
-            return folder, False
-    if args.init_from_gpt is not None:
-        folder = iteration_folder(Path(args.init_from_gpt), "--init-from-gpt")
-        if folder is None:
-            raise UserError(f"--init-from-gpt {args.init_from_gpt} holds no checkpoint ({TRACKER} is missing).")
-        return folder, True
-    return None, False
-
-
-def iteration_folder(root: Path, flag: str, step: int | None = None) -> Path | None:
-    """The folder of the latest iteration below a checkpoint root, or of ``step``; None where nothing was saved yet."""
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(errors="replace").strip() if step is None else str(step)
-    if text != "release" and not (text.isascii() and text.isdigit()):
-        raise UserError(
-            f"{flag}: {tracker} must hold an iteration number, but holds {text[:40]!r}; {_last_complete(root)}."
-        )
-    folder = root / ("release" if text == "release" else f"iter_{int(text):07d}")
-    if not folder.is_dir():
-        named = f"{TRACKER} names iteration {text}" if step is None else f"--ckpt-step is {step}"
-        raise UserError(f"{flag} {root}: {named}, but {folder} does not exist; {_last_complete(root)}.")
-    return folder
-
-
-def _last_complete(root: Path) -> str:
-    complete = complete_iterations(root)
-    return f"the last complete one there is {complete[-1]}" if complete else "no complete one is there"
 
 
 def saved_arguments(folder: Path) -> dict[str, Any]:

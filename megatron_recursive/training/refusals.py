@@ -63,6 +63,11 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     ("--pretrained-checkpoint", lambda a: a.pretrained_checkpoint, "use --init-from-gpt"),
     ("checkpoints other than torch_dist (--ckpt-format)", lambda a: a.ckpt_format != "torch_dist",
      "use --ckpt-format torch_dist"),
+    ("checkpoints of a node's own (--non-persistent-ckpt-type local)", lambda a: a.non_persistent_ckpt_type == "local",
+     "use --non-persistent-ckpt-type global"),
+    ("--non-persistent-save-interval alone",
+     lambda a: a.non_persistent_save_interval and a.non_persistent_ckpt_type is None,
+     "add --non-persistent-ckpt-type global"),
 )  # fmt: skip
 
 # What needs a package that is no part of an installation | when | the package: its module, its name to pip.
