@@ -128,6 +128,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Neither write checksums of a checkpoint's files (default: up to 10 GB) nor check those that are there.",
     )
     group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable", dest="dist_ckpt_optim_fully_reshardable", action="store_false",
+        help="Write a distributed optimizer's state in the buffers of this layout (default: so that any layout reads "
+        "it, up to 10 GB of state on a rank).",
+    )
+    group.add_argument(
         "--allow-other-tokenizer", action="store_true",
         help="Train on data, or from a checkpoint, that was made with another tokenizer than this run's.",
     )
@@ -136,7 +141,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Token ids from this one on are answers, as in the data of megatron-recursive task: the loss and all "
         "metrics count where one is to be said, and the model reads token 0 where one stands.",
     )
-    parser.set_defaults(**_machine_defaults(), verify_integrity=None, init_method_std=None)
+    parser.set_defaults(**_machine_defaults(), verify_integrity=None, init_method_std=None,
+                        dist_ckpt_optim_fully_reshardable=None)  # fmt: skip
     return help_text.describe(parser, upstream)
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch.distributed.checkpoint.api import CheckpointException  # NOTE it derives from BaseException
 
 from megatron_recursive.accounting import count_parameters
@@ -39,6 +38,7 @@ from megatron_recursive.training.architecture import ARCHITECTURE as ARCHITECTUR
 from megatron_recursive.training.architecture import check_architecture
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.optimizer_state import check_optimizer, choose_format, torch_adam_mended
 from megatron_recursive.training.schedule_check import check_schedule, groups_of_the_checkpoint
 
 STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
@@ -48,9 +48,9 @@ def install(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     """Wrap the ``load_checkpoint`` and ``save_checkpoint`` that ``pretrain`` calls, and the writing of the tracker."""
     from megatron.training import checkpointing, training
 
-    asked = args.verify_integrity
+    asked, parameters = args.verify_integrity, count_parameters(model_shape(config, args.seq_length), config.plan).held
+    choose_format(args, parameters)
     if asked is None:  # the same answer on every rank, before there is a file to measure
-        parameters = count_parameters(model_shape(config, args.seq_length), config.plan).held
         args.verify_integrity = parameters * STATE_BYTES <= LIMIT_BYTES
 
     training.load_checkpoint = _wrap_load(_unwrapped(training.load_checkpoint), config.recursion, asked)
@@ -132,12 +132,13 @@ def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig, verify:
                 for note in check_recursion(folder, saved, recursion, run.override_recursion_depth):
                     print_rank_0(f"> {note}")
                 check_schedule(folder, common, scheduler, run)
+                check_optimizer(folder, common, run)
         try:
             run.verify_integrity = False  # it is done, where there was a manifest
             with (
                 reading_only(run, folder, from_plain_gpt=from_plain_gpt),
                 reading_checkpoint(from_plain_gpt=from_plain_gpt),
-                _torch_adam_mended(optimizer, folder),
+                torch_adam_mended(optimizer, reading=folder is not None),
                 groups_of_the_checkpoint({} if from_plain_gpt else common, optimizer, scheduler, run),
             ):
                 return original(ddp_model, optimizer, scheduler, *args, **kwargs)
@@ -155,42 +156,6 @@ def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig, verify:
 
     load_checkpoint.__wrapped__ = original  # type: ignore[attr-defined]
     return load_checkpoint
-
-
-@contextlib.contextmanager
-def _torch_adam_mended(optimizer: Any, folder: Path | None) -> Iterator[None]:
-    """Mend what keeps torch's own Adam from being read back into the distributed optimizer.
-
-    Without Apex and Transformer Engine, Megatron 0.19 asks for the step before the optimizer's state exists, copies
-    into fp32 parameters while gradients are recorded, and overwrites the step that it has read with the fresh one; it
-    stays right in the parameter groups.
-    """
-    inner = [] if folder is None else _torch_optimizers(optimizer)
-    for each, _, parameter in _parameters_of(inner):
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        each.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    with torch.no_grad():
-        yield
-    for each, group, parameter in _parameters_of(inner):  # the groups are new ones
-        each.state[parameter]["step"] = torch.tensor(float(group.get("step", 0.0)))
-
-
-def _parameters_of(
-    optimizers: list[torch.optim.Optimizer],
-) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], torch.Tensor]]:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield optimizer, group, parameter
-
-
-def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The fresh torch optimizers of the Adam kind inside Megatron's distributed ones."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [each.optimizer for each in chained if isinstance(each, DistributedOptimizer)]
-    return [each for each in inner if isinstance(each, torch.optim.Adam | torch.optim.AdamW) and not each.state]
 
 
 def saved_arguments(folder: Path) -> dict[str, Any]:
