@@ -59,6 +59,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     refusals.refuse_shapes(args)
     refuse_norms(args)
     refuse_samples(args)
+    if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
+        args.eval_global_batch_size = refusals.scheduled_batches(args)[-1]
     refusals.refuse_schedule(args)
     refuse_schedule_values(args)
     refusals.refuse_tokenizer(args)

@@ -78,11 +78,3 @@ def test_a_start_from_a_plain_gpt_goes_on_from_its_passing_checkpoints(saved: Pa
     (run / "metrics.jsonl").unlink()
     assert train(*flags) is None
     assert sorted(metrics_of(run)) == [3]
-
-
-def test_checkpoints_of_a_node_are_refused_and_so_is_an_interval_alone() -> None:
-    for flags, expected in (
-        ("--non-persistent-ckpt-type local", "use --non-persistent-ckpt-type global"),
-        ("--non-persistent-save-interval 2", "add --non-persistent-ckpt-type global"),
-    ):
-        assert expected in str(train(*flags.split()))
