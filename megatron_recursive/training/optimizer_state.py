@@ -29,7 +29,8 @@ def choose_format(args: argparse.Namespace, parameters: int) -> None:
     """Settle how a distributed optimizer is written, where the flags leave it open."""
     if args.dist_ckpt_optim_fully_reshardable is None:
         share = parameters / (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-        args.dist_ckpt_optim_fully_reshardable = share * HELD_BYTES <= LIMIT_BYTES
+        fits = share * HELD_BYTES <= LIMIT_BYTES
+        args.dist_ckpt_optim_fully_reshardable = args.use_distributed_optimizer and fits
 
 
 def check_optimizer(folder: Path, common: Mapping[str, Any], run: argparse.Namespace) -> None:
