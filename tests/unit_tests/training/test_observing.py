@@ -169,7 +169,7 @@ def test_an_exit_inside_the_window_leaves_the_trace(tmp_path: Path, how: str) ->
         (tmp_path / "run" / "iter_0000003").write_text("in the way")
     window = ["--profile", "--profile-step-start", "2", "--profile-step-end", "5"]
     result = run_command([sys.executable, SCRIPT, *FLAGS, *RECURSION, *save, *window], timeout=240)
-    assert result.returncode == (0 if how == "exit" else 2), result.stderr[-2000:]
+    assert result.returncode == 0 if how == "exit" else result.returncode > 0, result.stderr[-2000:]
     trace = json.loads(gzip.decompress((tmp_path / "run" / "torch_profile" / "rank-0.json.gz").read_bytes()))
     assert any(event.get("name") == "aten::linear" for event in trace["traceEvents"])
 
