@@ -18,6 +18,7 @@ from megatron_recursive.errors import UserError
 LIMIT_BYTES = 10 * 10**9
 """Up to this size a checkpoint is given a manifest unasked: one core hashes about 1.4 GB a second."""
 MANIFEST = validation.INTEGRITY_FNAME
+NON_PERSISTENT = "non_persistent"  # Megatron's folder for passing checkpoints, below that of the others
 TRACKER = "latest_checkpointed_iteration.txt"
 COMPLETE = "metadata.json"  # Megatron writes it last but for the manifest: a save that was cut short has none
 
@@ -61,12 +62,15 @@ def complete_iterations(root: Path) -> list[int]:
 def advise_other(folder: Path) -> str:
     """Which checkpoint to take instead of one that cannot be read: the last whose files are what was saved."""
     root = folder.parent
-    for iteration in reversed(complete_iterations(root)):
-        other = root / f"iter_{iteration:07d}"
-        if other.name != folder.name and _is_good(other):
+    kept = root.parent if root.name == NON_PERSISTENT else root
+    found = [(iteration, place) for place in (kept / NON_PERSISTENT, kept) for iteration in complete_iterations(place)]
+    for iteration, place in sorted(found, key=lambda each: each[0], reverse=True):
+        other = place / f"iter_{iteration:07d}"
+        if other != folder and _is_good(other):
+            track = f"write that number into {TRACKER}, or " if place == root == kept else ""
             return (
-                f"the last good one beside it is {iteration}: write that number into {TRACKER}, or give --ckpt-step "
-                f"{iteration} to a run or {other} to a tool"
+                f"the last good one beside it is {iteration}: {track}give --ckpt-step {iteration} to a run or {other} "
+                "to a tool"
             )
     return f"{root} holds no other good checkpoint"
 

@@ -21,9 +21,11 @@ from megatron_recursive.models.fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of, initial_std
 from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals, tokenizer_check
-from megatron_recursive.training.checkpointing import check_vocabulary, checkpoint_to_read, saved_arguments
+from megatron_recursive.training.architecture import take_function
+from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
+from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
-from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms, take_checkpoint_norms
+from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
 from megatron_recursive.training.ranges import restrict_numbers
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
 from megatron_recursive.training.schedule_check import refuse_schedule_values
@@ -46,8 +48,11 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.tokenizer_type is None and args.vocab_file is not None and args.merge_file is not None:
         args.tokenizer_type = "GPT2BPETokenizer"  # as Megatron's own GPT script
     refusals.refuse_features(args, on_cpu=cpu.is_installed())
-    if (args.exit_on_missing_checkpoint or args.ckpt_step is not None) and checkpoint_to_read(args)[0] is None:
-        flag = "--exit-on-missing-checkpoint" if args.exit_on_missing_checkpoint else "--ckpt-step"
+    folder, from_plain_gpt = checkpoint_to_read(args)
+    if (args.exit_on_missing_checkpoint and folder is None) or (
+        args.ckpt_step is not None and (folder is None or from_plain_gpt)
+    ):
+        flag = "--exit-on-missing-checkpoint" if args.ckpt_step is None else "--ckpt-step"
         there = "it is missing" if args.load is None else f"{args.load} holds none"
         raise UserError(f"{flag} needs a checkpoint in --load, but {there}.")
     if args.use_checkpoint_args:
@@ -55,6 +60,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     refusals.refuse_shapes(args)
     refuse_norms(args)
     refuse_samples(args)
+    if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
+        args.eval_global_batch_size = refusals.scheduled_batches(args)[-1]
     refusals.refuse_schedule(args)
     refuse_schedule_values(args)
     refusals.refuse_tokenizer(args)
@@ -129,6 +136,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Neither write checksums of a checkpoint's files (default: up to 10 GB) nor check those that are there.",
     )
     group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable", dest="dist_ckpt_optim_fully_reshardable", action="store_false",
+        help="Write a distributed optimizer's state in the buffers of this layout (default: so that any layout reads "
+        "it, up to 10 GB of state on a rank).",
+    )
+    group.add_argument(
         "--allow-other-tokenizer", action="store_true",
         help="Train on data, or from a checkpoint, that was made with another tokenizer than this run's.",
     )
@@ -137,7 +149,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Token ids from this one on are answers, as in the data of megatron-recursive task: the loss and all "
         "metrics count where one is to be said, and the model reads token 0 where one stands.",
     )
-    parser.set_defaults(**_machine_defaults(), verify_integrity=None, init_method_std=None)
+    parser.set_defaults(**_machine_defaults(), verify_integrity=None, init_method_std=None,
+                        dist_ckpt_optim_fully_reshardable=None)  # fmt: skip
     return help_text.describe(parser, upstream)
 
 
@@ -167,9 +180,9 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
     if folder is None:
         raise UserError("--use-checkpoint-args needs a checkpoint in --load or --init-from-gpt.")
     saved = saved_arguments(folder)
-    with megatron_speaks_in_sentences(args):
+    with megatron_speaks_in_sentences(args), reading_only(args, folder, from_plain_gpt=from_plain_gpt):
         megatron_arguments_from_checkpoint(args, from_plain_gpt)
-    take_checkpoint_norms(args, saved)
+    take_function(args, saved)
     if not from_plain_gpt:
         for name, value in RecursionConfig.from_mapping(saved).to_dict().items():
             setattr(args, name, value)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch.distributed.checkpoint.api import CheckpointException  # NOTE it derives from BaseException
 
 from megatron_recursive.accounting import count_parameters
@@ -31,32 +30,27 @@ from megatron_recursive.models.checkpoint_integrity import (
     TRACKER,
     advise_other,
     check_integrity,
-    complete_iterations,
 )
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import Difference, flag_of
+from megatron_recursive.training.architecture import ARCHITECTURE as ARCHITECTURE  # noqa: PLC0414
+from megatron_recursive.training.architecture import check_architecture
+from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.optimizer_state import check_optimizer, choose_format, torch_adam_mended
 from megatron_recursive.training.schedule_check import check_schedule, groups_of_the_checkpoint
 
 STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
-
-# Megatron's arguments that make other weights, or another function of the same weights.
-ARCHITECTURE = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
-    "num_query_groups", "kv_channels", "swiglu", "normalization", "qk_layernorm", "add_qkv_bias",
-    "position_embedding_type", "untie_embeddings_and_output_weights",
-    "norm_placement", "output_norm_scope", "qk_norm_scope",
-)  # fmt: skip
 
 
 def install(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     """Wrap the ``load_checkpoint`` and ``save_checkpoint`` that ``pretrain`` calls, and the writing of the tracker."""
     from megatron.training import checkpointing, training
 
-    asked = args.verify_integrity
+    asked, parameters = args.verify_integrity, count_parameters(model_shape(config, args.seq_length), config.plan).held
+    choose_format(args, parameters)
     if asked is None:  # the same answer on every rank, before there is a file to measure
-        parameters = count_parameters(model_shape(config, args.seq_length), config.plan).held
         args.verify_integrity = parameters * STATE_BYTES <= LIMIT_BYTES
 
     training.load_checkpoint = _wrap_load(_unwrapped(training.load_checkpoint), config.recursion, asked)
@@ -98,7 +92,7 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training import get_args
 
         run = get_args()
-        root = Path(run.save)
+        root = saving_root(run, passing=kwargs.get("non_persistent_ckpt", False))
         try:
             if run.rank == 0:  # a folder that is written again is not complete meanwhile
                 for name in (COMPLETE, MANIFEST):
@@ -106,9 +100,10 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(iteration, *args, **kwargs)
         except (OSError, CheckpointException) as error:
             free = shutil.disk_usage(root).free if root.is_dir() else 0
+            last = last_complete(root, Path(run.save))
             raise UserError(
                 f"The checkpoint of iteration {iteration} cannot be written to {root}, where {free / 1e6:,.1f} MB are "
-                f"free ({_reason(error)}); make room and start the same command again, since {_last_complete(root)}."
+                f"free ({_reason(error)}); make room and start the same command again, since {last}."
             ) from error
 
     save_checkpoint.__wrapped__ = original  # type: ignore[attr-defined]
@@ -137,11 +132,13 @@ def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig, verify:
                 for note in check_recursion(folder, saved, recursion, run.override_recursion_depth):
                     print_rank_0(f"> {note}")
                 check_schedule(folder, common, scheduler, run)
+                check_optimizer(folder, common, run)
         try:
             run.verify_integrity = False  # it is done, where there was a manifest
             with (
+                reading_only(run, folder, from_plain_gpt=from_plain_gpt),
                 reading_checkpoint(from_plain_gpt=from_plain_gpt),
-                _torch_adam_mended(optimizer, folder),
+                torch_adam_mended(optimizer, reading=folder is not None),
                 groups_of_the_checkpoint({} if from_plain_gpt else common, optimizer, scheduler, run),
             ):
                 return original(ddp_model, optimizer, scheduler, *args, **kwargs)
@@ -159,81 +156,6 @@ def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig, verify:
 
     load_checkpoint.__wrapped__ = original  # type: ignore[attr-defined]
     return load_checkpoint
-
-
-@contextlib.contextmanager
-def _torch_adam_mended(optimizer: Any, folder: Path | None) -> Iterator[None]:
-    """Mend what keeps torch's own Adam from being read back into the distributed optimizer.
-
-    Without Apex and Transformer Engine, Megatron 0.19 asks for the step before the optimizer's state exists, copies
-    into fp32 parameters while gradients are recorded, and overwrites the step that it has read with the fresh one; it
-    stays right in the parameter groups.
-    """
-    inner = [] if folder is None else _torch_optimizers(optimizer)
-    for each, _, parameter in _parameters_of(inner):
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        each.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    with torch.no_grad():
-        yield
-    for each, group, parameter in _parameters_of(inner):  # the groups are new ones
-        each.state[parameter]["step"] = torch.tensor(float(group.get("step", 0.0)))
-
-
-def _parameters_of(
-    optimizers: list[torch.optim.Optimizer],
-) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], torch.Tensor]]:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield optimizer, group, parameter
-
-
-def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The fresh torch optimizers of the Adam kind inside Megatron's distributed ones."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [each.optimizer for each in chained if isinstance(each, DistributedOptimizer)]
-    return [each for each in inner if isinstance(each, torch.optim.Adam | torch.optim.AdamW) and not each.state]
-
-
-def checkpoint_to_read(args: argparse.Namespace) -> tuple[Path | None, bool]:
-    """The iteration folder that this run will read (None: none), and whether it holds a plain GPT to start from.
-
-    ``--load`` comes first, so that a run that started with ``--init-from-gpt`` resumes from its own checkpoints.
-    """
-    if args.load is not None:
-        folder = iteration_folder(Path(args.load), "--load", args.ckpt_step)
-        if folder is not None:
-            return folder, False
-    if args.init_from_gpt is not None:
-        folder = iteration_folder(Path(args.init_from_gpt), "--init-from-gpt")
-        if folder is None:
-            raise UserError(f"--init-from-gpt {args.init_from_gpt} holds no checkpoint ({TRACKER} is missing).")
-        return folder, True
-    return None, False
-
-
-def iteration_folder(root: Path, flag: str, step: int | None = None) -> Path | None:
-    """The folder of the latest iteration below a checkpoint root, or of ``step``; None where nothing was saved yet."""
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(errors="replace").strip() if step is None else str(step)
-    if text != "release" and not (text.isascii() and text.isdigit()):
-        raise UserError(
-            f"{flag}: {tracker} must hold an iteration number, but holds {text[:40]!r}; {_last_complete(root)}."
-        )
-    folder = root / ("release" if text == "release" else f"iter_{int(text):07d}")
-    if not folder.is_dir():
-        named = f"{TRACKER} names iteration {text}" if step is None else f"--ckpt-step is {step}"
-        raise UserError(f"{flag} {root}: {named}, but {folder} does not exist; {_last_complete(root)}.")
-    return folder
-
-
-def _last_complete(root: Path) -> str:
-    complete = complete_iterations(root)
-    return f"the last complete one there is {complete[-1]}" if complete else "no complete one is there"
 
 
 def saved_arguments(folder: Path) -> dict[str, Any]:
@@ -282,18 +204,6 @@ def _reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300].rstrip(" :")
-
-
-def check_architecture(folder: Path, saved: dict[str, Any], run: argparse.Namespace) -> None:
-    """Refuse a checkpoint of other layers by the flags that differ, before Megatron compares tensor by tensor."""
-    stored = [name for name in ARCHITECTURE if saved.get(name) is not None]
-    if not saved.get("group_query_attention"):  # of no meaning then, and Megatron puts different figures there
-        stored = [name for name in stored if name != "num_query_groups"]
-    changed = [Difference(n, saved[n], getattr(run, n), True) for n in stored if saved[n] != getattr(run, n)]
-    if changed:
-        raise UserError(
-            f"The checkpoint {folder} was trained with {', '.join(map(_tell, changed))}; give the checkpoint's values."
-        )
 
 
 def check_vocabulary(folder: Path, saved: dict[str, Any], vocab_size: int) -> None:

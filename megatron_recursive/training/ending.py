@@ -113,9 +113,9 @@ def _what_goes_on() -> str:
         return "nothing was trained"
     if args.save is None:
         return "nothing is kept, since --save was not given"
-    from megatron_recursive.training.checkpointing import complete_iterations
+    from megatron_recursive.training.checkpoint_folders import complete_iterations, saving_root
 
-    complete = complete_iterations(Path(args.save))
+    complete = sorted({*complete_iterations(Path(args.save)), *complete_iterations(saving_root(args, passing=True))})
     if not complete:
         return f"nothing was saved yet (--save-interval {args.save_interval}), so that the same command starts anew"
     last = f"the last checkpoint is iteration {complete[-1]} in {args.save}"

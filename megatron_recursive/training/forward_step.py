@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_recursive.data.content_keyed import ContentKeyedGPTDataset
 from megatron_recursive.errors import UserError
 from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.recursive_gpt_model import RecursiveOutput
@@ -158,7 +159,7 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
     print_rank_0("> building train, validation, and test datasets ...")
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else ContentKeyedGPTDataset
     builder = BlendedMegatronDatasetBuilder(kind, train_valid_test_num_samples, _reads_data, config)
     datasets = builder.build()
     if args.dataloader_type != "cyclic":

@@ -3,8 +3,10 @@
 ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of ``megatron.training.training``, which
 see metrics that are already averaged over micro-batches and ranks; Megatron has no hook there. The same goes for
 ``build_train_valid_test_data_iterators``, which ends the start of a run: checkpoint and data are there, so that a
-start that was refused leaves no record. The wrappers pass everything through unchanged, but for the evaluation at the
-end of a run of what was evaluated at its last iteration just before: it is left out.
+start that was refused leaves no record. The wrappers pass everything through unchanged, but for two things. An
+evaluation at the end of a run of what was evaluated at its last iteration just before is left out. And the line of a
+process's first iteration ends its interval where it falls on one, as Megatron's pull request 7092 has it later: in
+0.19 the second line was the mean of two iterations.
 """
 
 from __future__ import annotations
@@ -155,9 +157,12 @@ def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms, progr
         from megatron.training import get_args
         from megatron.training.utils import is_last_rank
 
-        result = original(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        iteration, run = given["iteration"], get_args()
+        bound = signature.bind(*args, **kwargs)
+        given, run = bound.arguments, get_args()
+        iteration = given["iteration"]
+        if iteration % run.log_interval == 0:  # the first line is an interval's: without its end the next is their mean
+            given["is_first_iteration"] = False
+        result = original(*bound.args, **bound.kwargs)
         if not given["loss_dict"] or not is_last_rank():
             return result
         pending.append((iteration, given["loss_dict"]))

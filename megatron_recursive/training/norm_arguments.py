@@ -36,13 +36,6 @@ def norm_layout(args: Mapping[str, Any]) -> NormLayout:
     return NormLayout(**{field.name: args.get(field.name, field.default) for field in fields(NormLayout)})
 
 
-def take_checkpoint_norms(args: argparse.Namespace, saved: Mapping[str, Any]) -> None:
-    """--use-checkpoint-args, for the norms: Megatron leaves out --qk-layernorm too."""
-    args.qk_layernorm = saved.get("qk_layernorm", args.qk_layernorm)
-    for name, value in vars(norm_layout(saved)).items():
-        setattr(args, name, value)
-
-
 def refuse_norms(args: argparse.Namespace) -> None:
     """Norm flags that contradict each other, or that the layers in use cannot have."""
     if args.norm_placement == "pre" and args.output_norm_scope == "residual":

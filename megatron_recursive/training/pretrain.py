@@ -43,6 +43,7 @@ def _run() -> None:
             checkpointing,
             memory_report,
             metrics_log,
+            profiling,
             run_record,
             samples,
             throughput,
@@ -74,7 +75,7 @@ def _run() -> None:
     run_record.install(args, model_config)
     install_progress(progress)
     try:
-        with said_in_a_sentence():
+        with said_in_a_sentence(), profiling.stopped_at_exit(args):
             pretrain(container, _in_sentences(datasets_provider), ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:  # --exit-interval and its like
         if not stop.code:

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_recursive.command_line import command
 from megatron_recursive.training import console, progress_lines
+from megatron_recursive.training.checkpoint_folders import saving_root
 from megatron_recursive.training.progress_lines import count, duration
 from megatron_recursive.training.start_check import tell_start
 
@@ -146,7 +147,8 @@ def install(progress: Progress) -> None:
         with progress.pausing():
             result = save(iteration, *args, **kwargs)
         if run.rank == 0 and run.save is not None and not run.async_save:
-            progress.saved(iteration, Path(run.save) / f"iter_{iteration:07d}", time.monotonic() - start)
+            root = saving_root(run, passing=kwargs.get("non_persistent_ckpt", False))
+            progress.saved(iteration, root / f"iter_{iteration:07d}", time.monotonic() - start)
         return result
 
     timed_save.__wrapped__ = inspect.unwrap(save)

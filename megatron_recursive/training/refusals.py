@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,6 +83,11 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     ("--pretrained-checkpoint", lambda a: a.pretrained_checkpoint, "use --init-from-gpt"),
     ("checkpoints other than torch_dist (--ckpt-format)", lambda a: a.ckpt_format != "torch_dist",
      "use --ckpt-format torch_dist"),
+    ("checkpoints of a node's own (--non-persistent-ckpt-type local)", lambda a: a.non_persistent_ckpt_type == "local",
+     "use --non-persistent-ckpt-type global"),
+    ("--non-persistent-save-interval alone",
+     lambda a: a.non_persistent_save_interval and a.non_persistent_ckpt_type is None,
+     "add --non-persistent-ckpt-type global"),
 )  # fmt: skip
 
 # What needs a package that is no part of an installation | when | the package: its module, its name to pip.
@@ -197,10 +203,45 @@ def refuse_schedule(args: argparse.Namespace) -> None:
             f"--global-batch-size {args.global_batch_size} is not divisible by {step}, which is --micro-batch-size "
             f"{args.micro_batch_size} times the data-parallel size."
         )
+    if args.rampup_batch_size is not None:
+        raise UserError(
+            "--rampup-batch-size has no effect in Megatron 0.19; give --step-batch-size-schedule "
+            '"0:BATCH TOKENS:BATCH".'
+        )
+    if args.step_batch_size_schedule is not None:
+        _refuse_batches(args, step)
     if args.enable_recursive_refinement and args.pipeline_model_parallel_size > 1:
         _refuse_pipeline(args, replicas)
     if args.save is not None and not args.save_interval:
         raise UserError("--save needs --save-interval, the iterations between two checkpoints.")
+
+
+def _refuse_batches(args: argparse.Namespace, step: int) -> None:
+    """A schedule of batch sizes that Megatron would find wrong when it gets there, or feed too little data."""
+    given = f"--step-batch-size-schedule {args.step_batch_size_schedule!r}"
+    if args.global_batch_size is not None:
+        raise UserError(f"{given} and --global-batch-size exclude each other; give either.")
+    if args.train_samples is None:
+        raise UserError(f"{given} needs --train-samples, since iterations take more and more samples; give their sum.")
+    odd = [batch for batch in scheduled_batches(args) if batch % step or not batch]
+    if odd:
+        raise UserError(
+            f"{given}: a batch of {odd[0]} is not divisible by {step}, which is --micro-batch-size "
+            f"{args.micro_batch_size} times the data-parallel size."
+        )
+
+
+def scheduled_batches(args: argparse.Namespace) -> list[int]:
+    """The batch sizes of --step-batch-size-schedule, in order."""
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator as Calculator
+
+    try:
+        steps = Calculator._parse_schedule(args.step_batch_size_schedule, args.seq_length)
+    except ValueError as error:
+        raise UserError(f"--step-batch-size-schedule {args.step_batch_size_schedule!r}: {_one_line(error)}.") from error
+    if not steps or steps[0][0] != 0:
+        raise UserError(f"--step-batch-size-schedule {args.step_batch_size_schedule!r} must begin with 0:BATCH.")
+    return [batch for _, batch in steps]
 
 
 def _refuse_pipeline(args: argparse.Namespace, replicas: int) -> None:
@@ -214,8 +255,10 @@ def _refuse_pipeline(args: argparse.Namespace, replicas: int) -> None:
             "split with --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers."
         )
     train = args.global_batch_size or args.micro_batch_size * replicas
-    smallest = int(args.rampup_batch_size[0]) if args.rampup_batch_size else train
-    batches = (("--global-batch-size", smallest, args.micro_batch_size),
+    flag, smallest = ("--global-batch-size", train)
+    if args.step_batch_size_schedule is not None:
+        flag, smallest = "--step-batch-size-schedule", min(scheduled_batches(args))
+    batches = ((flag, smallest, args.micro_batch_size),
                ("--eval-global-batch-size", args.eval_global_batch_size or train,
                 args.eval_micro_batch_size or args.micro_batch_size))  # fmt: skip
     for flag, batch, micro in batches:
@@ -275,13 +318,22 @@ def refuse_data(args: argparse.Namespace) -> None:
             ) from error
     if args.mock_data:
         return
-    prefixes = list(prefixes_of(args))
-    if not prefixes:
+    if args.multiple_validation_sets and not args.full_validation:
+        raise UserError("--multiple-validation-sets needs --full-validation: each set is read once, and whole.")
+    for flag, blend in _blends(args).items() if args.full_validation else ():
+        prefixes = _without_weights(flag, blend)
+        if len(prefixes) < len(blend) and len(prefixes) > 1 and not re.search(r"(train|test)(-data-path)?$", flag):
+            raise UserError(
+                f"{flag} has weights, which mean nothing to --full-validation, since it reads every set once and "
+                "whole; give --valid-data-path PREFIX ... without them."
+            )
+    sources = list(prefixes_of(args))
+    if not sources:
         raise UserError(
             f"No training data: give --data-path PREFIX (made by {command('preprocess')}) or --train-data-path, or "
             "--mock-data to try things out."
         )
-    for flag, prefix in prefixes:
+    for flag, prefix in sources:
         try:
             check_indexed_dataset(prefix)
         except UserError as error:
@@ -351,8 +403,8 @@ def _without_weights(flag: str, blend: list[str]) -> list[str]:
             weights = [float(weight) for weight in blend[::2]]
         except ValueError:
             weights = []
-        if any(not weight >= 0 or math.isinf(weight) for weight in weights) or (weights and not any(weights)):
-            raise UserError(f"{flag}: the weights {' '.join(blend[::2])} must be positive numbers.")
+        if any(not weight > 0 or math.isinf(weight) for weight in weights):
+            raise UserError(f"{flag}: the weights {' '.join(blend[::2])} must be positive; leave out what has none.")
         if weights:
             return blend[1::2]
     for part in blend:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.data.files import replacing
-from megatron_recursive.training.checkpointing import checkpoint_to_read
+from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, saving_root
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig
 
 FILE = "run.json"
@@ -47,7 +47,7 @@ def _wrap(original: Callable[..., Any], record: dict[str, Any]) -> Callable[...,
         run = get_args()
         if run.save is None:  # Megatron saves before it stops for a bad result, asked to or not
             return None
-        root, name = Path(run.save), f"iter_{iteration:07d}"
+        root, name = saving_root(run, passing=kwargs.get("non_persistent_ckpt", False)), f"iter_{iteration:07d}"
         if run.rank == 0:  # of an earlier save: the manifest of checksums names every file that it finds
             (root / name / FILE).unlink(missing_ok=True)
         result = original(iteration, *args, **kwargs)

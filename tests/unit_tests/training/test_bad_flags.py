@@ -113,6 +113,10 @@ VALUES = [
     ("--exit-on-missing-checkpoint --load nowhere", "needs a checkpoint in --load, but nowhere holds none"),
     ("--ckpt-step 3", "--ckpt-step needs a checkpoint in --load, but it is missing"),
     ("--enable-msc", "--enable-msc was passed but"),
+    ("--rampup-batch-size 2 2 8", "has no effect in Megatron 0.19; give --step-batch-size-schedule"),
+    ("--step-batch-size-schedule 0:2,64:4", "and --global-batch-size exclude each other"),
+    ("--non-persistent-ckpt-type local", "use --non-persistent-ckpt-type global"),
+    ("--non-persistent-save-interval 2", "add --non-persistent-ckpt-type global"),
 ]
 LATER = [  # what Megatron finds wrong when it makes its configs of the arguments
     ("--recompute-granularity full", '--recompute-method must be "block" or "uniform"'),
@@ -183,6 +187,22 @@ def test_good_flags_are_not_refused() -> None:
     assert run_distributed(sentences, 1, [[*FLAGS, *flags.split()] for flags in good], timeout=60) == [[""] * len(good)]
 
 
+def test_a_schedule_of_batch_sizes() -> None:
+    """Its smallest batch counts; Megatron would find the others wrong when it gets there."""
+    drop = {"--global-batch-size", "--train-iters", "--lr-decay-iters", "--lr-warmup-iters"}
+    common = [word for i, word in enumerate(FLAGS) if word not in drop and (i == 0 or FLAGS[i - 1] not in drop)]
+    samples = [*common, "--train-samples", "64", "--step-batch-size-schedule"]
+    stages = ["--pipeline-model-parallel-size", "2"]
+    check([
+        ([*common, "--train-iters", "9", "--step-batch-size-schedule", "0:4"], "needs --train-samples"),
+        ([*samples, "0:4,64:5"], "a batch of 5 is not divisible by 2"),
+        ([*samples, "64:4"], "must begin with 0:BATCH"),
+        ([*samples, "4"], "Invalid schedule entry"),
+    ])  # fmt: skip
+    check([([*samples, "0:2,64:8", *stages], "--step-batch-size-schedule 2 makes 1 micro-batches a replica")], 2)
+    assert run_distributed(sentences, 2, [[*samples, "0:4,64:8", *stages]], timeout=60) == [[""], [""]]
+
+
 def test_heads_must_be_divisible_by_the_tensor_parallel_size() -> None:
     flags = "--num-attention-heads 1 --tensor-model-parallel-size 2".split()
     check([([*FLAGS, *flags], "--num-attention-heads 1 is not divisible by --tensor-model-parallel-size 2")], 2)
@@ -211,6 +231,7 @@ def test_data_is_checked_up_front(tmp_path: Path) -> None:
     per_split.write_text(f'{{"train": ["1", "{good}"], "valid": "1 {cut}", "test": null}}')
     no_json = tmp_path / "no.json"
     no_json.write_text("{train")
+    whole = ["--multiple-validation-sets", "--full-validation", "--train-data-path", "1", str(good), "1", str(good)]
     check([
         (DATA, "No training data: give --data-path"),
         ([*DATA, "--data-path", str(tmp_path / "nowhere")], "nowhere.bin does not exist"),
@@ -221,12 +242,15 @@ def test_data_is_checked_up_front(tmp_path: Path) -> None:
         ([*DATA, "--data-path", "0.5", str(good), "0.5"], "the weight 0.5 has no prefix"),
         ([*DATA, "--data-path", "0.5", str(good), "lots", str(good)], "the weight 0.5 has no prefix"),
         ([*DATA, "--data-path", "-1", str(good)], "--data-path"),
-        ([*DATA, "--data-path", "nan", str(good)], "the weights nan must be positive numbers"),
+        ([*DATA, "--data-path", "nan", str(good)], "the weights nan must be positive; leave out"),
         ([*DATA, "--data-args-path", str(listed)], "nowhere.bin does not exist"),
         ([*DATA, "--data-args-path", str(tmp_path / "none.txt")], "--data-args-path"),
         ([*DATA, "--per-split-data-args-path", str(per_split)], "cut.bin has 393 bytes"),
         ([*DATA, "--per-split-data-args-path", str(no_json)], "--per-split-data-args-path"),
         ([*DATA, "--data-path", str(good), "--valid-data-path", str(good)], "--data-path excludes"),
+        ([*DATA, "--data-path", "0", str(good), "1", str(good)], "the weights 0 1 must be positive; leave"),
+        ([*DATA, "--multiple-validation-sets", "--data-path", str(good)], "needs --full-validation"),
+        ([*DATA, *whole, "--valid-data-path", "1", str(good), "1", str(good)], "--valid-data-path has weights"),
     ])  # fmt: skip
     assert run_distributed(sentences, 1, [[*DATA, "--data-path", "0.3", str(good), "0.7", str(good)]]) == [[""]]
 

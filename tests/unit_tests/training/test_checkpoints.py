@@ -221,6 +221,18 @@ def test_another_schedule_is_told_by_flag_and_what_settles_it(recursive: Path, t
     assert losses_of(tmp_path / "theirs") == {i: losses_of(recursive)[i] for i in (4, 5, 6)}
 
 
+def test_moments_are_kept_under_another_rate(recursive: Path, tmp_path: Path) -> None:
+    """The next step's moments know nothing of its rate."""
+    rates = ["--lr", "2e-2", "--min-lr", "1e-3", "--override-opt_param-scheduler"]
+    for name, flags in (("same", []), ("other", rates)):
+        copy_checkpoint(recursive, tmp_path / name, 3)
+        assert train(*save_to(tmp_path / name, every=4), "--exit-interval", "4", *flags) is None
+    same, other = (tensors_of(tmp_path / name / "iter_0000004") for name in ("same", "other"))
+    moments = {key for key in same if key.startswith(("optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."))}
+    assert len(moments) > 20 and all(_same(same[key], other[key]) for key in moments)
+    assert not _same(same["decoder.final_layernorm.weight"], other["decoder.final_layernorm.weight"])
+
+
 def damage(folder: Path, how: str) -> None:
     shards = sorted((folder / "iter_0000003").glob("*.distcp"))
     if how == "truncated shard":

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -158,6 +159,21 @@ def test_profile_leaves_the_asked_ranks_trace_beside_the_run(tmp_path: Path) -> 
     assert (tmp_path / "board" / "torch_profile" / "rank-0.json.gz").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("how", grid(["exit", "fault"], quick=["exit"]))
+def test_an_exit_inside_the_window_leaves_the_trace(tmp_path: Path, how: str) -> None:
+    """As a command, which ended in a segmentation fault once. The fault is a file in the way of a folder."""
+    exits = ["--exit-interval", "3"] if how == "exit" else []
+    save = ["--save", tmp_path / "run", "--save-interval", "3", *exits]
+    if how == "fault":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "iter_0000003").write_text("in the way")
+    window = ["--profile", "--profile-step-start", "2", "--profile-step-end", "5"]
+    result = run_command([sys.executable, SCRIPT, *FLAGS, *RECURSION, *save, *window], timeout=240)
+    assert result.returncode == 0 if how == "exit" else result.returncode > 0, result.stderr[-2000:]
+    trace = json.loads(gzip.decompress((tmp_path / "run" / "torch_profile" / "rank-0.json.gz").read_bytes()))
+    assert any("scaled_dot_product" in str(event.get("name")) for event in trace["traceEvents"])
+
+
 REFUSED = {
     "--profile --profile-step-end 6": "--profile needs --save or --tensorboard-dir",
     "--profile --save x --save-interval 9": "--profile-step-start 10 must lie before --profile-step-end",
@@ -279,3 +295,26 @@ def test_the_straggler_detector_times_data_and_model() -> None:
     ((said, starts),) = run_distributed(straggler_starts, 1, [*FLAGS, *RECURSION, "--train-iters", "2"], timeout=120)
     assert said is None
     assert starts == [True, False] * 4, "data, then model, of two micro-batches in two iterations"
+
+
+# --- printed losses -------------------------------------------------------------------------------------------------
+
+
+def printed_losses(argv: list[str]) -> dict[int, float]:
+    """Iteration to the loss on the line that Megatron prints for it."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert in_worker(argv) is None
+    lines = re.findall(r"iteration +(\d+)/.* lm loss: ([\d.E+-]+) ", text.getvalue())
+    return {int(iteration): float(loss) for iteration, loss in lines}
+
+
+def test_every_printed_loss_is_of_its_own_interval(tmp_path: Path) -> None:
+    """The second one of a process too; where the first line falls within an interval, that one is whole."""
+    argv = [*FLAGS, *RECURSION, "--metrics-file", str(tmp_path / "metrics.jsonl")]
+    (printed,) = run_distributed(printed_losses, 1, argv, timeout=120)
+    losses = losses_of(tmp_path)
+    assert printed == pytest.approx(losses, rel=1e-6) and sorted(printed) == [1, 2, 3, 4, 5, 6]
+    (printed,) = run_distributed(printed_losses, 1, [*argv, "--log-interval", "3"], timeout=120)
+    means = {n: sum(losses[i] for i in range(n - 2, n + 1)) / 3 for n in (3, 6)}
+    assert printed == pytest.approx({1: losses[1], **means}, rel=1e-6)

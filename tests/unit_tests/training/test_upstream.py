@@ -16,9 +16,10 @@ def _facts() -> dict[str, Any]:
     """What the patches rely on, read from the installed Megatron."""
     import megatron.core
     from megatron.core.dist_checkpointing import validation
-    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import gpt_model
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.rerun_state_machine import RerunStateMachine
@@ -59,6 +60,12 @@ def _facts() -> dict[str, Any]:
             name for name in ("save_integrity_manifest", "verify_integrity_manifest", "_verify_integrity_manifest_impl")
             if list(inspect.signature(getattr(validation, name)).parameters) == ["checkpoint_dir"]),
         "step": "assert len(steps) == 1" in inspect.getsource(DistributedOptimizer.state_dict),
+        "moments": [key for key in ("if not isinstance(tensors[key], torch.Tensor):", "dst_tensors[key].copy_(")
+                    if key in inspect.getsource(DistributedOptimizer._set_main_param_and_optimizer_states)],
+        "passing": checkpointing._NON_PERSISTENT_CKPT_SUBDIR,
+        "first line": inspect.getsource(training.training_log).count("is_first_iteration"),
+        "profiler": "prof = torch.profiler.profile(" in inspect.getsource(training.train),
+        "batches": StepBatchsizeNumMicroBatchesCalculator._parse_schedule("0:4 1K:8", 10),
         "raised": "raise RuntimeError(full_message)" in inspect.getsource(RerunStateMachine.validate_result),
         "flagged forward": "None if self.disable_parameter_transpose_cache else self.is_first_microbatch"
         in (Path(megatron.core.__file__).parent / "extensions" / "transformer_engine.py").read_text(encoding="utf-8"),
@@ -89,6 +96,9 @@ def test_what_is_patched_is_still_where_it_was() -> None:
     assert facts["preprocess returns"] and facts["trace"] and facts["raised"]
     assert facts["flagged forward"] and facts["not started"]
     assert facts["tracker"] and facts["step"] and facts["split"]
+    assert len(facts["moments"]) == 2 and facts["profiler"]
+    assert facts["passing"] == "non_persistent" and facts["batches"] == [(0, 4), (100, 8)]
+    assert facts["first line"] == 5  # parameter, reset, line, its comment, timers: what another value of it changes
     assert set(facts["schedule"]) == {*facts["schedule flags"], "num_steps"}
     functions = "save_integrity_manifest,verify_integrity_manifest,_verify_integrity_manifest_impl"
     assert facts["manifest"] == f"integrity.json {functions}"

@@ -1,0 +1,80 @@
+"""Non-persistent checkpoints: what is compared, read and recorded is one folder, and any run goes on from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.unit_tests.training.runs import files_of, losses_of, metrics_of, train
+
+PASSING = ["--non-persistent-ckpt-type", "global", "--non-persistent-save-interval", "2"]
+DISTRIBUTED = ["--use-distributed-optimizer"]
+
+
+def save_to(folder: Path, *more: str) -> list[str]:
+    return ["--save", str(folder), "--load", str(folder), "--save-interval", "3", *PASSING, *more]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five iterations; 3 is kept, and passing ones are of 2 and 4."""
+    folder = tmp_path_factory.mktemp("passing")
+    assert train(*save_to(folder), *DISTRIBUTED, "--train-iters", "5", "--exit-interval", "5") is None
+    assert (folder / "non_persistent" / "iter_0000004" / "run.json").is_file()
+    shutil.rmtree(folder / "iter_0000005")  # as if killed before
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    return folder
+
+
+def test_another_recursion_in_the_newer_passing_checkpoint_is_refused(saved: Path) -> None:
+    before = files_of(saved)
+    for flags, expected in (
+        (["--num-latent-refinements", "2"], "--num-latent-refinements 1 (this run: 2)"),
+        (["--state-norm", "none"], "--state-norm final (this run: none)"),
+        (["--lr", "0.5"], "--lr 0.01 (this run: 0.5)"),
+    ):
+        said = train(*save_to(saved), *DISTRIBUTED, "--train-iters", "5", *flags)
+        assert said is not None and expected in said and "non_persistent/iter_0000004" in said, said
+    assert files_of(saved) == before
+
+
+@pytest.mark.parametrize("step", [None, 3, 4, 2], ids=str)
+def test_the_folder_that_is_read_is_the_one_that_is_recorded(saved: Path, tmp_path: Path, step: int | None) -> None:
+    """Exactly the uninterrupted losses, from the newest of both kinds or from the one asked for."""
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    asked = ["--ckpt-step", str(step)] if step else []
+    assert train(*save_to(tmp_path / "run"), *DISTRIBUTED, "--train-iters", "5", *asked) is None
+    first = (step or 4) + 1
+    assert losses_of(tmp_path / "run") == {i: losses_of(saved)[i] for i in range(first, 6)}
+    folder = "iter_0000003" if step == 3 else f"non_persistent/iter_{step or 4:07d}"
+    record = json.loads((tmp_path / "run" / "iter_0000005" / "run.json").read_text())
+    assert record["started from"] == str(tmp_path / "run" / folder)
+
+
+def test_a_damaged_passing_checkpoint_names_the_kept_one(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    shard = sorted((tmp_path / "run" / "non_persistent" / "iter_0000004").glob("*.distcp"))[0]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    flags = [*save_to(tmp_path / "run"), *DISTRIBUTED, "--train-iters", "5"]
+    said = str(train(*flags))
+    assert "is damaged" in said and "the last good one beside it is 3: give --ckpt-step 3 to a run" in said, said
+    assert train(*flags, "--ckpt-step", "3") is None
+
+
+def test_a_start_from_a_plain_gpt_goes_on_from_its_passing_checkpoints(saved: Path, tmp_path: Path) -> None:
+    """Which Megatron overlooked, since only kept ones count there; --ckpt-step is not for the GPT."""
+    gpt, run = tmp_path / "gpt", tmp_path / "run"
+    one = ["--train-iters", "1", "--save", str(gpt), "--save-interval", "1"]
+    assert train(*one, recursion=["--disable-recursive-refinement"]) is None
+    flags = [*save_to(run), "--init-from-gpt", gpt, "--train-iters", "3"]
+    assert train(*flags, "--exit-interval", "2") is None
+    assert not (run / "iter_0000002").exists()
+    said = str(train(*save_to(tmp_path / "new"), "--init-from-gpt", gpt, "--ckpt-step", "1"))
+    assert "--ckpt-step needs a checkpoint in --load" in said
+    (run / "metrics.jsonl").unlink()
+    assert train(*flags) is None
+    assert sorted(metrics_of(run)) == [3]
