@@ -6,7 +6,8 @@ module, one per pass. Only one hidden tensor [S, B, H] travels; stage 0 keeps th
 sums happen there. The last stage reads the heads.
 
 Where the plan begins with grad-free passes, two phases may be faster: those passes forward-only over all micro-batches,
-then the passes with gradient. The output state of each micro-batch is streamed from the last stage to stage 0.
+then the passes with gradient. Between them the last stage sends the output states to stage 0, which is about to receive
+them: NCCL may block a message that nobody receives, and all behind it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, make_viewless_tensor
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.recursion_state import RecursionState, initial_output
@@ -39,7 +43,9 @@ class MicroBatch:
     state: RecursionState | None = None  # stage 0
     received: dict[str, Tensor] = field(default_factory=dict)  # stage 0: what the schedule sent, by state
     embedding: Tensor | None = None  # stage 0: with its graph; the state reads a leaf
+    handed_over: tuple[Any, Tensor] | None = None  # stage 0: the output state of the first phase, and its request
     before: Tensor | None = None  # last stage: the output state before the block, detached
+    output: Tensor | None = None  # last stage: the output state of the first phase
     readouts: list[BlockReadout] = field(default_factory=list)  # last stage
     metrics: dict[str, Tensor] = field(default_factory=dict)  # last stage
 
@@ -96,7 +102,6 @@ class RingStep:
         self.num_microbatches = num_microbatches
         self.config = self._schedule_config(get_model_config(wrapped))
         self.micro_batches: dict[int, MicroBatch] = first_phase.micro_batches if first_phase else {}
-        self.handover: Handover = first_phase.handover if first_phase else Handover(self.model)
         self.zeros: Tensor | None = None
         self.views = [PassView(self, decoder_pass) for decoder_pass in self.passes]
 
@@ -148,7 +153,9 @@ class RingStep:
         sent, received = view.received, self._answer(view.received, decoder_pass)
         view.set_input_tensor(None)
         if model.pre_process and decoder_pass is self.passes[0] and decoder_pass.index > 0:
-            received = self.handover.receive(batch)
+            assert batch.handed_over is not None
+            (request, received), batch.handed_over = batch.handed_over, None
+            request.wait()
         with torch.set_grad_enabled(self.train and decoder_pass.grad):
             hidden = self._stage_input(batch, decoder_pass, received) if model.pre_process else None
             self._free_superseded(batch, decoder_pass, sent)
@@ -162,7 +169,7 @@ class RingStep:
         if isinstance(output, Tensor) and not (self.train and decoder_pass.grad):
             output = output.detach()  # Megatron's blocks may mark it as requiring gradient
             if model.post_process and self.hands_over and decoder_pass is self.passes[-1]:
-                self.handover.send(output)
+                batch.output = output
         return output
 
     # -- stage 0: the states -------------------------------------------------------------------------------------
@@ -263,34 +270,25 @@ class RingStep:
         return scale if self.config.calculate_per_token_loss else scale / self.num_microbatches
 
 
-class Handover:
-    """Streams the output state of each micro-batch from the last stage to stage 0, between two phases.
+def hand_over(step: RingStep, group: ProcessGroup) -> None:
+    """Exchange the output states of a phase that has ended: the last stage sends them all, the first receives them all.
 
-    It has Megatron's embedding group (first and last stage) to itself while the schedule runs, so that its messages
-    never stand between those of the schedule.
+    In the pipeline-parallel group, in which no message is under way now. Each state is waited for where it is read.
     """
-
-    def __init__(self, model: RecursiveGPTModel) -> None:
-        self.model = model
-        self.sending: list[tuple[Any, Tensor]] = []  # with the tensors, which must live until they are sent
-
-    def send(self, output: Tensor) -> None:
-        group = parallel_state.get_embedding_group()
-        output = output.contiguous()
-        request = torch.distributed.isend(output, torch.distributed.get_global_rank(group, 0), group=group)
-        self.sending.append((request, output))
-
-    def receive(self, batch: MicroBatch) -> Tensor:
+    first, last = (torch.distributed.get_global_rank(group, rank) for rank in (0, group.size() - 1))
+    batches = step.micro_batches.values()
+    sending: list[Any] = []
+    for batch in batches if step.model.pre_process else ():
         assert batch.embedding is not None
-        group = parallel_state.get_embedding_group()
-        output = torch.empty_like(batch.embedding, requires_grad=False)
-        torch.distributed.recv(output, torch.distributed.get_global_rank(group, 1), group=group)
-        return output
-
-    def finish(self) -> None:
-        for request, _ in self.sending:
-            request.wait()
-        self.sending.clear()
+        state = torch.empty_like(batch.embedding, requires_grad=False)
+        batch.handed_over = torch.distributed.irecv(state, last, group=group), state
+    for batch in batches if step.model.post_process else ():
+        assert batch.output is not None
+        sending.append(torch.distributed.isend(batch.output.contiguous(), first, group=group))
+    for request in sending:
+        request.wait()
+    for batch in batches:
+        batch.output = None
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -319,22 +317,28 @@ def ring_forward_backward(
     model: Any,
     num_microbatches: int,
     forward_only: bool = False,
+    p2p_communicator: Any = None,
+    pg_collection: Any = None,
     **kwargs: Any,
 ) -> list[dict[str, Tensor]]:
     """Megatron's forward-backward contract for a recursive model on several pipeline stages."""
     wrapped = model[0] if isinstance(model, list) else model
     inner = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-    for unused in ("adjust_tensor_shapes_fn", "decoder_seq_length", "p2p_communicator", "pg_collection"):
-        kwargs.pop(unused, None)
+    groups = _groups_of(p2p_communicator, pg_collection)
+    group = groups.pp if groups else parallel_state.get_pipeline_model_parallel_group()
+    if group.size() != inner.pg_collection.pp.size():
+        raise ValueError(f"the model has {inner.pg_collection.pp.size()} stages, the given group {group.size()} ranks")
 
     def run(step: RingStep, *, forward_only: bool) -> list[dict[str, Tensor]]:
+        given = {"pg_collection": groups, "p2p_communicator": P2PCommunicator(group, step.config)} if groups else {}
         return schedules.forward_backward_pipelining_with_interleaving(
             forward_step_func=step.forward_step,
             data_iterator=[iterator] * len(step.views),
             model=step.views,
             num_microbatches=num_microbatches,
             forward_only=forward_only,
+            **given,
             **kwargs,
         )
 
@@ -355,8 +359,17 @@ def ring_forward_backward(
     if split:
         free = RingStep(wrapped, forward_step_func, num_microbatches, plan.passes[:split], forward_only=False)
         run(free, forward_only=True)
+        hand_over(free, group)
     step = RingStep(wrapped, forward_step_func, num_microbatches, plan.passes[split:], forward_only=forward_only,
                     first_phase=free)  # fmt: skip
-    losses = run(step, forward_only=forward_only)
-    step.handover.finish()
-    return losses
+    return run(step, forward_only=forward_only)
+
+
+def _groups_of(p2p_communicator: Any, pg_collection: Any) -> ProcessGroupCollection | None:
+    """The groups that the caller wants, or None for those of parallel state. The ring has its own communicators."""
+    if p2p_communicator is None and pg_collection is None:
+        return None
+    if isinstance(p2p_communicator, P2PCommunicator) and isinstance(pg_collection, ProcessGroupCollection):
+        if p2p_communicator.pp_group is pg_collection.pp:
+            return pg_collection
+    raise ValueError("the ring takes a P2PCommunicator and a ProcessGroupCollection of the same pp group, or neither")
