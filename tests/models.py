@@ -63,7 +63,7 @@ class Layout:
         tp, pp: tensor- and pipeline-parallel sizes; the other ranks are data-parallel.
         ddp: arguments of DistributedDataParallelConfig.
         stages: arguments of TransformerConfig that say which stage holds which layers.
-        phases: of the ring.
+        phases, window: of the ring.
         recompute_passes: replay passes in the backward.
         engine: Transformer Engine's layers and its fused kernels, and gradients accumulated by Apex's kernel where that
             is installed. Needs GPUs and MEGATRON_RECURSIVE_TEST_GPU=1. No GPU has run it yet.
@@ -75,6 +75,7 @@ class Layout:
     pp: int = 1
     stages: Mapping[str, Any] = field(default_factory=dict)
     phases: str = "auto"
+    window: int = 0
     recompute_passes: bool = False
     engine: bool = False
 
@@ -185,7 +186,8 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         **arguments,
     )  # fmt: skip
-    model.pipeline_phases, model.recompute_passes = layout.phases, layout.recompute_passes
+    model.pipeline_phases, model.pipeline_window = layout.phases, layout.window
+    model.recompute_passes = layout.recompute_passes
     if known_weights:
         fill_weights(model)
     return model.cuda() if ON_GPU else model

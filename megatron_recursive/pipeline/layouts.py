@@ -26,7 +26,7 @@ class Job:
         shape: with the padded vocabulary, or with ``pads_vocabulary`` one that Megatron pads for each layout.
         memory: bytes of a GPU. flops: what a GPU computes a second, while it does.
         recording, state: of one tensor-parallel rank and one optimizer shard; each layout has its own.
-        node: GPUs that a tensor-parallel group may span.
+        node: GPUs that a tensor-parallel group may span. window: ``--pipeline-window``.
     """
 
     shape: ModelShape
@@ -40,6 +40,7 @@ class Job:
     distributed_optimizer: bool = False
     pads_vocabulary: bool = False
     node: int = 8
+    window: int = 0
 
     @property
     def backward_cost(self) -> float:
@@ -96,12 +97,12 @@ def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> La
 
     def fullest(step: Step) -> tuple[int, StageMemory]:
         stages = stage_memory(shape, plan, recording, state, layers_per_stage=split, live_passes=step.live,
-                              in_flight=step.in_flight)  # fmt: skip
+                              in_flight=step.in_flight, window=step.window)  # fmt: skip
         return max(enumerate(stages), key=lambda numbered: numbered[1].total)
 
     step = Step(math.inf, 0.0, (len(plan.grad_passes),) * pipeline, 1)
     if fullest(step)[1].total <= USABLE * job.memory:
-        step = simulated_step(plan, price_passes(plan, job.shape, split, job.backward_cost), batches)
+        step = simulated_step(plan, price_passes(plan, job.shape, split, job.backward_cost), batches, window=job.window)
     forward = layer_forward_flops(shape) * shape.num_layers * shape.seq_length * recording.micro_batch / job.flops
     seconds = step.makespan * forward / tensor * (1 + TENSOR_COST * math.log2(tensor))
     return Layout(tensor, pipeline, data, batches, *fullest(step), step.efficiency, seconds)

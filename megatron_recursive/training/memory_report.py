@@ -73,11 +73,12 @@ def memory_of_run(
     plan, stages = config.plan, args.pipeline_model_parallel_size
     transformer: Any = config.transformer
     batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    step = simulated_step(plan, equal_costs(plan, stages), batches, config.pipeline_phases)
+    step = simulated_step(plan, equal_costs(plan, stages), batches, config.pipeline_phases, config.pipeline_window)
     split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
     return stage_memory(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
         layers_per_stage=split, live_passes=step.live, in_flight=step.in_flight,
+        window=step.window,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     norms: NormLayout = field(default_factory=NormLayout)
     pipeline_phases: str = "auto"
+    pipeline_window: int = 0
     recompute_passes: bool = False
 
     @property
@@ -74,7 +75,7 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
             vp_stage=vp_stage,
             recursion=config.recursion,
         )
-        model.pipeline_phases = config.pipeline_phases
+        model.pipeline_phases, model.pipeline_window = config.pipeline_phases, config.pipeline_window
         model.recompute_passes = config.recompute_passes
         return model
 
@@ -121,7 +122,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
     config.norms = norm_layout(vars(args))
-    config.pipeline_phases = args.pipeline_phases
+    config.pipeline_phases, config.pipeline_window = args.pipeline_phases, args.pipeline_window
     config.recompute_passes = args.recompute_passes
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
