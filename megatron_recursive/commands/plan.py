@@ -233,7 +233,7 @@ def _figures(args: argparse.Namespace, job: Job, layout: Layout, flops: float, t
 
 
 def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[str]:
-    from megatron_recursive.pipeline.layouts import TENSOR_COST, USABLE
+    from megatron_recursive.pipeline.layouts import TENSOR_COST, USABLE, stage_costs
     from megatron_recursive.pipeline.planner import said_of_phases
 
     columns = COLUMNS if args.tokens else COLUMNS[:-1]
@@ -256,7 +256,8 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
     ]
     ring = next((each for each in report["layouts"] if each["pipeline"] > 1), None)
     if ring and not job.plan.is_plain:
-        said = said_of_phases(job.plan, ring["pipeline"], ring["micro_batches"], window=job.window)
+        costs = stage_costs(job, ring["pipeline"])
+        said = said_of_phases(job.plan, costs, ring["micro_batches"], window=job.window)
         notes.append(f"{ring['micro_batches']} micro-batches on {ring['pipeline']} stages: {said}.")
     about, notes = ([textwrap.fill(line, 100, subsequent_indent="  ") for line in lines] for lines in (about, notes))
     return [*about, "", *rows, "", *notes, ""]

@@ -54,6 +54,7 @@ class RecursiveGPTModel(GPTModel):
 
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
     pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
+    pipeline_costs: Any = None  # PassCosts by which the phases are chosen; None: all passes cost the same
     recompute_passes: bool = False  # keep the input of a pass only, and replay it in the backward
 
     def __init__(

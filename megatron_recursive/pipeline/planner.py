@@ -42,19 +42,19 @@ class Step:
 
 @functools.lru_cache(maxsize=64)
 def chosen_windows(
-    plan: RecursionPlan, stages: int, micro_batches: int, phases: str = "auto", window: int = 0
+    plan: RecursionPlan, costs: PassCosts, micro_batches: int, phases: str = "auto", window: int = 0
 ) -> tuple[int, ...]:
     """The micro-batches of each window of two phases in which a run takes a step; none where it takes one phase.
 
-    ``phases`` and ``window`` are ``--pipeline-phases`` and ``--pipeline-window``. ``auto`` takes what is faster by
-    simulation of passes that cost the same.
+    ``phases`` and ``window`` are ``--pipeline-phases`` and ``--pipeline-window``; ``auto`` takes what is faster by
+    simulation.
     """
+    stages = costs.stages
     if window and window < stages:
         raise UserError(f"--pipeline-window {window} is less than --pipeline-model-parallel-size {stages}; a window "
                         "takes at least one micro-batch for each stage.")  # fmt: skip
     windows = possible_windows(plan, stages, micro_batches, window)
     if phases == "auto" and windows:
-        costs = equal_costs(plan, stages)
         one, two = (step_of(costs, micro_batches, sizes).makespan for sizes in ((), windows))
         return windows if two < one * (1 - 1e-9) else ()  # not by rounding: all ranks must decide alike
     return windows if phases == "two" else ()
@@ -66,11 +66,12 @@ def possible_windows(plan: RecursionPlan, stages: int, micro_batches: int, windo
     return window_sizes(stages, micro_batches, window) if runs else ()
 
 
-def said_of_phases(plan: RecursionPlan, stages: int, micro_batches: int, phases: str = "auto", window: int = 0) -> str:
+def said_of_phases(
+    plan: RecursionPlan, costs: PassCosts, micro_batches: int, phases: str = "auto", window: int = 0
+) -> str:
     """What a run takes, and why, in a line."""
-    windows = chosen_windows(plan, stages, micro_batches, phases, window)
-    two = possible_windows(plan, stages, micro_batches, window)
-    costs = equal_costs(plan, stages)
+    windows = chosen_windows(plan, costs, micro_batches, phases, window)
+    two = possible_windows(plan, costs.stages, micro_batches, window)
     one = f"one phase {step_of(costs, micro_batches).efficiency:.3f} efficient"
     if not two:
         return f"one phase, since two need two passes each ({one})"
@@ -86,7 +87,7 @@ def simulated_step(plan: RecursionPlan, costs: PassCosts, micro_batches: int, ph
     """A step of the ring as a run would take it, or of 1F1B of a plain model."""
     if costs.stages == 1:
         return Step(sum(costs.busy(micro_batches)), 1.0, (len(plan.grad_passes),), 1)
-    windows = chosen_windows(plan, costs.stages, micro_batches, phases, window)
+    windows = chosen_windows(plan, costs, micro_batches, phases, window)
     return step_of(costs, micro_batches, windows, interleaved=not plan.is_plain)
 
 
@@ -143,7 +144,7 @@ def plan_pipeline(
         return price_passes(plan, shape, (shape.num_layers // stages,) * stages, backward_cost)
 
     started, costs = time.perf_counter(), costs_of(plan)
-    windows = chosen_windows(plan, stages, micro_batches, window=window)
+    windows = chosen_windows(plan, costs, micro_batches, window=window)
     chosen = simulate(costs, micro_batches, windows=windows)
     compared: dict[str, tuple[float, float]] = {}
     for sizes in dict.fromkeys(((), possible_windows(plan, stages, micro_batches, window))):

@@ -33,6 +33,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
 from megatron_recursive.pipeline.autograd import InjectLoss, JoinLeafGradient
+from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
 from megatron_recursive.pipeline.windows import microbatch_group_size
 from megatron_recursive.plan import DecoderPass
@@ -367,7 +368,8 @@ def ring_forward_backward(
         )
     windows: tuple[int, ...] = ()
     if not forward_only:
-        windows = chosen_windows(plan, stages, num_microbatches, inner.pipeline_phases, inner.pipeline_window)
+        costs = inner.pipeline_costs or equal_costs(plan, stages)
+        windows = chosen_windows(plan, costs, num_microbatches, inner.pipeline_phases, inner.pipeline_window)
     split = plan.first_grad_pass if windows else 0
     totals = StepTotals(num_microbatches)
 
@@ -412,8 +414,8 @@ def _no_sync(config: Any) -> AbstractContextManager[None]:
     return nullcontext() if function is None else function()
 
 
-class RingCommunicator(P2PCommunicator):  # type: ignore[misc]
-    """Megatron's, which also knows what was sent last: where outputs are not freed, the schedule does not wait for it."""
+class RingCommunicator(P2PCommunicator):
+    """Megatron's, which also knows its last message: where outputs are not freed, the schedule does not wait for it."""
 
     last: Any = None
 

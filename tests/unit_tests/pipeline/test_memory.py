@@ -101,8 +101,9 @@ def peak(case: Case, layout: Layout) -> Peak:
         ring_schedule.RingStep.run_pass = original  # type: ignore[method-assign]
     assert recorded == 0
     plan = model.plan
-    windows = chosen_windows(plan, layout.pp, case.micro_batches, layout.phases, layout.window)
-    step, rank = step_of(equal_costs(plan, layout.pp), case.micro_batches, windows), model.pg_collection.pp.rank()
+    costs, rank = equal_costs(plan, layout.pp), model.pg_collection.pp.rank()
+    windows = chosen_windows(plan, costs, case.micro_batches, layout.phases, layout.window)
+    step = step_of(costs, case.micro_batches, windows)
     found.simulated = step.live[rank]
     if rank == 0:
         found.states = states_held(layout.pp, step.in_flight, step.window)

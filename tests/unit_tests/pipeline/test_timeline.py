@@ -166,6 +166,7 @@ def _recorded(case: Case, layout: Layout) -> tuple[list[tuple[str, int, int]], l
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import schedules
 
+    from megatron_recursive.pipeline.pass_costs import equal_costs
     from megatron_recursive.pipeline.planner import chosen_windows
     from megatron_recursive.pipeline.timeline import schedule_order
 
@@ -195,7 +196,7 @@ def _recorded(case: Case, layout: Layout) -> tuple[list[tuple[str, int, int]], l
         schedules.forward_step, schedules.backward_step = forward, backward
     plan = build_plan(case.resolved_recursion())
     rank, expected = parallel_state.get_pipeline_model_parallel_rank(), []
-    windows = chosen_windows(plan, layout.pp, case.micro_batches, layout.phases, layout.window)
+    windows = chosen_windows(plan, equal_costs(plan, layout.pp), case.micro_batches, layout.phases, layout.window)
     split = plan.first_grad_pass if windows else 0
     for size in windows or (case.micro_batches,):  # a window counts its micro-batches from 0
         expected += schedule_order(layout.pp, rank, split, size, forward_only=True) if split else []
