@@ -165,7 +165,7 @@ def simulated(size: Size) -> dict[str, float]:
                                 detach_between_refinements=arm.detach, halt_supervision="last")  # fmt: skip
         plan = build_plan(knobs.resolved(embedding_init_std=0.02))
         speedups[arm.name] = simulated_speedup(plan, shape, stages=2, micro_batches=size.micro_batches,
-                                               two_phases=arm.phases == "two")  # fmt: skip
+                                               windows=(size.micro_batches,) * (arm.phases == "two"))  # fmt: skip
     return speedups
 
 

@@ -32,6 +32,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
+from tests.rendezvous import rendezvous_messages
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_WORKERS = 4
 START_TIMEOUT = 300.0  # seconds for the imports of all new workers, on a busy machine
@@ -58,6 +60,7 @@ def run_distributed(
     *args: Any,
     timeout: float = 60.0,
     pool: WorkerPool | None = None,
+    rendezvous: float | None = None,
     **kwargs: Any,
 ) -> list[Any]:
     """Call ``fn(*args, **kwargs)`` on ``world_size`` gloo ranks and return the results in rank order.
@@ -67,6 +70,8 @@ def run_distributed(
     ``assert`` in the workers: prefer ``torch.testing.assert_close``, which shows the values.
     ``pool``: other workers than usual.
 
+    ``rendezvous``: messages between two ranks wait as NCCL's may (``tests/rendezvous.py``), each for so many seconds.
+
     Raises:
         DistributedFailure: a rank raised an exception or died.
         DistributedTimeout: some rank was not done after ``timeout`` seconds and none failed.
@@ -75,7 +80,8 @@ def run_distributed(
         raise ValueError(f"world_size is {world_size}, but the pool has 1 to {MAX_WORKERS} ranks")
     if "<" in fn.__qualname__:
         raise ValueError(f"{fn.__qualname__} is not a module-level function, so workers cannot import it")
-    return (pool or _the_pool()).run(f"{fn.__module__}:{fn.__qualname__}", world_size, _dumps((args, kwargs)), timeout)
+    target = f"{fn.__module__}:{fn.__qualname__}"
+    return (pool or _the_pool()).run(target, world_size, _dumps((args, kwargs)), timeout, rendezvous)
 
 
 def shutdown_pool() -> None:
@@ -151,6 +157,7 @@ class _Job:
     store: str  # path of the FileStore: unlike a TCP port, nobody else can take it in between
     master_port: int  # only for code that reads the environment; the harness does not listen on it
     timeout: float
+    rendezvous: float | None = None
 
 
 @dataclass(frozen=True)
@@ -288,13 +295,15 @@ class WorkerPool:
         self.jobs = 0
         self.scratch = tempfile.TemporaryDirectory(prefix="run_distributed_")
 
-    def run(self, target: str, world_size: int, arguments: bytes, timeout: float) -> list[Any]:
+    def run(
+        self, target: str, world_size: int, arguments: bytes, timeout: float, rendezvous: float | None = None
+    ) -> list[Any]:
         team = self._team(world_size)
         self.jobs += 1
         store, port = str(Path(self.scratch.name) / f"store-{self.jobs}"), _free_port()
         try:
             for rank, worker in enumerate(team):
-                worker.start_job(_Job(target, arguments, rank, world_size, store, port, timeout))
+                worker.start_job(_Job(target, arguments, rank, world_size, store, port, timeout, rendezvous))
             replies = _collect(team, timeout)
             failure = _failure(team, replies, timeout)
             # A rank keeps its sockets until all have their results: closing them early could cut off a slower peer.
@@ -577,7 +586,8 @@ def _run_job(job: _Job) -> bytes:
     for attribute in name.split("."):
         fn = getattr(fn, attribute)
     args, kwargs = pickle.loads(job.arguments)
-    return _dumps(fn(*args, **kwargs))
+    with contextlib.nullcontext() if job.rendezvous is None else rendezvous_messages(job.rendezvous):
+        return _dumps(fn(*args, **kwargs))
 
 
 def _seed_everything() -> None:

@@ -65,7 +65,7 @@ class Layout:
         tp, pp: tensor- and pipeline-parallel sizes; the other ranks are data-parallel.
         ddp: arguments of DistributedDataParallelConfig.
         stages: arguments of TransformerConfig that say which stage holds which layers.
-        phases: of the ring.
+        phases, window: of the ring.
         recompute_passes: replay passes in the backward.
         engine: Transformer Engine's layers. On GPUs (MEGATRON_RECURSIVE_TEST_GPU=1; none has run it yet) also its fused
             kernels, and gradients accumulated by Apex's kernel where that is installed; on CPUs its stand-ins.
@@ -77,6 +77,7 @@ class Layout:
     pp: int = 1
     stages: Mapping[str, Any] = field(default_factory=dict)
     phases: str = "auto"
+    window: int = 0
     recompute_passes: bool = False
     engine: bool = False
 
@@ -192,7 +193,8 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         **arguments,
     )  # fmt: skip
-    model.pipeline_phases, model.recompute_passes = layout.phases, layout.recompute_passes
+    model.pipeline_phases, model.pipeline_window = layout.phases, layout.window
+    model.recompute_passes = layout.recompute_passes
     if known_weights:
         fill_weights(model)
     return model.cuda() if ON_GPU else model

@@ -79,7 +79,7 @@ class StageMemory:
         decoder: what the recorded passes keep.
         replay: of one pass (or of some layers) while its backward recomputes it.
         heads: logits and halting head, on the last stage; free again before a replay begins.
-        states: embedding, output and latent of the micro-batches in flight, on the first stage.
+        states: those of the micro-batches that stage 0 holds, with their gradients.
     """
 
     weights: float
@@ -172,6 +172,14 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
     return probabilities + kept, len(halting) * hidden
 
 
+def states_held(stages: int, in_flight: int, window: int = 0) -> int:
+    """Hidden tensors that the states of all micro-batches take on the first stage.
+
+    Embedding, output and latent; in the ring two of them with a gradient each while a micro-batch is under way.
+    """
+    return 3 * in_flight if stages == 1 else 4 * in_flight + 3 * max(window - in_flight, 0)
+
+
 def stage_memory(
     shape: ModelShape,
     plan: RecursionPlan,
@@ -181,13 +189,15 @@ def stage_memory(
     layers_per_stage: Sequence[int] = (),
     live_passes: Sequence[int] = (),
     in_flight: int = 1,
+    window: int = 0,
 ) -> list[StageMemory]:
     """The memory of every pipeline stage.
 
     Args:
         layers_per_stage: all layers on one stage if left out.
         live_passes: the most recorded passes that each stage holds at once; all passes with gradient if left out.
-        in_flight: micro-batches whose states the first stage holds at once.
+        in_flight: micro-batches that are under way at once. window: those of a window of two phases, all of which
+            wait between the phases; 0 in one phase.
     """
     split = tuple(layers_per_stage) or (shape.num_layers,)
     live = tuple(live_passes) or (len(plan.grad_passes),)
@@ -202,7 +212,7 @@ def stage_memory(
             weights=sizes[stage] * state.total,
             decoder=passes * kept,
             replay=replay,
-            heads=head + in_flight * waiting if is_last else 0.0,
-            states=in_flight * 3 * hidden if is_first else 0.0,
+            heads=head + max(in_flight, window) * waiting if is_last else 0.0,
+            states=hidden * states_held(len(split), in_flight, window) if is_first else 0.0,
         ))  # fmt: skip
     return stages

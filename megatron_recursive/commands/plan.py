@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--use-distributed-optimizer", action="store_true", help="spread Adam's states over DP")
     job.add_argument("--recompute-passes", action="store_true", help="keep one hidden tensor a pass, replay the pass")
     job.add_argument("--recompute-granularity", choices=("full",), help="replay layer by layer")
+    job.add_argument("--pipeline-window", type=int, metavar="N", help="micro-batches of a window of two phases at most")
     job.add_argument("--tokens", metavar="N", help="also tell the days that so many take: 100B, 300M, ...")
     gpus = parser.add_argument_group("GPUs")
     gpus.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each; 90%% of it may be filled")
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
         best = next((x for x in found if x.pipeline > 1), found[0])
         step = best.pipeline, best.micro_batches, job.shape, job.backward_cost
-        timeline, simulated = plan_pipeline(job.plan, *step)
+        timeline, simulated = plan_pipeline(job.plan, *step, job.window)
         picture = str(plot_timeline(timeline, job.plan, args.timeline))
         report["timeline"] = {**simulated, "picture": picture}
         text += [described(timeline, job.plan, simulated), "", picture, ""]
@@ -197,6 +198,7 @@ def _job(args: argparse.Namespace, arch: Architecture, recursion: RecursionConfi
         shape, plan, args.gpus, args.gpu_memory * GIB, args.peak_tflops * 1e12 * args.mfu,
         args.global_batch_size, recording, StateBytes() if args.bf16 else StateBytes(4, 4, 8),
         args.use_distributed_optimizer, pads_vocabulary=not (args.ckpt or args.hf), node=args.gpus_per_node,
+        window=args.pipeline_window or 0,
     )  # fmt: skip
 
 
@@ -231,7 +233,8 @@ def _figures(args: argparse.Namespace, job: Job, layout: Layout, flops: float, t
 
 
 def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[str]:
-    from megatron_recursive.pipeline.layouts import TENSOR_COST, USABLE
+    from megatron_recursive.pipeline.layouts import TENSOR_COST, USABLE, stage_costs
+    from megatron_recursive.pipeline.planner import said_of_phases
 
     columns = COLUMNS if args.tokens else COLUMNS[:-1]
     about = [
@@ -251,6 +254,11 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
         "--peak-tflops). Simulated: how long stages wait (efficiency; MFU is what remains). Communication is not "
         f"simulated; every doubling of TP is charged {TENSOR_COST:.0%}.",
     ]
+    ring = next((each for each in report["layouts"] if each["pipeline"] > 1), None)
+    if ring and not job.plan.is_plain:
+        costs = stage_costs(job, ring["pipeline"])
+        said = said_of_phases(job.plan, costs, ring["micro_batches"], window=job.window)
+        notes.append(f"{ring['micro_batches']} micro-batches on {ring['pipeline']} stages: {said}.")
     about, notes = ([textwrap.fill(line, 100, subsequent_indent="  ") for line in lines] for lines in (about, notes))
     return [*about, "", *rows, "", *notes, ""]
 
@@ -267,6 +275,7 @@ def _words(
     switches = {
         "--sequence-parallel": layout.tensor > 1,
         "--bf16": args.bf16,
+        f"--pipeline-window={args.pipeline_window}": args.pipeline_window and layout.pipeline > 1,
         "--use-distributed-optimizer": args.use_distributed_optimizer,
         "--recompute-passes": args.recompute_passes,
         "--recompute-granularity=full --recompute-method=uniform --recompute-num-layers=1": args.recompute_granularity,

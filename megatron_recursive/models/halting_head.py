@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
@@ -28,10 +30,28 @@ class HaltingHead(MegatronModule):
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:
         """[S, B, H] (this rank's tokens under sequence parallelism) to logits [B, S] of all tokens, fp32."""
-        logits_SB = hidden_SBH.float() @ self.weight.float() + self.bias.float()
+        logits_SB = _Logits.apply(hidden_SBH, self.weight) + self.bias.float()
         if self.config.sequence_parallel:
             # Every rank computes the same loss from the gathered logits, so the backward splits and does not sum.
             logits_SB = tensor_parallel.gather_from_sequence_parallel_region(
                 logits_SB, tensor_parallel_output_grad=False, group=self.tp_group
             )
         return logits_SB.transpose(0, 1)
+
+
+class _Logits(torch.autograd.Function):
+    """``h @ w`` in fp32. Until the backward it keeps ``h`` as it is given; autograd would keep an fp32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_SBH: Tensor, weight_H: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_SBH, weight_H)
+        return hidden_SBH.float() @ weight_H.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor | None, Tensor]:
+        hidden_SBH, weight_H = ctx.saved_tensors
+        of_hidden = None
+        if ctx.needs_input_grad[0]:
+            of_hidden = (grad_SB.unsqueeze(-1) * weight_H.float()).to(hidden_SBH.dtype)
+        of_weight = grad_SB.flatten() @ hidden_SBH.float().flatten(0, 1)
+        return of_hidden, of_weight.to(weight_H.dtype)

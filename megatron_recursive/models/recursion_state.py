@@ -28,10 +28,9 @@ def initial_state_vectors(plan: RecursionPlan, hidden_size: int) -> dict[str, Te
     return vectors
 
 
-def initial_output(plan: RecursionPlan, like: Tensor) -> Tensor:
-    """The output state before the first block, [S, B, H], also where no embedding is held (a later pipeline stage)."""
-    vector = initial_state_vectors(plan, like.shape[-1]).get("output")
-    return torch.zeros_like(like) if vector is None else vector.to(like).expand_as(like)
+def expanded(vector_H: Tensor | None, like_SBH: Tensor) -> Tensor:
+    """An initial state, [S, B, H], without memory of its own. None is zero."""
+    return (like_SBH.new_zeros(()) if vector_H is None else vector_H.to(like_SBH)).expand_as(like_SBH)
 
 
 class RecursionState:
@@ -40,12 +39,7 @@ class RecursionState:
     def __init__(self, embedding_SBH: Tensor, initial: Mapping[str, Tensor]) -> None:
         self.values: dict[str, Tensor] = {"input": embedding_SBH}
         for name in ("output", "latent"):
-            vector = initial.get(name)
-            self.values[name] = (
-                torch.zeros_like(embedding_SBH, requires_grad=False)
-                if vector is None
-                else vector.to(embedding_SBH).expand_as(embedding_SBH)
-            )
+            self.values[name] = expanded(initial.get(name), embedding_SBH)
 
     @property
     def output(self) -> Tensor:
@@ -57,7 +51,8 @@ class RecursionState:
             for name in ("output", "latent"):
                 self.values[name] = self.values[name].detach()
         first, *others = (self.values[name] for name in decoder_pass.reads)
-        total = first.view_as(first)  # a tensor of its own also where nothing is added: a ring frees states
+        # A tensor of its own also where nothing is added: a ring frees states.
+        total = first.contiguous().view_as(first)
         for other in others:
             total = total + other
         if torch.is_grad_enabled() and not total.requires_grad:

@@ -56,6 +56,8 @@ class RecursiveGPTModel(GPTModel):
     """
 
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
+    pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
+    pipeline_costs: Any = None  # PassCosts by which the phases are chosen; None: all passes cost the same
     recompute_passes: bool = False  # keep the input of a pass only, and replay it in the backward
 
     def __init__(
@@ -76,9 +78,10 @@ class RecursiveGPTModel(GPTModel):
         if self.plan.state_norm == "none" and self.post_process:
             # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
             self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
-        if self.pre_process:
-            for name, vector in initial_state_vectors(self.plan, self.config.hidden_size).items():
-                self.register_buffer(f"initial_{name}", vector.to(self.config.params_dtype))
+        for name, vector in initial_state_vectors(self.plan, self.config.hidden_size).items():
+            if self.pre_process or (self.post_process and name == "output"):  # there telemetry compares with it
+                vector = vector.to(self.config.params_dtype)
+                self.register_buffer(f"initial_{name}", vector, persistent=self.pre_process)
 
     def weights_by_part(self) -> dict[str, set[torch.nn.Parameter]]:
         """The weights that each name given to :meth:`Uses.apart` stands for. A tied embedding belongs to two."""

@@ -9,7 +9,7 @@ from itertools import combinations
 
 from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.accounting.flops import layer_forward_flops
-from megatron_recursive.pipeline.pass_costs import price_passes
+from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
 from megatron_recursive.pipeline.planner import Step, simulated_step
 from megatron_recursive.plan import RecursionPlan
 
@@ -26,7 +26,7 @@ class Job:
         shape: with the padded vocabulary, or with ``pads_vocabulary`` one that Megatron pads for each layout.
         memory: bytes of a GPU. flops: what a GPU computes a second, while it does.
         recording, state: of one tensor-parallel rank and one optimizer shard; each layout has its own.
-        node: GPUs that a tensor-parallel group may span.
+        node: GPUs that a tensor-parallel group may span. window: ``--pipeline-window``.
     """
 
     shape: ModelShape
@@ -40,6 +40,7 @@ class Job:
     distributed_optimizer: bool = False
     pads_vocabulary: bool = False
     node: int = 8
+    window: int = 0
 
     @property
     def backward_cost(self) -> float:
@@ -70,6 +71,10 @@ def fitting_layouts(job: Job) -> list[Layout]:
     return sorted(found, key=lambda layout: (layout.seconds, layout.tensor, layout.pipeline))
 
 
+def stage_costs(job: Job, pipeline: int) -> PassCosts:
+    return price_passes(job.plan, job.shape, (job.shape.num_layers // pipeline,) * pipeline, job.backward_cost)
+
+
 def _sizes(job: Job) -> Iterator[tuple[int, int, int, int]]:
     """(tensor, pipeline, data, micro-batches) of all layouts with equal stages and a micro-batch for each stage."""
     shape, node = job.shape, min(job.node, job.gpus)
@@ -96,12 +101,12 @@ def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> La
 
     def fullest(step: Step) -> tuple[int, StageMemory]:
         stages = stage_memory(shape, plan, recording, state, layers_per_stage=split, live_passes=step.live,
-                              in_flight=step.in_flight)  # fmt: skip
+                              in_flight=step.in_flight, window=step.window)  # fmt: skip
         return max(enumerate(stages), key=lambda numbered: numbered[1].total)
 
     step = Step(math.inf, 0.0, (len(plan.grad_passes),) * pipeline, 1)
     if fullest(step)[1].total <= USABLE * job.memory:
-        step = simulated_step(plan, price_passes(plan, job.shape, split, job.backward_cost), batches)
+        step = simulated_step(plan, stage_costs(job, pipeline), batches, window=job.window)
     forward = layer_forward_flops(shape) * shape.num_layers * shape.seq_length * recording.micro_batch / job.flops
     seconds = step.makespan * forward / tensor * (1 + TENSOR_COST * math.log2(tensor))
     return Layout(tensor, pipeline, data, batches, *fullest(step), step.efficiency, seconds)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
 from megatron_recursive.pipeline.pass_costs import PassCosts, equal_costs, price_passes
-from megatron_recursive.pipeline.ring_schedule import microbatch_group_size, two_phases_are_faster
 from megatron_recursive.pipeline.timeline import Timeline, simulate
+from megatron_recursive.pipeline.windows import microbatch_group_size, window_sizes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 SIMULATED_GROUPS = 3  # the schedule repeats from group to group of micro-batches
@@ -24,45 +25,111 @@ class Step:
     Attributes:
         makespan: in the unit of its costs. efficiency: work over stages times makespan.
         live: the most recorded passes that each stage holds at once.
-        in_flight: micro-batches whose states the first stage holds at once.
+        in_flight: micro-batches that are under way at once.
+        windows: micro-batches of each window of two phases; none in one phase.
     """
 
     makespan: float
     efficiency: float
     live: tuple[int, ...]
     in_flight: int
+    windows: tuple[int, ...] = ()
+
+    @property
+    def window(self) -> int:
+        return max(self.windows, default=0)
 
 
-def takes_two_phases(plan: RecursionPlan, stages: int, micro_batches: int, phases: str = "auto") -> bool:
-    """As a run would decide with the same ``--pipeline-phases``."""
-    wanted = phases == "two" or (phases == "auto" and two_phases_are_faster(stages, micro_batches))
-    return wanted and min(plan.first_grad_pass, plan.num_passes - plan.first_grad_pass) >= 2
+@functools.lru_cache(maxsize=64)
+def chosen_windows(
+    plan: RecursionPlan, costs: PassCosts, micro_batches: int, phases: str = "auto", window: int = 0
+) -> tuple[int, ...]:
+    """The micro-batches of each window of two phases in which a run takes a step; none where it takes one phase.
+
+    ``phases`` and ``window`` are ``--pipeline-phases`` and ``--pipeline-window``; ``auto`` takes what is faster by
+    simulation.
+    """
+    stages = costs.stages
+    if window and window < stages:
+        raise UserError(f"--pipeline-window {window} is less than --pipeline-model-parallel-size {stages}; a window "
+                        "takes at least one micro-batch for each stage.")  # fmt: skip
+    windows = possible_windows(plan, stages, micro_batches, window)
+    if phases == "auto" and windows:
+        one, two = (step_of(costs, micro_batches, sizes).makespan for sizes in ((), windows))
+        return windows if two < one * (1 - 1e-9) else ()  # not by rounding: all ranks must decide alike
+    return windows if phases == "two" else ()
 
 
-def simulated_step(plan: RecursionPlan, costs: PassCosts, micro_batches: int, phases: str = "auto") -> Step:
-    """A step of the ring, or of 1F1B of a plain model; of many micro-batches, from what each further group adds."""
-    stages, busy = costs.stages, sum(costs.busy(micro_batches))
-    if stages == 1:
-        return Step(busy, 1.0, (len(plan.grad_passes),), 1)
-    two, group = takes_two_phases(plan, stages, micro_batches, phases), microbatch_group_size(stages, micro_batches)
-    few = micro_batches if micro_batches % group else min(micro_batches, SIMULATED_GROUPS * group)
-    makespan, live = _simulated(costs, few, two, not plan.is_plain)
-    if few < micro_batches:
-        before, _ = _simulated(costs, few - group, two, not plan.is_plain)
-        makespan += (micro_batches - few) / group * (makespan - before)
-    in_flight = 1 if plan.is_plain else micro_batches if two else group
-    return Step(makespan, busy / (stages * makespan), live, in_flight)
+def possible_windows(plan: RecursionPlan, stages: int, micro_batches: int, window: int = 0) -> tuple[int, ...]:
+    """The windows of two phases, each of which needs two passes, as the interleaved schedule does; none otherwise."""
+    runs = min(plan.first_grad_pass, plan.num_passes - plan.first_grad_pass) >= 2
+    return window_sizes(stages, micro_batches, window) if runs else ()
+
+
+def said_of_phases(
+    plan: RecursionPlan, costs: PassCosts, micro_batches: int, phases: str = "auto", window: int = 0
+) -> str:
+    """What a run takes, and why, in a line."""
+    windows = chosen_windows(plan, costs, micro_batches, phases, window)
+    two = possible_windows(plan, costs.stages, micro_batches, window)
+    one = f"one phase {step_of(costs, micro_batches).efficiency:.3f} efficient"
+    if not two:
+        return f"one phase, since two need two passes each ({one})"
+    why = "the faster by simulation" if phases == "auto" else f"--pipeline-phases {phases}"
+    taken = "one phase"
+    if windows:
+        taken = f"two phases in {_count(windows)} of up to {max(windows)} micro-batches"
+    return f"{taken} ({why}: {one}, two {step_of(costs, micro_batches, two).efficiency:.3f})"
+
+
+def simulated_step(plan: RecursionPlan, costs: PassCosts, micro_batches: int, phases: str = "auto",
+                   window: int = 0) -> Step:  # fmt: skip
+    """A step of the ring as a run would take it, or of 1F1B of a plain model."""
+    if costs.stages == 1:
+        return Step(sum(costs.busy(micro_batches)), 1.0, (len(plan.grad_passes),), 1)
+    windows = chosen_windows(plan, costs, micro_batches, phases, window)
+    return step_of(costs, micro_batches, windows, interleaved=not plan.is_plain)
+
+
+def step_of(costs: PassCosts, micro_batches: int, windows: tuple[int, ...] = (), *, interleaved: bool = True) -> Step:
+    """A step in these windows, or in one phase; of many micro-batches, from what each further group or window adds."""
+    stages = costs.stages
+    if windows:
+        kinds = tuple(dict.fromkeys(windows))
+        makespan, live = _simulated(costs, kinds, True, interleaved)
+        for size in kinds:
+            if more := windows.count(size) - 1:
+                again = _simulated(costs, (size, size), True, interleaved)[0]
+                makespan += more * (again - _simulated(costs, (size,), True, interleaved)[0])
+    else:
+        group = microbatch_group_size(stages, micro_batches)
+        few = micro_batches if micro_batches % group else min(micro_batches, SIMULATED_GROUPS * group)
+        makespan, live = _simulated(costs, (few,), False, interleaved)
+        if few < micro_batches:
+            before, _ = _simulated(costs, (few - group,), False, interleaved)
+            makespan += (micro_batches - few) / group * (makespan - before)
+    efficiency = sum(costs.busy(micro_batches)) / (stages * makespan)
+    size = max(windows, default=micro_batches)
+    in_flight = min(size, 2 * microbatch_group_size(stages, size)) if interleaved else 1
+    return Step(makespan, efficiency, live, in_flight, windows)
+
+
+def _count(windows: Sequence[int]) -> str:
+    return f"{len(windows)} window{'s' * (len(windows) > 1)}"
 
 
 @functools.lru_cache(maxsize=256)
-def _simulated(costs: PassCosts, batches: int, two_phases: bool, interleaved: bool) -> tuple[float, tuple[int, ...]]:
-    timeline = simulate(costs, batches, two_phases=two_phases, interleaved=interleaved)
+def _simulated(
+    costs: PassCosts, sizes: tuple[int, ...], in_windows: bool, interleaved: bool
+) -> tuple[float, tuple[int, ...]]:
+    timeline = simulate(costs, sum(sizes), windows=sizes if in_windows else (), interleaved=interleaved)
     return timeline.makespan, tuple(timeline.peak_live)
 
 
 def plan_pipeline(
-    plan: RecursionPlan, stages: int, micro_batches: int, shape: ModelShape | None = None, backward_cost: float = 2.0
-) -> tuple[Timeline, dict[str, Any]]:
+    plan: RecursionPlan, stages: int, micro_batches: int, shape: ModelShape | None = None, backward_cost: float = 2.0,
+    window: int = 0,
+) -> tuple[Timeline, dict[str, Any]]:  # fmt: skip
     """Simulate the ring, and put it beside the alternatives; without a shape all passes cost the same.
 
     The other number of phases; the *naive ring*, which sends one micro-batch at a time through all passes, forward and
@@ -76,13 +143,14 @@ def plan_pipeline(
             return equal_costs(plan, stages, backward_cost)
         return price_passes(plan, shape, (shape.num_layers // stages,) * stages, backward_cost)
 
-    started, names = time.perf_counter(), ("ring, one phase", "ring, two phases")
-    costs, two = costs_of(plan), takes_two_phases(plan, stages, micro_batches)
-    chosen = simulate(costs, micro_batches, two_phases=two)
-    compared = {names[two]: (chosen.efficiency, chosen.makespan)}
-    if plan.first_grad_pass:
-        other = simulate(costs, micro_batches, two_phases=not two)
-        compared[names[not two]] = other.efficiency, other.makespan
+    started, costs = time.perf_counter(), costs_of(plan)
+    windows = chosen_windows(plan, costs, micro_batches, window=window)
+    chosen = simulate(costs, micro_batches, windows=windows)
+    compared: dict[str, tuple[float, float]] = {}
+    for sizes in dict.fromkeys(((), possible_windows(plan, stages, micro_batches, window))):
+        step = chosen if sizes == windows else simulate(costs, micro_batches, windows=sizes)
+        name = f"ring, two phases, {_count(sizes)}" if sizes else "ring, one phase"
+        compared[name] = step.efficiency, step.makespan
     naive = simulate(costs, 1)
     compared["naive ring"] = naive.efficiency, naive.makespan * micro_batches
     once = build_plan(RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0))
@@ -93,12 +161,13 @@ def plan_pipeline(
         "micro_batches": micro_batches,
         "passes": plan.num_passes,
         "passes_with_gradient": len(plan.grad_passes),
-        "phases": 2 if two else 1,
+        "phases": 2 if windows else 1,
+        "windows": list(windows),
         "schedules": {name: {"efficiency": e, "step_time": t} for name, (e, t) in compared.items()},
         "busy": chosen.busy,
         "idle": chosen.idle,
         "peak_live_activations": chosen.peak_live,
-        "messages": messages(plan, micro_batches, two_phases=two),
+        "messages": messages(plan, micro_batches, two_phases=bool(windows)),
         "seconds": time.perf_counter() - started,
     }
 

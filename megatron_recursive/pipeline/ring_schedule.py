@@ -5,28 +5,37 @@ schedule sends from model chunk k to chunk k + 1. So the schedule is handed V pa
 module, one per pass. Only one hidden tensor [S, B, H] travels; stage 0 keeps the states of each micro-batch, and all
 sums happen there. The last stage reads the heads.
 
-Where the plan begins with grad-free passes, two phases may be faster: those passes forward-only over all micro-batches,
-then the passes with gradient. The output state of each micro-batch is streamed from the last stage to stage 0.
+Where the plan begins with grad-free passes, two phases may be faster: those passes forward-only over a window of
+micro-batches, then the passes with gradient, and so on with the next window. Between the phases the last stage sends
+the output states to stage 0, which is about to receive them: NCCL may block a message that nobody receives, and all
+behind it. Each phase is one call of Megatron's schedule; what belongs to the step (its loss scale, tokens, gradient
+synchronisation, finalisation) is taken out of the schedule's hands until the last one.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, make_viewless_tensor
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.models.recursion_state import RecursionState, initial_output
+from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
 from megatron_recursive.pipeline.autograd import InjectLoss, JoinLeafGradient
+from megatron_recursive.pipeline.pass_costs import equal_costs
+from megatron_recursive.pipeline.planner import chosen_windows
+from megatron_recursive.pipeline.windows import microbatch_group_size
 from megatron_recursive.plan import DecoderPass
 
 
@@ -39,7 +48,9 @@ class MicroBatch:
     state: RecursionState | None = None  # stage 0
     received: dict[str, Tensor] = field(default_factory=dict)  # stage 0: what the schedule sent, by state
     embedding: Tensor | None = None  # stage 0: with its graph; the state reads a leaf
+    handed_over: tuple[Any, Tensor] | None = None  # stage 0: the output state of the first phase, and its request
     before: Tensor | None = None  # last stage: the output state before the block, detached
+    output: Tensor | None = None  # last stage: the output state of the first phase
     readouts: list[BlockReadout] = field(default_factory=list)  # last stage
     metrics: dict[str, Tensor] = field(default_factory=dict)  # last stage
 
@@ -67,10 +78,18 @@ class PassView(torch.nn.Module):
         return self.step.run_pass(self, *args, **kwargs)
 
 
-class RingStep:
-    """One forward (and backward) of all micro-batches through a run of passes.
+@dataclass
+class StepTotals:
+    """What belongs to the training step, and not to one of its windows."""
 
-    ``first_phase`` is the step that ran the passes before these, if another did.
+    micro_batches: int
+    tokens: Tensor | int = 0  # of the windows before the last one, on the last stage
+
+
+class RingStep:
+    """One forward (and backward) of a window of micro-batches through a run of passes.
+
+    ``first_phase`` is the step that ran the passes before these, if another did; ``is_last``: no window follows.
     """
 
     def __init__(
@@ -81,17 +100,19 @@ class RingStep:
         passes: Sequence[DecoderPass],
         *,
         forward_only: bool,
+        totals: StepTotals,
         first_phase: RingStep | None = None,
+        is_last: bool = True,
     ) -> None:
         self.wrapped, self.forward_step_func, self.passes = wrapped, forward_step, tuple(passes)
         self.model: RecursiveGPTModel = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
         self.plan = self.model.plan
         self.train = not forward_only and torch.is_grad_enabled()
         self.hands_over = self.passes[-1] is not self.plan.passes[-1]  # a second phase follows
-        self.num_microbatches = num_microbatches
+        self.forward_only = forward_only or self.hands_over
+        self.num_microbatches, self.totals, self.is_last = num_microbatches, totals, is_last
         self.config = self._schedule_config(get_model_config(wrapped))
         self.micro_batches: dict[int, MicroBatch] = first_phase.micro_batches if first_phase else {}
-        self.handover: Handover = first_phase.handover if first_phase else Handover(self.model)
         self.zeros: Tensor | None = None
         self.views = [PassView(self, decoder_pass) for decoder_pass in self.passes]
 
@@ -103,10 +124,18 @@ class RingStep:
         ring.microbatch_group_size_per_vp_stage = microbatch_group_size(stages, self.num_microbatches)
         # Batched point-to-point pairs activations with gradients at two stages, silently wrong.
         ring.overlap_p2p_comm, ring.batch_p2p_comm = True, False
+        ring.overlap_p2p_comm_warmup_flush = True  # receives are posted before what is computed meanwhile
+        if self.forward_only:  # what is sent lives no longer than its message, which need not be waited for
+            ring.deallocate_pipeline_outputs = False
         ring.grad_sync_func = ring.param_sync_func = None
-        if config.finalize_model_grads_func is not None:
-            finalize = config.finalize_model_grads_func
-            ring.finalize_model_grads_func = lambda model, *a, **k: finalize([self.wrapped], *a, **k)
+        if not self.is_last:
+            ring.finalize_model_grads_func = ring.no_sync_func = None  # the whole window stands under no_sync
+        elif finalize := config.finalize_model_grads_func:
+
+            def finalize_step(_: Any, tokens: Tensor | None, **kwargs: Any) -> None:
+                finalize([self.wrapped], None if tokens is None else tokens + self.totals.tokens, **kwargs)
+
+            ring.finalize_model_grads_func = finalize_step
         return ring
 
     # -- called by the schedule ----------------------------------------------------------------------------------
@@ -117,7 +146,7 @@ class RingStep:
         known = self.micro_batches.get(number)
         if known is None:
             output, loss_func = self.forward_step_func(data_iterator, view)
-            self.micro_batches[number].loss_func = loss_func
+            self.micro_batches[number].loss_func = loss_func = self._loss_of_step(loss_func)
         else:
             output, loss_func = view(**known.inputs), known.loss_func
         if view.decoder_pass is self.passes[-1]:
@@ -125,6 +154,21 @@ class RingStep:
                 return output, _no_loss
             del self.micro_batches[number]
         return output, loss_func
+
+    def _loss_of_step(self, loss_func: Callable[..., Any]) -> Callable[..., Any]:
+        """A loss for the schedule, which divides it by the number of micro-batches of this window only."""
+        if self.num_microbatches == self.totals.micro_batches:
+            return loss_func
+
+        def of_step(output: Any) -> tuple[Any, ...]:
+            loss, *tokens, report = loss_func(output)
+            if not self.is_last:
+                self.totals.tokens = sum(tokens, self.totals.tokens)
+            if not (tokens and self.config.calculate_per_token_loss):
+                loss = loss * (self.num_microbatches / self.totals.micro_batches)
+            return (loss, *tokens, report)
+
+        return of_step
 
     def run_pass(
         self,
@@ -143,7 +187,9 @@ class RingStep:
         sent, received = view.received, self._answer(view.received, decoder_pass)
         view.set_input_tensor(None)
         if model.pre_process and decoder_pass is self.passes[0] and decoder_pass.index > 0:
-            received = self.handover.receive(batch)
+            assert batch.handed_over is not None
+            (request, received), batch.handed_over = batch.handed_over, None
+            request.wait()
         with torch.set_grad_enabled(self.train and decoder_pass.grad):
             hidden = self._stage_input(batch, decoder_pass, received) if model.pre_process else None
             self._free_superseded(batch, decoder_pass, sent)
@@ -157,7 +203,7 @@ class RingStep:
         if isinstance(output, Tensor) and not (self.train and decoder_pass.grad):
             output = output.detach()  # Megatron's blocks may mark it as requiring gradient
             if model.post_process and self.hands_over and decoder_pass is self.passes[-1]:
-                self.handover.send(output)
+                batch.output = output
         return output
 
     # -- stage 0: the states -------------------------------------------------------------------------------------
@@ -185,6 +231,7 @@ class RingStep:
             batch.state = batch.embedding = None
         elif decoder_pass is self.passes[-1]:  # the handover brings the next value of this state
             state.values.pop(decoder_pass.target)
+            batch.received.pop(decoder_pass.target, None)
         return hidden
 
     def _free_superseded(self, batch: MicroBatch, decoder_pass: DecoderPass, sent: Tensor | None) -> None:
@@ -235,7 +282,9 @@ class RingStep:
         mask_BS = batch.inputs["loss_mask"]
         mask_BS = torch.ones_like(labels, dtype=torch.float) if mask_BS is None else mask_BS.float()
         readout = model.read_block(decoder_pass, output, labels)
-        before = initial_output(self.plan, output) if batch.before is None else batch.before
+        before = batch.before
+        if before is None:
+            before = expanded(getattr(model, "initial_output", None), output)
         model.observe_state(before, output, mask_BS, decoder_pass, batch.metrics)
         batch.before = None if is_last else output.detach()
         if self.train and decoder_pass.supervised_weight > 0 and not is_last:
@@ -255,56 +304,34 @@ class RingStep:
         scale: float | Tensor = 1.0
         if self.config.grad_scale_func is not None:
             scale = self.config.grad_scale_func(torch.ones(1, device=device)).reshape(())
-        return scale if self.config.calculate_per_token_loss else scale / self.num_microbatches
+        return scale if self.config.calculate_per_token_loss else scale / self.totals.micro_batches
 
 
-class Handover:
-    """Streams the output state of each micro-batch from the last stage to stage 0, between two phases.
+def hand_over(step: RingStep, group: ProcessGroup) -> None:
+    """Exchange the output states of a phase that has ended: the last stage sends them all, the first receives them all.
 
-    It has Megatron's embedding group (first and last stage) to itself while the schedule runs, so that its messages
-    never stand between those of the schedule.
+    In the pipeline-parallel group, in which no message is under way now. Each state is waited for where it is read.
     """
-
-    def __init__(self, model: RecursiveGPTModel) -> None:
-        self.model = model
-        self.sending: list[tuple[Any, Tensor]] = []  # with the tensors, which must live until they are sent
-
-    def send(self, output: Tensor) -> None:
-        group = parallel_state.get_embedding_group()
-        output = output.contiguous()
-        request = torch.distributed.isend(output, torch.distributed.get_global_rank(group, 0), group=group)
-        self.sending.append((request, output))
-
-    def receive(self, batch: MicroBatch) -> Tensor:
+    first, last = (torch.distributed.get_global_rank(group, rank) for rank in (0, group.size() - 1))
+    batches = step.micro_batches.values()
+    sending: list[Any] = []
+    for batch in batches if step.model.pre_process else ():
         assert batch.embedding is not None
-        group = parallel_state.get_embedding_group()
-        output = torch.empty_like(batch.embedding, requires_grad=False)
-        torch.distributed.recv(output, torch.distributed.get_global_rank(group, 1), group=group)
-        return output
-
-    def finish(self) -> None:
-        for request, _ in self.sending:
-            request.wait()
-        self.sending.clear()
+        state = torch.empty_like(batch.embedding, requires_grad=False)
+        batch.handed_over = torch.distributed.irecv(state, last, group=group), state
+    for batch in batches if step.model.post_process else ():
+        assert batch.output is not None
+        sending.append(torch.distributed.isend(batch.output.contiguous(), first, group=group))
+    for request in sending:
+        request.wait()
+    for batch in batches:
+        batch.output = None
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What the schedule asks of the last virtual stage, for a phase that has no loss."""
     zero = torch.zeros((), device=output.device)
     return zero, torch.zeros((), dtype=torch.int, device=output.device), {}
-
-
-def two_phases_are_faster(stages: int, num_microbatches: int) -> bool:
-    """Simulated over 2 to 8 stages: one phase wins below two micro-batches a stage, two phases from there on."""
-    return num_microbatches >= 2 * stages
-
-
-def microbatch_group_size(stages: int, num_microbatches: int) -> int:
-    """The smallest N >= stages of which num_microbatches is a multiple, or leaves a remainder >= stages."""
-    group = stages
-    while 0 < num_microbatches % group < stages:
-        group += 1
-    return group
 
 
 def ring_forward_backward(
@@ -314,44 +341,94 @@ def ring_forward_backward(
     model: Any,
     num_microbatches: int,
     forward_only: bool = False,
+    p2p_communicator: Any = None,
+    pg_collection: Any = None,
     **kwargs: Any,
 ) -> list[dict[str, Tensor]]:
     """Megatron's forward-backward contract for a recursive model on several pipeline stages."""
     wrapped = model[0] if isinstance(model, list) else model
     inner = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-    for unused in ("adjust_tensor_shapes_fn", "decoder_seq_length", "p2p_communicator", "pg_collection"):
-        kwargs.pop(unused, None)
+    groups = _groups_of(p2p_communicator, pg_collection)
+    group = groups.pp
+    if group.size() != inner.pg_collection.pp.size():
+        raise ValueError(f"the model has {inner.pg_collection.pp.size()} stages, the given group {group.size()} ranks")
 
-    def run(step: RingStep, *, forward_only: bool) -> list[dict[str, Tensor]]:
-        return schedules.forward_backward_pipelining_with_interleaving(
-            forward_step_func=step.forward_step,
-            data_iterator=[iterator] * len(step.views),
-            model=step.views,
-            num_microbatches=num_microbatches,
-            forward_only=forward_only,
-            **kwargs,
-        )
-
-    plan, stages = inner.plan, inner.pg_collection.pp.size()
+    plan, stages = inner.plan, group.size()
     if num_microbatches < stages or plan.num_passes < 2:
         raise UserError(
             f"A recursion of {plan.num_passes} passes over --pipeline-model-parallel-size {stages} with "
             f"{num_microbatches} micro-batches a step cannot be scheduled; it needs two passes or more, and at least "
             "as many micro-batches as stages (raise --global-batch-size)."
         )
-    two = inner.pipeline_phases == "two"
-    if inner.pipeline_phases == "auto":
-        two = two_phases_are_faster(stages, num_microbatches)
-    split = plan.first_grad_pass if two and not forward_only else 0
-    if min(split, plan.num_passes - split) < 2:  # the interleaved schedule needs two virtual stages
-        split = 0
-    free = None
-    if split:
-        free = RingStep(wrapped, forward_step_func, num_microbatches, plan.passes[:split], forward_only=False)
-        run(free, forward_only=True)
-    step = RingStep(wrapped, forward_step_func, num_microbatches, plan.passes[split:], forward_only=forward_only,
-                    first_phase=free)  # fmt: skip
-    losses = run(step, forward_only=forward_only)
-    step.handover.finish()
-    return losses
+    windows: tuple[int, ...] = ()
+    if not forward_only:
+        costs = inner.pipeline_costs or equal_costs(plan, stages)
+        windows = chosen_windows(plan, costs, num_microbatches, inner.pipeline_phases, inner.pipeline_window)
+    split = plan.first_grad_pass if windows else 0
+    totals = StepTotals(num_microbatches)
+
+    def run(step: RingStep) -> list[dict[str, Tensor]]:
+        communicator = RingCommunicator(group, step.config)
+        reports: list[dict[str, Tensor]] = schedules.forward_backward_pipelining_with_interleaving(
+            forward_step_func=step.forward_step,
+            data_iterator=[iterator] * len(step.views),
+            model=step.views,
+            num_microbatches=step.num_microbatches,
+            forward_only=step.forward_only,
+            pg_collection=groups,
+            p2p_communicator=communicator,
+            **kwargs,
+        )
+        if step.forward_only:
+            communicator.finish()
+        return reports
+
+    def run_window(size: int, is_last: bool) -> list[dict[str, Tensor]]:
+        free = None
+        if split:
+            free = RingStep(wrapped, forward_step_func, size, plan.passes[:split], forward_only=False, totals=totals,
+                            is_last=is_last)  # fmt: skip
+            run(free)
+            hand_over(free, group)
+        step = RingStep(wrapped, forward_step_func, size, plan.passes[split:], forward_only=forward_only,
+                        totals=totals, first_phase=free, is_last=is_last)  # fmt: skip
+        return run(step)
+
+    *before, last = windows or (num_microbatches,)
+    with _no_sync(get_model_config(wrapped)) if before else nullcontext():
+        reports = [report for size in before for report in run_window(size, is_last=False)]
+    return reports + run_window(last, is_last=True)
+
+
+def _no_sync(config: Any) -> AbstractContextManager[None]:
+    """Gradients are summed in this rank's buffers alone."""
+    function = config.no_sync_func
+    if isinstance(function, list):  # one a model chunk, of which there is one
+        (function,) = function
+    return nullcontext() if function is None else function()
+
+
+class RingCommunicator(P2PCommunicator):
+    """Megatron's, which also knows its last message: where outputs are not freed, the schedule does not wait for it."""
+
+    last: Any = None
+
+    def _communicate(self, **kwargs: Any) -> tuple[Any, Any, Any]:
+        from_previous, from_next, requests = super()._communicate(**kwargs)
+        self.last = requests.get("send_next") if requests else None  # an earlier one has been waited for by now
+        return from_previous, from_next, requests
+
+    def finish(self) -> None:
+        if self.last is not None:
+            self.last.wait()
+
+
+def _groups_of(p2p_communicator: Any, pg_collection: Any) -> ProcessGroupCollection:
+    """The groups that the caller wants, or as in Megatron's schedule those of parallel state."""
+    if p2p_communicator is None and pg_collection is None:
+        return schedules._build_default_pg_collection()
+    if isinstance(p2p_communicator, P2PCommunicator) and isinstance(pg_collection, ProcessGroupCollection):
+        if p2p_communicator.pp_group is pg_collection.pp:
+            return pg_collection
+    raise ValueError("the ring takes a P2PCommunicator and a ProcessGroupCollection of the same pp group, or neither")

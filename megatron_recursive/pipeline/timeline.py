@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
-from megatron_recursive.pipeline.ring_schedule import microbatch_group_size
+from megatron_recursive.pipeline.windows import microbatch_group_size
 from megatron_recursive.plan import RecursionPlan
 
 FORWARD, BACKWARD = 0, 1
@@ -78,6 +78,8 @@ class Phase:
 
     first_pass: int
     passes: int
+    first_micro_batch: int
+    micro_batches: int
     forward_only: bool
     order: list[tuple[int, int]]
     ends: Tensor
@@ -85,7 +87,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A simulated step: one phase, or a forward-only one and one with backwards. Lists are by rank."""
+    """A simulated step: one phase, or for each window a forward-only one and one with backwards. Lists are by rank."""
 
     costs: PassCosts
     micro_batches: int
@@ -109,11 +111,12 @@ class Timeline:
         for phase in self.phases:
             backward = {(batch, phase.passes - 1 - index): at for at, (batch, index) in enumerate(phase.order)}
             forward = {entry: at for at, entry in enumerate(phase.order)}
-            for op in schedule_order(self.costs.stages, rank, phase.passes, self.micro_batches, phase.forward_only,
+            for op in schedule_order(self.costs.stages, rank, phase.passes, phase.micro_batches, phase.forward_only,
                                      interleaved=self.interleaved):  # fmt: skip
                 kind, where = (FORWARD, forward) if op.kind == "F" else (BACKWARD, backward)
                 end = float(phase.ends[kind, where[op.micro_batch, op.pass_index], rank])
-                op = op._replace(pass_index=op.pass_index + phase.first_pass)
+                op = op._replace(pass_index=op.pass_index + phase.first_pass,
+                                 micro_batch=op.micro_batch + phase.first_micro_batch)  # fmt: skip
                 prices = self.costs.forward if op.kind == "F" else self.costs.backward
                 found.append((end - prices[op.pass_index][rank], end, op))
         return found
@@ -157,44 +160,50 @@ class Timeline:
 
 
 def simulate(
-    costs: PassCosts, micro_batches: int, *, two_phases: bool = False, interleaved: bool = True,
+    costs: PassCosts, micro_batches: int, *, windows: Sequence[int] = (), interleaved: bool = True,
     progress: Progress | None = None,
 ) -> Timeline:  # fmt: skip
     """One training step of the ring. Takes about 2 M V rounds of vectors over ranks, and 16 M V P bytes.
 
     Args:
-        two_phases: run the grad-free passes forward-only first; each output state is handed to stage 0 at once.
+        windows: micro-batches of each window that runs the grad-free passes forward-only before the others; between
+            the two the last stage hands the states to stage 0. None for one phase of all micro-batches.
         interleaved: False is Megatron's plain 1F1B of a single pass.
         progress: called now and then with the share of operations that are done.
     """
     stages, passes = costs.stages, len(costs.grad)
-    split = costs.grad.index(True) if two_phases else 0
-    free, ready = torch.zeros(stages, dtype=torch.float64), torch.zeros(micro_batches, dtype=torch.float64)
-    phases, live = [], torch.zeros(stages, dtype=torch.long)
-    for first, last in ((0, split), (split, passes)):
-        if first == last:
-            continue
-        share = (last - first) * (1 if last == split else 2) / (split + 2 * (passes - split))
-        before = 0.0 if last == split else 1.0 - share
+    split = costs.grad.index(True) if windows else 0
+    free, live = torch.zeros(stages, dtype=torch.float64), torch.zeros(stages, dtype=torch.long)
+    phases: list[Phase] = []
+    done, operations = 0, micro_batches * (2 * passes - split)
+    for size in windows or (micro_batches,):
+        ready = torch.zeros(size, dtype=torch.float64)
+        for first, last in ((0, split), (split, passes)):
+            if first == last:
+                continue
+            own = size * (last - first) * (1 if last == split else 2)
 
-        def report(done: float, before: float = before, share: float = share) -> None:
-            if progress is not None:
-                progress(before + share * done)
+            def report(share: float, before: int = done, own: int = own) -> None:
+                if progress is not None:
+                    progress((before + share * own) / operations)
 
-        engine = _Engine(costs, first, last, micro_batches, forward_only=last == split, interleaved=interleaved)
-        free, live = engine.run(free, ready, report)
-        phases.append(engine.phase())
-        ready = engine.outputs()
+            engine = _Engine(costs, first, last, size, forward_only=last == split, interleaved=interleaved)
+            free, peak = engine.run(free, ready, report)
+            live = torch.maximum(live, peak)
+            begun = sum(phase.micro_batches for phase in phases if phase.first_pass == first)
+            phases.append(engine.phase(begun))
+            ready = free[-1].expand(size)
+            done += own
     busy = costs.busy(micro_batches)
     return Timeline(costs, micro_batches, tuple(phases), float(free.max()), busy, live.tolist(), interleaved)
 
 
 def simulated_speedup(
-    plan: RecursionPlan, shape: ModelShape, *, stages: int, micro_batches: int, two_phases: bool
+    plan: RecursionPlan, shape: ModelShape, *, stages: int, micro_batches: int, windows: Sequence[int]
 ) -> float:
     """How much faster a step is on stages of equally many layers than on one rank that does all of the work."""
     costs = price_passes(plan, shape, [shape.num_layers // stages] * stages)
-    return sum(costs.busy(micro_batches)) / simulate(costs, micro_batches, two_phases=two_phases).makespan
+    return sum(costs.busy(micro_batches)) / simulate(costs, micro_batches, windows=windows).makespan
 
 
 class _Engine:
@@ -276,10 +285,8 @@ class _Engine:
                 progress(1.0 - remaining / everything)
         return free, peak
 
-    def outputs(self) -> Tensor:
-        """When the last stage has the result of the last pass, by micro-batch."""
-        rows = [self.position[batch, self.passes - 1] for batch in range(self.micro_batches)]
-        return self.ends[FORWARD, rows, self.stages].clone()
-
-    def phase(self) -> Phase:
-        return Phase(self.first, self.passes, self.forward_only, self.order, self.ends[:, :-1, 1:-1])
+    def phase(self, first_micro_batch: int) -> Phase:
+        ends = self.ends[:, :-1, 1:-1]
+        return Phase(
+            self.first, self.passes, first_micro_batch, self.micro_batches, self.forward_only, self.order, ends
+        )

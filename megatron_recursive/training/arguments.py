@@ -113,8 +113,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--pipeline-phases", choices=("auto", "one", "two"), default="auto",
-        help="Over pipeline stages, run the grad-free blocks forward-only before the rest (two), or all passes in one "
-        "schedule (one); auto takes the one that is faster by simulation.",
+        help="Over pipeline stages, run the grad-free blocks forward-only before the rest, window by window (two), or "
+        "all passes in one schedule (one); auto takes the one that is faster by simulation.",
+    )
+    group.add_argument(
+        "--pipeline-window", type=int, default=0, metavar="N",
+        help="Micro-batches of a window of two phases at most, all of whose states are held at once (default: four a "
+        "stage).",
     )
     group.add_argument(
         "--recompute-passes", action="store_true",

@@ -16,9 +16,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_recursive.accounting import Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.backends import cpu
-from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import simulated_step
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, pass_costs
 
 MB = 1024 * 1024  # as Megatron's report
 
@@ -73,11 +72,12 @@ def memory_of_run(
     plan, stages = config.plan, args.pipeline_model_parallel_size
     transformer: Any = config.transformer
     batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    step = simulated_step(plan, equal_costs(plan, stages), batches, config.pipeline_phases)
+    step = simulated_step(plan, pass_costs(config), batches, config.pipeline_phases, config.pipeline_window)
     split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
     return stage_memory(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
         layers_per_stage=split, live_passes=step.live, in_flight=step.in_flight,
+        window=step.window,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import scaled_init_method_normal
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
@@ -22,6 +22,7 @@ from megatron_recursive.models import fusions
 from megatron_recursive.models.layer_specs import engine_layer_spec, local_block_spec
 from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.training.norm_arguments import norm_layout
 
@@ -34,6 +35,7 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     norms: NormLayout = field(default_factory=NormLayout)
     pipeline_phases: str = "auto"
+    pipeline_window: int = 0
     recompute_passes: bool = False
 
     @property
@@ -75,7 +77,8 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
             vp_stage=vp_stage,
             recursion=config.recursion,
         )
-        model.pipeline_phases = config.pipeline_phases
+        model.pipeline_phases, model.pipeline_window = config.pipeline_phases, config.pipeline_window
+        model.pipeline_costs = pass_costs(config)
         model.recompute_passes = config.recompute_passes
         return model
 
@@ -124,11 +127,20 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
     config.norms = norm_layout(vars(args))
-    config.pipeline_phases = args.pipeline_phases
+    config.pipeline_phases, config.pipeline_window = args.pipeline_phases, args.pipeline_window
     config.recompute_passes = args.recompute_passes
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
     return config
+
+
+def pass_costs(config: RecursiveGPTModelConfig) -> PassCosts:
+    """What the passes of a run cost on its pipeline stages."""
+    transformer: Any = config.transformer
+    stages = transformer.pipeline_model_parallel_size
+    split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
+    backward = 2.0 + config.recompute_passes + (transformer.recompute_granularity == "full")
+    return price_passes(config.plan, model_shape(config, config.seq_length), split, backward)
 
 
 def model_shape(config: RecursiveGPTModelConfig, seq_length: int) -> ModelShape:

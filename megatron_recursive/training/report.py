@@ -7,8 +7,9 @@ import sys
 from typing import Any
 
 from megatron_recursive.accounting import count_parameters, flops_per_token
+from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.training import console
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, pass_costs
 
 
 def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
@@ -17,6 +18,11 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     parameters, flops = count_parameters(shape, plan), flops_per_token(shape, plan)
     if args.rank != 0:
         return
+    phases = ""
+    if args.pipeline_model_parallel_size > 1 and not plan.is_plain:
+        batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+        said = said_of_phases(plan, pass_costs(config), batches, args.pipeline_phases, args.pipeline_window)
+        phases = f"\npipeline: {said}"
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
     if path is not None:
@@ -31,7 +37,7 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         f"state init: {plan.state_init} | state norm: {plan.state_norm} | "
         f"embedding multiplier: {plan.embedding_multiplier:g}\n"
         f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
-        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g})"
+        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}"
     )
 
 

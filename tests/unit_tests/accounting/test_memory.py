@@ -173,12 +173,12 @@ def predicted(measured: Measured) -> list[StageMemory]:
         from megatron_recursive.pipeline.pass_costs import equal_costs
         from megatron_recursive.pipeline.timeline import simulate
 
-        two = measured.layout.phases == "two"
-        live = tuple(simulate(equal_costs(plan, stages), measured.micro_batches, two_phases=two).peak_live)
+        windows = (measured.micro_batches,) * (measured.layout.phases == "two")
+        live = tuple(simulate(equal_costs(plan, stages), measured.micro_batches, windows=windows).peak_live)
     split = [shape.num_layers // stages] * stages
     return stage_memory(
         shape, plan, recording, StateBytes(), layers_per_stage=split, live_passes=live,
-        in_flight=measured.micro_batches if stages > 1 else 1,
+        in_flight=measured.micro_batches if stages > 1 else 1, window=measured.micro_batches * (stages > 1),
     )  # fmt: skip
 
 

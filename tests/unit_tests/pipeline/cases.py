@@ -87,6 +87,7 @@ CASES: dict[str, Case] = {
     "supervised-halting": Case(plan=SUPERVISED_HALTING, evaluate=True),
     "supervised-cut": Case(plan=SUPERVISED_CUT, model=UNTIED, **TRAINED),
     "supervised-after-free": Case(plan=SUPERVISED_AFTER_FREE, evaluate=True),
+    "supervised-after-free-per-token": Case(plan=SUPERVISED_AFTER_FREE, transformer={**SCALED, **PER_TOKEN}),
     "supervised-none": Case({"state_norm": "none"}, plan=replace(SUPERVISED_HALTING, state_norm="none"), evaluate=True),
     "supervised-per-token": Case(plan=SUPERVISED, transformer=PER_TOKEN, **TRAINED),
     "supervised-scaled": Case(plan=SUPERVISED_HALTING, transformer=SCALED, model=UNTIED),
@@ -102,6 +103,7 @@ CASES: dict[str, Case] = {
     "5-micro-batches-full": Case(FULL, micro_batches=5, evaluate=True),
     "5-micro-batches-supervised": Case(plan=SUPERVISED_CUT, micro_batches=5, evaluate=True),
     "8-micro-batches": Case(micro_batches=8, evaluate=True),
+    "8-micro-batches-per-token": Case(transformer=PER_TOKEN, micro_batches=8, **TRAINED),
     "8-micro-batches-supervised": Case(plan=SUPERVISED_HALTING, micro_batches=8, evaluate=True),
     # layers
     "recompute": Case(transformer=FULL_RECOMPUTE, evaluate=True),
@@ -145,6 +147,8 @@ OVERLAP = {**BUCKETS, "use_distributed_optimizer": True, "overlap_param_gather":
 ON_ONE_PHASE = ("detach", "none-trunc-normal-untied", "halting-agrees", "supervised-after-free", "8-micro-batches",
                 "recompute")  # fmt: skip
 ON_TWO_PHASES = ("2-micro-batches", "5-micro-batches", "supervised-after-free", "blind-start", "one-pass-with-gradient")
+ON_WINDOWS = ("detach", "per-token", "5-micro-batches", "8-micro-batches", "scaled", "supervised-after-free",
+              "supervised-after-free-per-token", "blind-start", "halting-agrees", "recompute")  # fmt: skip
 ON_OVERLAP = ("detach", "full", "none-trunc-normal-untied", "supervised-cut", "5-micro-batches")
 # What does not meet tensor parallelism elsewhere in the model: the halting head's arg-max, injected losses, copies.
 ON_TENSOR_PARALLEL = ("detach", "full-untied", "halting-agrees-none")
@@ -158,11 +162,13 @@ LAYOUTS: dict[str, tuple[int, Layout, list[str]]] = {
     "pp2": (2, Layout(pp=2), [*CASES]),
     "pp2-one-phase": (2, Layout(pp=2, phases="one"), [*ON_ONE_PHASE]),
     "pp2-two-phases": (2, Layout(pp=2, phases="two"), [*ON_TWO_PHASES]),
+    "pp2-windows": (2, Layout(pp=2, phases="two", window=2), [*ON_WINDOWS]),
     "pp2-recompute-passes": (2, Layout(pp=2, recompute_passes=True), [*ON_REPLAYED_PASSES]),
     "pp2-overlap-grad-reduce": (2, Layout(pp=2, ddp=BUCKETS), [*ON_OVERLAP]),
     "pp2-first-1": (2, Layout(pp=2, stages={"num_layers_in_first_pipeline_stage": 1}), [*THREE_LAYER_CASES]),
     "pp2-last-1": (2, Layout(pp=2, stages={"num_layers_in_last_pipeline_stage": 1}), [*THREE_LAYER_CASES]),
     "pp4": (4, Layout(pp=4), [*FOUR_LAYER_CASES]),
+    "pp4-windows": (4, Layout(pp=4, phases="two", window=4), ["4-layers", "4-layers-none-5-micro-batches"]),
     "pp4-recompute-passes": (4, Layout(pp=4, recompute_passes=True), ["4-layers-full-untied",
                                                                       "4-layers-6-micro-batches-recompute"]),
     "pp2-tp2-sp-recompute-passes": (4, Layout(tp=2, pp=2, sequence_parallel=True, recompute_passes=True),
@@ -171,6 +177,9 @@ LAYOUTS: dict[str, tuple[int, Layout, list[str]]] = {
     "pp2-tp2-sp": (4, Layout(tp=2, pp=2, sequence_parallel=True), [*ON_SEQUENCE_PARALLEL]),
     "pp2-dp2": (4, Layout(pp=2, ddp=OVERLAP), [*ON_DATA_PARALLEL]),
     "pp2-dp2-two-phases": (4, Layout(pp=2, ddp=OVERLAP, phases="two"), ["detach", "none-trunc-normal-untied"]),
+    "pp2-dp2-windows": (4, Layout(pp=2, ddp={**OVERLAP, "bucket_size": 2000}, phases="two", window=2), [
+        "8-micro-batches", "8-micro-batches-per-token"]),
+    "pp2-tp2-sp-windows": (4, Layout(tp=2, pp=2, sequence_parallel=True, phases="two", window=2), ["detach"]),
 }  # fmt: skip
 
 # One of each kind, for the quick tests: gradient flow, states, halting, losses, micro-batches, layers; every layout's.
@@ -178,7 +187,9 @@ QUICK = [("pp2", name) for name in (
     "detach", "full", "none-trunc-normal-untied", "halting-agrees", "supervised-cut", "supervised-scaled", "per-token",
     "5-micro-batches", "documents-full", "llama-like", "blind-start",
 )] + [
-    ("pp2-one-phase", "detach"), ("pp2-two-phases", "supervised-after-free"), ("pp2-recompute-passes", "full"),
+    ("pp2-one-phase", "detach"), ("pp2-windows", "5-micro-batches"), ("pp2-windows", "supervised-after-free-per-token"),
+    ("pp2-dp2-windows", "8-micro-batches-per-token"),
+    ("pp2-two-phases", "supervised-after-free"), ("pp2-recompute-passes", "full"),
     ("pp2-recompute-passes", "none-trunc-normal-full"), ("pp2-first-1", "3-layers-full"),
     ("pp4", "4-layers-none-5-micro-batches"), ("pp2-tp2-sp", "halting-agrees-none"), ("pp2-dp2", "supervised-cut"),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -21,47 +22,57 @@ FOUR_LAYERS = {"num_layers": 4}
 LAST = {"halt_supervision": "last"}
 FULL = Case({"num_refinement_blocks": 3, "detach_between_refinements": False, **LAST}, transformer=FOUR_LAYERS)
 HEAVY = Case({"num_refinement_blocks": 4, **LAST}, transformer=FOUR_LAYERS)  # 9 of 12 passes carry no gradient
-HIDDEN_BYTES = 4 * SEQ * MICRO_BATCH * HIDDEN
+ELEMENTS = SEQ * MICRO_BATCH * HIDDEN
 
 
 class HiddenTensors(TorchDispatchMode):
-    """Knows every storage of the size of a hidden tensor that is still held, by Python or by the autograd graph."""
+    """Knows every storage of the size of a hidden tensor, or of an fp32 copy of it, that is still held, by Python or by
+    the autograd graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, element: int = 4, parameters: Iterable[torch.nn.Parameter] = ()) -> None:
         super().__init__()
+        self.weights = {StorageWeakRef(p.untyped_storage()).cdata for p in parameters}  # an op may return a view of one
         self.storages: dict[int, StorageWeakRef] = {}
+        self.sizes = {ELEMENTS * size: size / element for size in (element, 4)}
+        self.counts: dict[int, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() == HIDDEN_BYTES:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() in self.sizes:
                 reference = StorageWeakRef(tensor.untyped_storage())
+                if reference.cdata in self.weights:
+                    continue
                 self.storages[reference.cdata] = reference
+                self.counts[reference.cdata] = self.sizes[tensor.untyped_storage().nbytes()]
         return result
 
-    def alive(self) -> int:
+    def alive(self) -> float:
+        """In hidden tensors."""
         self.storages = {key: reference for key, reference in self.storages.items() if not reference.expired()}
-        return len(self.storages)
+        return sum(self.counts[key] for key in self.storages)
 
 
 @dataclass
 class Peak:
     """The most of a rank: hidden tensors alive at the start of a pass, recorded passes, and what simulation says."""
 
-    alive: int = 0
+    alive: float = 0
     recorded: int = 0
     simulated: int = 0
+    states: int = 0
 
 
 def peak(case: Case, layout: Layout) -> Peak:
-    from megatron.core import parallel_state
+    from megatron.core.utils import get_attr_wrapped_model
 
+    from megatron_recursive.accounting.memory import states_held
     from megatron_recursive.models.recursive_gpt_model import RecursiveOutput
     from megatron_recursive.pipeline import ring_schedule
     from megatron_recursive.pipeline.pass_costs import equal_costs
-    from megatron_recursive.pipeline.timeline import simulate
+    from megatron_recursive.pipeline.planner import chosen_windows, step_of
 
-    watch, found, recorded = HiddenTensors(), Peak(), 0
+    found, recorded = Peak(), 0
     original = ring_schedule.RingStep.run_pass
 
     def backward_begins(_: Any) -> None:
@@ -79,7 +90,9 @@ def peak(case: Case, layout: Layout) -> Peak:
         return output
 
     wrapped = build_wrapped(case, layout)
+    model = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
     run_schedule(wrapped, case)  # the parameters' gradient buffers exist from here on
+    watch = HiddenTensors(2 if case.transformer.get("bf16") else 4, wrapped.parameters())
     ring_schedule.RingStep.run_pass = run_pass  # type: ignore[method-assign]
     try:
         with watch:
@@ -87,9 +100,16 @@ def peak(case: Case, layout: Layout) -> Peak:
     finally:
         ring_schedule.RingStep.run_pass = original  # type: ignore[method-assign]
     assert recorded == 0
-    costs = equal_costs(wrapped.module.plan, layout.pp)
-    timeline = simulate(costs, case.micro_batches, two_phases=layout.phases == "two")
-    found.simulated = timeline.peak_live[parallel_state.get_pipeline_model_parallel_rank()]
+    plan = model.plan
+    costs, rank = equal_costs(plan, layout.pp), model.pg_collection.pp.rank()
+    windows = chosen_windows(plan, costs, case.micro_batches, layout.phases, layout.window)
+    step = step_of(costs, case.micro_batches, windows)
+    found.simulated = step.live[rank]
+    if rank == 0:
+        found.states = states_held(layout.pp, step.in_flight, step.window)
+    elif rank == layout.pp - 1:
+        halting = sum(p.halt_weight > 0 and p.supervised_weight == 0 for p in plan.passes)
+        found.states = max(step.in_flight, step.window) * max(halting, 1)
     return found
 
 
@@ -119,20 +139,35 @@ def test_recorded_passes_keep_to_the_formula(stages: int, batches: int, plan: st
             assert rank.recorded <= min(2 * (stages - 1) + (recording - 1) * stages + 1, batches * recording)
 
 
+HANDFUL = 9  # hidden tensors in flight
+
+
 @pytest.mark.parametrize(("stages", "batches", "plan", "phases"), grid(GRID, QUICK))
 def test_replayed_passes_keep_one_hidden_tensor_each(stages: int, batches: int, plan: str, phases: str) -> None:
-    """Beside its recorded passes a rank holds a handful; stage 0 also two states and their gradients of each
-    micro-batch under way. In two phases all are: stage 0 keeps two states of each, the last stage the one handed over.
-    """
-    ranks = replayed(stages, batches, plan, phases)
-    handful, under_way = 11, min(batches, 2 * stages)
-    for number, rank in enumerate(ranks):
-        others = handful
-        if number == 0:
-            others = 4 * under_way + (2 * (batches - under_way) + 4 if phases == "two" else 0)
-        elif number == stages - 1 and phases == "two":
-            others += batches
-        assert rank.alive <= rank.recorded + others
+    """Beside its recorded passes a rank holds a handful, and what accounting says of states."""
+    for rank in replayed(stages, batches, plan, phases):
+        assert rank.alive <= rank.recorded + rank.states + HANDFUL
+
+
+def window_peaks(stages: int) -> dict[tuple[bool, int], Peak]:
+    """By precision and number of micro-batches, in windows of two a stage; all halting states are kept."""
+    layout, found = Layout(pp=stages, phases="two", window=2 * stages, recompute_passes=True), {}
+    for bf16 in (False, True):
+        for batches in (2 * stages, 8 * stages):
+            transformer = {**FOUR_LAYERS, "bf16": bf16}
+            case = Case({"num_refinement_blocks": 3}, transformer=transformer, micro_batches=batches)
+            found[bf16, batches] = peak(case, layout)
+    return found
+
+
+@pytest.mark.parametrize("stages", grid([2, 4], quick=[2]))
+def test_memory_is_a_function_of_the_window(stages: int) -> None:
+    """And not of the number of micro-batches; in bf16 no state is kept in fp32."""
+    for rank in run_distributed(window_peaks, stages, stages, timeout=180):
+        few = rank[False, 2 * stages]
+        for found in rank.values():
+            assert found.alive <= few.alive + 1 and found.states == few.states
+            assert 0.7 * found.states <= found.alive <= found.recorded + found.states + HANDFUL
 
 
 @pytest.mark.grid

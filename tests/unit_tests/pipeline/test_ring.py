@@ -40,7 +40,7 @@ def ring(request: pytest.FixtureRequest) -> Ring:
     def of(layout: str) -> list[dict[str, Training]]:
         ranks, how, _ = LAYOUTS[layout]
         cases = {case: ALL_CASES[case] for asked, case in pairs if asked == layout}
-        return run_distributed(train_all, ranks, cases, how, timeout=240)
+        return run_distributed(train_all, ranks, cases, how, timeout=240, rendezvous=30.0)
 
     return of
 

@@ -70,24 +70,25 @@ def _check_grid() -> int:
     """Every operation once and in Megatron's order, none before its input; unequal passes, one and two phases."""
     from megatron_recursive.accounting import ModelShape
     from megatron_recursive.pipeline.timeline import price_passes, schedule_order, simulate
+    from megatron_recursive.pipeline.windows import window_sizes
 
     shape, seen = ModelShape(**SHAPE), 0
     for stages, batches in ((2, 2), (2, 5), (3, 4), (4, 4), (4, 7), (4, 9), (5, 13)):
         for blocks, latents, detach in ((1, 1, False), (2, 1, True), (3, 2, True), (2, 3, False)):
             plan = plan_of(blocks, latents, detach=detach)
             costs = price_passes(plan, shape, [8 - stages + 1] + [1] * (stages - 1))
-            for two in {False, plan.first_grad_pass > 0}:
-                timeline = simulate(costs, batches, two_phases=two)
+            for windows in {(), window_sizes(stages, batches, stages), (batches,)} if plan.first_grad_pass else {()}:
+                timeline = simulate(costs, batches, windows=windows)
                 by_rank = [timeline.operations(rank) for rank in range(stages)]
                 ends = {(op, rank): end for rank, ops in enumerate(by_rank) for _, end, op in ops}
-                free = plan.first_grad_pass if two else 0
+                free = plan.first_grad_pass if windows else 0
                 assert len(ends) == stages * batches * (2 * plan.num_passes - free)
                 for rank, ops in enumerate(by_rank):
                     assert all(a[1] <= b[0] + 1e-9 for a, b in zip(ops, ops[1:], strict=False))
                     for start, _, op in ops:
                         needed = _input_of(op, rank, stages, plan.num_passes)
                         assert needed is None or ends[needed] <= start + 1e-9
-                if not two:
+                if not windows:
                     order = schedule_order(stages, 1, plan.num_passes, batches)
                     assert [op for *_, op in by_rank[1]] == order
                 seen += 1
@@ -107,7 +108,7 @@ def _input_of(op: Any, rank: int, stages: int, passes: int) -> Any:
 
 
 def test_nothing_starts_before_its_input() -> None:
-    assert run_distributed(_check_grid, 1, timeout=120) == [42]
+    assert run_distributed(_check_grid, 1, timeout=120) == [48]
 
 
 def _prices() -> dict[str, Any]:
@@ -119,8 +120,8 @@ def _prices() -> dict[str, Any]:
     for split in ((4, 4), (5, 3), (1, 2, 5)):
         unit = 8 * layer_forward_flops(shape)
         ratios.append(sum(price_passes(plan, shape, split).busy(1)) * unit / flops_per_token(shape, plan).total)
-    both = {two: simulate(price_passes(plan, shape, (2,) * 4), 8, two_phases=two) for two in (False, True)}
-    promised = simulated_speedup(plan, shape, stages=4, micro_batches=8, two_phases=True)
+    both = {two: simulate(price_passes(plan, shape, (2,) * 4), 8, windows=(8,) * two) for two in (False, True)}
+    promised = simulated_speedup(plan, shape, stages=4, micro_batches=8, windows=(8,))
     return {"ratios": ratios, "makespans": [both[two].makespan for two in (False, True)],
             "speed-up": (promised, 4 * both[True].efficiency)}  # fmt: skip
 
@@ -165,6 +166,8 @@ def _recorded(case: Case, layout: Layout) -> tuple[list[tuple[str, int, int]], l
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import schedules
 
+    from megatron_recursive.pipeline.pass_costs import equal_costs
+    from megatron_recursive.pipeline.planner import chosen_windows
     from megatron_recursive.pipeline.timeline import schedule_order
 
     operations: list[tuple[str, int, int]] = []
@@ -192,12 +195,13 @@ def _recorded(case: Case, layout: Layout) -> tuple[list[tuple[str, int, int]], l
     finally:
         schedules.forward_step, schedules.backward_step = forward, backward
     plan = build_plan(case.resolved_recursion())
-    rank, split, expected = parallel_state.get_pipeline_model_parallel_rank(), 0, []
-    if layout.phases == "two":
-        split = plan.first_grad_pass
-        expected += schedule_order(layout.pp, rank, split, case.micro_batches, forward_only=True)
-    for op in schedule_order(layout.pp, rank, plan.num_passes - split, case.micro_batches):
-        expected.append(op._replace(pass_index=op.pass_index + split))
+    rank, expected = parallel_state.get_pipeline_model_parallel_rank(), []
+    windows = chosen_windows(plan, equal_costs(plan, layout.pp), case.micro_batches, layout.phases, layout.window)
+    split = plan.first_grad_pass if windows else 0
+    for size in windows or (case.micro_batches,):  # a window counts its micro-batches from 0
+        expected += schedule_order(layout.pp, rank, split, size, forward_only=True) if split else []
+        for op in schedule_order(layout.pp, rank, plan.num_passes - split, size):
+            expected.append(op._replace(pass_index=op.pass_index + split))
     return operations, expected, works
 
 
@@ -207,7 +211,7 @@ RUNS = {
     "full, 2 stages": (Case(recursion=FULL), Layout(pp=2, phases="one")),
     "full, 2 stages, ragged": (Case(recursion=FULL, micro_batches=5), Layout(pp=2, phases="one")),
     "detached, 2 stages": (Case(), Layout(pp=2, phases="one")),
-    "detached, 2 stages, two phases": (Case(micro_batches=5), Layout(pp=2, phases="two")),
+    "detached, 2 stages, two phases": (Case(micro_batches=5), Layout(pp=2, phases="two", window=2)),
     "detached, 4 stages": (Case(transformer=FOUR_LAYERS, micro_batches=6), Layout(pp=4, phases="one")),
     "detached, 4 stages, two phases": (Case(transformer=FOUR_LAYERS, micro_batches=8), Layout(pp=4, phases="two")),
 }
@@ -241,7 +245,7 @@ def _planned() -> dict[str, Any]:
         step = simulated_step(plan, price_passes(plan, shape, (8 // stages,) * stages), batches)
         steps.append(((timeline.makespan, timeline.efficiency, tuple(timeline.peak_live)),
                       (step.makespan, step.efficiency, step.live)))  # fmt: skip
-    timeline, report = plan_pipeline(plan_of(2, 1, detach=True), 2, 4)
+    timeline, report = plan_pipeline(plan_of(2, 1, detach=True), 2, 8)
     said = []
     for plan, stages in ((plan_of(2, 1), 1), (build_plan(plain.resolved(embedding_init_std=0.02)), 4)):
         try:
@@ -265,7 +269,7 @@ def test_a_step_of_many_micro_batches_is_told_from_a_few_groups(planned: dict[st
 
 def test_a_timeline_in_letters(planned: dict[str, Any]) -> None:
     assert "ring, two phases" in planned["text"]
-    assert "rank 1   .aabbaabbccdDDdDDcCCcCCdDDdDDCCCC.." in planned["text"]
+    assert "rank 1   .aabbaabbaabbaabb.ccdDDdDDcCCcCCdDDdDDcCCcCCdDDdDDcCCcCCdDDdDDCCCC.." in planned["text"]
 
 
 def test_messages_and_refusals(planned: dict[str, Any]) -> None:
