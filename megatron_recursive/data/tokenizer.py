@@ -102,8 +102,8 @@ def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path) -> PreTrained
         if not Path(file).is_file():
             raise UserError(f"{flag} {file} does not exist; name GPT-2's vocab.json and merges.txt")
     try:
-        vocabulary = json.loads(Path(vocab_file).read_text("utf-8"))
-        lines = Path(merge_file).read_text("utf-8").split("\n")
+        vocabulary = json.loads(Path(vocab_file).read_text("utf-8-sig"))
+        lines = Path(merge_file).read_text("utf-8-sig").split("\n")
         merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
         return GPT2Tokenizer(vocab=vocabulary, merges=merges)
     # As above: the Rust tokenizers raise a bare Exception for a merge that is no pair of known tokens.

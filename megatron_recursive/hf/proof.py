@@ -93,7 +93,7 @@ def check(error: float, what: str) -> None:
     if not error <= TOLERANCE:  # NaN fails too
         raise UserError(
             f"The proof failed: logits of {what} differ by {error:.3g} of the largest, more than {TOLERANCE:g}; "
-            "nothing was written."
+            "nothing was written (--proof-dtype float64 tells rounding, which passes amplify, from a difference)."
         )
 
 

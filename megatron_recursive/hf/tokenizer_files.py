@@ -55,8 +55,11 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     """The tokenizer of a folder, as transformers loads it without running code; None where there is none that loads."""
     if not options and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
         return None  # transformers may build one without a vocabulary
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+
+    AutoConfig.register(RecursiveGPTConfig.model_type, RecursiveGPTConfig, exist_ok=True)  # or it warns of the unknown
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except Exception:  # transformers and the Rust tokenizers raise what they like for one that they cannot build

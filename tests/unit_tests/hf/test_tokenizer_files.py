@@ -17,14 +17,16 @@ from tests.unit_tests.hf.donors import VOCAB, save_donor
 from tests.unit_tests.inference.folders import write_tokenizer
 
 DIGITS_BY_THREE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
 
 
 def _write_tokenizer(folder: Path, given_class: str) -> None:
     """One whose digits go by three, of a class that would build another pre-tokenizer; and all that may lie beside."""
-    vocabulary = {token: number for number, token in enumerate(["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<|end|>", *alphabet])}
     merges = [("1", "2"), ("3", "4"), ("12", "34"), ("5", "6"), ("7", "8"), ("56", "78")]
     vocabulary.update({a + b: len(vocabulary) + number for number, (a, b) in enumerate(merges)})
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
@@ -53,13 +55,19 @@ def _seen(folder: Path) -> list[Any]:
     return [tokenizer("1234 5678 12345678 don't\n\n  x<|pad|> y")["input_ids"], said, tokenizer.pad_token_id]
 
 
-def _there_and_back(donor: Path, place: Path, **recursion: Any) -> list[str]:
+def _import(donor: Path, place: Path, **recursion: Any) -> list[str]:
     from megatron_recursive.hf.convert import ImportOptions, import_model
-    from megatron_recursive.hf.export import export_model
 
     heard: list[str] = []
     import_model(str(donor), str(place / "ckpt"), ImportOptions(recursion), heard.append)
-    export_model(str(place / "ckpt"), str(place / "hf"), say=heard.append)
+    return heard
+
+
+def _there_and_back(donor: Path, place: Path, tokenizer: str | None = None, **recursion: Any) -> list[str]:
+    from megatron_recursive.hf.export import export_model
+
+    heard = _import(donor, place, **recursion)
+    export_model(str(place / "ckpt"), str(place / "hf"), tokenizer, say=heard.append)
     return heard
 
 
@@ -75,7 +83,8 @@ def test_ids_and_templates_stay_the_donors(kind: str, given_class: str, knobs: d
     run_distributed(_there_and_back, 1, donor, tmp_path, timeout=200, **knobs)
     expected = _seen(donor)
     assert _seen(tmp_path / "ckpt/tokenizer") == _seen(tmp_path / "hf") == expected and expected[1] == "toolsf"
-    config, settings = (json.loads((tmp_path / "hf" / f).read_text()) for f in ("config.json", "generation_config.json"))
+    files = ("config.json", "generation_config.json")
+    config, settings = (json.loads((tmp_path / "hf" / file).read_text()) for file in files)
     assert config["eos_token_id"] == settings["eos_token_id"] == [0, 293] and settings["temperature"] == 0.6
     assert "_from_model_config" not in settings
     beside = {file.name for file in (tmp_path / "ckpt/tokenizer").iterdir()}
@@ -86,20 +95,11 @@ def test_a_class_that_would_change_the_ids_is_not_exported_to(tmp_path: Path) ->
     donor, own = save_donor("qwen2", tmp_path / "donor", vocab_size=300), tmp_path / "own"
     own.mkdir()
     _write_tokenizer(own, "PreTrainedTokenizerFast")
-    heard: list[str] = run_distributed(_export_with, 1, donor, own, tmp_path, timeout=200)[0]
+    plain = {"enable_recursive_refinement": False}
+    (heard,) = run_distributed(_there_and_back, 1, donor, tmp_path, str(own), timeout=200, **plain)
     assert _seen(tmp_path / "hf") == _seen(own)
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "recursive_gpt"
     assert any("other ids beside a Qwen2ForCausalLM" in line for line in heard)
-
-
-def _export_with(donor: Path, tokenizer: Path, place: Path) -> list[str]:
-    from megatron_recursive.hf.convert import ImportOptions, import_model
-    from megatron_recursive.hf.export import export_model
-
-    heard: list[str] = []
-    import_model(str(donor), str(place / "ckpt"), ImportOptions({"enable_recursive_refinement": False}), heard.append)
-    export_model(str(place / "ckpt"), str(place / "hf"), str(tokenizer), say=heard.append)
-    return heard
 
 
 def test_a_tokenizer_that_says_otherwise_is_refused(tmp_path: Path) -> None:
@@ -115,18 +115,18 @@ def test_a_tokenizer_that_says_otherwise_is_refused(tmp_path: Path) -> None:
     )
 
 
-# --- what an import says of its donor ----------------------------------------------------------------------------------
+# --- what an import says of its donor ---------------------------------------------------------------------------------
 
 
 def _taught(folder: Path) -> Path:
-    """A donor that knows the text of the proof, and the tokenizer of it; its vocabulary lacks the tokenizer's last ids."""
+    """A donor that knows the text of the proof; its vocabulary lacks the tokenizer's last ids."""
     from megatron_recursive.hf.proof import proof_tokens
     from tests.unit_tests.hf.donors import make_donor
 
-    model = make_donor("llama3, head_dim", initializer_range=0.02).train()
+    model = make_donor("llama3, head_dim", initializer_range=0.2).train()
     ids = proof_tokens(VOCAB, write_tokenizer(folder), 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
+    for _ in range(60):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -137,7 +137,7 @@ def _taught(folder: Path) -> Path:
 def test_an_import_says_what_it_does_to_the_donor(tmp_path: Path) -> None:
     donor = _taught(tmp_path / "donor")
     knobs = {"num_refinement_blocks": 2, "num_latent_refinements": 1}
-    (heard,) = run_distributed(_there_and_back, 1, donor, tmp_path, timeout=200, **knobs)
+    (heard,) = run_distributed(_import, 1, donor, tmp_path, timeout=200, **knobs)
     summary = json.loads((tmp_path / "ckpt/conversion.json").read_text())["summary"]["loss"]
     before, plain, recursive = summary.values()
     assert list(summary) == ["donor", "imported without recursion", "imported with recursion"]
