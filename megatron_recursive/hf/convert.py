@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from argparse import Namespace
@@ -19,7 +18,7 @@ from megatron_recursive.command_line import command
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf import proof
-from megatron_recursive.hf.architecture import Architecture
+from megatron_recursive.hf.architecture import Architecture, padded_vocabulary
 from megatron_recursive.hf.files import new_folder
 from megatron_recursive.hf.mappings import FAMILIES, HALTING_ROWS, INITIAL_STATE_ROWS, Item, Row, items
 from megatron_recursive.hf.report import Report
@@ -28,12 +27,14 @@ from megatron_recursive.hf.sources import Source, choose_layers, open_source, re
 from megatron_recursive.hf.tokenizer_files import (
     copy_tokenizer,
     keep_class,
+    last_id,
     load_tokenizer,
     prove_ids,
     token_ids,
     write_settings,
 )
 from megatron_recursive.hf.torch_dist import LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
+from megatron_recursive.hf.transforms import VOCABULARY
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
@@ -54,6 +55,7 @@ class ImportOptions:
         recursion: knobs by name; the others are the source's own where it is a model of ours, or else the defaults.
         selection, num_layers, layers: which layers to keep (:func:`choose_layers`).
         untie: give the output head a copy of the embedding of its own.
+        resize_vocab: grow the embedding to the tokenizer's ids; new rows are the mean of the donor's.
         proof_dtype: float32 or float64; None skips the proof.
     """
 
@@ -62,6 +64,7 @@ class ImportOptions:
     num_layers: int | None = None
     layers: str | None = None
     untie: bool = False
+    resize_vocab: bool = False
     proof_dtype: torch.dtype | None = torch.float32
 
 
@@ -75,9 +78,15 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
     layers = choose_layers(source.arch.num_layers, options.selection, options.num_layers, options.layers)
     untied = source.arch.tied and options.untie
     arch = dataclasses.replace(source.arch, num_layers=len(layers), tied=source.arch.tied and not options.untie)
+    tokenizer = _donor_tokenizer(source)
+    if options.resize_vocab:
+        if tokenizer is None:
+            raise UserError(f"--resize-vocab: {source.name} has no tokenizer that loads here; leave it out.")
+        rows = max(arch.vocab_size, last_id(tokenizer) + 1)
+        arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
     recursion = _recursion(source, options.recursion)
     plan = build_plan(recursion)
-    job = _Import(source, arch, recursion, plan, layers, untied)
+    job = _Import(source, arch, recursion, plan, layers, untied, tokenizer)
     say(f"{source.name}: {source.family.model_type}, {source.arch.num_layers} layers, {source.origin}, "
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
     with new_folder(target, job.nbytes()) as folder:
@@ -125,6 +134,7 @@ class _Import:
     plan: RecursionPlan
     layers: list[int]
     untied: bool
+    tokenizer: Any
 
     # -- what is written -----------------------------------------------------------------------------------------
 
@@ -143,7 +153,10 @@ class _Import:
                 raise UserError(f"{self.source.name}: {name} holds NaN or infinite values; fetch the model again.")
             if part.dtype != parts[0].dtype:
                 raise UserError(f"{self.source.name}: {', '.join(item.hf)} are merged but differ in dtype.")
-        return item.transform.merge(parts, self.arch)
+        merged, known = item.transform.merge(parts, self.arch), self.source.arch.vocab_size
+        if item.transform is VOCABULARY and self.arch.vocab_size > known:
+            merged[known : self.arch.vocab_size] = parts[0].float().mean(0)
+        return merged
 
     def _stored_name(self, name: str) -> str:
         return "model.embed_tokens.weight" if self.untied and name == "lm_head.weight" else name
@@ -210,13 +223,6 @@ class _Import:
             return "this recursion has none"
         raise AssertionError(f"{name} is unaccounted for")
 
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        """The donor's, as transformers loads it beside the donor's config.json; None where it does not load."""
-        if self.source.gguf is not None:
-            return load_tokenizer(self.source.gguf.parent, gguf_file=self.source.gguf.name)
-        return None if self.source.folder is None else load_tokenizer(self.source.folder)
-
     def _save_tokenizer(self, folder: Path) -> bool:
         target = folder / TOKENIZER
         if self.source.folder is not None:
@@ -274,11 +280,12 @@ class _Import:
         unproven = prove_ids(self.tokenizer, folder / TOKENIZER, self.source.name)
         if unproven is not None:
             return [unproven]
-        last = max(self.tokenizer.get_vocab().values())
+        last = last_id(self.tokenizer)
         if last < self.arch.vocab_size:
             return []
         return [f"the tokenizer of {self.source.name} has ids up to {last}, but the model's vocabulary ends at "
-                f"{self.arch.vocab_size - 1}; text with the tokens between them cannot be trained on."]  # fmt: skip
+                f"{self.arch.vocab_size - 1}; text with tokens between them cannot be trained on, unless --resize-vocab "
+                "grows the embedding."]  # fmt: skip
 
     def prove(self, folder: Path, dtype: torch.dtype, report: Report) -> list[str]:
         """Recursion disabled, the checkpoint's logits are the donor's (of the chosen layers); the losses are noted.
@@ -287,11 +294,12 @@ class _Import:
             What there is to be warned of.
         """
         fetch = checkpoint_fetch(TorchDistCheckpoint(folder / RELEASE))
-        tokens_BS = proof.proof_tokens(self.arch.vocab_size, self.tokenizer, self.arch.max_positions)
+        known = self.source.arch.vocab_size
+        tokens_BS = proof.proof_tokens(known, self.tokenizer, self.arch.max_positions)
         plain = RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0)
         chosen = proof.hf_logits(self.source.family, self._donor_config(), self._donor_weight, tokens_BS, dtype)
         ours = proof.megatron_logits(self.arch, plain, fetch, tokens_BS, dtype)
-        report.max_logit_error = proof.relative_error(chosen, ours)
+        report.max_logit_error = proof.relative_error(chosen, ours[:, :known])
         proof.check(report.max_logit_error, f"{self.source.name} and its conversion")
         if self.tokenizer is None:  # there is no text to lose anything on
             return []
@@ -326,6 +334,13 @@ class _Import:
         if parts[:2] == ["model", "layers"]:
             parts[2] = str(self.layers[int(parts[2])])
         return self.source.weight(".".join(parts))
+
+
+def _donor_tokenizer(source: Source) -> Any:
+    """As transformers loads it beside the donor's config.json; None where it does not load."""
+    if source.gguf is not None:
+        return load_tokenizer(source.gguf.parent, gguf_file=source.gguf.name)
+    return None if source.folder is None else load_tokenizer(source.folder)
 
 
 def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:

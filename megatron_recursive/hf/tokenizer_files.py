@@ -84,6 +84,10 @@ def _name_class(folder: Path) -> None:
     file.write_text(json.dumps({**values, "tokenizer_class": AS_IT_IS}, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def last_id(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values())
+
+
 def reading(tokenizer: Any) -> dict[str, Any]:
     """What a tokenizer makes of a fixed text of digits, spaces, code and scripts, and of each of its added tokens."""
     added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]

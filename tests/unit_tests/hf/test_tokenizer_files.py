@@ -63,6 +63,17 @@ def _import(donor: Path, place: Path, **recursion: Any) -> list[str]:
     return heard
 
 
+def _resized(donor: Path, place: Path) -> list[str]:
+    from megatron_recursive.hf.convert import ImportOptions, import_model
+    from megatron_recursive.hf.export import export_model
+
+    heard: list[str] = []
+    options = ImportOptions({"enable_recursive_refinement": False}, resize_vocab=True)
+    import_model(str(donor), str(place / "ckpt"), options, heard.append)
+    export_model(str(place / "ckpt"), str(place / "hf"), say=heard.append)
+    return heard
+
+
 def _there_and_back(donor: Path, place: Path, tokenizer: str | None = None, **recursion: Any) -> list[str]:
     from megatron_recursive.hf.export import export_model
 
@@ -148,3 +159,16 @@ def test_an_import_says_what_it_does_to_the_donor(tmp_path: Path) -> None:
     (line,) = (line for line in said.splitlines() if " pretrain " in line)
     assert f"--load {tmp_path}/ckpt --save {tmp_path}/ckpt-trained --data-path" in line and "--lr" not in line
     assert {"--bf16", "--seq-length=64", "--lr=1e-4"} < set((tmp_path / "ckpt/megatron_args.txt").read_text().split())
+
+
+def test_an_embedding_grows_to_the_ids_of_the_tokenizer(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    donor = save_donor("olmo2", tmp_path / "donor")
+    write_tokenizer(donor)
+    (heard,) = run_distributed(_resized, 1, donor, tmp_path, timeout=200)
+    assert not any("vocabulary ends" in line for line in heard)
+    before, after = (load_file(folder / "model.safetensors") for folder in (donor, tmp_path / "hf"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert after[name].shape == (257, 60) and torch.equal(after[name][:VOCAB], before[name])
+        torch.testing.assert_close(after[name][VOCAB:], before[name].mean(0).expand(6, -1))
