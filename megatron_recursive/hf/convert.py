@@ -284,7 +284,7 @@ class _Import:
         if last < self.arch.vocab_size:
             return []
         return [f"the tokenizer of {self.source.name} has ids up to {last}, but the model's vocabulary ends at "
-                f"{self.arch.vocab_size - 1}; text with tokens between them cannot be trained on, unless --resize-vocab "
+                f"{self.arch.vocab_size - 1}; text with tokens between them cannot be trained on unless --resize-vocab "
                 "grows the embedding."]  # fmt: skip
 
     def prove(self, folder: Path, dtype: torch.dtype, report: Report) -> list[str]:
