@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required.add_argument("a", metavar="A")
     required.add_argument("b", metavar="B")
     _add_proof(verifier)
-    parser.epilog = example("convert", "import", "--hf", "MODEL", "--out", "CKPT", "--num-refinement-blocks", "3")
+    parser.epilog = example("convert", "import", "--hf", "MODEL", "--out", "CKPT", "--state-norm", "none")
 
 
 def _describe(parser: argparse.ArgumentParser, text: str, *words: str) -> None:
@@ -43,8 +43,8 @@ def _describe(parser: argparse.ArgumentParser, text: str, *words: str) -> None:
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     _describe(parser, "Convert a Hugging Face model to a Megatron checkpoint, and print the line that trains on.",
-              "import", "--hf", "MODEL", "--out", "CKPT", "--num-refinement-blocks", "3", "--state-norm",
-              "none")  # fmt: skip
+              "import", "--hf", "MODEL", "--out", "CKPT", "--num-refinement-blocks", "1",
+              "--num-latent-refinements", "1", "--state-norm", "none")  # fmt: skip
     required = parser.add_argument_group("required")
     required.add_argument("--hf", required=True, metavar="MODEL", help="a folder, a .gguf file, or a cached hub name")
     required.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to make")
@@ -54,6 +54,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--num-layers", type=int, metavar="K", help="how many layers to keep (default: all)")
     shape.add_argument("--layers", metavar="I,J,...", help="the layers to keep, by number from 0")
     shape.add_argument("--untie-embeddings", action="store_true", help="give the head a copy of the embedding")
+    shape.add_argument("--resize-vocab", action="store_true",
+                       help="grow the embedding to all ids of the tokenizer; new rows are the mean of the others")
     add_recursion_arguments(parser, KNOBS)
     for action in parser._actions:
         if action.dest in KNOBS:
@@ -93,7 +95,8 @@ def run(args: argparse.Namespace) -> None:
         recursion = {name: value for name, value in vars(args).items() if name in KNOBS}
         selection = args.layer_selection or ("uniform" if args.num_layers is not None else None)
         report = convert.import_model(args.hf, args.out, convert.ImportOptions(
-            recursion, selection, args.num_layers, args.layers, args.untie_embeddings, dtype))  # fmt: skip
+            recursion, selection, args.num_layers, args.layers, args.untie_embeddings,
+            args.resize_vocab, dtype))  # fmt: skip
     elif args.action == "export":
         report = export.export_model(args.ckpt, args.out, args.tokenizer, dtype)
     else:

@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json-key", default="text", metavar="KEY", help="key or column of the text")
     add("--append-eod", action=argparse.BooleanOptionalAction, default=True,
         help="end each document with the tokenizer's end-of-document token")
+    add("--no-special-tokens", dest="special_tokens", action="store_false",
+        help="leave out what the tokenizer puts around a text, such as Llama's begin token (default: as in inference)")
     add("--on-error", choices=ON_ERROR, default="stop",
         help="at a malformed document: stop and name its line, or skip and count it")
     add = parser.add_argument_group("where the work is done").add_argument
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    tokenizer = TokenizerChoice(args.tokenizer, args.vocab_file, args.merge_file).check()
+    tokenizer = TokenizerChoice(args.tokenizer, args.vocab_file, args.merge_file, args.special_tokens).check()
     written = preprocess(
         args.input, args.output, tokenizer, args.json_key, args.workers, args.append_eod, args.on_error,
         args.executor, parse_options(args.executor_options), overwrite=args.overwrite,

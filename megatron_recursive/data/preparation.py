@@ -24,6 +24,7 @@ class Preparation:
 
     ``tokenizer`` is what the user called it, for people only; ``source`` the :func:`digest` of all that the tokens
     depend on; by ``bin_bytes``, the size of the ``.bin``, a record that another program's files have outlived is known.
+    ``special_tokens``: each document has those that the tokenizer puts around a text.
     """
 
     vocab_size: int
@@ -34,6 +35,7 @@ class Preparation:
     tokens: int
     skipped: int
     bin_bytes: int
+    special_tokens: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

@@ -162,6 +162,7 @@ def _key(files: Sequence[SourceFile], tokenizer: StoredTokenizer, json_key: str,
         "tokenizer": tokenizer.digest,
         "json_key": json_key,
         "eod": tokenizer.eod if append_eod else None,
+        **({"special_tokens": True} if tokenizer.special else {}),
     }
 
 

@@ -97,7 +97,8 @@ class IndexedDatasetWriter(PipelineStep):
             for texts, size in _batches(data, report):
                 for ids in encode(texts):
                     if ids:
-                        ids += eod
+                        if not self.tokenizer.special or ids[-1:] != eod:  # some tokenizers end a text with it
+                            ids += eod
                         builder.add_document(numpy.array(ids, dtype), [len(ids)])
                         report.documents += 1
                         report.tokens += len(ids)
@@ -191,7 +192,7 @@ def merge_parts(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer) -> Pa
         builder.finalize(str(joined_idx))
         made = Preparation(
             tokenizer.id_range, tokenizer.vocabulary, tokenizer.name, digest(work.key()),
-            total.documents, total.tokens, total.skipped, joined_bin.stat().st_size,
+            total.documents, total.tokens, total.skipped, joined_bin.stat().st_size, tokenizer.special,
         )  # fmt: skip
         record.write_text(made.to_json(), "utf-8")
         for file in (joined_bin, joined_idx, record):

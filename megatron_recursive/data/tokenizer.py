@@ -19,18 +19,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Encode = Callable[[list[str]], list[list[int]]]
-"""Token ids of each text, without special tokens around them."""
+"""Token ids of each text, with the special tokens that the stored tokenizer puts around it; none of an empty text."""
 
 _MAKE = f"make one with {command('tokenizer')}"
 
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """What the user names: a folder, a SentencePiece .model or a name of the Hugging Face hub, or GPT-2's two files."""
+    """What the user names: a folder, a SentencePiece .model or a name of the Hugging Face hub, or GPT-2's two files.
+
+    ``special_tokens``: put around each document what the tokenizer puts around a text (BOS of Llama and Mistral), as
+    Megatron's tokenizer and transformers do, and thus inference.
+    """
 
     path: str | None = None
     vocab_file: str | None = None
     merge_file: str | None = None
+    special_tokens: bool = True
 
     def check(self) -> TokenizerChoice:
         """Itself, if it names one tokenizer.
@@ -52,7 +57,8 @@ class StoredTokenizer:
     """A tokenizer as one file, which other processes load in a moment.
 
     ``eod`` ends documents (None: there is none); ids are below ``id_range``; ``digest`` tells one from another,
-    ``vocabulary`` only by what the ids stand for; ``name`` is what the user called it.
+    ``vocabulary`` only by what the ids stand for; ``name`` is what the user called it; ``special``: it puts tokens of
+    its own around each text.
     """
 
     file: Path
@@ -61,6 +67,7 @@ class StoredTokenizer:
     digest: str
     vocabulary: str
     name: str
+    special: bool = False
 
 
 def load_tokenizer(path: str | Path, mend: str = _MAKE) -> PreTrainedTokenizerBase:
@@ -102,8 +109,8 @@ def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path) -> PreTrained
         if not Path(file).is_file():
             raise UserError(f"{flag} {file} does not exist; name GPT-2's vocab.json and merges.txt")
     try:
-        vocabulary = json.loads(Path(vocab_file).read_text("utf-8"))
-        lines = Path(merge_file).read_text("utf-8").split("\n")
+        vocabulary = json.loads(Path(vocab_file).read_text("utf-8-sig"))
+        lines = Path(merge_file).read_text("utf-8-sig").split("\n")
         merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
         return GPT2Tokenizer(vocab=vocabulary, merges=merges)
     # As above: the Rust tokenizers raise a bare Exception for a merge that is no pair of known tokens.
@@ -141,7 +148,8 @@ def store_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
     file.write_text(text, "utf-8")
     known = id_range(tokenizer)
     vocabulary = vocabulary_digest(tokenizer.get_vocab(), known)
-    return StoredTokenizer(file, tokenizer.eos_token_id, known, _digest(text.encode()), vocabulary, name)
+    special = choice.special_tokens and rust.num_special_tokens_to_add(False) > 0
+    return StoredTokenizer(file, tokenizer.eos_token_id, known, _digest(text.encode()), vocabulary, name, special)
 
 
 def _sentencepiece_model(choice: TokenizerChoice) -> Path | None:
@@ -187,9 +195,12 @@ def load_encoder(stored: StoredTokenizer) -> Encode:
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
+    around = tokenizer.num_special_tokens_to_add(False) if stored.special else 0
+
     def encode(texts: list[str]) -> list[list[int]]:
         # Without the positions of tokens in the text, which nobody needs here.
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        found = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=stored.special)]
+        return [ids if len(ids) > around else [] for ids in found]
 
     return encode
 

@@ -18,13 +18,23 @@ from megatron_recursive.command_line import command
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf import proof
-from megatron_recursive.hf.architecture import Architecture
-from megatron_recursive.hf.files import copy_tokenizer, new_folder
+from megatron_recursive.hf.architecture import Architecture, padded_vocabulary
+from megatron_recursive.hf.files import new_folder
 from megatron_recursive.hf.mappings import FAMILIES, HALTING_ROWS, INITIAL_STATE_ROWS, Item, Row, items
 from megatron_recursive.hf.report import Report
 from megatron_recursive.hf.safetensors_files import DTYPES
-from megatron_recursive.hf.sources import Source, choose_layers, open_source
+from megatron_recursive.hf.sources import Source, choose_layers, open_source, read_json
+from megatron_recursive.hf.tokenizer_files import (
+    copy_tokenizer,
+    keep_class,
+    last_id,
+    load_tokenizer,
+    prove_ids,
+    token_ids,
+    write_settings,
+)
 from megatron_recursive.hf.torch_dist import LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
+from megatron_recursive.hf.transforms import VOCABULARY
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
@@ -32,6 +42,8 @@ from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
 TOKENIZER = "tokenizer"
+MUCH_WORSE = 1.0  # nats: the next token is e times less likely than to the donor
+OWN = FAMILIES["recursive_gpt"]
 RELEASE = "release"  # Megatron's name for weights without an iteration: a run that loads them starts at 0
 
 
@@ -43,6 +55,7 @@ class ImportOptions:
         recursion: knobs by name; the others are the source's own where it is a model of ours, or else the defaults.
         selection, num_layers, layers: which layers to keep (:func:`choose_layers`).
         untie: give the output head a copy of the embedding of its own.
+        resize_vocab: grow the embedding to the tokenizer's ids; new rows are the mean of the donor's.
         proof_dtype: float32 or float64; None skips the proof.
     """
 
@@ -51,6 +64,7 @@ class ImportOptions:
     num_layers: int | None = None
     layers: str | None = None
     untie: bool = False
+    resize_vocab: bool = False
     proof_dtype: torch.dtype | None = torch.float32
 
 
@@ -64,27 +78,39 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
     layers = choose_layers(source.arch.num_layers, options.selection, options.num_layers, options.layers)
     untied = source.arch.tied and options.untie
     arch = dataclasses.replace(source.arch, num_layers=len(layers), tied=source.arch.tied and not options.untie)
+    tokenizer = _donor_tokenizer(source)
+    if options.resize_vocab:
+        if tokenizer is None:
+            raise UserError(f"--resize-vocab: {source.name} has no tokenizer that loads here; leave it out.")
+        rows = max(arch.vocab_size, last_id(tokenizer) + 1)
+        arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
     recursion = _recursion(source, options.recursion)
     plan = build_plan(recursion)
-    job = _Import(source, arch, recursion, plan, layers, untied)
+    job = _Import(source, arch, recursion, plan, layers, untied, tokenizer)
     say(f"{source.name}: {source.family.model_type}, {source.arch.num_layers} layers, {source.origin}, "
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
     with new_folder(target, job.nbytes()) as folder:
         report = job.write(folder)
         job.compare(folder)
+        notes = job.prove_tokenizer(folder)
         if options.proof_dtype is not None:
-            report.max_logit_error = job.prove(folder, options.proof_dtype)
+            notes += job.prove(folder, options.proof_dtype, report)
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         write_manifest(folder / RELEASE)
     say(report.describe())
     if options.proof_dtype is None:
-        say("WARNING: the proof was skipped (--no-proof); nothing shows that the model computes what its donor does.")
+        notes.append("the proof was skipped (--no-proof); nothing shows that the model computes what its donor does.")
+    if "loss" in report.facts:
+        said = ", ".join(f"{name} {loss:.2f}" for name, loss in report.facts["loss"].items())
+        say(f"loss on the text of the proof: {said}")
+    for note in notes:
+        say(f"WARNING: {note}")
     if (target / TOKENIZER).is_dir():
         prepare = ["preprocess", "--input", "DOCUMENTS", "--output", "DATA_PREFIX"]
         say(f"Prepare data for it with:\n{command(*prepare, '--tokenizer', str(target / TOKENIZER))}")
     else:
         say(f"WARNING: {source.name} has no tokenizer; give the run one with --tokenizer-type and --tokenizer-model.")
-    say(f"{target}: the checkpoint. Train on with:\n{training_command(target, arch)}")
+    say(f"{target}: the checkpoint. Train on, beside it, with:\n{training_command(target)}")
     return report
 
 
@@ -108,6 +134,7 @@ class _Import:
     plan: RecursionPlan
     layers: list[int]
     untied: bool
+    tokenizer: Any
 
     # -- what is written -----------------------------------------------------------------------------------------
 
@@ -126,7 +153,10 @@ class _Import:
                 raise UserError(f"{self.source.name}: {name} holds NaN or infinite values; fetch the model again.")
             if part.dtype != parts[0].dtype:
                 raise UserError(f"{self.source.name}: {', '.join(item.hf)} are merged but differ in dtype.")
-        return item.transform.merge(parts, self.arch)
+        merged, known = item.transform.merge(parts, self.arch), self.source.arch.vocab_size
+        if item.transform is VOCABULARY and self.arch.vocab_size > known:
+            merged[known : self.arch.vocab_size] = parts[0].float().mean(0)
+        return merged
 
     def _stored_name(self, name: str) -> str:
         return "model.embed_tokens.weight" if self.untied and name == "lm_head.weight" else name
@@ -194,11 +224,19 @@ class _Import:
         raise AssertionError(f"{name} is unaccounted for")
 
     def _save_tokenizer(self, folder: Path) -> bool:
+        target = folder / TOKENIZER
         if self.source.folder is not None:
-            return copy_tokenizer(self.source.folder, folder / TOKENIZER)
-        if self.source.gguf is not None:
-            return _save_gguf_tokenizer(self.source.gguf, self.source.config, folder / TOKENIZER)
-        return False
+            stated = read_json(self.source.folder / "config.json")
+            if not copy_tokenizer(self.source.folder, target):
+                return False
+        else:
+            stated = self.source.config.to_dict()
+            if self.tokenizer is None:  # not every GGUF tokenizer is one that transformers can build
+                return False
+            self.tokenizer.save_pretrained(target)
+        keep_class(self.tokenizer, target)
+        write_settings(target, token_ids(target, stated))
+        return True
 
     def _common(self, folder: Path, has_tokenizer: bool) -> dict[str, Any]:
         args = {**self.arch.to_megatron(), **self.recursion.to_dict(), "tensor_model_parallel_size": 1,
@@ -209,11 +247,19 @@ class _Import:
         return {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
 
     def flags(self, has_tokenizer: bool, target: Path) -> list[str]:
-        """A line a flag: architecture, recursion, tokenizer, and no dropout, with which donors are trained."""
+        """A line a flag: architecture, recursion, tokenizer, stored dtype, a short schedule, and no dropout.
+
+        Donors are trained without dropout. What the command line says after the file, holds instead.
+        """
         flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
+        dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)}
+        flags += ["--bf16"] if dtypes == {"BF16"} else ["--fp16"] if dtypes == {"F16"} else []
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]
-        return [*flags, "--hidden-dropout=0.0", "--attention-dropout=0.0"]
+        length = min(1024, self.arch.max_positions)
+        return [*flags, "--hidden-dropout=0.0", "--attention-dropout=0.0", f"--seq-length={length}",
+                "--micro-batch-size=1", "--global-batch-size=8", "--train-iters=1000", "--save-interval=1000",
+                "--lr=1e-4", "--split=90,10,0"]  # fmt: skip
 
     # -- the proof -----------------------------------------------------------------------------------------------
 
@@ -227,17 +273,51 @@ class _Import:
                     raise UserError(f"{item.key} reads back otherwise than it was written; check the disk of --out.")
                 progress.advance(len(item.hf), tensor.nbytes)
 
-    def prove(self, folder: Path, dtype: torch.dtype) -> float:
-        """Recursion disabled, the checkpoint's logits are the donor's (of the chosen layers)."""
-        checkpoint = TorchDistCheckpoint(folder / RELEASE)
-        tokenizer = load_tokenizer(folder / TOKENIZER)
-        tokens_BS = proof.proof_tokens(self.arch.vocab_size, tokenizer, self.arch.max_positions)
+    def prove_tokenizer(self, folder: Path) -> list[str]:
+        """The ids of the stored tokenizer are the donor's; what there is to be warned of."""
+        if not (folder / TOKENIZER).is_dir():
+            return []
+        unproven = prove_ids(self.tokenizer, folder / TOKENIZER, self.source.name)
+        if unproven is not None:
+            return [unproven]
+        last = last_id(self.tokenizer)
+        if last < self.arch.vocab_size:
+            return []
+        return [f"the tokenizer of {self.source.name} has ids up to {last}, but the model's vocabulary ends at "
+                f"{self.arch.vocab_size - 1}; text with tokens between them cannot be trained on unless --resize-vocab "
+                "grows the embedding."]  # fmt: skip
+
+    def prove(self, folder: Path, dtype: torch.dtype, report: Report) -> list[str]:
+        """Recursion disabled, the checkpoint's logits are the donor's (of the chosen layers); the losses are noted.
+
+        Returns:
+            What there is to be warned of.
+        """
+        fetch = checkpoint_fetch(TorchDistCheckpoint(folder / RELEASE))
+        known = self.source.arch.vocab_size
+        tokens_BS = proof.proof_tokens(known, self.tokenizer, self.arch.max_positions)
         plain = RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0)
-        donor = proof.hf_logits(self.source.family, self._donor_config(), self._donor_weight, tokens_BS, dtype)
-        ours = proof.megatron_logits(self.arch, plain, checkpoint_fetch(checkpoint), tokens_BS, dtype)
-        error = proof.relative_error(donor, ours)
-        proof.check(error, f"{self.source.name} and its conversion")
-        return error
+        chosen = proof.hf_logits(self.source.family, self._donor_config(), self._donor_weight, tokens_BS, dtype)
+        ours = proof.megatron_logits(self.arch, plain, fetch, tokens_BS, dtype)
+        report.max_logit_error = proof.relative_error(chosen, ours[:, :known])
+        proof.check(report.max_logit_error, f"{self.source.name} and its conversion")
+        if self.tokenizer is None:  # there is no text to lose anything on
+            return []
+        same = self.layers == list(range(self.source.arch.num_layers)) and self.source.family is not OWN
+        donor = chosen if same else proof.hf_logits(
+            self.source.family, self.source.config, self.source.weight, tokens_BS, dtype)  # fmt: skip
+        losses = {"donor": donor, "imported without recursion": ours}
+        if not self.plan.is_plain:
+            losses["imported with recursion"] = proof.megatron_logits(
+                self.arch, self.recursion, fetch, tokens_BS, dtype)  # fmt: skip
+        found = {name: round(proof.loss(logits, tokens_BS), 4) for name, logits in losses.items()}
+        report.facts["loss"] = found
+        (name, last), before = list(found.items())[-1], found["donor"]
+        if not last > before + MUCH_WORSE:
+            return []
+        why = "layers that were left out" if self.plan.is_plain else "passes that its layers were never trained for"
+        return [f"{name}, the model starts at a loss of {last:.2f} where its donor has {before:.2f}: it must be "
+                f"trained back from {why}; fewer of them start nearer to the donor."]  # fmt: skip
 
     def _donor_config(self) -> Any:
         """The donor's config with the chosen layers only, and for a model of ours without recursion."""
@@ -254,6 +334,13 @@ class _Import:
         if parts[:2] == ["model", "layers"]:
             parts[2] = str(self.layers[int(parts[2])])
         return self.source.weight(".".join(parts))
+
+
+def _donor_tokenizer(source: Source) -> Any:
+    """As transformers loads it beside the donor's config.json; None where it does not load."""
+    if source.gguf is not None:
+        return load_tokenizer(source.gguf.parent, gguf_file=source.gguf.name)
+    return None if source.folder is None else load_tokenizer(source.folder)
 
 
 def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
@@ -278,41 +365,11 @@ def checkpoint_fetch(checkpoint: TorchDistCheckpoint) -> proof.Fetch:
     return fetch
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; None where there is none that loads."""
-    if not folder.is_dir():
-        return None
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer may ask about code in the folder
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # whatever is wrong with it: the proof does without
-        return None
-
-
-def _save_gguf_tokenizer(path: Path, config: Any, folder: Path) -> bool:
-    from transformers import AutoTokenizer, GenerationConfig
-
-    try:
-        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
-    except Exception:  # not every GGUF tokenizer is one that transformers can build
-        return False
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    return True
-
-
-def training_command(target: Path, arch: Architecture) -> str:
-    """One line that trains on from the converted checkpoint, and resumes when it is given again."""
-    length = min(1024, arch.max_positions)
-    return command(
-        "pretrain", "--nproc-per-node", "1", f"@{target / ARGUMENTS_FILE}",
-        "--load", str(target), "--save", str(target), "--save-interval", "1000",
-        "--seq-length", str(length), "--micro-batch-size", "1", "--global-batch-size", "8",
-        "--train-iters", "1000", "--lr", "1e-4", "--data-path", "DATA_PREFIX",
-        "--split", "90,10,0",
-    )  # fmt: skip
+def training_command(target: Path) -> str:
+    """One line that trains on from the converted checkpoint; the rest is in its file of arguments."""
+    run = target.with_name(f"{target.name}-trained")
+    return command("pretrain", "--nproc-per-node", "1", f"@{target / ARGUMENTS_FILE}", "--load", str(target),
+                   "--save", str(run), "--data-path", "DATA_PREFIX")  # fmt: skip
 
 
 __all__ = ["FAMILIES", "ImportOptions", "import_model"]

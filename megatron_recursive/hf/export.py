@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf import REMOTE_CODE_FILES, proof
 from megatron_recursive.hf.architecture import Architecture
-from megatron_recursive.hf.convert import TOKENIZER, checkpoint_fetch, load_tokenizer, recursive_rows
-from megatron_recursive.hf.files import copy_tokenizer, new_folder
+from megatron_recursive.hf.convert import TOKENIZER, checkpoint_fetch, recursive_rows
+from megatron_recursive.hf.files import new_folder
 from megatron_recursive.hf.mappings import (
     FAMILIES,
     Family,
@@ -30,6 +31,16 @@ from megatron_recursive.hf.mappings import (
 from megatron_recursive.hf.report import Report
 from megatron_recursive.hf.safetensors_files import NAMES, Promise, write_folder
 from megatron_recursive.hf.sources import config_object, open_source, read_json
+from megatron_recursive.hf.tokenizer_files import (
+    TOKEN_IDS,
+    copy_tokenizer,
+    difference,
+    keep_class,
+    load_tokenizer,
+    prove_ids,
+    token_ids,
+    write_settings,
+)
 from megatron_recursive.hf.torch_dist import TorchDistCheckpoint, iteration_folder
 from megatron_recursive.hf.transforms import VOCABULARY
 from megatron_recursive.models.checkpoint_integrity import check_integrity
@@ -43,12 +54,13 @@ AUTO_MAP = {
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """A checkpoint and what its arguments say about it."""
+    """A checkpoint and what its arguments say about it; ``own_class``: not a donor's class, even for a plain GPT."""
 
     checkpoint: TorchDistCheckpoint
     args: dict[str, Any]
     arch: Architecture
     recursion: RecursionConfig
+    own_class: bool = False
 
     @property
     def plan(self) -> RecursionPlan:
@@ -57,7 +69,7 @@ class MegatronModel:
     @property
     def family(self) -> Family:
         """The donor's own class for a plain GPT, where there is one that can express it."""
-        donor = donor_family(self.arch) if self.plan.is_plain else None
+        donor = donor_family(self.arch) if self.plan.is_plain and not self.own_class else None
         return donor or FAMILIES["recursive_gpt"]
 
     def items(self) -> Iterator[Item]:
@@ -118,11 +130,26 @@ def export_model(
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
     model, target = open_checkpoint(ckpt), Path(out)
-    report = Report(facts={"family": model.family.model_type})
-    say(f"{ckpt}: {model.arch.num_layers} layers, {model.plan.num_passes} passes, to {model.family.architecture}")
+    report, notes = Report(), []
     with new_folder(target, model.checkpoint.nbytes) as folder:
-        has_tokenizer = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
-        (folder / "config.json").write_text(json.dumps(_config(model, folder), indent=2) + "\n", encoding="utf-8")
+        found = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
+        before = None if found is None else load_tokenizer(found)
+        if found is not None:
+            keep_class(before, folder)
+        ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
+        write_settings(folder, ids)
+        _write_config(model, folder, ids)
+        if before is not None and difference(before, load_tokenizer(folder)) and model.plan.is_plain:
+            notes.append(f"transformers gives this tokenizer other ids beside a {model.family.architecture}, so that "
+                         "the export is of our own class.")  # fmt: skip
+            model = dataclasses.replace(model, own_class=True)
+            _write_config(model, folder, ids)
+        if found is None:
+            notes.append("no tokenizer was found; give a folder with --tokenizer, or add one to the export.")
+        elif (unproven := prove_ids(before, folder, str(found))) is not None:
+            notes.append(unproven)
+        say(f"{ckpt}: {model.arch.num_layers} layers, {model.plan.num_passes} passes, to {model.family.architecture}")
+        report.facts["family"] = model.family.model_type
         _write_weights(model, folder, report)
         if model.family.model_type == "recursive_gpt":
             for name in REMOTE_CODE_FILES:
@@ -135,14 +162,19 @@ def export_model(
     say(report.describe())
     if proof_dtype is None:
         say("WARNING: the proof was skipped (--no-proof); nothing shows that the export computes what the model does.")
-    if not has_tokenizer:
-        say("WARNING: no tokenizer was found; give a folder with --tokenizer, or add one to the export.")
+    for note in notes:
+        say(f"WARNING: {note}")
     trust = ", trust_remote_code=True" if model.family.model_type == "recursive_gpt" else ""
     say(f"{target}: the model; load it with AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})")
     return report
 
 
-def _config(model: MegatronModel, folder: Path) -> dict[str, Any]:
+def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) -> None:
+    config = {**_config(model), **ids}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(model: MegatronModel) -> dict[str, Any]:
     if model.family.model_type == "recursive_gpt":
         config = recursive_config(model.arch)
         config["num_layers"] = model.arch.num_layers
@@ -155,28 +187,18 @@ def _config(model: MegatronModel, folder: Path) -> dict[str, Any]:
     dtypes = {model.checkpoint.dtypes[item.key] for item in model.items()}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype"] = str(widest).removeprefix("torch.")
-    return {**config, **_token_ids(folder)}
+    return config
 
 
-def _token_ids(folder: Path) -> dict[str, Any]:
-    """Begin, end and padding ids, from the generation settings or else the tokenizer."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    settings = folder / "generation_config.json"
-    if settings.is_file():
-        values = read_json(settings)
-        return {name: values.get(name) for name in names}
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
-    return {name: getattr(tokenizer, name, None) for name in names}
-
-
-def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder: Path) -> bool:
+def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder: Path) -> Path | None:
+    """Copy the tokenizer into the export; where it was found."""
     if given is not None:
         if not copy_tokenizer(Path(given), folder):
             raise UserError(f"--tokenizer {given} holds no tokenizer.")
-        return True
+        return Path(given)
     named = model.args.get("tokenizer_model") if model.args.get("tokenizer_type") == "HuggingFaceTokenizer" else None
     places = [ckpt / TOKENIZER, model.checkpoint.folder.parent / TOKENIZER, *([Path(named)] if named else [])]
-    return any(copy_tokenizer(place, folder) for place in places if place.is_dir())
+    return next((place for place in places if place.is_dir() and copy_tokenizer(place, folder)), None)
 
 
 def _promises(model: MegatronModel) -> list[Promise]:
@@ -225,8 +247,7 @@ def _prove(model: MegatronModel, folder: Path, dtype: torch.dtype) -> float:
     source = open_source(str(folder))
     values = read_json(folder / "config.json")
     config = config_object(source.family, values, str(folder))
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else None
-    tokens_BS = proof.proof_tokens(model.arch.vocab_size, tokenizer, model.arch.max_positions)
+    tokens_BS = proof.proof_tokens(model.arch.vocab_size, load_tokenizer(folder), model.arch.max_positions)
     theirs = proof.hf_logits(source.family, config, source.weight, tokens_BS, dtype)
     ours = proof.megatron_logits(model.arch, model.recursion, checkpoint_fetch(model.checkpoint), tokens_BS, dtype)
     error = proof.relative_error(ours, theirs)

@@ -13,11 +13,6 @@ from megatron_recursive.errors import UserError
 
 SPARE_BYTES = 32 * 2**20  # for configs, tokenizer, report, and the pieces' own headers
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-
 
 @contextmanager
 def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
@@ -49,27 +44,13 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the files of a tokenizer (and the generation settings beside them); False where there is none."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not set(names) & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
-        return False
-    for name in names:
-        if name.endswith(".json"):
-            _check_settings(source / name)
-    target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return True
-
-
 def check_generation_settings(folder: Path) -> None:
     """Refuse a generation_config.json that is none: transformers would go on without it."""
     if (folder / "generation_config.json").is_file():
-        _check_settings(folder / "generation_config.json")
+        check_settings(folder / "generation_config.json")
 
 
-def _check_settings(file: Path) -> None:
+def check_settings(file: Path) -> None:
     """A JSON object, in which every token id (or list of them) is one."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

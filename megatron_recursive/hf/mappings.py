@@ -313,8 +313,12 @@ def read_config(family: Family, config: Any, where: str) -> Architecture:
 
 
 def _refuse_sliding_window(config: Any, where: str) -> None:
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others:
+        raise UserError(f"{where} has layers of the type {others[0]}; only full attention can be converted.")
+    slides = not kinds or "sliding_attention" in kinds
+    if slides and window is not None and window < config.max_position_embeddings:
         raise UserError(
             f"{where} attends to a sliding window of {window} tokens, shorter than its context of "
             f"{config.max_position_embeddings}; only full attention can be converted."

@@ -78,6 +78,11 @@ def megatron_logits(
     return logits[:, : arch.vocab_size]
 
 
+def loss(logits_SV: Tensor, tokens_BS: Tensor) -> float:
+    """Mean cross-entropy of the next token."""
+    return float(F.cross_entropy(logits_SV[:-1].double(), tokens_BS[0, 1:]))
+
+
 def relative_error(reference: Tensor, other: Tensor) -> float:
     """Largest difference over the largest absolute logit; NaN where either holds one."""
     difference = (reference.double() - other.double()).abs().max()
@@ -88,7 +93,7 @@ def check(error: float, what: str) -> None:
     if not error <= TOLERANCE:  # NaN fails too
         raise UserError(
             f"The proof failed: logits of {what} differ by {error:.3g} of the largest, more than {TOLERANCE:g}; "
-            "nothing was written."
+            "nothing was written (--proof-dtype float64 tells rounding, which passes amplify, from a difference)."
         )
 
 

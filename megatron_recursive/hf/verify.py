@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from torch import Tensor
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf import proof
 from megatron_recursive.hf.architecture import Architecture
-from megatron_recursive.hf.convert import TOKENIZER, checkpoint_fetch, load_tokenizer
+from megatron_recursive.hf.convert import TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.export import open_checkpoint
 from megatron_recursive.hf.mappings import Item, items
 from megatron_recursive.hf.report import Report
 from megatron_recursive.hf.sources import open_source
+from megatron_recursive.hf.tokenizer_files import load_tokenizer
 from megatron_recursive.hf.torch_dist import LAYERS, TRACKER
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
@@ -31,14 +33,15 @@ class Side:
 
     Attributes:
         tensors: reads one tensor, by its key (a layer's with its number in brackets).
-        logits: of the model's own class on tokens [1, S], as [S, true V].
+        logits: of the model's own class on tokens [1, S], computed in a dtype, as [S, true V]; with another dtype, of
+            weights rounded to it.
     """
 
     name: str
     arch: Architecture
     plan: RecursionPlan
     tensors: dict[str, Callable[[], Tensor]]
-    logits: Callable[[Tensor, torch.dtype], Tensor]
+    logits: Callable[[Tensor, torch.dtype, torch.dtype | None], Tensor]
     tokenizer: Path
 
 
@@ -47,15 +50,22 @@ def verify(
 ) -> Report:
     """Compare; the report's ``different`` counts tensors that both have with other values.
 
-    ``copied`` are the equal ones, ``dropped`` those that only ``a`` has, ``new`` those that only ``b`` has. Logits are
-    compared where both have the same vocabulary.
+    ``copied`` are the equal ones, ``dropped`` those that only ``a`` has, ``new`` those that only ``b`` has. Tensors of
+    two dtypes are compared at the coarser one, and so are then the logits. Logits are compared where both have the same
+    vocabulary.
     """
     left, right = _open(a), _open(b)
     report, different = Report(), []
+    pairs: dict[tuple[torch.dtype, torch.dtype], int] = {}
     for key, read in left.tensors.items():
         if key not in right.tensors:
             report.add("dropped", key, f"only in {a}")
-        elif _equal(read(), right.tensors[key]()):
+            continue
+        mine, other = read(), right.tensors[key]()
+        if mine.dtype != other.dtype:
+            pairs[mine.dtype, other.dtype] = pairs.get((mine.dtype, other.dtype), 0) + 1
+            mine, other = (each.to(_coarser(mine.dtype, other.dtype)) for each in (mine, other))
+        if torch.equal(mine, other):
             report.add("copied", key, "equal")
         else:
             different.append(key)
@@ -67,9 +77,13 @@ def verify(
         positions = min(left.arch.max_positions, right.arch.max_positions)
         tokenizer = load_tokenizer(left.tokenizer) or load_tokenizer(right.tokenizer)
         tokens_BS = proof.proof_tokens(left.arch.vocab_size, tokenizer, positions)
-        error = proof.relative_error(left.logits(tokens_BS, proof_dtype), right.logits(tokens_BS, proof_dtype))
+        coarse = functools.reduce(_coarser, (dtype for pair in pairs for dtype in pair)) if pairs else None
+        error = proof.relative_error(*(side.logits(tokens_BS, proof_dtype, coarse) for side in (left, right)))
         report.max_logit_error = error
-    say(report.describe())
+    for (mine_dtype, other_dtype), count in pairs.items():
+        say(f"{count} tensors are {_said(mine_dtype)} in {a} and {_said(other_dtype)} in {b}; they are compared at "
+            f"{_said(_coarser(mine_dtype, other_dtype))}")  # fmt: skip
+    say(report.describe() if report.lines or not different else f"no tensor is equal, {len(different)} differ")
     for key in different[:6]:
         say(f"  different: {key}")
     if not report.facts["same_plan"]:
@@ -84,8 +98,17 @@ def agree(report: Report) -> bool:
     return same and (report.max_logit_error is None or report.max_logit_error <= proof.TOLERANCE)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The one with fewer digits."""
+    return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _rounded(fetch: proof.Fetch, dtype: torch.dtype | None) -> proof.Fetch:
+    return fetch if dtype is None else lambda name: fetch(name).to(dtype)
 
 
 def _open(given: str) -> Side:
@@ -111,8 +134,8 @@ def _open_megatron(given: str) -> Side:
     tensors = {_name(item.key, item.layer): reader(item.key, item.layer) for item in model.items()}
     fetch = checkpoint_fetch(model.checkpoint)
 
-    def logits(tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-        return proof.megatron_logits(model.arch, model.recursion, fetch, tokens_BS, dtype)
+    def logits(tokens_BS: Tensor, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
+        return proof.megatron_logits(model.arch, model.recursion, _rounded(fetch, coarse), tokens_BS, dtype)
 
     folder = Path(given) / TOKENIZER
     place = folder if folder.is_dir() else model.checkpoint.folder.parent / TOKENIZER
@@ -135,7 +158,7 @@ def _open_hf(given: str) -> Side:
     ours = source.family.model_type == "recursive_gpt"
     plan = RecursionPlan.from_json(json.dumps(source.config.plan)) if ours else PLAIN
 
-    def logits(tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-        return proof.hf_logits(source.family, source.config, source.weight, tokens_BS, dtype)
+    def logits(tokens_BS: Tensor, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
+        return proof.hf_logits(source.family, source.config, _rounded(source.weight, coarse), tokens_BS, dtype)
 
     return Side(given, source.arch, plan, tensors, logits, source.folder or Path(given))

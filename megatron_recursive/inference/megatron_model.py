@@ -77,6 +77,9 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             raise ValueError("A Megatron checkpoint generates without padding; give sequences of the same length.")
+        if input_ids.numel() and int(input_ids.max()) >= self.config.vocab_size:  # padding rows lie behind
+            raise ValueError(f"The token id {int(input_ids.max())} is beyond the vocabulary of "
+                             f"{self.config.vocab_size} tokens; tokenize with the model's own tokenizer.")  # fmt: skip
         options = ExitOptions.make(
             self.config, exit, halt_threshold=halt_threshold, exit_threshold=exit_threshold,
             exit_stable_blocks=exit_stable_blocks, max_inference_refinement_steps=max_inference_refinement_steps,

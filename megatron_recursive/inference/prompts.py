@@ -11,7 +11,8 @@ from megatron_recursive.errors import UserError
 def read_prompts(prompts: list[str], file: str | None) -> list[tuple[str, str]]:
     """(what to call it in an error, prompt) of each prompt, those of the file last.
 
-    A file holds a prompt a line, or, as ``.jsonl``, objects with a "prompt"; blank lines are passed over.
+    A file holds a prompt a line, or, as ``.jsonl``, objects with a "prompt"; blank lines are passed over. Lines end at
+    ``\\n`` or ``\\r\\n``: what else Unicode counts as a line's end belongs to the prompt.
 
     Raises:
         UserError: the file is missing, holds no prompt, or a line is none.
@@ -20,7 +21,7 @@ def read_prompts(prompts: list[str], file: str | None) -> list[tuple[str, str]]:
     if file is None:
         return named
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"--prompt-file {file} cannot be read ({reason}); name a text file.") from error

@@ -20,7 +20,7 @@ from megatron_recursive.data.executors import LocalExecutor, build_executor
 from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset
 from megatron_recursive.data.preparation import read_preparation, vocabulary_digest
 from megatron_recursive.data.preprocess import preprocess
-from megatron_recursive.data.tokenizer import TokenizerChoice, load_tokenizer
+from megatron_recursive.data.tokenizer import TokenizerChoice, load_encoder, load_tokenizer, store_tokenizer
 from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.data.work_folder import WorkFolder
 from megatron_recursive.errors import UserError
@@ -95,6 +95,33 @@ def test_no_append_eod_and_another_key(corpus, tmp_path):
                          overwrite=True)  # fmt: skip
     assert without.tokens == with_eod.tokens - 1
     check_indexed_dataset(tmp_path / "x")
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_special_tokens_of_the_tokenizer_are_those_of_inference(corpus, tmp_path, ends):
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(corpus / "tok")
+    around = "<|endoftext|> $A" + " <|endoftext|>" * ends
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=around, special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save_pretrained(tmp_path / "tok")
+    (tmp_path / "a.jsonl").write_text('{"text": "the loss falls"}\n')
+    (plain,) = read(_prepared(tmp_path / "plain", tmp_path, special_tokens=False))
+    (special,) = read(_prepared(tmp_path / "special", tmp_path))
+    seen = load_tokenizer(tmp_path / "tok")("the loss falls")["input_ids"]
+    assert special == (seen if ends else [*seen, 0]) == [0, *plain] and plain[-1] == 0
+    assert [read_preparation(tmp_path / name).special_tokens for name in ("plain", "special")] == [False, True]
+    with pytest.raises(UserError, match="with another tokenizer or options"):
+        _prepared(tmp_path / "special", tmp_path, special_tokens=False)
+    stored = store_tokenizer(TokenizerChoice(str(tmp_path / "tok")), tmp_path)
+    assert load_encoder(stored)(["", "a"]) == [[], load_tokenizer(tmp_path / "tok")("a")["input_ids"]]
+
+
+def _prepared(prefix, folder, **options):
+    preprocess([folder / "a.jsonl"], prefix, TokenizerChoice(str(folder / "tok"), **options))
+    return prefix
 
 
 def test_gpt2_files_give_the_same_tokens(corpus, written, tmp_path):

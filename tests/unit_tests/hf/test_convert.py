@@ -226,7 +226,7 @@ def test_an_imported_checkpoint_with_a_flipped_bit_is_not_used(tmp_path: Path) -
     assert not (tmp_path / "ckpt" / "hf").exists()
 
 
-def _compare_changed(donor: Path, ckpt: Path, folder: Path) -> tuple[bool, dict[str, Any]]:
+def _compare_changed(donor: Path, ckpt: Path, folder: Path) -> tuple[Any, ...]:
     from safetensors.torch import load_file, save_file
 
     from megatron_recursive.hf.verify import agree, verify
@@ -237,12 +237,16 @@ def _compare_changed(donor: Path, ckpt: Path, folder: Path) -> tuple[bool, dict[
     state["model.layers.2.self_attn.k_proj.weight"][0, 0] += 0.5
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     report = verify(str(ckpt), str(folder), say=_quiet)
-    return agree(report), report.summary()
+    heard: list[str] = []
+    cast = verify(str(ckpt), str(save_donor("qwen3", folder.with_name("bf16"), torch.bfloat16)), say=heard.append)
+    return agree(report), report.summary(), agree(cast), cast.summary(), heard
 
 
-def test_verify_names_one_changed_number(tmp_path: Path) -> None:
+def test_verify_names_one_changed_number_and_compares_dtypes_at_the_coarser(tmp_path: Path) -> None:
     donor = save_donor("qwen3", tmp_path / "hf")
-    ((same, summary),) = run_distributed(
+    ((same, summary, cast_same, cast, heard),) = run_distributed(
         _compare_changed, 1, donor, tmp_path / "ckpt", tmp_path / "changed", timeout=200
     )
     assert not same and summary["different"] == 1 and summary["max_logit_error"] > 1e-6
+    assert cast_same and cast["copied"] > 20 and cast["different"] == 0 and cast["max_logit_error"] < 2e-6
+    assert f"{cast['copied']} tensors are float32 in {tmp_path}/ckpt and bfloat16 in {tmp_path}/bf16" in heard[0]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.architecture import Architecture
-from megatron_recursive.hf.files import copy_tokenizer
 from megatron_recursive.hf.mappings import FAMILIES, donor_config, donor_family, items, read_config
 from megatron_recursive.hf.safetensors_files import Promise, SafetensorsFolder, write_folder
 from megatron_recursive.hf.sources import choose_layers, config_object, open_source
+from megatron_recursive.hf.tokenizer_files import copy_tokenizer
 from megatron_recursive.hf.torch_dist import TorchDistCheckpoint, TorchDistWriter
 from megatron_recursive.hf.transforms import QKV
 from tests.distributed import run_command
@@ -61,6 +61,12 @@ def test_arguments_and_config_give_the_architecture_back(kind: str) -> None:
     assert family is not None
     values = donor_config(family, arch)
     assert read_config(family, config_object(family, values, "here"), "here") == arch
+
+
+def test_a_sliding_window_that_no_layer_uses_is_none() -> None:
+    assert architecture("qwen2", **WINDOW, max_window_layers=4) == architecture("qwen2")
+    with pytest.raises(UserError, match="sliding window of 16"):
+        architecture("qwen2", **WINDOW, max_window_layers=3)
 
 
 def test_layer_choice() -> None:
@@ -175,6 +181,8 @@ def _index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 16}
+SLIDING = ["full_attention"] * 3 + ["sliding_attention"]
 NORM, UP = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"
 BAD_SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (_truncate, "damaged"),
@@ -195,7 +203,8 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
     "classifier": (_config(architectures=["Qwen3ForSequenceClassification"]), "only Qwen3ForCausalLM"),
     "other layers": (_config(num_hidden_layers=5, layer_types=None), "lacks model.layers.4"),
     "activation": (_config(hidden_act="gelu"), "hidden_act gelu"),
-    "sliding window": (_config(use_sliding_window=True, sliding_window=16), "sliding window of 16"),
+    "sliding window": (_config(**WINDOW, layer_types=SLIDING), "sliding window of 16"),
+    "linear attention": (_config(layer_types=["linear_attention"] * 4), "layers of the type linear_attention"),
     "yarn": (_config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "type yarn"),
     "rope factors": (_config(rope_parameters={**LLAMA3_ROPE, "low_freq_factor": 2.0}), "low_freq_factor 2.0.*fixed"),
     "no head": (_config(head_dim=0), "head_dim 0; it must be a whole number above 0"),

@@ -37,7 +37,7 @@ def run(*argv: Any) -> None:
 def records(capsys: pytest.CaptureFixture[str], *argv: Any) -> list[dict[str, Any]]:
     capsys.readouterr()
     run(*argv)
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
 def refusal(*argv: Any) -> str:
@@ -136,6 +136,11 @@ def test_files_of_prompts(recursive: Path, tmp_path: Path, capsys: Any) -> None:
     answers = [records(capsys, *flags, "--prompt-file", file) for file in (lines, objects)]
     found = [[(record["prompt"], record["tokens"]) for record in each] for each in answers]
     assert found[0] == found[1] and [prompt for prompt, _ in found[0]] == ["one", "two"]
+    lines.write_bytes("\ufeffone\r\nform\x0cfeed\u2028\x85\n".encode())
+    objects.write_bytes('\ufeff{"prompt": "one"}\n{"prompt": "form\\ffeed\u2028\x85"}\r\n'.encode())
+    for file in (lines, objects):
+        read = [record["prompt"] for record in records(capsys, "--model", recursive, "--json", "--prompt-file", file)]
+        assert read == ["one", "form\x0cfeed\u2028\x85"]
     run("--model", recursive, "--max-tokens", 3, "--prompt", "one")
     with open_model(str(recursive)) as loaded:
         assert capsys.readouterr().out == f"one{loaded.text.decode(found[0][0][1])}\n"

@@ -61,6 +61,8 @@ def _check_cache(folder: str) -> tuple[list[float], int]:
             pieces = [tokens[:, a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
             parts = [model(piece, past_key_values=contexts).logits for piece in pieces]
             errors.append(float((torch.cat(parts, 1) - full).abs().max() / full.abs().max()))
+        with pytest.raises(ValueError, match="token id 127 is beyond the vocabulary of 127"):
+            model(torch.tensor([[5, 127]]))  # a row of padding, which says something
         return errors, full.shape[-1]
 
 

@@ -1,0 +1,145 @@
+"""The tokenizer of a conversion: all of its files, loaded as the class that the donor's was, the same ids proven.
+
+``AutoTokenizer`` chooses the class by the model type of the config.json beside a tokenizer too, and some classes build
+their own pre-tokenizer over the one in tokenizer.json. The same files would give other ids in a checkpoint, where there
+is no config.json, or in an export, where it is of another model type. What is written therefore names the one class
+that takes tokenizer.json as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.files import check_settings
+
+PATTERNS = (
+    "*token*", "*vocab*", "*merges*", "*.model", "*.model.v*", "*.tiktoken", "*.jinja", "chat_template.json",
+    "tekken.json", "generation_config.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+OTHERS = (".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf")  # code and weights, whatever they are called
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "*.model", "*.model.v*", "*.tiktoken")
+SETTINGS, CONFIG = "generation_config.json", "tokenizer_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+AS_IT_IS = "PreTrainedTokenizerFast"  # known to transformers 4 and 5
+PROBES = (
+    "1234 5678 12345678 3.14159, 1,000,000 and 2026-01-31; I'LL don't",
+    " two  three   spaces\t a tab\n\n\r\nand lines  \n",
+    "def f(x: int) -> None:\n    return {'a': x ** 2, \"b\": [0x1F, 1e-3]}  # done\n<s></s>",
+    "naïve café cafe\u0301 Ångström Straße; Привет, мир; Γειά σου; שלום; مرحبا; नमस्ते",
+    "你好世界。こんにちは 안녕하세요 \U0001f469\u200d\U0001f4bb\U0001f642 \u2028\ufeff",
+)
+
+
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the files of a tokenizer (and the generation settings beside them); False where there is none."""
+    files = sorted({file for pattern in PATTERNS for file in source.glob(pattern)
+                    if file.is_file() and file.suffix not in OTHERS})  # fmt: skip
+    if not any(file.match(pattern) for file in files for pattern in VOCABULARIES):
+        return False
+    for file in files:
+        if file.name in (SETTINGS, CONFIG, "tokenizer.json", "special_tokens_map.json"):
+            check_settings(file)
+    for file in files:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+    return True
+
+
+def load_tokenizer(folder: Path, **options: Any) -> Any:
+    """The tokenizer of a folder, as transformers loads it without running code; None where there is none that loads."""
+    if not options and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
+        return None  # transformers may build one without a vocabulary
+    from transformers import AutoConfig, AutoTokenizer
+
+    from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+
+    AutoConfig.register(RecursiveGPTConfig.model_type, RecursiveGPTConfig, exist_ok=True)  # or it warns of the unknown
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
+    except Exception:  # transformers and the Rust tokenizers raise what they like for one that they cannot build
+        return None
+
+
+def keep_class(tokenizer: Any, folder: Path) -> None:
+    """Have the tokenizer files of a folder load as ``tokenizer`` does, whatever model they stand beside."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return  # it is not made of a tokenizer.json
+    _name_class(folder)
+    alone = load_tokenizer(folder)
+    if alone is None or reading(alone) != reading(tokenizer):
+        tokenizer.save_pretrained(folder)
+        _name_class(folder)
+
+
+def _name_class(folder: Path) -> None:
+    file = folder / CONFIG
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values.pop("auto_map", None)
+    file.write_text(json.dumps({**values, "tokenizer_class": AS_IT_IS}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def last_id(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values())
+
+
+def reading(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer makes of a fixed text of digits, spaces, code and scripts, and of each of its added tokens."""
+    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+    texts = [*PROBES, *(f"a{token} b" for token in added)]
+    ids = tokenizer(texts)["input_ids"]
+    return {
+        "ids": ids, "ids without special tokens": tokenizer(texts, add_special_tokens=False)["input_ids"],
+        "text of the ids": tokenizer.batch_decode(ids), "chat template": tokenizer.chat_template,
+        "special ids": [getattr(tokenizer, name) for name in (*TOKEN_IDS, "unk_token_id")],
+    }  # fmt: skip
+
+
+def difference(before: Any, after: Any) -> str | None:
+    """What two tokenizers make otherwise of the fixed text; None where nothing."""
+    if after is None:
+        return "it no longer loads"
+    first, second = reading(before), reading(after)
+    for what, value in first.items():
+        if second[what] != value:
+            if what.startswith("ids"):
+                was, now = next((a, b) for a, b in zip(value, second[what], strict=True) if a != b)
+                return f"{len(was)} ids of a text are now {len(now)}: {was[:8]} and {now[:8]}"
+            return f"its {what} changed"
+    return None
+
+
+def prove_ids(before: Any, folder: Path, name: str) -> str | None:
+    """Compare the tokenizer of a written folder with the one that it was made of; a sentence where nobody can.
+
+    Raises:
+        UserError: it says otherwise.
+    """
+    if before is None:
+        return f"the tokenizer of {name} does not load here, so that its ids are unproven."
+    found = difference(before, load_tokenizer(folder))
+    if found is not None:
+        raise UserError(f"The tokenizer of {name} would change ({found}); nothing was written.")
+    return None
+
+
+def token_ids(folder: Path, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Begin, end and padding ids: of the generation settings, or else of ``others`` (a config.json), or else None."""
+    file = folder / SETTINGS
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {name: values.get(name) if values.get(name) is not None else others.get(name) for name in TOKEN_IDS}
+
+
+def write_settings(folder: Path, ids: Mapping[str, Any]) -> None:
+    """Complete the generation settings; without the mark by which transformers drops entries of our own (exits)."""
+    file = folder / SETTINGS
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values.pop("_from_model_config", None)
+    values.update({name: value for name, value in ids.items() if value is not None})
+    if values:
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
