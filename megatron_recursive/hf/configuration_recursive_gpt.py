@@ -42,7 +42,8 @@ class RecursiveGPTConfig(PreTrainedConfig):
     """
 
     model_type = "recursive_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # Of the outputs, what the trainer's predictions leave out.
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "halt_loss", "block_logits", "block_halting", "blocks"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

@@ -341,5 +341,5 @@ def test_a_plan_that_the_model_does_not_know_is_refused() -> None:
 
 
 def test_too_many_tokens_for_learned_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="65 tokens are more than the 64 learned positions"):
+    with pytest.raises(ValueError, match="64 learned positions, but position 64 was asked for"):
         make_model(position_embedding="learned")(make_tokens(1, 65))
