@@ -22,8 +22,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple
-from transformers.utils.hub import cached_file
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.hub import cached_file
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_recursive_gpt import RecursiveCache
@@ -124,9 +124,9 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, RecursiveGPTModel) and hasattr(module, "initial_output"):
             generator = torch.Generator(device="cpu").manual_seed(INITIAL_STATE_SEED)
-            for buffer in (module.initial_output, module.initial_latent):
-                vector = torch.empty(buffer.shape, device="cpu")
-                init.copy_(buffer, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
+            for start in (module.initial_output, module.initial_latent):
+                vector = torch.empty(start.shape, device="cpu")
+                init.copy_(start, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
         elif isinstance(module, RecursiveGPTForCausalLM) and module.halting_head is not None:
             init.zeros_(module.halting_head.weight)
             init.constant_(module.halting_head.bias, self.config.recursion.get("halt_bias", -5.0))
@@ -137,6 +137,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
 
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__(config)
+        config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -145,7 +146,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.rotary_emb = RecursiveGPTRotaryEmbedding(config) if config.position_embedding == "rope" else None
         if config.plan.get("state_init") == "trunc-normal":
             for name in ("initial_output", "initial_latent"):
-                self.register_buffer(name, torch.zeros(config.hidden_size))
+                # A parameter, as engines that load weights by name know them; never trained.
+                setattr(self, name, nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False))
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
@@ -161,14 +163,16 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         for layer in layers:
             layer.self_attn.hold_passes(count)
 
-    def run_pass(self, index: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def run_pass(self, index: int, state: Tensor, **kwargs: Any) -> Tensor:
+        hidden_states = state
         for layer in self.layers:
             hidden_states = layer(hidden_states, pass_index=index, **kwargs)
-        return self.norm(hidden_states) if self.norm_closes_passes else hidden_states
+        hidden_states = self.norm(hidden_states) if self.norm_closes_passes else hidden_states
+        return hidden_states.to(state.device)  # back from the last layer's, where layers are spread over devices
 
     def read_state(self, state: Tensor) -> Tensor:
         """What the heads see of an output state."""
-        return state if self.norm_closes_passes else self.norm(state)
+        return state if self.norm_closes_passes else self.norm(state).to(state.device)
 
     def initial_states(self, embedding: Tensor) -> dict[str, Tensor]:
         states = {"input": embedding}
@@ -272,18 +276,26 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         return total
 
 
+class RecursiveGPTHaltingHead(nn.Linear):
+    """Computes in fp32, whatever it is stored in; a module, so that adapters and device maps reach it."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
 class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
     """The model with its heads. ``last_exit_report`` says what the last call with an exit cost."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _keep_in_fp32_modules_strict = ["halting_head"]  # so that quantisation leaves it alone, too
 
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__(config)
         self.model = RecursiveGPTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.halting_head = nn.Linear(config.hidden_size, 1) if config.has_halting else None
+        self.halting_head = RecursiveGPTHaltingHead(config.hidden_size, 1) if config.has_halting else None
         self.last_exit_report: ExitReport | None = None
         self._open_report: ExitReport | None = None
         self.post_init()
@@ -300,9 +312,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
 
     def halting_logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [...], in fp32: q = w . h + b of each token's own state."""
-        head = self.halting_head
-        assert head is not None
-        return F.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+        assert self.halting_head is not None
+        return self.halting_head(hidden).squeeze(-1)
 
     @can_return_tuple
     def forward(
@@ -418,7 +429,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
                 choice = block_logits.detach().argmax(-1)
                 correct = self.config.recursion.get("halt_target", "correct") == "correct"
                 goal = choice.eq(labels if correct else last_choice).float()
-                asked = self.halting_logits(seen if is_last else seen.detach())
+                asked = self.halting_logits(seen if is_last else seen.detach()).to(goal.device)
                 losses = F.binary_cross_entropy_with_logits(asked, goal, reduction="none")
                 halt_loss = halt_loss + each.halt_weight * mean(losses)
         found = {"lm_loss": lm_loss.detach()}
@@ -494,7 +505,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         fresh = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
-        if model_kwargs.get("exit") is not None and fresh and generation_config.cache_implementation is None:
+        whole = len(set(getattr(self, "hf_device_map", {}).values())) < 2  # a RecursiveCache lies on one device
+        if model_kwargs.get("exit") is not None and fresh and whole and generation_config.cache_implementation is None:
             model_kwargs["past_key_values"] = RecursiveCache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
