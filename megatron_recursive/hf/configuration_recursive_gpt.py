@@ -17,7 +17,7 @@ _CHOICES = {
 }
 _PLAN_CHOICES = {"state_init": ("zeros", "trunc-normal"), "state_norm": ("final", "none")}
 _PASS_KEYS = {"index", "block", "target", "reads", "grad", "cuts_states", "supervised_weight", "halt_weight"}
-_ROPE_TYPES = ("default", "linear", "llama3")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class RecursiveGPTConfig(PreTrainedConfig):
@@ -42,7 +42,8 @@ class RecursiveGPTConfig(PreTrainedConfig):
     """
 
     model_type = "recursive_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # Of the outputs, what the trainer's predictions leave out.
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "halt_loss", "block_logits", "block_halting", "blocks"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -83,7 +84,6 @@ class RecursiveGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    sliding_window: int | None = None
     plan: Any = None
     recursion: Any = None
 
@@ -97,7 +97,7 @@ class RecursiveGPTConfig(PreTrainedConfig):
         self.recursion = dict(self.recursion or {})
         self.set_plan(self.plan)
         super().__post_init__(**kwargs)
-        self._check_choices()
+        self.check()
         self.base_model_tp_plan = self._tensor_parallel_plan()
 
     # -- the plan ------------------------------------------------------------------------------------------------
@@ -144,7 +144,8 @@ class RecursiveGPTConfig(PreTrainedConfig):
 
     # -- checks --------------------------------------------------------------------------------------------------
 
-    def _check_choices(self) -> None:
+    def check(self) -> None:
+        """Refuse what no model can be built from; each model asks again, since configs are changed by assignment."""
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 allowed = ", ".join(str(choice) for choice in choices)
@@ -154,7 +155,7 @@ class RecursiveGPTConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
-        if self.sliding_window is not None:
+        if getattr(self, "sliding_window", None) is not None:
             raise ValueError("RecursiveGPT attends to all earlier tokens; sliding_window must be None.")
         if self.norm_placement == "pre" and self.output_norm_scope == "residual":
             raise ValueError("output_norm_scope residual needs norm_placement post or sandwich.")

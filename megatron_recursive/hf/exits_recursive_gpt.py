@@ -170,7 +170,8 @@ class TokensOfPass:
         if self.index is not None and self.rows is not None:  # [1, heads, N, D] -> [N, heads, 1, D]
             query, key, value = (each.transpose(0, 2) for each in (query, key, value))
             old_key, old_value = self.new[slot]
-            key, value = old_key.index_copy(0, self.index, key), old_value.index_copy(0, self.index, value)
+            index = self.index.to(key.device)
+            key, value = old_key.index_copy(0, index, key), old_value.index_copy(0, index, value)
         elif self.index is not None:
             old_key, old_value = self.new[slot]
             nobody = query.new_zeros(self.shape[0], query.shape[1], self.shape[1], query.shape[3])
@@ -181,12 +182,12 @@ class TokensOfPass:
     def _spread(self, old: Tensor, new: Tensor) -> Tensor:
         """``old`` [B, heads, S, D] with ``new`` [1, heads, N, D] in the tokens' places."""
         assert self.index is not None
-        whole = old.transpose(1, 2).flatten(0, 1).index_copy(0, self.index, new[0].transpose(0, 1))
+        whole = old.transpose(1, 2).flatten(0, 1).index_copy(0, self.index.to(old.device), new[0].transpose(0, 1))
         return whole.unflatten(0, self.shape).transpose(1, 2)
 
     def pick(self, result: Tensor) -> Tensor:
         """Of attention's [B, S, heads, D], the tokens that are still there, [1, N, heads, D]."""
-        return result if self.index is None else result.flatten(0, 1)[self.index].unsqueeze(0)
+        return result if self.index is None else result.flatten(0, 1)[self.index.to(result.device)].unsqueeze(0)
 
     def attend_rows(
         self, attend: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor,
@@ -250,7 +251,7 @@ def run_with_exits(
             kept.append(final)
         if block + 1 == options.max_blocks:
             break
-        leaves_N = rule(output_NH, model.read_state(output_NH)) | ~real_N[index]
+        leaves_N = rule(output_NH, model.read_state(output_NH)).to(index.device) | ~real_N[index]
         stays = (~leaves_N).nonzero().squeeze(1)
         if len(stays) == 0:
             break

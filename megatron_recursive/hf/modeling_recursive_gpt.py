@@ -6,6 +6,8 @@ package that trained the model; it imports torch, transformers and its neighbour
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,8 +21,9 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.hub import cached_file
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_recursive_gpt import RecursiveCache
@@ -121,9 +124,9 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, RecursiveGPTModel) and hasattr(module, "initial_output"):
             generator = torch.Generator(device="cpu").manual_seed(INITIAL_STATE_SEED)
-            for buffer in (module.initial_output, module.initial_latent):
-                vector = torch.empty(buffer.shape, device="cpu")
-                init.copy_(buffer, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
+            for start in (module.initial_output, module.initial_latent):
+                vector = torch.empty(start.shape, device="cpu")
+                init.copy_(start, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
         elif isinstance(module, RecursiveGPTForCausalLM) and module.halting_head is not None:
             init.zeros_(module.halting_head.weight)
             init.constant_(module.halting_head.bias, self.config.recursion.get("halt_bias", -5.0))
@@ -134,6 +137,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
 
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__(config)
+        config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -142,7 +146,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.rotary_emb = RecursiveGPTRotaryEmbedding(config) if config.position_embedding == "rope" else None
         if config.plan.get("state_init") == "trunc-normal":
             for name in ("initial_output", "initial_latent"):
-                self.register_buffer(name, torch.zeros(config.hidden_size))
+                # A parameter, as engines that load weights by name know them; never trained.
+                setattr(self, name, nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False))
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
@@ -158,14 +163,16 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         for layer in layers:
             layer.self_attn.hold_passes(count)
 
-    def run_pass(self, index: int, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def run_pass(self, index: int, state: Tensor, **kwargs: Any) -> Tensor:
+        hidden_states = state
         for layer in self.layers:
             hidden_states = layer(hidden_states, pass_index=index, **kwargs)
-        return self.norm(hidden_states) if self.norm_closes_passes else hidden_states
+        hidden_states = self.norm(hidden_states) if self.norm_closes_passes else hidden_states
+        return hidden_states.to(state.device)  # back from the last layer's, where layers are spread over devices
 
     def read_state(self, state: Tensor) -> Tensor:
         """What the heads see of an output state."""
-        return state if self.norm_closes_passes else self.norm(state)
+        return state if self.norm_closes_passes else self.norm(state).to(state.device)
 
     def initial_states(self, embedding: Tensor) -> dict[str, Tensor]:
         states = {"input": embedding}
@@ -174,20 +181,30 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             states[name] = torch.zeros_like(embedding) if vector is None else vector.to(embedding).expand_as(embedding)
         return states
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor) -> Tensor:
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor, past: int | Tensor
+    ) -> Tensor:
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.position_embedding == "learned":
-            hidden = hidden + self.embed_positions(position_ids)
+            hidden = hidden + self._learned(position_ids, past + hidden.shape[1])
         return hidden if self.embedding_multiplier == 1.0 else hidden * self.embedding_multiplier
 
-    def _positions(self, given: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
-        past, length = cache.get_seq_length() if cache is not None else 0, given.shape[1]
-        learned = self.config.position_embedding == "learned"
-        if learned and isinstance(past, int) and past + length > self.config.max_position_embeddings:
+    def _learned(self, position_ids: Tensor, tokens: int | Tensor) -> Tensor:
+        limit = self.config.max_position_embeddings
+        try:  # a GPU raises nothing that could be caught, but reading its positions at every step would slow it down
+            if isinstance(tokens, int) and tokens > limit and int(position_ids.max()) >= limit:
+                raise IndexError
+            return self.embed_positions(position_ids)
+        except IndexError as error:
+            low, high = int(position_ids.min()), int(position_ids.max())
             raise ValueError(
-                f"{past + length} tokens are more than the {self.config.max_position_embeddings} learned positions."
-            )
-        if learned and attention_mask is not None and attention_mask.ndim == 2:
+                f"This model has {limit} learned positions, but position {low if low < 0 else high} was asked for; "
+                "shorten the text."
+            ) from error
+
+    def _positions(self, given: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
+        length = given.shape[1]
+        if self.config.position_embedding == "learned" and attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         return (torch.arange(length, device=given.device) + past).unsqueeze(0)
 
@@ -210,9 +227,10 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config) if exit_rule is None else RecursiveCache(self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            position_ids = self._positions(given, attention_mask, past_key_values)
-        embedding = self._embed(input_ids, inputs_embeds, position_ids)
+            position_ids = self._positions(given, attention_mask, past)
+        embedding = self._embed(input_ids, inputs_embeds, position_ids, past)
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=embedding, attention_mask=attention_mask,
             past_key_values=past_key_values, position_ids=position_ids,
@@ -258,21 +276,30 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         return total
 
 
+class RecursiveGPTHaltingHead(nn.Linear):
+    """Computes in fp32, whatever it is stored in; a module, so that adapters and device maps reach it."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
 class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
     """The model with its heads. ``last_exit_report`` says what the last call with an exit cost."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _keep_in_fp32_modules_strict = ["halting_head"]  # so that quantisation leaves it alone, too
 
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__(config)
         self.model = RecursiveGPTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.halting_head = nn.Linear(config.hidden_size, 1) if config.has_halting else None
+        self.halting_head = RecursiveGPTHaltingHead(config.hidden_size, 1) if config.has_halting else None
         self.last_exit_report: ExitReport | None = None
         self._open_report: ExitReport | None = None
         self.post_init()
+        self.generation_config._from_model_config = None  # see adjust_generation_fn
 
     def set_num_refinement_blocks(self, count: int) -> None:
         """Run so many blocks from now on; inner blocks are dropped or repeated."""
@@ -285,9 +312,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
 
     def halting_logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [...], in fp32: q = w . h + b of each token's own state."""
-        head = self.halting_head
-        assert head is not None
-        return F.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+        assert self.halting_head is not None
+        return self.halting_head(hidden).squeeze(-1)
 
     @can_return_tuple
     def forward(
@@ -300,7 +326,6 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_blocks: bool = False,
         exit: str | None = None,
@@ -313,7 +338,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
         """Run the plan and read the heads.
 
         Args:
-            labels: [B, S], as input_ids; shifted here, -100 does not count. shift_labels: already shifted.
+            labels: [B, S], as input_ids; shifted here, -100 does not count. ``shift_labels``, a further keyword, are
+                shifted already; named as an argument, the trainer would take them for labels that a row must have.
             num_items_in_batch: what the loss is divided by, instead of the number of labels that count.
             output_blocks: also return what the heads say after every block.
             exit: ``halting``, ``output-change``, ``kl`` or ``argmax``; None runs all blocks of the plan. The other
@@ -325,6 +351,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         if options is not None and self.training:
             raise ValueError("An exit is for inference; call model.eval() first.")
+        shift_labels = kwargs.pop("shift_labels", None)
         wanted = labels is not None or shift_labels is not None
         if use_cache is None and self.training:
             use_cache = False
@@ -336,40 +363,40 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )  # fmt: skip
         hidden = outputs.last_hidden_state
-        result = RecursiveGPTOutput(
-            past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions, blocks=outputs.blocks,
-        )  # fmt: skip
+        found: dict[str, Any] = {}  # a ModelOutput's fields have the order in which they are set: all of them at once
         if not wanted:
-            result.logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         else:
             logits = self.lm_head(hidden)
             if shift_labels is None:
                 assert labels is not None
                 shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
             states = outputs.block_states if options is None else ()
-            self._read_losses(result, states, hidden, logits, shift_labels.to(logits.device), num_items_in_batch)
-            result.logits = slice_logits_to_keep(logits, logits_to_keep)
+            found |= self._read_losses(states, hidden, logits, shift_labels.to(logits.device), num_items_in_batch)
+            logits = slice_logits_to_keep(logits, logits_to_keep)
         if output_blocks:
-            self._read_blocks(result, outputs.block_states, logits_to_keep)
+            found |= self._read_blocks(outputs.block_states, logits_to_keep)
         if options is not None:
-            self._report(options, outputs, attention_mask, math.prod(result.logits.shape[:-1]))
-        return result
+            self._report(options, outputs, attention_mask, math.prod(logits.shape[:-1]))
+        return RecursiveGPTOutput(
+            logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions, blocks=outputs.blocks, **found,
+        )  # fmt: skip
 
     def _logits_of_state(self, state: Tensor) -> Tensor:
         return self.lm_head(self.model.read_state(state))
 
     @torch.no_grad()
-    def _read_blocks(self, result: RecursiveGPTOutput, states: tuple[Tensor, ...], keep: int | Tensor) -> None:
+    def _read_blocks(self, states: tuple[Tensor, ...], keep: int | Tensor) -> dict[str, Tensor]:
         hidden = [self.model.read_state(slice_logits_to_keep(state, keep)) for state in states]
-        result.block_logits = torch.stack([self.lm_head(each) for each in hidden])
+        found = {"block_logits": torch.stack([self.lm_head(each) for each in hidden])}
         if self.halting_head is not None:
-            result.block_halting = torch.stack([torch.sigmoid(self.halting_logits(each)) for each in hidden])
+            found["block_halting"] = torch.stack([torch.sigmoid(self.halting_logits(each)) for each in hidden])
+        return found
 
     def _read_losses(
-        self, result: RecursiveGPTOutput, states: tuple[Tensor, ...], hidden: Tensor, logits: Tensor, labels: Tensor,
-        count: int | Tensor | None,
-    ) -> None:  # fmt: skip
+        self, states: tuple[Tensor, ...], hidden: Tensor, logits: Tensor, labels: Tensor, count: int | Tensor | None
+    ) -> dict[str, Tensor]:
         """The training objective, as the plan weighs the blocks; without states (an exit), the loss of the answers."""
         valid = (labels != -100).float()
         count = valid.sum().clamp(min=1) if count is None else count
@@ -382,12 +409,10 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
             return flat.view_as(labels)
 
         lm_loss = mean(cross_entropy(logits))
-        result.lm_loss = lm_loss.detach()
         if not states:
-            result.loss = lm_loss
-            return
+            return {"loss": lm_loss, "lm_loss": lm_loss.detach()}
         ends = [each for each in self.model.passes if each.ends_block]
-        result.loss = ends[-1].supervised_weight * lm_loss
+        loss = ends[-1].supervised_weight * lm_loss
         halt_loss = torch.zeros_like(lm_loss)
         last_choice = logits.detach().argmax(-1)
         for each, state in zip(ends, states, strict=True):
@@ -395,7 +420,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
             if not is_last and each.supervised_weight:
                 seen = self.model.read_state(state)
                 block_logits = self.lm_head(seen)
-                result.loss = result.loss + each.supervised_weight * mean(cross_entropy(block_logits))
+                loss = loss + each.supervised_weight * mean(cross_entropy(block_logits))
             elif not is_last and each.halt_weight:
                 with torch.no_grad():
                     seen = self.model.read_state(state)
@@ -404,12 +429,14 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
                 choice = block_logits.detach().argmax(-1)
                 correct = self.config.recursion.get("halt_target", "correct") == "correct"
                 goal = choice.eq(labels if correct else last_choice).float()
-                asked = self.halting_logits(seen if is_last else seen.detach())
+                asked = self.halting_logits(seen if is_last else seen.detach()).to(goal.device)
                 losses = F.binary_cross_entropy_with_logits(asked, goal, reduction="none")
                 halt_loss = halt_loss + each.halt_weight * mean(losses)
+        found = {"lm_loss": lm_loss.detach()}
         if self.halting_head is not None:
-            result.halt_loss = halt_loss.detach()
-            result.loss = result.loss + self.config.recursion.get("halt_loss_weight", 1.0) * halt_loss
+            found["halt_loss"] = halt_loss.detach()
+            loss = loss + self.config.recursion.get("halt_loss_weight", 1.0) * halt_loss
+        return {"loss": loss, **found}
 
     # -- generation with an exit ---------------------------------------------------------------------------------
 
@@ -431,6 +458,42 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
         finally:
             self._open_report = None
 
+    def adjust_generation_fn(
+        self, generation_config: Any, from_auto_class: bool, from_pipeline: Any, name: Any, **kwargs: Any
+    ) -> None:
+        """Read the folder's generation config, exits included: of a file that was once made from a model's config, as
+        those of donors are, transformers drops entries that it does not know."""
+        super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, name, **kwargs)
+        if generation_config is None and name is not None:
+            names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+            where = {key: kwargs[key] for key in names if key in kwargs}
+            file = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
+            if file is not None:
+                with open(file, encoding="utf-8") as stream:
+                    entries = json.load(stream)
+                exits = {key: entries[key] for key in EXIT_ARGUMENTS if key in entries}
+                self.generation_config.update(allow_custom_entries=True, **exits)
+        self.generation_config._from_model_config = None  # else the next to read what is saved would drop them again
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str | None, dict[str, Any]]:
+        inputs, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
+        if name == "input_ids" and inputs.numel():
+            low, high = (int(each) for each in inputs.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"The prompt holds the token id {low if low < 0 else high}, but the model has a vocabulary of "
+                    f"{self.config.vocab_size}; use the tokenizer that it was trained with."
+                )
+        return inputs, name, model_kwargs
+
+    def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """An exit is this model's own: an assistant, which may be of any class, follows its own generation config."""
+        generation_config = copy.copy(generation_config)
+        for name in EXIT_ARGUMENTS:
+            vars(generation_config).pop(name, None)
+        others = {name: value for name, value in model_kwargs.items() if name not in EXIT_ARGUMENTS}
+        return super()._get_candidate_generator(generation_config=generation_config, model_kwargs=others, **kwargs)
+
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name in EXIT_ARGUMENTS:  # entries of a generation config that forward() takes
@@ -442,7 +505,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         fresh = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
-        if model_kwargs.get("exit") is not None and fresh and generation_config.cache_implementation is None:
+        whole = len(set(getattr(self, "hf_device_map", {}).values())) < 2  # a RecursiveCache lies on one device
+        if model_kwargs.get("exit") is not None and fresh and whole and generation_config.cache_implementation is None:
             model_kwargs["past_key_values"] = RecursiveCache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)

@@ -34,12 +34,14 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": 36, "intermediate_size": 40, "num_h
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32, "rope_theta": 500000.0}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 # Class -> (what its config has beyond the sizes, what ours has).
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("Llama", {"rms_norm_eps": 1e-6, "attention_bias": True, "mlp_bias": True},
               {"norm_eps": 1e-6, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True}),
     "llama, linear rope": ("Llama", {"rope_parameters": LINEAR}, {"norm_eps": 1e-6, "rope_parameters": LINEAR}),
     "llama 3": ("Llama", {"rope_parameters": LLAMA3}, {"norm_eps": 1e-6, "rope_parameters": LLAMA3}),
+    "llama, yarn": ("Llama", {"rope_parameters": YARN}, {"norm_eps": 1e-6, "rope_parameters": YARN}),
     "qwen 2": ("Qwen2", {"rms_norm_eps": 1e-6, "head_dim": None, "num_attention_heads": 6},
                {"norm_eps": 1e-6, "attention_bias": True, "head_dim": 6}),
     "qwen 3": ("Qwen3", {"rms_norm_eps": 1e-6}, {"norm_eps": 1e-6, "qk_norm": "head"}),
@@ -328,6 +330,13 @@ def test_a_config_that_cannot_be_is_refused(values: dict[str, Any], sentence: st
         make_config(**values)
 
 
+def test_a_config_that_was_changed_is_refused_by_the_model() -> None:
+    config = make_config()
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="but is dynamic"):
+        RecursiveGPTForCausalLM(config)
+
+
 def test_a_plan_that_the_model_does_not_know_is_refused() -> None:
     plan = make_config().plan
     with pytest.raises(ValueError, match="'window', which this version of the model does not know"):
@@ -341,5 +350,5 @@ def test_a_plan_that_the_model_does_not_know_is_refused() -> None:
 
 
 def test_too_many_tokens_for_learned_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="65 tokens are more than the 64 learned positions"):
+    with pytest.raises(ValueError, match="64 learned positions, but position 64 was asked for"):
         make_model(position_embedding="learned")(make_tokens(1, 65))
