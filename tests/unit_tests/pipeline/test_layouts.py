@@ -73,7 +73,7 @@ def test_memory_is_that_of_accounting(searched: dict[str, Any]) -> None:
     assert (batches, stage) == (64, 0)
     stages = stage_memory(
         SHAPE, PLAN, Recording(1, tensor_parallel=2, sequence_parallel=True), StateBytes(), layers_per_stage=(2,) * 4,
-        live_passes=(15, 13, 11, 9), in_flight=8, window=16,
+        live_passes=(15, 13, 11, 9), in_flight=8, window=16,  # of 64: two and four a stage
     )  # fmt: skip
     assert memory == stages[0] and max(stages, key=lambda each: each.total) == stages[0]
     (one,) = stage_memory(SHAPE, PLAN, Recording(1), StateBytes(optimizer_shards=8))
@@ -83,7 +83,7 @@ def test_memory_is_that_of_accounting(searched: dict[str, Any]) -> None:
 def test_what_does_not_fit_is_told_what_would(searched: dict[str, Any]) -> None:
     said = searched["said"]
     assert all(text.endswith(".") and "\n" not in text for text in said.values())
-    assert said["passes"].startswith("No layout fits: the leanest (TP 4")
+    assert said["passes"].startswith("No layout fits: the leanest (TP 2, PP 4")
     assert said["passes"].endswith("; it fits with --recompute-passes.")
     assert "--gpus" in said["gpus"] and "larger GPUs" in said["never"] and "--global-batch-size" in said["batch"]
 

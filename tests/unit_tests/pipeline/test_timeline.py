@@ -233,8 +233,14 @@ def test_megatron_runs_in_the_simulated_order(name: str) -> None:
 def _planned() -> dict[str, Any]:
     from megatron_recursive.accounting import ModelShape
     from megatron_recursive.errors import UserError
-    from megatron_recursive.pipeline.pass_costs import price_passes
-    from megatron_recursive.pipeline.planner import messages, plan_pipeline, simulated_step
+    from megatron_recursive.pipeline.pass_costs import equal_costs, price_passes
+    from megatron_recursive.pipeline.planner import (
+        chosen_windows,
+        messages,
+        plan_pipeline,
+        said_of_phases,
+        simulated_step,
+    )
     from megatron_recursive.plots.pipeline_timeline import described
 
     shape, plain = ModelShape(**SHAPE), RecursionConfig(enable_recursive_refinement=False)
@@ -252,7 +258,15 @@ def _planned() -> dict[str, Any]:
             plan_pipeline(plan, stages, 4)
         except UserError as error:
             said.append(str(error))
-    return {"steps": steps, "text": described(timeline, plan_of(2, 1, detach=True), report), "refusals": said,
+    deep = plan_of(3, 2, detach=True)
+    try:
+        chosen_windows(deep, equal_costs(deep, 4), 64, window=3)
+    except UserError as error:
+        said.append(str(error))
+    phases = {kind: said_of_phases(deep, equal_costs(deep, 4), batches, kind)
+              for kind, batches in (("auto", 64), ("one", 64), ("two", 37))}  # fmt: skip
+    text = described(timeline, plan_of(2, 1, detach=True), report)
+    return {"phases": phases, "steps": steps, "text": text, "refusals": said,
             "messages": messages(plan_of(2, 1, detach=True), 1, two_phases=False)}  # fmt: skip
 
 
@@ -277,4 +291,17 @@ def test_messages_and_refusals(planned: dict[str, Any]) -> None:
         "neighbours": {"forward": 4, "backward": 4, "zero answers": 2},
         "last to first": {"forward": 3, "backward": 3, "zero answers": 2},
     }
-    assert len(planned["refusals"]) == 2 and all("--timeline" in said for said in planned["refusals"])
+    *timeline, window = planned["refusals"]
+    assert len(timeline) == 2 and all("--timeline" in said for said in timeline)
+    assert "--pipeline-window 3 is less than --pipeline-model-parallel-size 4" in window
+
+
+def test_a_run_says_which_phases_it_takes_and_why(planned: dict[str, Any]) -> None:
+    """Two phases idle 4.8% in windows of four micro-batches a stage, where one phase idles 6.7%."""
+    both = "one phase 0.933 efficient, two 0.952)"
+    assert planned["phases"] == {
+        "auto": f"two phases in 4 windows of up to 16 micro-batches (the faster by simulation: {both}",
+        "one": f"one phase (--pipeline-phases one: {both}",
+        "two": planned["phases"]["two"],
+    }
+    assert planned["phases"]["two"].startswith("two phases in 3 windows of up to 13 micro-batches (--pipeline-phases")
