@@ -44,6 +44,7 @@ from .layers_recursive_gpt import (
     make_norm,
 )
 
+INITIAL_STATES = ("initial_output", "initial_latent")
 INITIAL_STATE_SEED = 20251006  # the states that training starts from when they are not zeros
 
 
@@ -115,6 +116,15 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": RecursiveGPTDecoderLayer, "attentions": RecursiveGPTAttention}
 
+    @property
+    def supports_pp_plan(self) -> bool:
+        """Asked by engines that cut a model into stages (vLLM); they would run a stage once and hand on what is no
+        state of the recursion."""
+        raise ValueError(
+            "A recursive model runs its layers several times, so that it cannot be cut into pipeline stages; "
+            "use tensor parallelism."
+        )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -135,6 +145,8 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
 class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
     """Embedding, the passes of the plan, final norm."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^halting_head\."]  # it runs all blocks and asks no head
+
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__(config)
         config.check()
@@ -145,12 +157,19 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = RecursiveGPTRotaryEmbedding(config) if config.position_embedding == "rope" else None
         if config.plan.get("state_init") == "trunc-normal":
-            for name in ("initial_output", "initial_latent"):
-                # A parameter, as engines that load weights by name know them; never trained.
+            for name in INITIAL_STATES:
+                # A parameter, since engines that load weights by name know no buffers.
                 setattr(self, name, nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False))
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
+
+    def train(self, mode: bool = True) -> RecursiveGPTModel:
+        """As everywhere. Initial states are never trained, though from_pretrained makes every parameter trainable."""
+        for name in INITIAL_STATES:
+            if hasattr(self, name):
+                getattr(self, name).requires_grad_(False)
+        return super().train(mode)
 
     def _read_plan(self) -> None:
         self.passes = read_passes(self.config)

@@ -102,7 +102,7 @@ def losses(trainer: Any) -> list[float]:
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_sft_steps_are_those_of_a_loop_by_hand(with_adapter: bool, tmp_path: Path) -> None:
-    """TRL takes the hidden states to its own loss: cross-entropy after the last block, without the model's objective."""
+    """TRL takes hidden states to its own loss: cross-entropy after the last block, without the model's objective."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     rows = make_tokens(4, 8, seed=3).clamp(min=2, max=59)
     data = datasets.Dataset.from_dict({"input_ids": rows.tolist()})
