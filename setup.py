@@ -45,7 +45,7 @@ setup(
         "tensorboard",
         "tokenizers",
         "tqdm",
-        "transformers",
+        "transformers>=5.21",
     ],
     # NVIDIA Apex is not an extra: it has no wheel and must be built from its source tree.
     extras_require={
@@ -61,7 +61,8 @@ setup(
         "data": ["datatrove>=0.10,<0.11", "orjson", "pyarrow", "sentencepiece", "zstandard"],
         # The command plot, and the pictures of the command plan.
         "plots": ["matplotlib"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy"],
+        # parameterized, peft and trl: what tests of the exported model run on it.
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "parameterized", "peft", "trl"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

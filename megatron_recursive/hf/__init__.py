@@ -4,6 +4,7 @@
 REMOTE_CODE_FILES = (
     "configuration_recursive_gpt.py",
     "modeling_recursive_gpt.py",
+    "passes_recursive_gpt.py",
     "layers_recursive_gpt.py",
     "exits_recursive_gpt.py",
     "cache_recursive_gpt.py",

@@ -5,7 +5,14 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from transformers import PreTrainedConfig
+import transformers
+
+OLDEST = (5, 21)  # of transformers, for what this file and its neighbours import; transformers loads this file first
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"This model needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, but {transformers.__version__} is installed; "
+        "run pip install --upgrade transformers."
+    )
 
 _PLAIN_PASS = {"index": 0, "block": 0, "target": "output", "reads": ["input"], "grad": True, "supervised_weight": 1.0}
 _CHOICES = {
@@ -20,7 +27,7 @@ _PASS_KEYS = {"index", "block", "target", "reads", "grad", "cuts_states", "super
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-class RecursiveGPTConfig(PreTrainedConfig):
+class RecursiveGPTConfig(transformers.PreTrainedConfig):
     r"""A GPT whose layers are applied once per pass of a plan.
 
     Llama's names where Llama has one, and:

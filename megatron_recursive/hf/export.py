@@ -48,6 +48,7 @@ from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
+    "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
     "AutoModelForCausalLM": "modeling_recursive_gpt.RecursiveGPTForCausalLM",
 }
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -43,59 +41,10 @@ from .layers_recursive_gpt import (
     RecursiveGPTRotaryEmbedding,
     make_norm,
 )
+from .passes_recursive_gpt import PlanPass, RecursiveGPTModelOutput, RecursiveGPTOutput, read_passes
 
+INITIAL_STATES = ("initial_output", "initial_latent")
 INITIAL_STATE_SEED = 20251006  # the states that training starts from when they are not zeros
-
-
-class PlanPass(NamedTuple):
-    """One application of all layers: ``state[target] = layers(sum of what it reads)``. Fields as in the plan."""
-
-    block: int
-    target: str
-    reads: tuple[str, ...]
-    grad: bool
-    cuts_states: bool
-    supervised_weight: float
-    halt_weight: float
-    ends_block: bool
-
-
-def read_passes(config: RecursiveGPTConfig) -> list[PlanPass]:
-    found, passes = [], config.plan["passes"]
-    for each, after in zip(passes, [*passes[1:], None], strict=True):
-        ends_block = after is None or after["block"] != each["block"]
-        found.append(PlanPass(
-            each["block"], each["target"], tuple(each["reads"]), each["grad"], each.get("cuts_states", False),
-            each.get("supervised_weight", 0.0), each.get("halt_weight", 0.0), ends_block,
-        ))  # fmt: skip
-    return found
-
-
-@dataclass
-class RecursiveGPTModelOutput(BaseModelOutputWithPast):
-    """``block_states``: output states after the blocks, as the plan leaves them; ``blocks``: [B, S] blocks run."""
-
-    block_states: tuple[Tensor, ...] | None = None
-    blocks: Tensor | None = None
-
-
-@dataclass
-class RecursiveGPTOutput(CausalLMOutputWithPast):
-    """Beside what every causal model returns:
-
-    Attributes:
-        loss: the training objective: supervised blocks, plus halt_loss_weight times the halting loss.
-        lm_loss: cross-entropy after the last block. halt_loss: of the halting head, as the plan weighs the blocks.
-        block_logits: [T, B, S, V], on ``output_blocks=True``: what the model would say after each block.
-        block_halting: [T, B, S], on ``output_blocks=True``: halting probability after each block (None: no head).
-        blocks: [B, S], under an exit: blocks that each token took.
-    """
-
-    lm_loss: Tensor | None = None
-    halt_loss: Tensor | None = None
-    block_logits: Tensor | None = None
-    block_halting: Tensor | None = None
-    blocks: Tensor | None = None
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -114,6 +63,15 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": RecursiveGPTDecoderLayer, "attentions": RecursiveGPTAttention}
+
+    @property
+    def supports_pp_plan(self) -> bool:
+        """Asked by engines that cut a model into stages (vLLM); they would run a stage once and hand on what is no
+        state of the recursion."""
+        raise ValueError(
+            "A recursive model runs its layers several times, so that it cannot be cut into pipeline stages; "
+            "use tensor parallelism."
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -135,6 +93,8 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
 class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
     """Embedding, the passes of the plan, final norm."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^halting_head\."]  # it runs all blocks and asks no head
+
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__(config)
         config.check()
@@ -145,12 +105,19 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = RecursiveGPTRotaryEmbedding(config) if config.position_embedding == "rope" else None
         if config.plan.get("state_init") == "trunc-normal":
-            for name in ("initial_output", "initial_latent"):
-                # A parameter, as engines that load weights by name know them; never trained.
+            for name in INITIAL_STATES:
+                # A parameter, since engines that load weights by name know no buffers.
                 setattr(self, name, nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False))
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
+
+    def train(self, mode: bool = True) -> RecursiveGPTModel:
+        """As everywhere. Initial states are never trained, though from_pretrained makes every parameter trainable."""
+        for name in INITIAL_STATES:
+            if hasattr(self, name):
+                getattr(self, name).requires_grad_(False)
+        return super().train(mode)
 
     def _read_plan(self) -> None:
         self.passes = read_passes(self.config)

@@ -56,6 +56,7 @@ class Model:
 class CommonTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     all_model_classes = (RecursiveGPTModel, RecursiveGPTForCausalLM)
     pipeline_model_mapping: dict[str, Any] = {}
+    training_overfit_steps = 450  # 300 leave 0.11 of the detached plan's gradient norm, which is to fall to 0.1
     model_tester: Any = None
     recursion: dict[str, Any] | None = {}
 
