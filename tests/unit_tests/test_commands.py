@@ -141,6 +141,15 @@ def test_ctrl_c_leaves_no_stack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert said(capsys, "corpus", "--output", "data") == (130, "", "")
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-m", "megatron_recursive", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert command.stdout is not None and command.stderr is not None
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait(60)) == (b"", 141)
+
+
 def test_help_texts_with_a_bare_percent_sign_are_shown_as_they_are() -> None:
     parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
     parser.add_argument("--share", type=float, default=1.1, help="headroom (1.10 = 10%) of %(default)s")
