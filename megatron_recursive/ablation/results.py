@@ -27,10 +27,11 @@ def write_results(study: Study, command: str, *, picture: bool) -> dict[str, Any
 
 
 def found(study: Study, command: str) -> dict[str, Any]:
-    """Each recursive arm is compared with each plain one of its width; where there are none, all with the first."""
+    """Each recursive arm against each plain one of its width; without plain ones, each against its width's first."""
     arms = [_arm(study, arm) for arm in study.ablation.arms]
     pairs = [(a, b) for a in arms for b in arms if b["plain"] and not a["plain"] and a["width"] == b["width"]]
-    pairs = pairs or [(arm, arms[0]) for arm in arms[1:]]
+    first = {arm["width"]: arm for arm in arms[::-1]}
+    pairs = pairs or [(arm, first[arm["width"]]) for arm in arms if arm is not first[arm["width"]]]
     return {
         "version": VERSION, "command": command, "equal": study.ablation.equal, "reference": study.ablation.reference,
         "planned": study.size()[0], "failed": list(study.failures.values()), "arms": arms,

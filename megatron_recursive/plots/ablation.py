@@ -21,6 +21,9 @@ def plot_ablation(figures: dict[str, Any], output: Path) -> None:
     left.set_yticks(range(len(arms)), [f"{arm['arm']}\n{arm['FLOPs']:.2g} FLOPs" for arm in arms], fontsize="small")
     left.set(ylim=(len(arms) - 0.5, -0.5), xlabel="held-out loss at the best rate, nats per token (bar: mean)")
     right.set(xscale="log", xlabel="learning rate", ylabel="held-out loss, first seed")
+    rates = sorted({float(rate) for arm in arms for rate in arm["by lr"]})
+    right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    right.set_xticks([], minor=True)
     right.legend(fontsize="small")
     for axis in (left, right):
         axis.grid(alpha=0.3)

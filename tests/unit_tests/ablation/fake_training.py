@@ -16,7 +16,8 @@ from tests.unit_tests.plots.records import start, train, valid
 
 parser = argparse.ArgumentParser()
 for flag, kind in (("--lr", float), ("--seed", int), ("--train-iters", int), ("--save", Path), ("--num-layers", int),
-                   ("--best-rate", float), ("--diverges-above", float), ("--blocks", int)):  # fmt: skip
+                   ("--best-rate", float), ("--diverges-above", float), ("--blocks", int),
+                   ("--hidden-size", int)):  # fmt: skip
     parser.add_argument(flag, type=kind)
 parser.add_argument("--killed-once", action="store_true")
 parser.add_argument("--sleep", action="store_true")
@@ -29,7 +30,7 @@ def facts(flags: list[str]) -> dict:
     blocks = args.blocks or 0
     return {
         "tokens per iteration": 64, "FLOPs per token": 1e3 * args.num_layers * (blocks * 3 or 1), "passes": 9,
-        "plain": not blocks, "layers": args.num_layers, "width": 8, "parameters held": 99,
+        "plain": not blocks, "layers": args.num_layers, "width": args.hidden_size or 8, "parameters held": 99,
         "evaluation iterations": 0 if "--eval-iters=0" in flags else 5,
     }  # fmt: skip
 

@@ -230,6 +230,12 @@ def test_rates_then_seeds_then_results(ablate: Any, tmp_path: Path, monkeypatch:
     assert "a single seed has no spread" in figures["comparisons"][0]["said"]
 
 
+def test_without_a_plain_arm_each_is_compared_with_the_first_of_its_width(ablate: Any) -> None:
+    text = CONFIG.replace("own layers: --num-layers=2", "late: --blocks 3\n  wide: --blocks 3 --hidden-size 16")
+    _, _, figures = ablate(text + "equal: tokens\n")
+    assert [(each["arm"], each["against"]) for each in figures["comparisons"]] == [("late", "recursion, deep")]
+
+
 def test_failures_do_not_stop_the_others_and_a_killed_run_goes_on(ablate: Any, tmp_path: Path) -> None:
     text = CONFIG.replace("--blocks 3", "--blocks 3 --killed-once")
     text = text.replace("--num-layers=2", "--diverges-above 3e-3")
