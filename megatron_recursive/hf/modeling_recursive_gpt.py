@@ -307,7 +307,6 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _keep_in_fp32_modules_strict = ["halting_head"]  # so that quantisation leaves it alone, too
 
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__(config)
@@ -315,6 +314,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.halting_head = RecursiveGPTHaltingHead(config.hidden_size, 1) if config.has_halting else None
+        if self.halting_head is not None:
+            self._keep_in_fp32_modules_strict = ["halting_head"]  # which quantisation then leaves alone, too
         self.last_exit_report: ExitReport | None = None
         self._open_report: ExitReport | None = None
         self.post_init()
