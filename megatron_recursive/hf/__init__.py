@@ -6,5 +6,6 @@ REMOTE_CODE_FILES = (
     "modeling_recursive_gpt.py",
     "layers_recursive_gpt.py",
     "exits_recursive_gpt.py",
+    "generation_recursive_gpt.py",
     "cache_recursive_gpt.py",
 )

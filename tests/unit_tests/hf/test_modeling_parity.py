@@ -164,7 +164,7 @@ def hugging_face_answer(model: Any, batch: dict[str, Tensor]) -> Answer:
     with torch.no_grad():
         logits = model(batch["input_ids"]).logits
     return Answer(logits, {k: float(v) for k, v in named.items() if v is not None},
-                  {name: p.grad for name, p in model.named_parameters()})  # fmt: skip
+                  {name: p.grad for name, p in model.named_parameters() if p.requires_grad})  # fmt: skip
 
 
 def both_answers(name: str) -> tuple[Answer, Answer]:
