@@ -7,5 +7,6 @@ REMOTE_CODE_FILES = (
     "passes_recursive_gpt.py",
     "layers_recursive_gpt.py",
     "exits_recursive_gpt.py",
+    "generation_recursive_gpt.py",
     "cache_recursive_gpt.py",
 )

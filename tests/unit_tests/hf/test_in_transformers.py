@@ -131,6 +131,18 @@ def test_exit_entries_of_a_generation_config_survive(written_by: str, tmp_path: 
     assert not hasattr(RecursiveGPTForCausalLM.from_pretrained(tmp_path).generation_config, "exit")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_halting_head_stays_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, tokens = make_model(), make_tokens(2, 6)
+    model.save_pretrained(tmp_path)
+    loaded = RecursiveGPTForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    kinds = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+    assert {name for name, kind in kinds.items() if kind != dtype} == {"halting_head.weight", "halting_head.bias"}
+    assert loaded(tokens, output_blocks=True).block_halting.dtype == torch.float32
+    assert loaded.to(dtype)(tokens, exit="halting").blocks.shape == (2, 6)  # cast by hand, it still computes
+    assert loaded(tokens, labels=tokens).halt_loss.dtype == torch.float32
+
+
 # --- what cannot be is said -----------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import megatron_recursive.hf as hf
 from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+from megatron_recursive.hf.export import AUTO_MAP
 from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
 from megatron_recursive.plan import RecursionPlan
 from tests.distributed import run_command, run_distributed
@@ -263,13 +264,15 @@ class NotHere:
             raise ImportError(name + " must not be needed")
 sys.meta_path.insert(0, NotHere())
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
 halting = dict(exit="halting", halt_threshold=0.5)
 tokens = torch.arange(12).view(2, 6)
 torch.save([model(tokens).logits.detach(), model.generate(tokens, max_new_tokens=5, do_sample=False, **halting),
             model.model.initial_output], sys.argv[2])
+base = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert torch.equal(model.lm_head(base(tokens).last_hidden_state), model(tokens).logits)
 print(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="bfloat16").dtype)
 """
 
@@ -280,6 +283,9 @@ def test_a_saved_folder_loads_without_this_package(tmp_path: Path) -> None:
     RecursiveGPTConfig.register_for_auto_class()
     RecursiveGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["auto_map"].items() <= AUTO_MAP.items()
+    (tmp_path / "saved" / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
     assert set(hf.REMOTE_CODE_FILES) <= {path.name for path in (tmp_path / "saved").iterdir()}
     command = [sys.executable, "-c", LOAD_ELSEWHERE, str(tmp_path / "saved"), str(tmp_path / "answer.pt")]
     done = run_command(command, timeout=240, env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})

@@ -1,0 +1,93 @@
+"""generate() with an exit. Ships inside an export: it imports torch, transformers and its neighbours alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from torch import Tensor
+from transformers.generation import GenerationMixin
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
+
+from .cache_recursive_gpt import RecursiveCache
+from .exits_recursive_gpt import EXIT_ARGUMENTS, ExitOptions, ExitReport, real_and_visible
+
+
+class RecursiveGenerationMixin(GenerationMixin):
+    """Beside a causal model; ``last_exit_report`` says what the last call with an exit cost."""
+
+    last_exit_report: ExitReport | None
+    _open_report: ExitReport | None
+
+    def _report(self, options: ExitOptions, outputs: Any, mask: Tensor | None, logits: int) -> None:
+        blocks, cache = outputs.blocks, outputs.past_key_values
+        assert blocks is not None
+        past = 0 if cache is None else int(cache.get_seq_length()) - blocks.shape[1]
+        report = ExitReport(self.config) if self._open_report is None else self._open_report
+        visible = real_and_visible(mask, blocks, past)[1]
+        report.add(options, blocks, visible, decoded=past > 0, logits=logits)
+        self.last_exit_report = report
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers. ``exit=...`` and its arguments (or the same entries of the generation config)
+        let each token leave after its own block; ``last_exit_report`` then says what that saved."""
+        self._open_report, self.last_exit_report = ExitReport(self.config), None
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._open_report = None
+
+    def adjust_generation_fn(
+        self, generation_config: Any, from_auto_class: bool, from_pipeline: Any, name: Any, **kwargs: Any
+    ) -> None:
+        """Read the folder's generation config, exits included: of a file that was once made from a model's config, as
+        those of donors are, transformers drops entries that it does not know."""
+        super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, name, **kwargs)
+        if generation_config is None and name is not None:
+            names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+            where = {key: kwargs[key] for key in names if key in kwargs}
+            file = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
+            if file is not None:
+                with open(file, encoding="utf-8") as stream:
+                    entries = json.load(stream)
+                exits = {key: entries[key] for key in EXIT_ARGUMENTS if key in entries}
+                self.generation_config.update(allow_custom_entries=True, **exits)
+        self.generation_config._from_model_config = None  # else the next to read what is saved would drop them again
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str | None, dict[str, Any]]:
+        inputs, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
+        if name == "input_ids" and inputs.numel():
+            low, high = (int(each) for each in inputs.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"The prompt holds the token id {low if low < 0 else high}, but the model has a vocabulary of "
+                    f"{self.config.vocab_size}; use the tokenizer that it was trained with."
+                )
+        return inputs, name, model_kwargs
+
+    def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """An exit is this model's own: an assistant, which may be of any class, follows its own generation config."""
+        generation_config = copy.copy(generation_config)
+        for name in EXIT_ARGUMENTS:
+            vars(generation_config).pop(name, None)
+        others = {name: value for name, value in model_kwargs.items() if name not in EXIT_ARGUMENTS}
+        return super()._get_candidate_generator(generation_config=generation_config, model_kwargs=others, **kwargs)
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in EXIT_ARGUMENTS:  # entries of a generation config that forward() takes
+            if getattr(generation_config, name, None) is not None:
+                model_kwargs.setdefault(name, getattr(generation_config, name))
+        if model_kwargs.get("exit") is not None:
+            generation_config.disable_compile = True  # what is computed depends on the data
+        return generation_config, model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        fresh = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+        whole = len(set(getattr(self, "hf_device_map", {}).values())) < 2  # a RecursiveCache lies on one device
+        if model_kwargs.get("exit") is not None and fresh and whole and generation_config.cache_implementation is None:
+            model_kwargs["past_key_values"] = RecursiveCache(self.config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
