@@ -415,7 +415,6 @@ def recursive_config(arch: Architecture) -> dict[str, Any]:
         "output_norm_scope": arch.output_norm_scope,
         "position_embedding": arch.positions,
         "rope_parameters": rope_parameters(arch) if arch.positions == "rope" else None,
-        "sliding_window": None,
     }
 
 

@@ -54,15 +54,6 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": RecursiveGPTDecoderLayer, "attentions": RecursiveGPTAttention}
 
-    @property
-    def supports_pp_plan(self) -> bool:
-        """Asked by engines that cut a model into stages (vLLM); they would run a stage once and hand on what is no
-        state of the recursion."""
-        raise ValueError(
-            "A recursive model runs its layers several times, so that it cannot be cut into pipeline stages; "
-            "use tensor parallelism."
-        )
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
 from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
-from megatron_recursive.models.fusion import built_by_layer
+from megatron_recursive.models.gradient_fusion import built_by_layer
 from megatron_recursive.models.halting_head import HaltingHead
 from megatron_recursive.models.recursion_state import RecursionState, initial_state_vectors, run_plan
 from megatron_recursive.models.uses import Uses

@@ -17,7 +17,7 @@ from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_
 
 from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
-from megatron_recursive.models.fusion import APEX_KERNEL
+from megatron_recursive.models.gradient_fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of, initial_std
 from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals, tokenizer_check

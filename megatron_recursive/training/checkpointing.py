@@ -34,7 +34,6 @@ from megatron_recursive.models.checkpoint_integrity import (
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import Difference, flag_of
-from megatron_recursive.training.architecture import ARCHITECTURE as ARCHITECTURE  # noqa: PLC0414
 from megatron_recursive.training.architecture import check_architecture
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape

@@ -113,7 +113,8 @@ def _what_goes_on() -> str:
         return "nothing was trained"
     if args.save is None:
         return "nothing is kept, since --save was not given"
-    from megatron_recursive.training.checkpoint_folders import complete_iterations, saving_root
+    from megatron_recursive.models.checkpoint_integrity import complete_iterations
+    from megatron_recursive.training.checkpoint_folders import saving_root
 
     complete = sorted({*complete_iterations(Path(args.save)), *complete_iterations(saving_root(args, passing=True))})
     if not complete:

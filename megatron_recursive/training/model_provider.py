@@ -18,7 +18,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
-from megatron_recursive.models import fusions
+from megatron_recursive.models import compiled_fusions
 from megatron_recursive.models.layer_specs import engine_layer_spec, local_block_spec
 from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
@@ -119,7 +119,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     if args.spec is not None:
         _check_spec(args.spec)
     transformer = core_transformer_config_from_args(args)
-    fusions.choose(transformer)
+    compiled_fusions.choose(transformer)
     plan = build_plan(recursion)
     if recursion.init_depth_scaling == "unrolled" and not args.init_method_xavier_uniform:
         unrolled = transformer.num_layers * plan.num_passes

@@ -13,7 +13,6 @@ from tests.unit_tests.hf.recursive_models import make_model, make_tokens
 from tests.unit_tests.models.comparing import relative_error, worst_error
 
 pytestmark = pytest.mark.heavy
-peft = pytest.importorskip("peft")
 
 # What the guide says to adapt: every layer's matrices, and the head that decides when a token leaves.
 SHARED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -21,6 +20,8 @@ TARGETS = [*SHARED, "halting_head"]
 
 
 def adapted(model: Any, targets: list[str] | None = None, **kwargs: Any) -> Any:
+    import peft
+
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets or TARGETS, r=4, lora_alpha=8, **kwargs)
     wrapped = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(2)
@@ -58,6 +59,8 @@ def test_lora_gradients_are_the_chain_rule_of_the_dense_ones(detach: bool) -> No
 
 
 def test_a_merged_adapter_says_the_same_and_leaves_at_the_same_blocks(tmp_path: Path) -> None:
+    import peft
+
     tokens, exit = make_tokens(3, 12), {"exit": "halting", "halt_threshold": 0.5, "use_cache": False}
     plain = make_model(blocks=4, latents=1)
     with torch.no_grad():
@@ -103,7 +106,10 @@ def losses(trainer: Any) -> list[float]:
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_sft_steps_are_those_of_a_loop_by_hand(with_adapter: bool, tmp_path: Path) -> None:
     """TRL takes hidden states to its own loss: cross-entropy after the last block, without the model's objective."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    import datasets
+    import peft
+    import trl
+
     rows = make_tokens(4, 8, seed=3).clamp(min=2, max=59)
     data = datasets.Dataset.from_dict({"input_ids": rows.tolist()})
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=SHARED, r=4) if with_adapter else None
@@ -136,7 +142,9 @@ def test_sft_steps_are_those_of_a_loop_by_hand(with_adapter: bool, tmp_path: Pat
 
 def test_dpo_steps_are_those_of_a_loop_by_hand(tmp_path: Path) -> None:
     """-log sigmoid(0.1 (chosen - rejected)), each the log-likelihood of an answer against the model's at the start."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    import datasets
+    import trl
+
     words = lambda ids: " ".join(f"w{each}" for each in ids)  # noqa: E731
     triples = [([2 + k, 9], [20 + k, 30], [40 + k, 50]) for k in range(4)]
     data = datasets.Dataset.from_list([

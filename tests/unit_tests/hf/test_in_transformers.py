@@ -76,7 +76,7 @@ def test_the_trainer_evaluates_and_stops_early(tmp_path: Path) -> None:
     assert trainer.label_names == ["labels"]
     answer = trainer.evaluate()
     inputs = torch.stack([row["input_ids"] for row in rows(4)])
-    assert answer["eval_loss"] == pytest.approx(float(model.eval()(inputs, labels=inputs).loss), rel=1e-4)
+    assert answer["eval_loss"] == pytest.approx(float(model.eval()(inputs, labels=inputs).loss.detach()), rel=1e-4)
     predictions, labels = seen[-1]
     assert isinstance(predictions, np.ndarray) and predictions.shape == (4, 10, VOCAB) and labels.shape == (4, 10)
 

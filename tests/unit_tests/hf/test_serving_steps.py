@@ -136,8 +136,7 @@ def test_an_engine_loads_and_serves_the_model(name: str, tmp_path: Path) -> None
         said = torch.cat([engine(tokens[0, each], torch.arange(12)[each]) for each in chunks])
     assert relative_error(said, expected) < 1e-5
     assert not engine.model.training and {"colwise", "replicate"} & set(engine.styles.values())
-    with pytest.raises(ValueError, match="cannot be cut into pipeline stages"):
-        _ = engine.model.supports_pp_plan
+    assert engine.model.supports_pp_plan is False, "upon which vLLM refuses to cut it into stages"
 
 
 def test_the_base_model_loads_without_a_complaint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -78,7 +78,7 @@ def choose_fusions(works: bool) -> tuple[dict[str, bool], bool]:
     """Megatron's compiled fusions in a config, and whether rotary positions are compiled."""
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_recursive.models import fusions
+    from megatron_recursive.models import compiled_fusions as fusions
 
     compile_, eager = torch.compile, getattr(rope_utils, fusions.ROTARY)
     vars(rope_utils).pop(f"{fusions.ROTARY}_eager", None)

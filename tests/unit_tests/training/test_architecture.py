@@ -64,7 +64,7 @@ def unlisted_fields() -> list[str]:
     from megatron.training.arguments import add_megatron_arguments
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_recursive.training.checkpointing import ARCHITECTURE
+    from megatron_recursive.training.architecture import ARCHITECTURE
     from megatron_recursive.training.norm_arguments import add_norm_arguments
 
     names = [field.name for config in (TransformerConfig, GPTModelConfig) for field in dataclasses.fields(config)]
