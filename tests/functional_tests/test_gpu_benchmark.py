@@ -32,6 +32,7 @@ def models_in_worker() -> dict[str, Any]:
     return {name: getattr(models, name)(True) for name in ("attention", "speed", "memory")}
 
 
+@pytest.mark.grid
 def test_the_models_of_the_benchmark_run() -> None:
     found = run_distributed(models_in_worker, 1, timeout=120)[0]
     assert set(found["attention"]["torch_would_take"].values()) == {"FLASH_ATTENTION"}
@@ -42,6 +43,7 @@ def test_the_models_of_the_benchmark_run() -> None:
     assert counted["recomputed"] < counted["detached"] < counted["full"]
 
 
+@pytest.mark.grid
 def test_a_part_writes_its_result_and_prints_it(tmp_path: Path) -> None:
     code, record, err = rehearse(*TINY, "--parts", "environment", "--out", tmp_path)
     assert code == 0 and "environment: ok" in err

@@ -76,7 +76,7 @@ def test_megatron_reads_the_tokens_back(corpus, written):
 
 
 @pytest.mark.parametrize(("workers", "part_bytes"), [
-    pytest.param(1, 2500, marks=pytest.mark.grid), (2, 4000), (3, None)
+    pytest.param(1, 2500, marks=pytest.mark.grid), pytest.param(2, 4000, marks=pytest.mark.grid), (3, None)
 ])  # fmt: skip
 def test_the_files_do_not_depend_on_workers_and_parts(corpus, written, tmp_path, many_processes, workers, part_bytes):
     summary = preprocess(

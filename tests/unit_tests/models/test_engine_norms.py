@@ -23,6 +23,8 @@ from tests.models import Case, Layout, Training, build_model, start_parallel
 from tests.unit_tests.models.comparing import worst_error
 from tests.unit_tests.models.test_norm_placement import TRAINED, train_all
 
+pytestmark = pytest.mark.grid  # a pool of its own
+
 NAMES = ("olmo2", "sandwich-layernorm", "sandwich-residual", "post-residual")
 STAND_INS = REPOSITORY / "tests" / "stand_ins" / "transformer_engine"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.grids import grid
 from tests.unit_tests.training.runs import files_of, losses_of, metrics_of, train
 
 PASSING = ["--non-persistent-ckpt-type", "global", "--non-persistent-save-interval", "2"]
@@ -41,7 +42,7 @@ def test_another_recursion_in_the_newer_passing_checkpoint_is_refused(saved: Pat
     assert files_of(saved) == before
 
 
-@pytest.mark.parametrize("step", [None, 3, 4, 2], ids=str)
+@pytest.mark.parametrize("step", grid([None, 3, 4, 2], quick=[None]), ids=str)
 def test_the_folder_that_is_read_is_the_one_that_is_recorded(saved: Path, tmp_path: Path, step: int | None) -> None:
     """Exactly the uninterrupted losses, from the newest of both kinds or from the one asked for."""
     shutil.copytree(saved, tmp_path / "run")
@@ -55,6 +56,7 @@ def test_the_folder_that_is_read_is_the_one_that_is_recorded(saved: Path, tmp_pa
     assert record["started from"] == str(tmp_path / "run" / folder)
 
 
+@pytest.mark.grid
 def test_a_damaged_passing_checkpoint_names_the_kept_one(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "run")
     shard = sorted((tmp_path / "run" / "non_persistent" / "iter_0000004").glob("*.distcp"))[0]
@@ -65,6 +67,7 @@ def test_a_damaged_passing_checkpoint_names_the_kept_one(saved: Path, tmp_path: 
     assert train(*flags, "--ckpt-step", "3") is None
 
 
+@pytest.mark.grid
 def test_a_start_from_a_plain_gpt_goes_on_from_its_passing_checkpoints(saved: Path, tmp_path: Path) -> None:
     """Which Megatron overlooked, since only kept ones count there; --ckpt-step is not for the GPT."""
     gpt, run = tmp_path / "gpt", tmp_path / "run"

@@ -57,6 +57,7 @@ def test_another_layout_goes_on(
     assert losses_of(tmp_path) == pytest.approx(expected, rel=2e-3 if "bf16" in optimizer else 1e-5)
 
 
+@pytest.mark.grid
 def test_what_cannot_go_on_says_layout_or_optimizer(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The buffers of one layout are read at other data-parallel sizes alone; one kind of optimizer not by the other."""
     source = whole("distributed", "DP 2", tmp_path_factory, "--no-dist-ckpt-optim-fully-reshardable")
