@@ -264,6 +264,7 @@ def test_a_damaged_checkpoint_is_a_sentence_and_stays_as_it_is(recursive: Path, 
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.grid
 def test_a_flipped_bit_is_found_on_any_layout(recursive: Path, tmp_path: Path) -> None:
     """By Megatron's manifest, which a save over an older one renews; without it a checkpoint loads unchecked."""
     copy_checkpoint(recursive, tmp_path, 3)

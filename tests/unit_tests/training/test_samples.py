@@ -48,7 +48,7 @@ def _continue_checkpoint(folder: str, prompts: list[list[int]]) -> list[list[int
         return answers
 
 
-@pytest.mark.parametrize("layout", grid(LAYOUTS, quick=["PP 2"]))
+@pytest.mark.parametrize("layout", grid(LAYOUTS, quick=["one process"]))
 def test_samples_are_the_models_and_training_does_not_notice(layout: str, tmp_path: Path) -> None:
     """Dropout is on (Megatron's default), so that a random number drawn in between would show."""
     ranks, flags = LAYOUTS[layout]
