@@ -166,7 +166,8 @@ def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms, progr
         if not given["loss_dict"] or not is_last_rank():
             return result
         pending.append((iteration, given["loss_dict"]))
-        if iteration % run.log_interval:
+        progress.reached = iteration
+        if iteration % run.log_interval and iteration != run.train_iters:  # a run's end is an interval's
             return result
         known = [(step, {name: float(value) for name, value in values.items()}) for step, values in pending]
         pending.clear()

@@ -30,6 +30,7 @@ class Progress:
         self._since = self._began = time.monotonic()
         self._paused = 0.0
         self._rows = self._first = self._last = 0
+        self.reached = 0  # the last iteration trained, logged or not
         self._first_loss: tuple[float, int] | None = None
         self._last_loss: tuple[float, int] | None = None
         self._tokens = self._trained = 0
@@ -89,7 +90,10 @@ class Progress:
     def summary(self, args: Any) -> str:
         """What was trained, where it is, and what to type next."""
         spent = time.monotonic() - self._began
-        if not self._last:
+        if not self._last and self.reached:
+            lines = [f"stopped: iteration {self.reached} of {args.train_iters}, before the first --log-interval "
+                     f"({args.log_interval}) was over"]  # fmt: skip
+        elif not self._last:
             lines = [f"nothing was trained: iteration {args.curr_iteration} of {args.train_iters} is the last one"]
         else:
             tokens = self._tokens - (self._first - 1) * args.global_batch_size * args.seq_length

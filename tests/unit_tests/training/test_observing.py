@@ -318,3 +318,9 @@ def test_every_printed_loss_is_of_its_own_interval(tmp_path: Path) -> None:
     (printed,) = run_distributed(printed_losses, 1, [*argv, "--log-interval", "3"], timeout=120)
     means = {n: sum(losses[i] for i in range(n - 2, n + 1)) / 3 for n in (3, 6)}
     assert printed == pytest.approx({1: losses[1], **means}, rel=1e-6)
+
+
+def test_a_run_that_is_shorter_than_an_interval_is_logged(tmp_path: Path) -> None:
+    argv = [*FLAGS, *RECURSION, "--metrics-file", str(tmp_path / "metrics.jsonl"), "--log-interval", "100"]
+    assert run_distributed(in_worker, 1, argv, timeout=120) == [None]
+    assert sorted(losses_of(tmp_path)) == [6]
