@@ -106,7 +106,7 @@ class Arm:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
         from megatron.core.transformer.transformer_config import TransformerConfig
 
-        from megatron_recursive.models import fusions
+        from megatron_recursive.models import compiled_fusions
         from megatron_recursive.models.layer_specs import local_block_spec
         from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
         from megatron_recursive.plan import RecursionConfig
@@ -122,7 +122,7 @@ class Arm:
             gradient_accumulation_fusion=False, persist_layer_norm=engine, apply_rope_fusion=engine,
             transformer_impl="transformer_engine" if engine else "local",
         )  # fmt: skip
-        fusions.choose(config)
+        compiled_fusions.choose(config)
         spec = get_gpt_layer_with_transformer_engine_spec() if engine else local_block_spec(config)
         recursion = RecursionConfig(num_refinement_blocks=size.blocks, num_latent_refinements=size.latents, **knobs)
         return RecursiveGPTModel(config, spec, size.vocabulary, size.sequence, position_embedding_type="rope",
