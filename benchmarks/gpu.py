@@ -54,6 +54,8 @@ class Context:
         done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
         if done.returncode:
             said = (done.stderr or done.stdout)[-1500:]
+            for log in re.findall(r"the traceback is in (\S+?\.log)", said):
+                said += Path(log).read_text()[-2500:]
             raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {said}")
         return done.stdout
 
@@ -189,18 +191,22 @@ def run_part(name: str, limit: float, options: Sequence[str]) -> dict[str, Any]:
             errors.seek(0)
             failed = errors.read()[-2000:] if process.returncode else ""
         except subprocess.TimeoutExpired:
-            out, failed = "", f"not done after {limit:.0f} s"
+            failed = f"not done after {limit:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    result = {"ok": False, "error": failed} if failed or not out.strip() else json.loads(out.splitlines()[-1])
+            if process.returncode is None:
+                out, _ = process.communicate()
+    found = [line for line in out.splitlines() if line.startswith("{")]  # a long part says what it has so far
+    result = json.loads(found[-1]) if found else {}
+    if failed or not found:
+        result |= {"ok": False, "error": failed}
     return {"ok": True, **result, "wall_seconds": round(time.monotonic() - begin, 1)}
 
 
 def run_all(names: Sequence[str], options: Sequence[str], out: Path, patience: float) -> bool:
     started, begin = time.strftime("%Y-%m-%dT%H:%M:%S"), time.monotonic()
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = before(names, options, out)
     record: dict[str, Any] = {"started": started, "commit": commit(), "options": list(options), "parts": results}
     limits = {part.__name__: limit for part, limit in PARTS.items()}
     for name in names:
@@ -215,6 +221,15 @@ def run_all(names: Sequence[str], options: Sequence[str], out: Path, patience: f
         write(out / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json", record)
     print(json.dumps(record))
     return all(result["ok"] for result in results.values())
+
+
+def before(names: Sequence[str], options: Sequence[str], out: Path) -> dict[str, Any]:
+    """The parts that this call leaves out and an earlier one of the same commit and options measured."""
+    for file in out.glob("*.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record.get("commit") and (record["commit"], record["options"]) == (commit(), list(options)):
+            return {name: part for name, part in record["parts"].items() if name not in names}
+    return {}
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

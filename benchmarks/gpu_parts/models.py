@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import statistics
 import tempfile
@@ -240,7 +241,9 @@ def speed(tiny: bool, engine: bool = False) -> dict[str, Any]:
                 results[f"{name} {arm_name}"] = {"error": str(error)[:200]}
             del arm
             free()
-    return {"peak_flops_per_second": peak, "matmul_flops_per_second": matmul, "models": results}
+            found = {"peak_flops_per_second": peak, "matmul_flops_per_second": matmul, "models": results}
+            print(f"\n{json.dumps(found)}", flush=True)
+    return found
 
 
 def matmul_rate(width: int) -> float:

@@ -210,6 +210,7 @@ def _patch_cuda_module() -> None:
         "default_stream": lambda *a, **k: _Stream(),
         "stream": lambda *a, **k: contextlib.nullcontext(),
         "device": lambda *a, **k: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: False,  # where there is a driver, it fails without a device
         "memory_stats": lambda *a, **k: _NoMemory(),
         "_lazy_call": lambda function, **k: function(),
     }

@@ -165,6 +165,7 @@ def job_store(patience: float = PATIENCE) -> Any:
     store = distributed.TCPStore(*where, None, hosts, timeout=limit, wait_for_workers=False, multi_tenant=True)
     if hosts:
         _kept.append(store)
+        os.environ["MASTER_PORT"] = str(store.port)  # 0 in a world of one process: any that is free
     return store
 
 

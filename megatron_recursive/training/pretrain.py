@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import socket
 import sys
 import traceback
 import warnings
@@ -138,10 +137,7 @@ def _prepare_environment() -> None:
     """What torchrun would have set, for a run without it: a world of one process."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ.update(alone)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", port)
+    os.environ.setdefault("MASTER_PORT", "0")  # the store picks one; another process could take a port chosen here
