@@ -56,8 +56,8 @@ def shared_settings(size: Size) -> dict[str, Any]:
 
 
 def recursive_model(size: Size) -> Any:
-    from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
-    from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+    from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
+    from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
     from megatron_recursive.plan import RecursionConfig, build_plan
 
     knobs = RecursionConfig(num_refinement_blocks=size.blocks, num_latent_refinements=size.latents)

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_recursive.backends import cpu
 
     cpu.install()
-    from megatron_recursive.hf import convert, export, verify
+    from megatron_recursive.hf.convert import donor_import as convert
+    from megatron_recursive.hf.convert import export, verify
 
     dtype = None if args.no_proof else getattr(torch, args.proof_dtype)
     agreed = True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_recursive.accounting import ModelShape, Recording, StateBytes, count_parameters, flops_per_token
 from megatron_recursive.command_line import command, example
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.architecture import Architecture
+from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
 
@@ -164,14 +164,14 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
-    from megatron_recursive.hf.torch_dist import TorchDistCheckpoint, iteration_folder
+    from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
 
     return TorchDistCheckpoint(iteration_folder(folder)).arguments()
 
 
 def _of_hugging_face(folder: Path) -> dict[str, Any]:
-    from megatron_recursive.hf.mappings import family_of, read_config
-    from megatron_recursive.hf.sources import config_object, read_json
+    from megatron_recursive.hf.convert.mappings import family_of, read_config
+    from megatron_recursive.hf.convert.sources import config_object, read_json
 
     values = read_json(folder / "config.json")
     family = family_of(values, str(folder))

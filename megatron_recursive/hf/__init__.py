@@ -1,12 +1,1 @@
-"""The Hugging Face model, and conversion from and to it."""
-
-# What an export folder carries, so that it loads without this package (trust_remote_code).
-REMOTE_CODE_FILES = (
-    "configuration_recursive_gpt.py",
-    "modeling_recursive_gpt.py",
-    "passes_recursive_gpt.py",
-    "layers_recursive_gpt.py",
-    "exits_recursive_gpt.py",
-    "generation_recursive_gpt.py",
-    "cache_recursive_gpt.py",
-)
+"""The Hugging Face model (``model/``), and conversion from and to it (``convert/``)."""

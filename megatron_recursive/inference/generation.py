@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.exits_recursive_gpt import ExitOptions
+from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions
 from megatron_recursive.inference.loading import Loaded
 
 
@@ -25,7 +25,7 @@ class Settings:
     Attributes:
         temperature: 0 takes the most likely token; None is 0, or 1 where top_k or top_p is given.
         exit, halt_threshold, exit_threshold, exit_stable_blocks, max_inference_refinement_steps: as
-            ``hf/exits_recursive_gpt.py`` has them; None leaves them to the model.
+            ``hf/model/exits_recursive_gpt.py`` has them; None leaves them to the model.
     """
 
     max_tokens: int = 128

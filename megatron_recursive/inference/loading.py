@@ -16,7 +16,7 @@ from megatron_recursive.command_line import command
 from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.data.tokenizer import gpt2_tokenizer, load_tokenizer
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.files import check_generation_settings
+from megatron_recursive.hf.convert.files import check_generation_settings
 from megatron_recursive.inference.text import NumberText, Text, TokenizerText
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,7 +94,7 @@ def _open_folder(given: str, tokenizer: str | None, dtype: Any, numbers: bool) -
     try:
         from transformers import AutoConfig
 
-        from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+        from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
         AutoConfig.register(RecursiveGPTConfig.model_type, RecursiveGPTConfig, exist_ok=True)
         config = AutoConfig.from_pretrained(given, local_files_only=True, trust_remote_code=False)
@@ -115,7 +115,7 @@ def _open_folder(given: str, tokenizer: str | None, dtype: Any, numbers: bool) -
 def _model_class(config: Any) -> Any:
     """Ours without running code of the folder, or transformers' own."""
     if config.model_type == "recursive_gpt":
-        from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+        from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
         return RecursiveGPTForCausalLM
     from transformers import AutoModelForCausalLM

@@ -17,13 +17,13 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
-from megatron_recursive.hf.convert import checkpoint_fetch
-from megatron_recursive.hf.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule
-from megatron_recursive.hf.export import MegatronModel, open_checkpoint
-from megatron_recursive.hf.mappings import recursive_config
-from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTOutput
-from megatron_recursive.hf.proof import build_megatron, checkpoint_key, one_process
+from megatron_recursive.hf.convert.donor_import import checkpoint_fetch
+from megatron_recursive.hf.convert.export import MegatronModel, open_checkpoint
+from megatron_recursive.hf.convert.mappings import recursive_config
+from megatron_recursive.hf.convert.proof import build_megatron, checkpoint_key, one_process
+from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
+from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule
+from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTOutput
 from megatron_recursive.inference.pass_contexts import PassContexts
 from megatron_recursive.models.recursion_state import run_plan
 from megatron_recursive.plan import DecoderPass, build_plan

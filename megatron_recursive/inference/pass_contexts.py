@@ -39,7 +39,7 @@ class PassContexts(Cache):
     def settle(self, blocks_B: Tensor) -> None:
         """Give the passes that a sequence skipped what it owes them; the last token has gone in, but not been counted.
 
-        The policy is that of ``hf/exits_recursive_gpt.py``: keys and values of the same place of its last block.
+        The policy is that of ``hf/model/exits_recursive_gpt.py``: keys and values of the same place of its last block.
         """
         for block in range(1, len(self.contexts) // self.passes_per_block):
             late = (blocks_B <= block).nonzero().squeeze(1)

@@ -33,7 +33,8 @@ def _import_as_typed(cache: Path, *arguments: object) -> dict[str, Any]:
 
 def _there_and_again(run: Path, back: Path, again: Path) -> tuple[dict[str, Any], bool]:
     """Export, import the export: the report of the export, and whether the two checkpoints are one model."""
-    from megatron_recursive.hf import convert, export, verify
+    from megatron_recursive.hf.convert import donor_import as convert
+    from megatron_recursive.hf.convert import export, verify
 
     report = export.export_model(str(run), str(back), say=str).summary()
     convert.import_model(str(back), str(again), convert.ImportOptions(), str)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
-from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
+from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 from megatron_recursive.plan import RecursionConfig, build_plan
 
 VOCAB, LAYERS = 61, 2

@@ -24,20 +24,20 @@ def _quiet(_: str) -> None:
 
 
 def _import(hf: Path, out: Path, **options: Any) -> dict[str, Any]:
-    from megatron_recursive.hf.convert import ImportOptions, import_model
+    from megatron_recursive.hf.convert.donor_import import ImportOptions, import_model
 
     return import_model(str(hf), str(out), ImportOptions(**options), _quiet).summary()
 
 
 def _export(ckpt: Path, out: Path) -> dict[str, Any]:
-    from megatron_recursive.hf.export import export_model
+    from megatron_recursive.hf.convert.export import export_model
 
     return export_model(str(ckpt), str(out), say=_quiet).summary()
 
 
 def _there_and_back(kind: str, folder: Path) -> dict[str, Any]:
     """Import, export, import again: plain (the donor's class) and recursive (ours)."""
-    from megatron_recursive.hf.verify import agree, verify
+    from megatron_recursive.hf.convert.verify import agree, verify
 
     donor = save_donor(kind, folder / "donor")
     found: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def test_every_family_there_and_back(kind: str, tmp_path: Path) -> None:
 
 
 def _option_there_and_back(name: str, folder: Path) -> tuple[float, float, bool]:
-    from megatron_recursive.hf.verify import agree, verify
+    from megatron_recursive.hf.convert.verify import agree, verify
     from tests.unit_tests.hf.recursive_models import SHAPES, make_model
 
     shape = {"tie_word_embeddings": False, **SHAPES[name]}
@@ -96,8 +96,8 @@ def _loaded_logits(ckpt: Path, tp: int, pp: int) -> Tensor | None:
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megatron_recursive.hf import proof
-    from megatron_recursive.hf.export import open_checkpoint
+    from megatron_recursive.hf.convert import proof
+    from megatron_recursive.hf.convert.export import open_checkpoint
     from megatron_recursive.models.checkpoint_keys import reading_checkpoint
     from tests.models import start_parallel
 
@@ -158,7 +158,7 @@ def test_chosen_layers_are_copied_and_the_others_reported(tmp_path: Path) -> Non
 
 
 def test_untied_embeddings_start_as_copies_and_bf16_stays_bf16(tmp_path: Path) -> None:
-    from megatron_recursive.hf.torch_dist import TorchDistCheckpoint
+    from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint
 
     donor = save_donor("qwen2, tied", tmp_path / "hf", torch.bfloat16)
     (summary,) = run_distributed(_import, 1, donor, tmp_path / "ckpt", untie=True, recursion=DISABLED, timeout=200)
@@ -173,8 +173,8 @@ def test_untied_embeddings_start_as_copies_and_bf16_stays_bf16(tmp_path: Path) -
 
 def _sabotaged(donor: Path, out: Path, dtype: str) -> str:
     """An import whose table swaps gate and up: it would train, and be another model."""
-    from megatron_recursive.hf import mappings, transforms
-    from megatron_recursive.hf.convert import ImportOptions, import_model
+    from megatron_recursive.hf.convert import mappings, transforms
+    from megatron_recursive.hf.convert.donor_import import ImportOptions, import_model
 
     swapped = transforms.Transform("swapped", lambda parts, _: torch.cat([parts[1], parts[0]]), lambda t, _: (t, t))
     family = mappings.FAMILIES["qwen3"]
@@ -201,7 +201,7 @@ def test_a_wrong_table_fails_the_proof_and_leaves_nothing(dtype: str, tmp_path: 
 
 
 def _with_a_flipped_bit(donor: Path, ckpt: Path) -> list[str]:
-    from megatron_recursive.hf.verify import verify
+    from megatron_recursive.hf.convert.verify import verify
     from megatron_recursive.inference.loading import open_model
 
     _import(donor, ckpt, recursion=DISABLED, proof_dtype=None)
@@ -229,7 +229,7 @@ def test_an_imported_checkpoint_with_a_flipped_bit_is_not_used(tmp_path: Path) -
 def _compare_changed(donor: Path, ckpt: Path, folder: Path) -> tuple[Any, ...]:
     from safetensors.torch import load_file, save_file
 
-    from megatron_recursive.hf.verify import agree, verify
+    from megatron_recursive.hf.convert.verify import agree, verify
 
     _import(donor, ckpt, recursion=DISABLED)
     _export(ckpt, folder)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf import files
-from megatron_recursive.hf.mappings import FAMILIES, donor_config, items, read_config
-from megatron_recursive.hf.safetensors_files import Promise, write_folder
-from megatron_recursive.hf.sources import config_object
+from megatron_recursive.hf.convert import files
+from megatron_recursive.hf.convert.mappings import FAMILIES, donor_config, items, read_config
+from megatron_recursive.hf.convert.safetensors_files import Promise, write_folder
+from megatron_recursive.hf.convert.sources import config_object
 from tests.distributed import run_command
 
 # Peak resident memory above what the imports took, of an import and of an export, in bytes.
@@ -26,7 +26,7 @@ warnings.simplefilter("ignore")
 from megatron_recursive.backends import cpu
 cpu.install()
 import transformers.models.llama.modeling_llama
-from megatron_recursive.hf import convert, export, proof
+from megatron_recursive.hf.convert import donor_import as convert, export, proof
 from megatron_recursive.models import recursive_gpt_model
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 hf, ckpt, back = sys.argv[1:]

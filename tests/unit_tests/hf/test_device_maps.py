@@ -12,7 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 from tests.unit_tests.hf.recursive_models import VOCAB, make_config, make_model, make_tokens
 
 UNTIED = {"tie_word_embeddings": False}

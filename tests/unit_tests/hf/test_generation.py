@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from megatron_recursive.hf.cache_recursive_gpt import RecursiveCache
-from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+from megatron_recursive.hf.model.cache_recursive_gpt import RecursiveCache
+from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 from tests.grids import grid
 from tests.unit_tests.hf.recursive_models import SHAPES, VOCAB, left_padded, make_model, make_tokens
 from tests.unit_tests.models.comparing import relative_error

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
-from megatron_recursive.hf.cache_recursive_gpt import RecursiveCache
-from megatron_recursive.hf.layers_recursive_gpt import rotate
+from megatron_recursive.hf.model.cache_recursive_gpt import RecursiveCache
+from megatron_recursive.hf.model.layers_recursive_gpt import rotate
 from tests.grids import grid
 from tests.unit_tests.hf.recursive_models import SHAPES, VOCAB, left_padded, make_config, make_model, make_tokens
 from tests.unit_tests.hf.test_generation import CACHES, LENGTH, PADS, make_cache, positions_of, step_by_step

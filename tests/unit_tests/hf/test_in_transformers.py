@@ -20,8 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from megatron_recursive.hf.exits_recursive_gpt import EXIT_ARGUMENTS
-from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM, RecursiveGPTOutput
+from megatron_recursive.hf.model.exits_recursive_gpt import EXIT_ARGUMENTS
+from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM, RecursiveGPTOutput
 from tests.unit_tests.hf.recursive_models import VOCAB, left_padded, make_model, make_tokens
 
 EXIT = {"exit": "halting", "halt_threshold": 0.4, "exit_threshold": 0.2, "exit_stable_blocks": 3,

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.architecture import Architecture
-from megatron_recursive.hf.mappings import FAMILIES, donor_config, donor_family, items, read_config
-from megatron_recursive.hf.safetensors_files import Promise, SafetensorsFolder, write_folder
-from megatron_recursive.hf.sources import choose_layers, config_object, open_source
-from megatron_recursive.hf.tokenizer_files import copy_tokenizer
-from megatron_recursive.hf.torch_dist import TorchDistCheckpoint, TorchDistWriter
-from megatron_recursive.hf.transforms import QKV
+from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.mappings import FAMILIES, donor_config, donor_family, items, read_config
+from megatron_recursive.hf.convert.safetensors_files import Promise, SafetensorsFolder, write_folder
+from megatron_recursive.hf.convert.sources import choose_layers, config_object, open_source
+from megatron_recursive.hf.convert.tokenizer_files import copy_tokenizer
+from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, TorchDistWriter
+from megatron_recursive.hf.convert.transforms import QKV
 from tests.distributed import run_command
 from tests.unit_tests.hf.donors import BASE, DONORS, LLAMA3_ROPE, save_donor
 
@@ -97,7 +97,7 @@ def test_bad_layer_choices(arguments: tuple[Any, ...], said: str) -> None:
 
 
 def test_torch_dist_files_read_back_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import megatron_recursive.hf.torch_dist as module
+    import megatron_recursive.hf.convert.torch_dist as module
 
     monkeypatch.setattr(module, "PIECE_BYTES", 100)
     whole, stacked = torch.randn(37, 5), torch.randn(3, 11, 4, dtype=torch.bfloat16)

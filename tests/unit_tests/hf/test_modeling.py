@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.distributed import DistributedConfig
 
-import megatron_recursive.hf as hf
-from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
-from megatron_recursive.hf.export import AUTO_MAP
-from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+from megatron_recursive.hf import model as shipped
+from megatron_recursive.hf.convert.export import AUTO_MAP
+from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
+from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 from megatron_recursive.plan import RecursionPlan
 from tests.distributed import run_command, run_distributed
 from tests.unit_tests.hf.recursive_models import LAYERS, SHAPES, VOCAB, make_config, make_model, make_tokens
 from tests.unit_tests.models.comparing import relative_error, worst_error
 
-HF = Path(hf.__file__).parent
+HF = Path(shipped.__file__).parent
 
 # --- against transformers' own models -------------------------------------------------------------------------------
 
@@ -286,7 +286,7 @@ def test_a_saved_folder_loads_without_this_package(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["auto_map"].items() <= AUTO_MAP.items()
     (tmp_path / "saved" / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
-    assert set(hf.REMOTE_CODE_FILES) <= {path.name for path in (tmp_path / "saved").iterdir()}
+    assert set(shipped.REMOTE_CODE_FILES) <= {path.name for path in (tmp_path / "saved").iterdir()}
     command = [sys.executable, "-c", LOAD_ELSEWHERE, str(tmp_path / "saved"), str(tmp_path / "answer.pt")]
     done = run_command(command, timeout=240, env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -309,12 +309,12 @@ def test_initial_states_of_a_fresh_model_are_those_of_training() -> None:
 
 
 def test_what_ships_imports_torch_and_transformers_alone() -> None:
-    for name in hf.REMOTE_CODE_FILES:
+    for name in shipped.REMOTE_CODE_FILES:
         for node in ast.walk(ast.parse((HF / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0 or f"{node.module}.py" in hf.REMOTE_CODE_FILES
+                assert node.level == 0 or f"{node.module}.py" in shipped.REMOTE_CODE_FILES
                 modules = [node.module or ""] if node.level == 0 else []
             else:
                 continue

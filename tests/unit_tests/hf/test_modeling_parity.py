@@ -64,7 +64,7 @@ def build(case: Case, norms: dict[str, str]) -> Any:
 
 def make_config(case: Case, model: Any, norms: dict[str, str]) -> Any:
     """The same model in words of the Hugging Face config."""
-    from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+    from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
     theirs = model.config
     positions = case.model.get("position_embedding_type", "rope").removesuffix("_absolute")
@@ -168,7 +168,7 @@ def hugging_face_answer(model: Any, batch: dict[str, Tensor]) -> Answer:
 
 
 def both_answers(name: str) -> tuple[Answer, Answer]:
-    from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+    from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
     case, norms = CASES[name]
     theirs = build(case, norms)

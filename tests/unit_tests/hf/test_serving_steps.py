@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel
 from transformers.utils import logging
 
-from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
-from megatron_recursive.hf.export import AUTO_MAP
-from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM, RecursiveGPTModel
+from megatron_recursive.hf.convert.export import AUTO_MAP
+from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
+from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM, RecursiveGPTModel
 from tests.unit_tests.hf.recursive_models import SHAPES, make_config, make_model, make_tokens
 from tests.unit_tests.models.comparing import relative_error
 

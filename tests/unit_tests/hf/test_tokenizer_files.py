@@ -56,7 +56,7 @@ def _seen(folder: Path) -> list[Any]:
 
 
 def _import(donor: Path, place: Path, **recursion: Any) -> list[str]:
-    from megatron_recursive.hf.convert import ImportOptions, import_model
+    from megatron_recursive.hf.convert.donor_import import ImportOptions, import_model
 
     heard: list[str] = []
     import_model(str(donor), str(place / "ckpt"), ImportOptions(recursion), heard.append)
@@ -64,8 +64,8 @@ def _import(donor: Path, place: Path, **recursion: Any) -> list[str]:
 
 
 def _resized(donor: Path, place: Path) -> list[str]:
-    from megatron_recursive.hf.convert import ImportOptions, import_model
-    from megatron_recursive.hf.export import export_model
+    from megatron_recursive.hf.convert.donor_import import ImportOptions, import_model
+    from megatron_recursive.hf.convert.export import export_model
 
     heard: list[str] = []
     options = ImportOptions({"enable_recursive_refinement": False}, resize_vocab=True)
@@ -75,7 +75,7 @@ def _resized(donor: Path, place: Path) -> list[str]:
 
 
 def _there_and_back(donor: Path, place: Path, tokenizer: str | None = None, **recursion: Any) -> list[str]:
-    from megatron_recursive.hf.export import export_model
+    from megatron_recursive.hf.convert.export import export_model
 
     heard = _import(donor, place, **recursion)
     export_model(str(place / "ckpt"), str(place / "hf"), tokenizer, say=heard.append)
@@ -114,7 +114,7 @@ def test_a_class_that_would_change_the_ids_is_not_exported_to(tmp_path: Path) ->
 
 
 def test_a_tokenizer_that_says_otherwise_is_refused(tmp_path: Path) -> None:
-    from megatron_recursive.hf.tokenizer_files import load_tokenizer, prove_ids
+    from megatron_recursive.hf.convert.tokenizer_files import load_tokenizer, prove_ids
 
     (tmp_path / "a").mkdir()
     _write_tokenizer(tmp_path / "a", "PreTrainedTokenizerFast")
@@ -131,7 +131,7 @@ def test_a_tokenizer_that_says_otherwise_is_refused(tmp_path: Path) -> None:
 
 def _taught(folder: Path) -> Path:
     """A donor that knows the text of the proof; its vocabulary lacks the tokenizer's last ids."""
-    from megatron_recursive.hf.proof import proof_tokens
+    from megatron_recursive.hf.convert.proof import proof_tokens
     from tests.unit_tests.hf.donors import make_donor
 
     model = make_donor("llama3, head_dim", initializer_range=0.2).train()

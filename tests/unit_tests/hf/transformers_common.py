@@ -16,8 +16,8 @@ from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
-from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM, RecursiveGPTModel
+from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
+from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM, RecursiveGPTModel
 from tests.unit_tests.hf.recursive_models import make_config
 
 VOCAB = 99

@@ -29,8 +29,8 @@ def write_recursive(folder: Path, template: str | None = None, **knobs: Any) -> 
     """Our model with 3 blocks, halting head included, whose halting probabilities differ from token to token."""
     import torch
 
-    from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
-    from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+    from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
+    from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
     from megatron_recursive.plan import RecursionConfig, build_plan
 
     torch.manual_seed(3)

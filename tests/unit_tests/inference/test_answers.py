@@ -40,7 +40,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
 
 def by_hand(folder: Path, task: str, level_place: int, **options: Any) -> dict[Any, list[Any]]:
     """Level to (right after each block, right at the exit, blocks taken) of every answer."""
-    from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+    from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
     model = RecursiveGPTForCausalLM.from_pretrained(folder / "recursive").eval()
     found: dict[Any, list[Any]] = defaultdict(list)

@@ -76,8 +76,8 @@ def test_cached_decoding_is_the_full_forward(checkpoint: Path, tmp_path: Path) -
 def _check_against_export(folder: str, target: str) -> list[dict[str, Any]]:
     import torch
 
-    from megatron_recursive.hf.export import export_model
-    from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+    from megatron_recursive.hf.convert.export import export_model
+    from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
     from megatron_recursive.inference.megatron_model import open_megatron
 
     export_model(folder, target, say=lambda _: None)

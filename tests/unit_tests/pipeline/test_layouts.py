@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_told_what_would(searched: dict[str, Any]) -> None:
 def _printed(folder: str) -> dict[str, Any]:
     from argparse import Namespace
 
-    from megatron_recursive.hf.torch_dist import TorchDistWriter
+    from megatron_recursive.hf.convert.torch_dist import TorchDistWriter
     from tests.examples import Command, facts_of
 
     def plan(*words: str) -> dict[str, Any]:

@@ -17,14 +17,14 @@ from torch import Tensor
 from megatron_recursive.command_line import command
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf import proof
-from megatron_recursive.hf.architecture import Architecture, padded_vocabulary
-from megatron_recursive.hf.files import new_folder
-from megatron_recursive.hf.mappings import FAMILIES, HALTING_ROWS, INITIAL_STATE_ROWS, Item, Row, items
-from megatron_recursive.hf.report import Report
-from megatron_recursive.hf.safetensors_files import DTYPES
-from megatron_recursive.hf.sources import Source, choose_layers, open_source, read_json
-from megatron_recursive.hf.tokenizer_files import (
+from megatron_recursive.hf.convert import proof
+from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
+from megatron_recursive.hf.convert.files import new_folder
+from megatron_recursive.hf.convert.mappings import FAMILIES, HALTING_ROWS, INITIAL_STATE_ROWS, Item, Row, items
+from megatron_recursive.hf.convert.report import Report
+from megatron_recursive.hf.convert.safetensors_files import DTYPES
+from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
+from megatron_recursive.hf.convert.tokenizer_files import (
     copy_tokenizer,
     keep_class,
     last_id,
@@ -33,8 +33,8 @@ from megatron_recursive.hf.tokenizer_files import (
     token_ids,
     write_settings,
 )
-from megatron_recursive.hf.torch_dist import LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
-from megatron_recursive.hf.transforms import VOCABULARY
+from megatron_recursive.hf.convert.torch_dist import LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
+from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf import proof
-from megatron_recursive.hf.architecture import Architecture
-from megatron_recursive.hf.convert import TOKENIZER, checkpoint_fetch
-from megatron_recursive.hf.export import open_checkpoint
-from megatron_recursive.hf.mappings import Item, items
-from megatron_recursive.hf.report import Report
-from megatron_recursive.hf.sources import open_source
-from megatron_recursive.hf.tokenizer_files import load_tokenizer
-from megatron_recursive.hf.torch_dist import LAYERS, TRACKER
+from megatron_recursive.hf.convert import proof
+from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch
+from megatron_recursive.hf.convert.export import open_checkpoint
+from megatron_recursive.hf.convert.mappings import Item, items
+from megatron_recursive.hf.convert.report import Report
+from megatron_recursive.hf.convert.sources import open_source
+from megatron_recursive.hf.convert.tokenizer_files import load_tokenizer
+from megatron_recursive.hf.convert.torch_dist import LAYERS, TRACKER
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 PLAIN = build_plan(RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0))

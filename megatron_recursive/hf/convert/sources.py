@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_recursive.command_line import missing_package
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.architecture import Architecture
-from megatron_recursive.hf.mappings import (
+from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.mappings import (
     FAMILIES,
     HALTING_ROWS,
     INITIAL_STATE_ROWS,
@@ -24,7 +24,7 @@ from megatron_recursive.hf.mappings import (
     items,
     read_config,
 )
-from megatron_recursive.hf.safetensors_files import DTYPES, NAMES, SafetensorsFolder
+from megatron_recursive.hf.convert.safetensors_files import DTYPES, NAMES, SafetensorsFolder
 
 # Buffers that old checkpoints carry; every model computes them anew.
 COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
@@ -150,7 +150,7 @@ def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
     values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
     try:
         if family.model_type == "recursive_gpt":
-            from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+            from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
             return RecursiveGPTConfig.from_dict(values)
         from transformers import CONFIG_MAPPING

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.architecture import Architecture, padded_vocabulary
-from megatron_recursive.hf.torch_dist import LAYERS
-from megatron_recursive.hf.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
+from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
+from megatron_recursive.hf.convert.torch_dist import LAYERS
+from megatron_recursive.hf.convert.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
 
 Condition = Callable[[Architecture], bool]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.files import check_settings
+from megatron_recursive.hf.convert.files import check_settings
 
 PATTERNS = (
     "*token*", "*vocab*", "*merges*", "*.model", "*.model.v*", "*.tiktoken", "*.jinja", "chat_template.json",
@@ -57,7 +57,7 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
         return None  # transformers may build one without a vocabulary
     from transformers import AutoConfig, AutoTokenizer
 
-    from megatron_recursive.hf.configuration_recursive_gpt import RecursiveGPTConfig
+    from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
     AutoConfig.register(RecursiveGPTConfig.model_type, RecursiveGPTConfig, exist_ok=True)  # or it warns of the unknown
     try:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.architecture import Architecture
-from megatron_recursive.hf.mappings import Family
+from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.mappings import Family
 from megatron_recursive.plan import RecursionConfig
 
 TOLERANCE = 1e-4  # of the largest absolute logit
@@ -41,7 +41,7 @@ def hf_logits(family: Family, config: Any, fetch: Fetch, tokens_BS: Tensor, dtyp
     """Logits [S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
     with _parameters_without_storage():
         if family.model_type == "recursive_gpt":
-            from megatron_recursive.hf.modeling_recursive_gpt import RecursiveGPTForCausalLM
+            from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
             config._attn_implementation = "sdpa"
             model = RecursiveGPTForCausalLM(config)

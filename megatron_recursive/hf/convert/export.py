@@ -15,11 +15,12 @@ from torch import Tensor
 
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf import REMOTE_CODE_FILES, proof
-from megatron_recursive.hf.architecture import Architecture
-from megatron_recursive.hf.convert import TOKENIZER, checkpoint_fetch, recursive_rows
-from megatron_recursive.hf.files import new_folder
-from megatron_recursive.hf.mappings import (
+from megatron_recursive.hf import model as shipped
+from megatron_recursive.hf.convert import proof
+from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch, recursive_rows
+from megatron_recursive.hf.convert.files import new_folder
+from megatron_recursive.hf.convert.mappings import (
     FAMILIES,
     Family,
     Item,
@@ -28,10 +29,10 @@ from megatron_recursive.hf.mappings import (
     items,
     recursive_config,
 )
-from megatron_recursive.hf.report import Report
-from megatron_recursive.hf.safetensors_files import NAMES, Promise, write_folder
-from megatron_recursive.hf.sources import config_object, open_source, read_json
-from megatron_recursive.hf.tokenizer_files import (
+from megatron_recursive.hf.convert.report import Report
+from megatron_recursive.hf.convert.safetensors_files import NAMES, Promise, write_folder
+from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
+from megatron_recursive.hf.convert.tokenizer_files import (
     TOKEN_IDS,
     copy_tokenizer,
     difference,
@@ -41,8 +42,8 @@ from megatron_recursive.hf.tokenizer_files import (
     token_ids,
     write_settings,
 )
-from megatron_recursive.hf.torch_dist import TorchDistCheckpoint, iteration_folder
-from megatron_recursive.hf.transforms import VOCABULARY
+from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
+from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
@@ -153,8 +154,8 @@ def export_model(
         report.facts["family"] = model.family.model_type
         _write_weights(model, folder, report)
         if model.family.model_type == "recursive_gpt":
-            for name in REMOTE_CODE_FILES:
-                shutil.copyfile(Path(__file__).parent / name, folder / name)
+            for name in shipped.REMOTE_CODE_FILES:
+                shutil.copyfile(Path(shipped.__file__).parent / name, folder / name)
         _compare(model, folder)
         if proof_dtype is not None:
             report.max_logit_error = _prove(model, folder, proof_dtype)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_recursive.hf.architecture import Architecture
+from megatron_recursive.hf.convert.architecture import Architecture
 
 
 @dataclass(frozen=True)
