@@ -26,7 +26,8 @@ from megatron_recursive.training.progress import Progress
 
 WINDOW = 50  # iterations that an alarm averages over
 STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
-COLLAPSE_COSINE = 0.9  # mean token-to-token cosine of the last output state
+COLLAPSE_COSINE = 0.95  # mean token-to-token cosine of the last output state
+FALLING = 0.05  # a cosine that fell by this much within the window is on its way down
 LATEST = 500  # iterations after which the alarms speak at the latest
 
 
@@ -75,7 +76,9 @@ class HealthAlarms:
     * state ignored: the last block's loss is within ``STATE_IGNORED_GAIN`` nats of the first block's.
     * harm: in the second half of the run the last block's loss is above the first's by more. Earlier it may be: a
       healthy recursion passes through that while its tokens separate.
-    * collapse: the token-to-token cosine of the last output state is above ``COLLAPSE_COSINE``.
+    * collapse: the token-to-token cosine of the last output state is above ``COLLAPSE_COSINE`` and is not falling. Runs
+      that learn pass through 0.8 to 0.99 before they know more than each token's frequency; answers of few kinds stay
+      near 0.9.
 
     Each must hold over the window and over the last fifth of it.
     """
@@ -103,7 +106,8 @@ class HealthAlarms:
             alarms += self._of_gain(_mean(self.gains), _latest(self.gains), late=2 * iteration >= iterations)
         if len(self.cosines) == WINDOW:
             cosine = _mean(self.cosines)
-            if min(cosine, _latest(self.cosines)) > COLLAPSE_COSINE:
+            earliest, latest = _mean(list(self.cosines)[: WINDOW // 5]), _latest(self.cosines)
+            if min(cosine, latest) > COLLAPSE_COSINE and latest > earliest - FALLING:
                 alarms.append(
                     f"tokens have collapsed: their output states' mean cosine is {cosine:.3f}, where {COLLAPSE_COSINE} "
                     "is the most; try another --init-method-std, --embedding-multiplier or a lower --lr."
