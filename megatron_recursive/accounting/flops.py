@@ -44,13 +44,14 @@ def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = Tr
     The vocabulary projection runs after every block whose output is supervised or teaches the halting head;
     it has a backward pass where the language-model loss is taken.
     """
-    decoder = shape.num_layers * layer_forward_flops(shape, causal=causal)
+    layer = layer_forward_flops(shape, causal=causal)
+    layers = {p: count for p, (count,) in zip(plan.passes, plan.layers_by_pass([shape.num_layers]), strict=True)}
     vocabulary = 2 * shape.hidden_size * shape.vocab_size
     projected = sum(p.supervised_weight > 0 or p.halt_weight > 0 for p in plan.passes)
     supervised = sum(p.supervised_weight > 0 for p in plan.passes)
     return FlopsPerToken(
-        passes_forward=plan.num_passes * decoder,
-        passes_backward=2 * len(plan.grad_passes) * decoder,
+        passes_forward=sum(layers.values()) * layer,
+        passes_backward=2 * sum(layers[p] for p in plan.grad_passes) * layer,
         head_forward=projected * vocabulary,
         head_backward=2 * supervised * vocabulary,
     )

@@ -145,6 +145,8 @@ def pass_bytes(
     if recording.recompute_mlp:
         tokens = shape.seq_length * recording.micro_batch
         replay = tokens * _mlp_elements(shape, recording) * recording.element / recording.tensor_parallel
+    if not layers:
+        return norm, 0.0
     if recording.recompute_layers:
         chunk = min(recording.recompute_layers, layers)
         kept, replay = -(-layers // chunk) * hidden + norm, chunk * layer + replay
@@ -203,15 +205,16 @@ def stage_memory(
     live = tuple(live_passes) or (len(plan.grad_passes),)
     sizes = tensor_parallel_parameters(shape, plan, recording.tensor_parallel, split)
     hidden, (head, waiting) = hidden_bytes(shape, recording), head_bytes(shape, plan, recording)
+    recorded = [counts for p, counts in zip(plan.passes, plan.layers_by_pass(split), strict=True) if p.grad]
     stages = []
-    for stage, (layers, passes) in enumerate(zip(split, live, strict=True)):
+    for stage, passes in enumerate(live):
         is_first, is_last = stage == 0, stage == len(split) - 1
         closing = is_last and plan.state_norm == "final"
-        kept, replay = pass_bytes(shape, recording, layers, closing_norm=closing)
+        passing = [pass_bytes(shape, recording, counts[stage], closing_norm=closing) for counts in recorded]
         stages.append(StageMemory(
             weights=sizes[stage] * state.total,
-            decoder=passes * kept,
-            replay=replay,
+            decoder=passes * sum(kept for kept, _ in passing) / len(passing),  # where stacks differ, an average pass's
+            replay=max(replay for _, replay in passing),
             heads=head + max(in_flight, window) * waiting if is_last else 0.0,
             states=hidden * states_held(len(split), in_flight, window) if is_first else 0.0,
         ))  # fmt: skip

@@ -44,14 +44,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by group; ``held`` is what the model stores, ``unrolled`` counts the layers once per pass."""
+    """Parameters by group; ``held`` is what the model stores, ``unrolled`` counts a layer once per pass through it."""
 
     embedding: int
     layers: int
     final_norm: int
     output_head: int
     halting_head: int
-    num_passes: int
+    unrolled_layers: int
 
     @property
     def held(self) -> int:
@@ -59,7 +59,7 @@ class ParameterCount:
 
     @property
     def unrolled(self) -> int:
-        return self.held + (self.num_passes - 1) * self.layers
+        return self.held - self.layers + self.unrolled_layers
 
 
 def count_parameters(shape: ModelShape, plan: RecursionPlan) -> ParameterCount:
@@ -83,7 +83,7 @@ def count_parameters(shape: ModelShape, plan: RecursionPlan) -> ParameterCount:
         final_norm=norm,
         output_head=0 if shape.tied_embeddings else shape.vocab_size * hidden,
         halting_head=hidden + 1 if plan.has_halting else 0,
-        num_passes=plan.num_passes,
+        unrolled_layers=plan.unrolled_layers(shape.num_layers) * layer,
     )
 
 

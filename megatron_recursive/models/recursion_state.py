@@ -18,7 +18,7 @@ def initial_state_vectors(plan: RecursionPlan, hidden_size: int) -> dict[str, Te
     Truncated normal of std 1 within two standard deviations, never trained (as in TRM): under detached blocks a learned
     one would get no gradient, and DDP's bucket counting breaks on such parameters.
     """
-    if plan.is_plain or plan.state_init == "zeros":
+    if plan.is_plain or plan.state_init != "trunc-normal":
         return {}
     generator = torch.Generator(device="cpu").manual_seed(INITIAL_STATE_SEED)
     vectors = {}
@@ -36,10 +36,12 @@ def expanded(vector_H: Tensor | None, like_SBH: Tensor) -> Tensor:
 class RecursionState:
     """The output and latent states of one micro-batch while its plan runs. All are [S, B, H]."""
 
-    def __init__(self, embedding_SBH: Tensor, initial: Mapping[str, Tensor]) -> None:
+    def __init__(self, embedding_SBH: Tensor, initial: Mapping[str, Tensor], *, starts_at_input: bool = False) -> None:
         self.values: dict[str, Tensor] = {"input": embedding_SBH}
         for name in ("output", "latent"):
             self.values[name] = expanded(initial.get(name), embedding_SBH)
+        if starts_at_input:  # whatever the input is by the time that the output is read
+            del self.values["output"]
 
     @property
     def output(self) -> Tensor:
@@ -47,6 +49,8 @@ class RecursionState:
 
     def gather(self, decoder_pass: DecoderPass) -> Tensor:
         """The sum that the pass feeds to the decoder, in the plan's order of summation."""
+        if "output" in decoder_pass.reads:
+            self.values.setdefault("output", self.values["input"])
         if decoder_pass.cuts_states:
             for name in ("output", "latent"):
                 self.values[name] = self.values[name].detach()
@@ -62,7 +66,12 @@ class RecursionState:
 
     def update(self, decoder_pass: DecoderPass, result_SBH: Tensor) -> None:
         # Megatron's blocks may mark an output of a grad-free pass as requiring gradient; it must not reach the graph.
-        self.values[decoder_pass.target] = result_SBH if decoder_pass.grad else result_SBH.detach()
+        moved = result_SBH if decoder_pass.grad else result_SBH.detach()
+        if decoder_pass.step != 1:
+            before = self.values[decoder_pass.target]
+            before = before if decoder_pass.grad else before.detach()
+            moved = before + decoder_pass.step * (moved - before)
+        self.values[decoder_pass.target] = moved
 
 
 def run_plan(

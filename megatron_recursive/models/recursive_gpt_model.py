@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
@@ -71,6 +73,8 @@ class RecursiveGPTModel(GPTModel):
         with built_by_layer(config, self):
             super().__init__(config, *args, **kwargs)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
+        plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
+        self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
         if self.plan.is_plain:
             return
         if self.post_process and self.plan.has_halting:
@@ -85,9 +89,11 @@ class RecursiveGPTModel(GPTModel):
 
     def weights_by_part(self) -> dict[str, set[torch.nn.Parameter]]:
         """The weights that each name given to :meth:`Uses.apart` stands for. A tied embedding belongs to two."""
-        modules = {"embedding": "embedding", "layers": "decoder", "output norm": "output_norm",
-                   "output layer": "output_layer", "halting head": "halting_head"}  # fmt: skip
+        modules = {"embedding": "embedding", "output norm": "output_norm", "output layer": "output_layer",
+                   "halting head": "halting_head"}  # fmt: skip
         parts = {part: set(getattr(self, name).parameters()) for part, name in modules.items() if hasattr(self, name)}
+        for stack, _ in self.plan.stacks:
+            parts[_part_of(stack)] = set(self.block_of(stack).parameters())
         if self.post_process and self.share_embeddings_and_output_weights:
             parts["output layer"].add(self.shared_embedding_or_output_weight())
         return parts
@@ -105,12 +111,29 @@ class RecursiveGPTModel(GPTModel):
 
     def initial_state(self, embedding_SBH: Tensor) -> RecursionState:
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
-        return RecursionState(embedding_SBH, {k: v for k, v in initial.items() if v is not None})
+        given = {k: v for k, v in initial.items() if v is not None}
+        return RecursionState(embedding_SBH, given, starts_at_input=self.plan.state_init == "input")
+
+    def block_of(self, stack: str) -> TransformerBlock:
+        """The decoder, or a view of it that has a stack's layers of this pipeline stage alone; perhaps none."""
+        if len(self.plan.stacks) == 1:
+            return self.decoder
+        if stack not in self._blocks:
+            wanted = self.plan.layers_of(self.config.num_layers)[stack]
+            mine = [layer for layer in self.decoder.layers if layer.layer_number - 1 in wanted]
+            block = copy.copy(self.decoder)
+            block._modules = {**self.decoder._modules, "layers": torch.nn.ModuleList(mine)}
+            block.num_layers_per_pipeline_rank = len(mine)
+            self._blocks[stack] = block
+        block = self._blocks[stack]
+        block.training = self.decoder.training
+        return block
 
     def decode(
-        self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None
-    ) -> Tensor:
-        """One pass through the layers of this stage. Off the first stage the decoder reads its own input tensor.
+        self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None, *,
+        stack: str = "core",
+    ) -> Tensor:  # fmt: skip
+        """One pass through a stack's layers of this stage. Off the first stage the decoder reads its own input tensor.
 
         ``inference_context``: keys and values of earlier tokens, of this pass alone (Megatron keys them by layer).
         """
@@ -118,10 +141,12 @@ class RecursiveGPTModel(GPTModel):
             input_ids=None, position_ids=None, decoder_input=hidden_SBH, inference_context=inference_context
         )
 
+        block = self.block_of(stack)
+
         def layers(given_SBH: Tensor | None) -> Tensor:
             if not self.pre_process:
-                self.decoder.set_input_tensor(given_SBH)
-            return self.decoder(
+                block.set_input_tensor(given_SBH)
+            return block(
                 hidden_states=given_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary,
                 inference_context=inference_context,
             )  # fmt: skip
@@ -130,7 +155,7 @@ class RecursiveGPTModel(GPTModel):
         given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor
         replayed = self.recompute_passes and torch.is_grad_enabled()
         function = partial(tensor_parallel.checkpoint, layers, False) if replayed else layers
-        return self.uses.apart("layers", function, given_SBH)
+        return self.uses.apart(_part_of(stack), function, given_SBH)
 
     def read_block(self, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor) -> BlockReadout:
         """Ask the heads about the output state after a block.
@@ -209,8 +234,8 @@ class RecursiveGPTModel(GPTModel):
         assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"
         state = self.initial_state(self.embed(input_ids, position_ids))
 
-        def decode(_: DecoderPass, hidden_SBH: Tensor) -> Tensor:
-            return self.decode(hidden_SBH, attention_mask)
+        def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:
+            return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack)
 
         if labels is None:
             for _ in run_plan(self.plan, state, decode):
@@ -220,7 +245,7 @@ class RecursiveGPTModel(GPTModel):
         mask_BS = torch.ones_like(labels, dtype=torch.float) if loss_mask is None else loss_mask.float()
         readouts: list[BlockReadout] = []
         metrics: dict[str, Tensor] = {}
-        before = state.output
+        before = state.values.get("output", torch.zeros_like(state.values["input"]))
         for decoder_pass in run_plan(self.plan, state, decode):
             readouts.append(self.read_block(decoder_pass, state.output, labels))
             self.observe_state(before, state.output, mask_BS, decoder_pass, metrics)
@@ -278,3 +303,8 @@ class RecursiveGPTModel(GPTModel):
     ) -> dict[str, Any]:
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return adapt_sharded_state_dict(sharded, prefix)
+
+
+def _part_of(stack: str) -> str:
+    """The name of a stack's weights as a part of the model."""
+    return "layers" if stack == "core" else f"{stack} layers"

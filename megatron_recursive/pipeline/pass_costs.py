@@ -50,10 +50,11 @@ def price_passes(
     """
     last = len(layers_per_stage) - 1
     unit = sum(layers_per_stage) * layer_forward_flops(shape)
-    layers = [count * layer_forward_flops(shape) / unit for count in layers_per_stage]
+    layer = layer_forward_flops(shape) / unit
     head = 2 * shape.hidden_size * shape.vocab_size / unit
     forward, backward = [], []
-    for p in plan.passes:
+    for p, counts in zip(plan.passes, plan.layers_by_pass(layers_per_stage), strict=True):
+        layers = [count * layer for count in counts]
         projected, supervised = p.supervised_weight > 0 or p.halt_weight > 0, p.supervised_weight > 0
         forward.append(tuple(c + head * (projected and stage == last) for stage, c in enumerate(layers)))
         backward.append(tuple(

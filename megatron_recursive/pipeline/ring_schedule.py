@@ -48,6 +48,7 @@ class MicroBatch:
     state: RecursionState | None = None  # stage 0
     received: dict[str, Tensor] = field(default_factory=dict)  # stage 0: what the schedule sent, by state
     embedding: Tensor | None = None  # stage 0: with its graph; the state reads a leaf
+    graphs: dict[str, Tensor] = field(default_factory=dict)  # stage 0: what the leaves of the next pass stand for
     handed_over: tuple[Any, Tensor] | None = None  # stage 0: the output state of the first phase, and its request
     before: Tensor | None = None  # last stage: the output state before the block, detached
     output: Tensor | None = None  # last stage: the output state of the first phase
@@ -194,7 +195,7 @@ class RingStep:
             hidden = self._stage_input(batch, decoder_pass, received) if model.pre_process else None
             self._free_superseded(batch, decoder_pass, sent)
             model.decoder.set_input_tensor(None if model.pre_process else received)
-            output: Tensor | RecursiveOutput = model.decode(hidden, attention_mask)
+            output: Tensor | RecursiveOutput = model.decode(hidden, attention_mask, stack=decoder_pass.stack)
             model.decoder.set_input_tensor(None)
         if model.post_process and self.plan.is_block_end(decoder_pass):
             assert isinstance(output, Tensor)
@@ -217,22 +218,39 @@ class RingStep:
             batch.state = self.model.initial_state(leaf)
         state, plan = batch.state, self.plan
         if received is not None:
-            state.update(plan.passes[decoder_pass.index - 1], received)
+            before = plan.passes[decoder_pass.index - 1]
+            state.update(before, received)
+            if before.step != 1:
+                self._part_of_the_way(batch, before.target)
         if self.train and decoder_pass is plan.first_input_gradient:
-            leaf = state.values["input"]
-            state.values["input"] = JoinLeafGradient.apply(batch.embedding, leaf)
-            hidden = state.gather(decoder_pass)
-            state.values["input"] = leaf
-        else:
-            hidden = state.gather(decoder_pass)
+            assert batch.embedding is not None
+            batch.graphs["input"] = batch.embedding
+        leaves = {}
+        for name, graph in batch.graphs.items():  # which this pass alone reaches; later ones read the leaf
+            leaf, state.values[name] = state.values[name], JoinLeafGradient.apply(graph, state.values[name])
+            leaves[id(state.values[name])] = leaf
+        hidden = state.gather(decoder_pass)
+        state.values.update({name: leaves[id(x)] for name, x in state.values.items() if id(x) in leaves})
+        batch.graphs.clear()
         if decoder_pass is self.plan.passes[-1]:
             if self.train:
                 batch.received["input"] = state.values["input"]
             batch.state = batch.embedding = None
         elif decoder_pass is self.passes[-1]:  # the handover brings the next value of this state
-            state.values.pop(decoder_pass.target)
+            if decoder_pass.step == 1:
+                state.values.pop(decoder_pass.target)
             batch.received.pop(decoder_pass.target, None)
         return hidden
+
+    def _part_of_the_way(self, batch: MicroBatch, target: str) -> None:
+        """A state that was moved and not replaced: its graph is that of one sum, and its data replaces the former."""
+        assert batch.state is not None
+        former, moved = batch.received.pop(target, None), batch.state.values[target]
+        if self.train and moved.requires_grad:
+            batch.graphs[target] = moved
+            batch.state.values[target] = batch.received[target] = moved.detach().requires_grad_()
+        if former is not None:
+            _free(former)
 
     def _free_superseded(self, batch: MicroBatch, decoder_pass: DecoderPass, sent: Tensor | None) -> None:
         """Sums keep nothing of what they add: the data of a state goes with its next value, its gradient comes later.
@@ -241,16 +259,18 @@ class RingStep:
         """
         if not self.model.pre_process or not self.train:
             return
-        done = []
+        done: list[Tensor | None] = []
         if sent is not None:
-            target = self.plan.passes[decoder_pass.index - 1].target
-            done = [batch.received.get(target)]
-            batch.received[target] = sent
+            before = self.plan.passes[decoder_pass.index - 1]
+            done = [sent]
+            if before.step == 1:
+                done = [batch.received.get(before.target)]
+                batch.received[before.target] = sent
         if decoder_pass is self.plan.passes[-1]:
             done += batch.received.values()
         for tensor in done:
             if tensor is not None and tensor.grad is None:
-                tensor.data = tensor.new_empty(1).expand_as(tensor)
+                _free(tensor)
 
     def _answer(self, received: Tensor | None, decoder_pass: DecoderPass) -> Tensor | None:
         """A received tensor that gets no gradient must still be answered on the way back, or its sender waits for ever.
@@ -326,6 +346,11 @@ def hand_over(step: RingStep, group: ProcessGroup) -> None:
         request.wait()
     for batch in batches:
         batch.output = None
+
+
+def _free(tensor: Tensor) -> None:
+    """The data goes, the shape stays, which a gradient that is still to come must fit."""
+    tensor.data = tensor.new_empty(1).expand_as(tensor)
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import DecoderPass, RecursionPlan
 
@@ -9,7 +12,7 @@ from megatron_recursive.plan.recursion_plan import DecoderPass, RecursionPlan
 def build_plan(config: RecursionConfig) -> RecursionPlan:
     """The plan of a resolved config (``embedding_multiplier`` must not be None)."""
     assert config.embedding_multiplier is not None, "resolve the config first"
-    return core_plan(config) if config.enable_recursive_refinement else plain_plan(config)
+    return FAMILIES[config.recursion_family](config) if config.enable_recursive_refinement else plain_plan(config)
 
 
 def plain_plan(config: RecursionConfig) -> RecursionPlan:
@@ -32,9 +35,6 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
         grad = last_block or not config.detach_between_refinements
         for step in range(latents + 1):
             is_output = step == latents
-            halt_weight = 0.0
-            if is_output and config.has_halting:
-                halt_weight = 1.0 / blocks if config.halt_supervision == "all" else float(last_block)
             passes.append(DecoderPass(
                 index=len(passes),
                 block=block,
@@ -43,7 +43,74 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
                 grad=grad,
                 cuts_states=config.detach_between_refinements and step == 0 and block > 0,
                 supervised_weight=1.0 if is_output and last_block else 0.0,
-                halt_weight=halt_weight,
+                halt_weight=_halt_weight(config, block) if is_output else 0.0,
             ))
     multiplier = config.embedding_multiplier or 1.0
     return RecursionPlan("core", tuple(passes), config.state_init, config.state_norm, multiplier)
+
+
+def recurrent_plan(config: RecursionConfig) -> RecursionPlan:
+    """A prelude, r passes of a core that end in one state, and a coda (Geiping et al. 2025, Huginn)::
+
+        input = prelude(input);  output = input
+        repeat r times:  output += step * (core(output [+ input]) - output)
+        output = coda(output)
+
+    A step of 1 / r turns r passes of pretrained layers into sub-steps of the one that they were trained for
+    (arXiv 2605.23872).
+    """
+    r, window = config.num_recurrences, config.backprop_depth or config.num_recurrences
+    reads = ("output", "input") if config.injection == "add" else ("output",)
+    passes: list[DecoderPass] = []
+    if config.num_prelude_layers:
+        passes.append(DecoderPass(0, 0, "input", ("input",), grad=True, stack="prelude"))
+    for step in range(r):
+        passes.append(DecoderPass(len(passes), 0, "output", reads, grad=step >= r - window, step=config.step_size))
+    if config.num_coda_layers or config.step_size != 1:  # a state that was moved by a part is read by a pass
+        passes.append(DecoderPass(len(passes), 0, "output", ("output",), grad=True, stack="coda"))
+    passes[-1] = replace(passes[-1], supervised_weight=1.0)
+    stacks = (("prelude", config.num_prelude_layers), ("core", None), ("coda", config.num_coda_layers))
+    multiplier = config.embedding_multiplier or 1.0
+    return RecursionPlan("recurrent", tuple(passes), "input", "none", multiplier, stacks)
+
+
+def looped_plan(config: RecursionConfig) -> RecursionPlan:
+    """The whole stack T times, nothing injected (Zhu et al. 2025, Ouro)::
+
+        output = input
+        repeat T times:  output = core(output)
+    """
+    loops = config.num_refinement_blocks
+    passes = tuple(
+        DecoderPass(loop, loop, "output", ("output",), grad=True, supervised_weight=float(loop == loops - 1),
+                    halt_weight=_halt_weight(config, loop))
+        for loop in range(loops)
+    )  # fmt: skip
+    return RecursionPlan("looped", passes, "input", config.state_norm, config.embedding_multiplier or 1.0)
+
+
+def hierarchical_plan(config: RecursionConfig) -> RecursionPlan:
+    """Two stacks at two speeds, half of the layers each (Wang et al. 2025, HRM; HRM-Text starts as here)::
+
+        output = input
+        repeat T times:
+            n times:  latent = low(latent + output)
+            once:     output = high(output + latent)
+    """
+    plan = core_plan(replace(config, recursion_family="core", detach_between_refinements=False))
+    passes = tuple(
+        replace(p, reads=("latent", "output"), stack="low") if p.target == "latent" else replace(p, stack="high")
+        for p in plan.passes
+    )
+    stacks = (("low", None), ("high", None))
+    return replace(plan, family="hierarchical", passes=passes, state_init="input", stacks=stacks)
+
+
+def _halt_weight(config: RecursionConfig, block: int) -> float:
+    blocks, last = config.num_refinement_blocks, float(block == config.num_refinement_blocks - 1)
+    return (1.0 / blocks if config.halt_supervision == "all" else last) if config.has_halting else 0.0
+
+
+FAMILIES: dict[str, Callable[[RecursionConfig], RecursionPlan]] = {
+    "core": core_plan, "recurrent": recurrent_plan, "looped": looped_plan, "hierarchical": hierarchical_plan,
+}  # fmt: skip

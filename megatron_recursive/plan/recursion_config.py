@@ -23,6 +23,20 @@ def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, of
     return field(default=default, metadata=meta)
 
 
+OF_FAMILIES = {  # knobs that not every family knows
+    "num_refinement_blocks": ("core", "looped", "hierarchical"),
+    "num_latent_refinements": ("core", "hierarchical"),
+    "detach_between_refinements": ("core",),
+    "state_init": ("core",),
+    "state_norm": ("core", "looped", "hierarchical"),
+    "num_recurrences": ("recurrent",),
+    "num_prelude_layers": ("recurrent",),
+    "num_coda_layers": ("recurrent",),
+    "injection": ("recurrent",),
+    "recurrence_step": ("recurrent",),
+    "backprop_depth": ("recurrent",),
+}
+
 _ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "a word"}
 
 
@@ -38,10 +52,29 @@ class RecursionConfig:
     enable_recursive_refinement: bool = _knob(
         True, "Refine recursively. Off, the model is Megatron's plain GPT, bit for bit.",
         off="--disable-recursive-refinement", binds_checkpoint=True)
+    recursion_family: str = _knob(
+        "core", "core: T blocks of n latent passes and an output pass over one stack of layers (TRM). recurrent: a "
+        "prelude, r passes of a core, a coda (Huginn). looped: the whole stack T times (Ouro). hierarchical: as core, "
+        "but latent and output have a stack each (HRM).",
+        choices=("core", "recurrent", "looped", "hierarchical"), binds_checkpoint=True)
     num_refinement_blocks: int = _knob(
         3, "T: refinement blocks; the output state is updated once at the end of each.", binds_checkpoint=True)
     num_latent_refinements: int = _knob(
         6, "n: latent refinements in each block, before its output update.", binds_checkpoint=True)
+    num_recurrences: int = _knob(
+        4, "r: passes of the core of a recurrent family.", binds_checkpoint=True)
+    num_prelude_layers: int = _knob(
+        0, "Layers that run once before the core of a recurrent family.", binds_checkpoint=True)
+    num_coda_layers: int = _knob(
+        0, "Layers that run once behind the core of a recurrent family.", binds_checkpoint=True)
+    injection: str = _knob(
+        "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too (add).",
+        choices=("none", "add"), binds_checkpoint=True)
+    recurrence_step: str = _knob(
+        "1", "How far a pass of a recurrent core moves its state towards its result: 1, mean (1 / r, for layers that "
+        "were pretrained to run once), or a number between.", binds_checkpoint=True)
+    backprop_depth: int = _knob(
+        0, "The last so many passes of a recurrent core carry gradient; 0: all.")
     detach_between_refinements: bool = _knob(
         True, "Cut the states at every block start, so that only the last block carries gradient: less memory and "
         "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats by it. Off, gradients flow through all blocks.",
@@ -82,6 +115,9 @@ class RecursionConfig:
             self._check_type(knob)
         for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("num_recurrences", "num_prelude_layers", "num_coda_layers", "backprop_depth"):
+            self._require(name, getattr(self, name) >= (name == "num_recurrences"), "is too small")
+        self._check_family()
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
@@ -95,6 +131,26 @@ class RecursionConfig:
             value, choices = getattr(self, knob.name), knob.metadata["choices"]
             if choices is not None and value is not None:
                 self._require(knob.name, value in choices, f"must be one of {', '.join(choices)}")
+
+    def _check_family(self) -> None:
+        """A knob that the family does not know is refused by name."""
+        try:
+            holds = self.recurrence_step == "mean" or 0 < float(self.recurrence_step) <= 1
+        except ValueError:
+            holds = False
+        self._require("recurrence_step", holds, "must be 1, mean, or a number above 0 and below 1")
+        for knob in dataclasses.fields(self):
+            families = OF_FAMILIES.get(knob.name, (self.recursion_family,))
+            if self.recursion_family not in families and getattr(self, knob.name) != knob.default:
+                raise UserError(
+                    f"{flag_of(knob.name)} {getattr(self, knob.name)} belongs to --recursion-family "
+                    f"{' or '.join(families)}, but the family is {self.recursion_family}."
+                )
+
+    @property
+    def step_size(self) -> float:
+        """Of a pass of a recurrent core."""
+        return 1.0 / self.num_recurrences if self.recurrence_step == "mean" else float(self.recurrence_step)
 
     def _check_type(self, knob: dataclasses.Field[Any]) -> None:
         value, wanted = getattr(self, knob.name), knob.metadata["type"] or type(knob.default)
@@ -113,7 +169,8 @@ class RecursionConfig:
 
     @property
     def has_halting(self) -> bool:
-        return self.enable_recursive_refinement and self.halt_loss_weight > 0
+        has_blocks = self.recursion_family != "recurrent"
+        return self.enable_recursive_refinement and has_blocks and self.halt_loss_weight > 0
 
     def resolved(self, *, embedding_init_std: float, from_plain_gpt: bool = False) -> RecursionConfig:
         """The same config with every "choose" replaced by what it comes to in this run."""
@@ -131,7 +188,8 @@ class RecursionConfig:
                 )
             multiplier = 1.0 / embedding_init_std if fresh else 1.0
         if scaling is None:
-            scaling = "unrolled" if self.enable_recursive_refinement and self.state_norm == "none" else "held"
+            one_stream = self.state_norm == "none" or self.recursion_family == "recurrent"
+            scaling = "unrolled" if self.enable_recursive_refinement and one_stream else "held"
         return dataclasses.replace(self, embedding_multiplier=multiplier, init_depth_scaling=scaling)
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,7 +234,7 @@ class Difference:
 
     @property
     def is_depth(self) -> bool:
-        return self.name in ("num_refinement_blocks", "num_latent_refinements")
+        return self.name in ("num_refinement_blocks", "num_latent_refinements", "num_recurrences")
 
 
 def initial_std(hidden_size: int) -> float:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from megatron_recursive.errors import UserError
 
 STATES = ("output", "latent")
-STATE_INITS, STATE_NORMS = ("zeros", "trunc-normal"), ("final", "none")
+STATE_INITS, STATE_NORMS = ("zeros", "trunc-normal", "input"), ("final", "none")
 READABLE = (*STATES, "input")
+WHOLE = (("core", None),)  # all layers are one stack
 
 
 def is_number(value: Any) -> bool:
@@ -26,17 +29,20 @@ def is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class DecoderPass:
-    """One application of the whole layer stack: ``state[target] = decoder(sum of what it reads)``.
+    """One application of a stack of layers: ``state[target] += step * (stack(sum of what it reads) - state[target])``.
 
     Attributes:
         index: position in the plan, from 0.
         block: refinement block that the pass belongs to, from 0.
-        target: state that the result replaces, ``output`` or ``latent``.
-        reads: summands, in this order, out of ``output``, ``latent`` and ``input`` (the embedding).
+        target: what the result moves: ``output``, ``latent``, or ``input`` (a prelude).
+        reads: summands, in this order, out of ``output``, ``latent`` and ``input`` (the embedding, or what a prelude
+            made of it).
         grad: whether the pass is recorded for the backward pass.
-        cuts_states: whether the states are detached from the graph before the pass.
+        cuts_states: whether output and latent are detached from the graph before the pass.
         supervised_weight: weight of the language-model loss on the result; 0 where there is none.
         halt_weight: weight of the halting loss on the result; 0 where there is none.
+        stack: name of the layers that it runs, one of the plan's ``stacks``.
+        step: how far the target moves towards the result; 1 replaces it.
     """
 
     index: int
@@ -47,6 +53,13 @@ class DecoderPass:
     cuts_states: bool = False
     supervised_weight: float = 0.0
     halt_weight: float = 0.0
+    stack: str = "core"
+    step: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Words that say nothing new are left out, so that older readers know all that they find."""
+        usual = {"stack": "core", "step": 1.0}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
 
 @dataclass(frozen=True)
@@ -54,9 +67,12 @@ class RecursionPlan:
     """A validated sequence of passes and what holds for all of them.
 
     Attributes:
-        family: name of the builder: ``plain`` or ``core``.
+        family: name of the builder: ``plain``, ``core``, ``recurrent``, ``looped`` or ``hierarchical``.
         passes: in the order in which they run.
-        state_init, state_norm, embedding_multiplier: as in ``RecursionConfig``, resolved.
+        state_init: where states start: at zeros, at a seeded vector, or the output at the ``input`` and the latent at
+            zeros.
+        state_norm, embedding_multiplier: as in ``RecursionConfig``, resolved.
+        stacks: (name, layers) in the order in which the model holds them; those without a number share the rest.
 
     Raises:
         UserError: the passes contradict each other, or a parameter group would get no gradient.
@@ -67,6 +83,7 @@ class RecursionPlan:
     state_init: str = "zeros"
     state_norm: str = "final"
     embedding_multiplier: float = 1.0
+    stacks: tuple[tuple[str, int | None], ...] = WHOLE
 
     def __post_init__(self) -> None:
         if not self.passes:
@@ -77,18 +94,22 @@ class RecursionPlan:
             raise UserError(f"--state-norm must be one of {', '.join(STATE_NORMS)}, but is {self.state_norm}.")
         if not (is_number(self.embedding_multiplier) and self.embedding_multiplier > 0):
             raise UserError(f"--embedding-multiplier must be a positive number, but is {self.embedding_multiplier}.")
+        if len(dict(self.stacks)) != len(self.stacks) or None not in dict(self.stacks).values():
+            raise UserError("The stacks of a plan need different names, and one of them takes the rest of the layers.")
         last = self.passes[-1]
         if last.target != "output" or last.supervised_weight <= 0:
             raise UserError("The last pass of a plan must update the output state and be supervised.")
         for expected, decoder_pass in enumerate(self.passes):
             self._check_pass(expected, decoder_pass)
-        if self.grad_passes != self.passes[self.first_grad_pass :]:
+        refining = [p.grad for p in self.passes if p.target != "input"]
+        if refining != sorted(refining):
             raise UserError("The passes that carry gradient must stand together at the end of the plan.")
         starved = [group for group, fed in self.gradient_groups(tied_embeddings=False).items() if not fed]
         if starved:
+            mend = "--num-latent-refinements" if self.stacks == WHOLE else "--backprop-depth, or give --injection add"
             raise UserError(
                 f"The parameter group '{starved[0]}' would receive no gradient: no pass with gradient reads the "
-                f"{'input (raise --num-latent-refinements)' if starved[0] == 'embedding' else 'states'}."
+                f"{'states' if starved[0] == 'layers' else f'input (raise {mend})'}."
             )
 
     def _check_pass(self, expected: int, decoder_pass: DecoderPass) -> None:
@@ -98,8 +119,16 @@ class RecursionPlan:
         allowed = (self.passes[expected - 1].block, self.passes[expected - 1].block + 1) if expected else (0,)
         if decoder_pass.block not in allowed:
             raise UserError(f"{where} jumps to block {decoder_pass.block}.")
-        if decoder_pass.target not in STATES:
-            raise UserError(f"{where} updates '{decoder_pass.target}', which is none of {', '.join(STATES)}.")
+        if decoder_pass.target not in READABLE:
+            raise UserError(f"{where} updates '{decoder_pass.target}', which is none of {', '.join(READABLE)}.")
+        if decoder_pass.stack not in dict(self.stacks):
+            raise UserError(f"{where} runs the stack '{decoder_pass.stack}', which the plan does not have.")
+        if not (is_number(decoder_pass.step) and 0 < decoder_pass.step <= 1):
+            raise UserError(f"{where} moves its state by {decoder_pass.step}, which must lie above 0 and be at most 1.")
+        if decoder_pass.step != 1:
+            following = self.passes[expected + 1 : expected + 2]
+            if self.is_block_end(decoder_pass) or decoder_pass.target not in following[0].reads:
+                raise UserError(f"{where} moves its state by a part, so that the next pass of its block must read it.")
         if not decoder_pass.reads or set(decoder_pass.reads) - set(READABLE):
             raise UserError(f"{where} must read some of {', '.join(READABLE)}.")
         if (decoder_pass.supervised_weight or decoder_pass.halt_weight) and decoder_pass.target != "output":
@@ -136,21 +165,58 @@ class RecursionPlan:
     def grad_passes(self) -> tuple[DecoderPass, ...]:
         return tuple(p for p in self.passes if p.grad)
 
+    def sources(self, decoder_pass: DecoderPass) -> tuple[str, ...]:
+        """What the pass reads, an output that still is the input being named ``input``."""
+        starts = self.state_init == "input" and all(p.target != "output" for p in self.passes[: decoder_pass.index])
+        return tuple("input" if name == "output" and starts else name for name in decoder_pass.reads)
+
     @cached_property
     def first_input_gradient(self) -> DecoderPass | None:
         """The first pass with gradient that reads the input: the embedding's gradient is complete behind it."""
-        return next((p for p in self.grad_passes if "input" in p.reads), None)
+        return next((p for p in self.grad_passes if "input" in self.sources(p)), None)
+
+    def layers_of(self, num_layers: int) -> dict[str, range]:
+        """The layers of each stack, from 0, in a model that holds ``num_layers`` in all.
+
+        Raises:
+            UserError: they do not suffice, or cannot be shared equally.
+        """
+        sharing = sum(count is None for _, count in self.stacks)
+        rest = num_layers - sum(count or 0 for _, count in self.stacks)
+        if rest < sharing or rest % sharing:
+            raise UserError(
+                f"--num-layers {num_layers} must hold {', '.join(f'{c} of the {n}' for n, c in self.stacks if c)}"
+                f"{' and ' if rest < num_layers else ''}at least one layer of each other stack, in equal parts "
+                f"({', '.join(n for n, c in self.stacks if c is None)})."
+            )
+        ranges, start = {}, 0
+        for name, count in self.stacks:
+            size = rest // sharing if count is None else count
+            ranges[name], start = range(start, start + size), start + size
+        return ranges
+
+    def layers_by_pass(self, layers_per_stage: Sequence[int]) -> list[tuple[int, ...]]:
+        """How many layers each pass runs on each pipeline stage, whose layers are given in order."""
+        stacks, starts = self.layers_of(sum(layers_per_stage)), list(accumulate(layers_per_stage, initial=0))
+        stages = [range(start, start + count) for start, count in zip(starts, layers_per_stage, strict=False)]
+        held = {name: tuple(len(range(max(a.start, b.start), min(a.stop, b.stop))) for b in stages)
+                for name, a in stacks.items()}  # fmt: skip
+        return [held[p.stack] for p in self.passes]
+
+    def unrolled_layers(self, num_layers: int) -> int:
+        """How many layers a token goes through."""
+        return sum(layers for (layers,) in self.layers_by_pass([num_layers]))
 
     def feeds_gradient(self, sender: DecoderPass) -> bool:
         """Whether a pass with gradient reads what ``sender`` computed, before it is cut from the graph or replaced."""
         if not sender.grad:
             return False
         for later in self.passes[sender.index + 1 :]:
-            if later.cuts_states:
+            if later.cuts_states and sender.target != "input":
                 return False
-            if sender.target in later.reads:
+            if sender.target in self.sources(later) and later.grad:
                 return True
-            if sender.target == later.target:
+            if sender.target == later.target and later.step == 1:
                 return False
         return False
 
@@ -161,21 +227,28 @@ class RecursionPlan:
     @cached_property
     def is_plain(self) -> bool:
         """One pass from the input to the output: a plain GPT."""
-        return self.num_passes == 1 and self.passes[0].reads == ("input",) and not self.has_halting
+        straight = self.num_passes == 1 and self.sources(self.passes[0]) == ("input",)
+        return straight and self.stacks == WHOLE and not self.has_halting
 
     def is_block_end(self, decoder_pass: DecoderPass) -> bool:
         return decoder_pass in self.block_ends
 
     def gradient_groups(self, *, tied_embeddings: bool) -> dict[str, bool]:
         """Which parameter groups receive gradient. A tied embedding is also reached through the output head."""
-        reached = any("input" in p.reads for p in self.grad_passes)
-        groups = {"embedding": reached or tied_embeddings, "layers": bool(self.grad_passes), "output head": True}
+        reached = self.first_input_gradient is not None
+        run = {p.stack for p in self.grad_passes}
+        layers = {"layers" if name == "core" else f"{name} layers": name in run for name, count in self.stacks
+                  if count != 0}  # fmt: skip
+        groups = {"embedding": reached or tied_embeddings, **layers, "output head": True}
         if self.has_halting:
             groups["halting head"] = True
         return groups
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self) | {"passes": [p.to_dict() for p in self.passes]}
+        if self.stacks == WHOLE:
+            del values["stacks"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RecursionPlan:
@@ -183,19 +256,23 @@ class RecursionPlan:
         try:
             values: dict[str, Any] = json.loads(text)
             passes = tuple(DecoderPass(**{**p, "reads": tuple(p["reads"])}) for p in values.pop("passes"))
-            return cls(passes=passes, **values)
+            stacks = tuple((name, count) for name, count in values.pop("stacks", WHOLE))
+            return cls(passes=passes, stacks=stacks, **values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"Not a recursion plan in JSON ({type(error).__name__}: {error}).") from error
 
     def describe(self) -> str:
         """The passes as a table for people, one line a block where all its latent passes are alike."""
-        rows = [("passes", "block", "update", "reads", "gradient", "lm loss", "halt loss")]
+        has_stacks, has_steps = self.stacks != WHOLE, any(p.step != 1 for p in self.passes)
+        rows = [("passes", "block", *["layers"] * has_stacks, "update", *["step"] * has_steps, "reads", "gradient",
+                 "lm loss", "halt loss")]  # fmt: skip
         for run in self._runs():
             p, last = run[0], run[-1]
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
             weights = (f"{p.supervised_weight:g}" if p.supervised_weight else "-",
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
-            rows.append((span, str(p.block + 1), p.target, " + ".join(p.reads), "yes" if p.grad else "no", *weights))
+            rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[f"{p.step:.3g}"] * has_steps,
+                         " + ".join(p.reads), "yes" if p.grad else "no", *weights))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
@@ -204,9 +281,8 @@ class RecursionPlan:
         """Consecutive passes of a block that differ in nothing but their index."""
         runs: list[list[DecoderPass]] = []
         for p in self.passes:
-            kind = (p.block, p.target, p.reads, p.grad, p.supervised_weight, p.halt_weight)
             q = runs[-1][0] if runs else None
-            same = q is not None and kind == (q.block, q.target, q.reads, q.grad, q.supervised_weight, q.halt_weight)
+            same = q is not None and replace(p, index=q.index, cuts_states=q.cuts_states) == q
             if same:
                 runs[-1].append(p)
             else:

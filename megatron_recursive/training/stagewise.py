@@ -66,15 +66,18 @@ def run_passes(
     if model.pre_process:
         embedding = model.embed(input_ids, positions).to(dtype)
     state = RecursionState(
-        from_stage(model, embedding, 0), initial_state_vectors(model.plan, config.hidden_size)
-    )
+        from_stage(model, embedding, 0), initial_state_vectors(model.plan, config.hidden_size),
+        starts_at_input=model.plan.state_init == "input",
+    )  # fmt: skip
 
     def decode(decoder_pass: DecoderPass, read_SBH: Tensor) -> Tensor:
         hidden_SBH = read_SBH
         for stage in range(group.size()):
             if group.rank() == stage:
                 model.decoder.set_input_tensor(None if model.pre_process else hidden_SBH)
-                hidden_SBH = model.decode(hidden_SBH if model.pre_process else None, None).to(dtype)
+                hidden_SBH = model.decode(
+                    hidden_SBH if model.pre_process else None, None, stack=decoder_pass.stack
+                ).to(dtype)
             hidden_SBH = from_stage(model, hidden_SBH, stage)
         if watch is not None:
             watch(decoder_pass, read_SBH, hidden_SBH)

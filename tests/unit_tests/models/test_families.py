@@ -1,0 +1,179 @@
+"""Each family against its paper's formula in plain torch, in one process and spread over ranks: losses, all gradients.
+
+The references take Megatron's embedding, layers and heads from the model under test, and nothing of the plan.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.distributed import run_distributed
+from tests.models import SEQ, Case, Layout, Training, build_wrapped, full_gradients, make_batches, run_schedule, train
+from tests.unit_tests.models.comparing import worst_error
+
+UNTIED = {"share_embeddings_and_output_weights": False}
+FOUR, SIX = {"num_layers": 4}, {"num_layers": 6}
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def recurrent(prelude: int, coda: int, **knobs: Any) -> dict[str, Any]:
+    return {"recursion_family": "recurrent", "num_prelude_layers": prelude, "num_coda_layers": coda, **knobs}
+
+
+CASES = {
+    "recurrent": Case(recurrent(1, 1, num_recurrences=3, injection="add"), transformer=FOUR),
+    "recurrent-mean": Case(recurrent(1, 1, num_recurrences=4, recurrence_step="mean"), transformer=FOUR, model=UNTIED),
+    "recurrent-part-window": Case(
+        recurrent(2, 0, num_recurrences=4, recurrence_step="0.3", backprop_depth=2, injection="add"), transformer=SIX
+    ),
+    "recurrent-bare": Case(recurrent(0, 0, num_recurrences=3, recurrence_step="mean"), transformer=FOUR),
+    "recurrent-window": Case(
+        recurrent(1, 2, num_recurrences=3, backprop_depth=1, injection="add"), transformer={**SIX, **FULL_RECOMPUTE},
+        model=UNTIED,
+    ),
+    "looped": Case({"recursion_family": "looped", "num_refinement_blocks": 3}, transformer=FOUR),
+    "looped-one-norm": Case(
+        {"recursion_family": "looped", "num_refinement_blocks": 3, "state_norm": "none", "halt_loss_weight": 0.0},
+        transformer=FOUR, model=UNTIED,
+    ),
+    "hierarchical": Case({"recursion_family": "hierarchical"}, transformer=FOUR),
+    "hierarchical-recomputed": Case({"recursion_family": "hierarchical", "state_norm": "none"},
+                                    transformer={**SIX, **FULL_RECOMPUTE}),
+}  # fmt: skip
+
+
+def states(model: Any, x: Tensor, knobs: Any, layers: Any) -> list[Tensor]:
+    """The output state after each block, as the papers write it. ``layers(a, b)`` applies the layers from a to b."""
+    total = model.config.num_layers
+    if knobs.recursion_family == "recurrent":
+        p, c, r = knobs.num_prelude_layers, knobs.num_coda_layers, knobs.num_recurrences
+        step = 1 / r if knobs.recurrence_step == "mean" else float(knobs.recurrence_step)
+        e = layers(0, p)(x)
+        s = e
+        for i in range(r):
+            if knobs.backprop_depth and i == r - knobs.backprop_depth:
+                s = s.detach()
+            s = s + step * (layers(p, total - c)(s + e if knobs.injection == "add" else s) - s)
+        return [layers(total - c, total)(s)]
+    norm = model.decoder.final_layernorm or (lambda h: h)
+    out, z = x, torch.zeros_like(x)
+    found = []
+    if knobs.recursion_family == "looped":
+        for _ in range(knobs.num_refinement_blocks):
+            out = norm(layers(0, total)(out))
+            found.append(out)
+        return found
+    for _ in range(knobs.num_refinement_blocks):
+        for _ in range(knobs.num_latent_refinements):
+            z = norm(layers(0, total // 2)(z + out))
+        out = norm(layers(total // 2, total)(out + z))
+        found.append(out)
+    return found
+
+
+def reference(model: Any, batch: dict[str, Tensor], knobs: Any) -> tuple[Tensor, Tensor]:
+    """(objective, language-model loss), both [B, S]."""
+    rotary = model.rotary_pos_emb(SEQ)
+
+    def layers(start: int, end: int) -> Any:
+        def apply(h: Tensor) -> Tensor:
+            for layer in model.decoder.layers[start:end]:
+                h, _ = layer(hidden_states=h, attention_mask=None, rotary_pos_emb=rotary)
+            return h
+
+        return apply
+
+    x = model.embedding(input_ids=batch["input_ids"], position_ids=batch["position_ids"]) * knobs.embedding_multiplier
+    found = [s.transpose(0, 1) for s in states(model, x, knobs, layers)]
+    head = (model.embedding.word_embeddings if model.share_embeddings_and_output_weights else model.output_layer).weight
+    losses, halting = [], []
+    for state in found:
+        last = state is found[-1]
+        hidden = state if last else state.detach()
+        if hasattr(model, "output_norm"):
+            with torch.set_grad_enabled(last):  # the halting head of earlier blocks teaches nothing but itself
+                hidden = model.output_norm(hidden)
+        logits = hidden @ head.T
+        losses.append(F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none"))
+        if hasattr(model, "halting_head"):
+            q = hidden @ model.halting_head.weight + model.halting_head.bias
+            right = (logits.argmax(-1) == batch["labels"]).float()
+            halting.append(F.binary_cross_entropy_with_logits(q, right, reduction="none"))
+    return losses[-1] + sum(halting) / len(found), losses[-1]  # type: ignore[operator]
+
+
+def compare(case: Case) -> tuple[tuple[float, str], float, float]:
+    wrapped = build_wrapped(case, Layout())
+    model = wrapped.module
+    loss = run_schedule(wrapped, case)["lm loss"]
+    total, expected, tokens = torch.zeros(()), 0.0, 0.0
+    for batch in make_batches(case, 0):
+        mask = batch["loss_mask"]
+        objective, lm = reference(model, batch, case.resolved_recursion())
+        total = total + (objective * mask).sum() / (mask.sum() * case.micro_batches)
+        expected, tokens = expected + float((lm.detach() * mask).sum()), tokens + float(mask.sum())
+    names = [name for name, _ in model.named_parameters()]
+    gradients = torch.autograd.grad(total, list(model.parameters()))
+    return worst_error(full_gradients(wrapped), dict(zip(names, gradients, strict=True))), loss, expected / tokens
+
+
+def in_one_process(cases: dict[str, Case]) -> dict[str, Any]:
+    return {name: (compare(case), train(case, Layout())) for name, case in cases.items()}
+
+
+@cache
+def serial() -> dict[str, tuple[tuple[tuple[float, str], float, float], Training]]:
+    found: dict[str, Any] = run_distributed(in_one_process, 1, CASES, timeout=120)[0]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_process_is_the_formula(case: str) -> None:
+    ((error, name), loss, expected), _ = serial()[case]
+    assert error <= 2e-6, name
+    assert loss == pytest.approx(expected, rel=2e-6)
+
+
+OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 2000, "use_distributed_optimizer": True}
+LAYOUTS = {
+    "pp2": (2, Layout(pp=2)),
+    "pp2-two-phases": (2, Layout(pp=2, phases="two", window=2)),
+    "pp2-replayed-overlapped": (2, Layout(pp=2, ddp=OVERLAP, recompute_passes=True)),
+    "tp2-sp": (2, Layout(tp=2, sequence_parallel=True)),
+    "pp4": (4, Layout(pp=4)),
+    "pp2-tp2": (4, Layout(pp=2, tp=2)),
+}
+
+
+def over_ranks(cases: dict[str, Case], layout: Layout) -> dict[str, Training]:
+    stages = layout.pp
+    return {name: train(case, layout) for name, case in cases.items()
+            if case.transformer["num_layers"] % stages == 0}  # fmt: skip
+
+
+@cache
+def parallel(layout: str) -> list[dict[str, Training]]:
+    ranks, how = LAYOUTS[layout]
+    return run_distributed(over_ranks, ranks, CASES, how, timeout=240, rendezvous=30.0)
+
+
+@pytest.mark.parametrize("layout", [layout if ranks == 2 else pytest.param(layout, marks=pytest.mark.grid)
+                                    for layout, (ranks, _) in LAYOUTS.items()])  # fmt: skip
+def test_ranks_are_one_process(layout: str) -> None:
+    ranks = parallel(layout)
+    bound = 5e-6 if LAYOUTS[layout][1].tp > 1 else 1e-6
+    assert len(ranks[0]) >= 6
+    for case in ranks[0]:
+        expected = serial()[case][1]
+        assert set().union(*(rank[case].gradients[0] for rank in ranks)) == set(expected.gradients[0])
+        for rank in ranks:
+            error, name = worst_error({**expected.gradients[0], **rank[case].gradients[0]}, expected.gradients[0])
+            assert error <= bound, (case, name, error)
+            for metric, value in rank[case].metrics[0].items():
+                assert value == pytest.approx(expected.metrics[0][metric], rel=bound, abs=1e-8), (case, metric)
