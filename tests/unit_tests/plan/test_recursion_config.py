@@ -21,8 +21,15 @@ SWITCHES = {
 # A value other than the default, and values that are refused.
 OTHER: dict[str, tuple[Any, list[Any]]] = {
     "enable_recursive_refinement": (False, []),
+    "recursion_family": ("looped", ["hrm"]),
     "num_refinement_blocks": (5, [0, -1]),
     "num_latent_refinements": (2, [0, -3]),
+    "num_recurrences": (8, [0]),
+    "num_prelude_layers": (2, [-1]),
+    "num_coda_layers": (2, [-1]),
+    "injection": ("add", ["concat"]),
+    "recurrence_step": ("mean", ["0", "1.5", "half", "nan"]),
+    "backprop_depth": (2, [-1]),
     "detach_between_refinements": (False, []),
     "state_init": ("trunc-normal", ["learned", ""]),
     "state_norm": ("none", ["each"]),
@@ -36,7 +43,14 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "max_inference_refinement_steps": (4, [0]),
     "recursion_alarm_after": (0, [-1]),
 }
+RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
+             "backprop_depth"}  # fmt: skip
 BAD = [(name, value) for name, (_, values) in OTHER.items() for value in values]
+
+
+def beside(name: str) -> dict[str, Any]:
+    """What must be said for a knob to mean something."""
+    return {"recursion_family": "recurrent"} if name in RECURRENT else {}
 
 
 def parse(*flags: str) -> RecursionConfig:
@@ -51,15 +65,26 @@ def test_the_table_above_knows_every_knob() -> None:
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=flag_of(name)):
-        RecursionConfig(**{name: value})
+        RecursionConfig(**{name: value}, **beside(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "family"),
+    [("num_recurrences", 8, "core"), ("num_latent_refinements", 2, "looped"), ("injection", "add", "hierarchical"),
+     ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent")],
+)  # fmt: skip
+def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
+    with pytest.raises(UserError, match=f"{flag_of(name)} {value} belongs to --recursion-family .*is {family}"):
+        RecursionConfig(recursion_family=family, **{name: value})
 
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_every_knob_has_a_flag_and_a_text(name: str) -> None:
     value = OTHER[name][0]
     assert KNOBS[name].metadata["help"].endswith(".")
-    config = parse(SWITCHES[name]) if name in SWITCHES else parse(flag_of(name), str(value))
-    assert config == RecursionConfig(**{name: value})
+    flags = [SWITCHES[name]] if name in SWITCHES else [flag_of(name), str(value)]
+    config = parse(*flags, *(word for knob, said in beside(name).items() for word in (flag_of(knob), said)))
+    assert config == RecursionConfig(**{name: value}, **beside(name))
 
 
 @pytest.mark.parametrize(("name", "off"), SWITCHES.items())
@@ -96,6 +121,7 @@ def test_help_prints() -> None:
         ({"enable_recursive_refinement": False, "state_norm": "none"}, False, 1.0, "held"),
         ({"state_norm": "none"}, False, 50.0, "unrolled"),
         ({"state_norm": "none"}, True, 1.0, "unrolled"),
+        ({"recursion_family": "recurrent"}, True, 1.0, "unrolled"),
         ({"embedding_multiplier": 3.0, "init_depth_scaling": "unrolled"}, False, 3.0, "unrolled"),
         ({"embedding_multiplier": 3.0, "init_depth_scaling": "held", "state_norm": "none"}, True, 3.0, "held"),
     ],
@@ -118,19 +144,21 @@ def test_frozen_hashable_and_made_of_primitives() -> None:
 
 
 def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
-    config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()})
+    config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()
+                                if name not in RECURRENT | {"recursion_family"}})  # fmt: skip
     assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == config
     assert RecursionConfig.from_mapping({}) == RecursionConfig()
 
 
 @pytest.mark.parametrize("name", [name for name in KNOBS if name != "enable_recursive_refinement"])
 def test_one_difference(name: str) -> None:
-    mine, theirs = RecursionConfig(), RecursionConfig(**{name: OTHER[name][0]})
+    mine, theirs = RecursionConfig(**beside(name)), RecursionConfig(**{name: OTHER[name][0]}, **beside(name))
     (found,) = mine.differences(theirs)
     assert (found.name, found.mine, found.theirs) == (name, getattr(mine, name), OTHER[name][0])
-    assert found.is_depth == (name in ("num_refinement_blocks", "num_latent_refinements"))
+    assert found.is_depth == (name in ("num_refinement_blocks", "num_latent_refinements", "num_recurrences"))
     shapes_the_function = ("num_refinement_blocks", "num_latent_refinements", "state_init", "state_norm")
-    assert found.binds == (name in (*shapes_the_function, "embedding_multiplier"))
+    families = ("recursion_family", *RECURRENT - {"backprop_depth"})
+    assert found.binds == (name in (*shapes_the_function, *families, "embedding_multiplier"))
     assert mine.differences(mine) == []
 
 

@@ -73,7 +73,8 @@ def test_a_plan_is_frozen_and_hashable() -> None:
 def test_json_round_trip(blocks: int) -> None:
     plan = make_plan(blocks, state_init="trunc-normal", detach_between_refinements=False)
     assert RecursionPlan.from_json(plan.to_json()) == plan
-    assert set(json.loads(plan.to_json())) == {field.name for field in dataclasses.fields(RecursionPlan)}
+    words = {field.name for field in dataclasses.fields(RecursionPlan)} - {"stacks"}  # of one stack nothing is said
+    assert set(json.loads(plan.to_json())) == words
 
 
 def broken_json(**changes: object) -> str:
@@ -162,3 +163,47 @@ def test_a_loss_inside_a_block_is_refused(weight: str) -> None:
 def test_senseless_values_for_all_passes_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(UserError):
         RecursionPlan.from_json(broken_json(**changes))
+
+
+def family(name: str, **knobs: object) -> RecursionPlan:
+    config = RecursionConfig(recursion_family=name, **knobs)  # type: ignore[arg-type]
+    return build_plan(config.resolved(embedding_init_std=1.0))
+
+
+RECURRENT: dict[str, object] = {"num_prelude_layers": 2, "num_coda_layers": 1, "num_recurrences": 3}
+
+
+def test_a_recurrent_plan_reads_as_its_formula() -> None:
+    plan = family("recurrent", **RECURRENT, injection="add", backprop_depth=2)
+    assert [(p.stack, p.target, p.reads, p.grad) for p in plan.passes] == [
+        ("prelude", "input", ("input",), True), ("core", "output", ("output", "input"), False),
+        ("core", "output", ("output", "input"), True), ("core", "output", ("output", "input"), True),
+        ("coda", "output", ("output",), True),
+    ]  # fmt: skip
+    assert RecursionPlan.from_json(plan.to_json()) == plan and plan.num_blocks == 1
+    assert plan.layers_of(9) == {"prelude": range(2), "core": range(2, 8), "coda": range(8, 9)}
+    assert plan.layers_by_pass([5, 4]) == [(2, 0), (3, 3), (3, 3), (3, 3), (0, 1)]
+    assert plan.unrolled_layers(9) == 2 + 3 * 6 + 1
+    assert "prelude" in plan.describe() and "step" not in plan.describe()
+    mean = family("recurrent", **RECURRENT, recurrence_step="mean")
+    assert [p.step for p in mean.passes] == [1, 1 / 3, 1 / 3, 1 / 3, 1] and "0.333" in mean.describe()
+
+
+def test_two_stacks_share_the_layers() -> None:
+    plan = family("hierarchical", num_refinement_blocks=2, num_latent_refinements=2)
+    assert [p.stack for p in plan.passes] == ["low", "low", "high"] * 2
+    assert plan.layers_of(6) == {"low": range(3), "high": range(3, 6)}
+    with pytest.raises(UserError, match="--num-layers 5"):
+        plan.layers_of(5)
+    with pytest.raises(UserError, match="--num-layers 3 must hold 2 of the prelude, 1 of the coda"):
+        family("recurrent", **RECURRENT).layers_of(3)
+
+
+def test_one_loop_without_halting_is_a_plain_gpt() -> None:
+    assert family("looped", num_refinement_blocks=1, halt_loss_weight=0.0).is_plain
+    assert not family("looped", num_refinement_blocks=2, halt_loss_weight=0.0).is_plain
+
+
+def test_a_window_that_starves_the_prelude_is_refused() -> None:
+    with pytest.raises(UserError, match="embedding.*--backprop-depth, or give --injection add"):
+        family("recurrent", num_recurrences=4, backprop_depth=2)
