@@ -77,7 +77,7 @@ class RecursionConfig:
         0, "The last so many passes of a recurrent core carry gradient; 0: all.")
     detach_between_refinements: bool = _knob(
         True, "Cut the states at every block start, so that only the last block carries gradient: less memory and "
-        "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats by it. Off, gradients flow through all blocks.",
+        "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats or more by it. Off, gradients pass all blocks.",
         off="--no-detach-between-refinements")
     state_init: str = _knob(
         "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer).",
