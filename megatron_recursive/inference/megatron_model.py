@@ -53,7 +53,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         """Run so many blocks from now on."""
         knobs = dataclasses.replace(self.megatron.recursion, num_refinement_blocks=count)
         self.megatron.recursion, self.megatron.plan = knobs, build_plan(knobs)
-        self.config.set_plan(json.loads(self.megatron.plan.to_json()))
+        self.config.set_plan(self.megatron.plan)
 
     @torch.no_grad()
     def forward(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,15 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
 from megatron_recursive.hf.convert.files import new_folder
-from megatron_recursive.hf.convert.mappings import FAMILIES, HALTING_ROWS, INITIAL_STATE_ROWS, Item, Row, items
+from megatron_recursive.hf.convert.mappings import (
+    FAMILIES,
+    HALTING_ROWS,
+    INITIAL_STATE_ROWS,
+    Item,
+    Row,
+    items,
+    recursive_rows,
+)
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
@@ -119,7 +126,7 @@ def _recursion(source: Source, given: Mapping[str, Any]) -> RecursionConfig:
     if source.family.model_type == "recursive_gpt":
         knobs = RecursionConfig.from_mapping(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
-        if not given and build_plan(own) != RecursionPlan.from_json(json.dumps(source.config.plan)):
+        if not given and build_plan(own) != source.plan:
             raise UserError(f"{source.name} has a plan that its knobs do not give; import it with recursion flags.")
         stored = own.to_dict()
     recursion = RecursionConfig.from_mapping({**stored, **given})
@@ -341,11 +348,6 @@ def _donor_tokenizer(source: Source) -> Any:
     if source.gguf is not None:
         return load_tokenizer(source.gguf.parent, gguf_file=source.gguf.name)
     return None if source.folder is None else load_tokenizer(source.folder)
-
-
-def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    initial = not plan.is_plain and plan.state_init != "zeros"
-    return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
 
 
 def _final(partial: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf import model as shipped
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch, recursive_rows
+from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.mappings import (
     FAMILIES,
@@ -28,6 +26,7 @@ from megatron_recursive.hf.convert.mappings import (
     donor_family,
     items,
     recursive_config,
+    recursive_rows,
 )
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import NAMES, Promise, write_folder
@@ -44,6 +43,7 @@ from megatron_recursive.hf.convert.tokenizer_files import (
 )
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
 from megatron_recursive.hf.convert.transforms import VOCABULARY
+from megatron_recursive.hf.model import write_remote_code
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
@@ -154,8 +154,7 @@ def export_model(
         report.facts["family"] = model.family.model_type
         _write_weights(model, folder, report)
         if model.family.model_type == "recursive_gpt":
-            for name in shipped.REMOTE_CODE_FILES:
-                shutil.copyfile(Path(shipped.__file__).parent / name, folder / name)
+            write_remote_code(folder)
         _compare(model, folder)
         if proof_dtype is not None:
             report.max_logit_error = _prove(model, folder, proof_dtype)

@@ -16,6 +16,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
 from megatron_recursive.hf.convert.torch_dist import LAYERS
 from megatron_recursive.hf.convert.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
+from megatron_recursive.plan import RecursionPlan
 
 Condition = Callable[[Architecture], bool]
 
@@ -168,6 +169,11 @@ INITIAL_STATE_ROWS = (
     Row("initial_output", COPY, {"model.initial_output": "h"}),
     Row("initial_latent", COPY, {"model.initial_latent": "h"}),
 )
+
+
+def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
+    initial = not plan.is_plain and plan.state_init != "zeros"
+    return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import (
     FAMILIES,
-    HALTING_ROWS,
-    INITIAL_STATE_ROWS,
     Family,
     Row,
     family_of,
     items,
     read_config,
+    recursive_rows,
 )
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, NAMES, SafetensorsFolder
+from megatron_recursive.plan import RecursionPlan
 
 # Buffers that old checkpoints carry; every model computes them anew.
 COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
@@ -62,13 +62,13 @@ class Source:
     gguf: Path | None = None
     dropped: dict[str, str] = field(default_factory=dict)  # tensors that no row takes, and why that is right
 
+    @property
+    def plan(self) -> RecursionPlan:
+        return getattr(self.config, "recursion_plan", None) or RecursionPlan.plain()
+
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
-        if self.family.model_type != "recursive_gpt":
-            return ()
-        rows = HALTING_ROWS if any(p.get("halt_weight") for p in self.config.plan["passes"]) else ()
-        initial = self.config.plan.get("state_init", "zeros") != "zeros"
-        return (*rows, *(INITIAL_STATE_ROWS if initial else ()))
+        return recursive_rows(self.plan)
 
     def weight(self, name: str) -> Tensor:
         """A tensor by name; a tied head is the embedding."""
