@@ -20,9 +20,9 @@ from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.mappings import (
-    FAMILIES,
     HALTING_ROWS,
     INITIAL_STATE_ROWS,
+    OWN,
     Item,
     Row,
     items,
@@ -50,7 +50,6 @@ ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
 TOKENIZER = "tokenizer"
 MUCH_WORSE = 1.0  # nats: the next token is e times less likely than to the donor
-OWN = FAMILIES["recursive_gpt"]
 RELEASE = "release"  # Megatron's name for weights without an iteration: a run that loads them starts at 0
 
 
@@ -123,7 +122,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
 
 def _recursion(source: Source, given: Mapping[str, Any]) -> RecursionConfig:
     stored: dict[str, Any] = {}
-    if source.family.model_type == "recursive_gpt":
+    if source.family is OWN:
         knobs = RecursionConfig.from_mapping(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
         if not given and build_plan(own) != source.plan:
@@ -330,7 +329,7 @@ class _Import:
         """The donor's config with the chosen layers only, and for a model of ours without recursion."""
         values = self.source.config.to_dict()
         values["num_hidden_layers"] = len(self.layers)
-        if self.source.family.model_type == "recursive_gpt":
+        if self.source.family is OWN:
             values.update(num_layers=len(self.layers), plan=None)
         if values.get("layer_types"):
             values["layer_types"] = [values["layer_types"][layer] for layer in self.layers]
@@ -374,4 +373,4 @@ def training_command(target: Path) -> str:
                    "--save", str(run), "--data-path", "DATA_PREFIX")  # fmt: skip
 
 
-__all__ = ["FAMILIES", "ImportOptions", "import_model"]
+__all__ = ["ImportOptions", "import_model"]

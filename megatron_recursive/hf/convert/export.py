@@ -19,13 +19,12 @@ from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.mappings import (
-    FAMILIES,
+    OWN,
     Family,
     Item,
-    donor_config,
+    config_values,
     donor_family,
     items,
-    recursive_config,
     recursive_rows,
 )
 from megatron_recursive.hf.convert.report import Report
@@ -72,7 +71,7 @@ class MegatronModel:
     def family(self) -> Family:
         """The donor's own class for a plain GPT, where there is one that can express it."""
         donor = donor_family(self.arch) if self.plan.is_plain and not self.own_class else None
-        return donor or FAMILIES["recursive_gpt"]
+        return donor or OWN
 
     def items(self) -> Iterator[Item]:
         return items(self.family, self.arch, extra=recursive_rows(self.plan))
@@ -153,7 +152,7 @@ def export_model(
         say(f"{ckpt}: {model.arch.num_layers} layers, {model.plan.num_passes} passes, to {model.family.architecture}")
         report.facts["family"] = model.family.model_type
         _write_weights(model, folder, report)
-        if model.family.model_type == "recursive_gpt":
+        if model.family is OWN:
             write_remote_code(folder)
         _compare(model, folder)
         if proof_dtype is not None:
@@ -165,7 +164,7 @@ def export_model(
         say("WARNING: the proof was skipped (--no-proof); nothing shows that the export computes what the model does.")
     for note in notes:
         say(f"WARNING: {note}")
-    trust = ", trust_remote_code=True" if model.family.model_type == "recursive_gpt" else ""
+    trust = ", trust_remote_code=True" if model.family is OWN else ""
     say(f"{target}: the model; load it with AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})")
     return report
 
@@ -176,15 +175,10 @@ def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) ->
 
 
 def _config(model: MegatronModel) -> dict[str, Any]:
-    if model.family.model_type == "recursive_gpt":
-        config = recursive_config(model.arch)
-        config["num_layers"] = model.arch.num_layers
-        config["num_hidden_layers"] *= model.plan.num_passes  # as the class stores it, for its caches
-        config["plan"] = json.loads(model.plan.to_json())
-        config["recursion"] = model.recursion.to_dict()
-        config["auto_map"] = AUTO_MAP
-    else:
-        config = donor_config(model.family, model.arch)
+    config = config_values(model.family, model.arch)
+    if model.family is OWN:
+        config["num_hidden_layers"] = model.arch.num_layers * model.plan.num_passes  # as its class says it
+        config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
     dtypes = {model.checkpoint.dtypes[item.key] for item in model.items()}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype"] = str(widest).removeprefix("torch.")

@@ -15,7 +15,7 @@ from megatron_recursive.command_line import missing_package
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import (
-    FAMILIES,
+    OWN,
     Family,
     Row,
     family_of,
@@ -149,7 +149,7 @@ def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
     _check_numbers(values, where)
     values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
     try:
-        if family.model_type == "recursive_gpt":
+        if family is OWN:
             from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
             return RecursiveGPTConfig.from_dict(values)
@@ -269,4 +269,4 @@ def choose_layers(total: int, selection: str | None, count: int | None, explicit
     return [math.ceil(index * (total - 1) / (count - 1)) if count > 1 else 0 for index in range(count)]
 
 
-__all__ = ["FAMILIES", "Source", "choose_layers", "config_object", "open_source", "read_json"]
+__all__ = ["Source", "choose_layers", "config_object", "open_source", "read_json"]

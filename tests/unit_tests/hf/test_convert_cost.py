@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import files
-from megatron_recursive.hf.convert.mappings import FAMILIES, donor_config, items, read_config
+from megatron_recursive.hf.convert.mappings import FAMILIES, config_values, items, read_config
 from megatron_recursive.hf.convert.safetensors_files import Promise, write_folder
 from megatron_recursive.hf.convert.sources import config_object
 from tests.distributed import run_command
@@ -49,7 +49,7 @@ def gigabyte_model(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     arch = read_config(family, config_object(family, shape, "here"), "here")
     folder = tmp_path / "hf"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(donor_config(family, arch)))
+    (folder / "config.json").write_text(json.dumps(config_values(family, arch)))
     promises = [Promise(name, size, torch.bfloat16) for item in items(family, arch) for name, size in item.hf.items()]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import FAMILIES, donor_config, donor_family, items, read_config
+from megatron_recursive.hf.convert.mappings import FAMILIES, config_values, donor_family, items, read_config
 from megatron_recursive.hf.convert.safetensors_files import Promise, SafetensorsFolder, write_folder
 from megatron_recursive.hf.convert.sources import choose_layers, config_object, open_source
 from megatron_recursive.hf.convert.tokenizer_files import copy_tokenizer
@@ -59,7 +59,7 @@ def test_arguments_and_config_give_the_architecture_back(kind: str) -> None:
     assert Architecture.from_megatron(arch.to_megatron(), "here") == arch
     family = donor_family(arch)
     assert family is not None
-    values = donor_config(family, arch)
+    values = config_values(family, arch)
     assert read_config(family, config_object(family, values, "here"), "here") == arch
 
 
