@@ -33,9 +33,9 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
     Llama's names where Llama has one, and:
 
     Args:
-        num_hidden_layers: layers held, when a config is first made. It is then remembered as ``num_layers``, and
-            ``num_hidden_layers`` becomes ``num_layers`` times the number of passes, so that caches hold one slot per
-            pass and layer (as HRM-Text does in transformers).
+        num_layers: layers held; 12, where it follows from nothing.
+        num_hidden_layers: layers applied, that is ``num_layers`` times the number of passes. Caches and serving engines
+            count by it. It follows from ``num_layers``, and is read only where that is not given.
         norm_type: ``rmsnorm`` or ``layernorm``; norm_eps; layernorm_one_centered: the stored weight is added to 1.
         norm_placement: ``pre``, ``post`` (on what attention and MLP give) or ``sandwich`` (both); output_norm_scope:
             ``branch``, before it is added to the residual stream, or ``residual``, of their sum.
@@ -65,8 +65,8 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
     vocab_size: int = 32000
     hidden_size: int = 768
     intermediate_size: int = 2048
-    num_hidden_layers: int = 12
     num_layers: Any = None
+    num_hidden_layers: Any = None
     num_attention_heads: int = 12
     num_key_value_heads: Any = None
     head_dim: Any = None
@@ -99,8 +99,6 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_layers is None:
-            self.num_layers = self.num_hidden_layers
         self.recursion = dict(self.recursion or {})
         self.set_plan(self.plan)
         super().__post_init__(**kwargs)
@@ -114,6 +112,14 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
         if not isinstance(plan, RecursionPlan):
             plan = RecursionPlan.plain() if plan is None else RecursionPlan.from_dict(plan)
         self.plan = json.loads(plan.to_json())
+        if self.num_layers is None:
+            applied = 12 * plan.num_passes if self.num_hidden_layers is None else self.num_hidden_layers
+            self.num_layers, rest = divmod(applied, plan.num_passes)
+            if rest:
+                raise ValueError(
+                    f"num_hidden_layers ({applied}) counts layers times passes and must be a multiple of the plan's "
+                    f"{plan.num_passes} passes; give num_layers, the layers held."
+                )
         self.num_hidden_layers = self.num_layers * plan.num_passes
 
     @property

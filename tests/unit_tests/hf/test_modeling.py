@@ -141,7 +141,7 @@ def test_gradient_checkpointing_changes_no_gradient(detach: bool) -> None:
 
 # --- compilation ----------------------------------------------------------------------------------------------------
 
-FEW = {"blocks": 2, "latents": 1, "num_hidden_layers": 1}  # tracing takes a second a layer and pass
+FEW = {"blocks": 2, "latents": 1, "num_layers": 1}  # tracing takes a second a layer and pass
 
 
 @pytest.mark.grid
@@ -186,7 +186,11 @@ def test_there_is_a_cache_slot_for_every_pass_and_layer() -> None:
     config = make_config(blocks=3, latents=2)
     assert (config.num_layers, config.num_hidden_layers) == (LAYERS, 9 * LAYERS)
     assert len(DynamicCache(config=config)) == len(StaticCache(config=config, max_cache_len=4)) == 9 * LAYERS
-    assert len(RecursiveGPTConfig(num_hidden_layers=5).per_layer_config) == 5
+    assert len(RecursiveGPTConfig(num_hidden_layers=5).per_layer_config) == RecursiveGPTConfig(num_layers=5).num_layers
+    stored = RecursiveGPTConfig.from_dict(json.loads(config.to_json_string()))
+    assert (stored.num_layers, stored.num_hidden_layers) == (LAYERS, 9 * LAYERS)
+    with pytest.raises(ValueError, match="counts layers times passes .* 9 passes; give num_layers"):
+        make_config(blocks=3, latents=2, num_layers=None, num_hidden_layers=LAYERS)
 
 
 def test_attention_modules_are_bare_and_numbered() -> None:
@@ -382,7 +386,7 @@ def test_what_ships_reads_the_plan_without_this_package(tmp_path: Path, monkeypa
     told = ("index", "block", "target", "reads", "grad")
     older = {"family": "core", "passes": [{name: getattr(p, name) for name in told} for p in plan.passes]}
     older["passes"][-1]["supervised_weight"] = 1.0
-    read = RecursiveGPTConfig(**SIZES, plan=older).recursion_plan
+    read = RecursiveGPTConfig(**{**SIZES, "num_hidden_layers": 27}, plan=older).recursion_plan
     assert (read.num_passes, read.has_halting, read.state_init) == (plan.num_passes, False, "zeros")
     with pytest.raises(ValueError, match="does not know"):
         loaded.from_dict({**json.loads(plan.to_json()), "window": 3})
