@@ -28,7 +28,7 @@ from megatron_recursive.hf.convert.mappings import (
     recursive_rows,
 )
 from megatron_recursive.hf.convert.report import Report
-from megatron_recursive.hf.convert.safetensors_files import NAMES, Promise, write_folder
+from megatron_recursive.hf.convert.safetensors_files import NAMES, write_folder
 from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
 from megatron_recursive.hf.convert.tokenizer_files import (
     TOKEN_IDS,
@@ -196,12 +196,12 @@ def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder:
     return next((place for place in places if place.is_dir() and copy_tokenizer(place, folder)), None)
 
 
-def _promises(model: MegatronModel) -> list[Promise]:
-    return [
-        Promise(name, shape, model.checkpoint.dtypes[item.key])
+def _promised(model: MegatronModel) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(shape, dtype=model.checkpoint.dtypes[item.key], device="meta")
         for item in model.items()
         for name, shape in item.hf.items()
-    ]
+    }
 
 
 def _split(model: MegatronModel, item: Item) -> tuple[Tensor, ...]:
@@ -223,7 +223,7 @@ def _write_weights(model: MegatronModel, folder: Path, report: Report) -> None:
                 yield name, part
 
     with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
-        write_folder(folder, _promises(model), tensors(progress))
+        write_folder(folder, _promised(model), tensors(progress))
 
 
 def _compare(model: MegatronModel, folder: Path) -> None:
