@@ -16,6 +16,8 @@ from megatron_recursive.errors import UserError
 
 FOLDER = "torch_profile"
 
+running: list[Any] = []  # PyTorch profilers whose trace is still to be written
+
 
 def check(args: argparse.Namespace, *, on_cpu: bool) -> None:
     """Choose the profiler, and refuse what would leave no trace."""
@@ -61,16 +63,18 @@ def stopped_at_exit(args: argparse.Namespace) -> Iterator[None]:
         return
     from torch import profiler
 
-    running: list[Any] = []
-
     class Profile(profiler.profile):
+        stopping = False
+
         def start(self) -> None:
             running.append(self)
             super().start()
 
         def stop(self) -> None:
-            running.remove(self)
-            super().stop()
+            if not self.stopping:  # a Ctrl-C may come while the trace is written
+                self.stopping = True
+                super().stop()
+                running.remove(self)
 
     original = profiler.profile
     setattr(profiler, "profile", Profile)  # noqa: B010
@@ -78,7 +82,12 @@ def stopped_at_exit(args: argparse.Namespace) -> Iterator[None]:
         yield
     finally:
         setattr(profiler, "profile", original)  # noqa: B010
-        for each in list(running):
-            each.stop()
-            if each.execution_trace_observer is not None:
-                each.execution_trace_observer.unregister_callback()
+        stop_all()
+
+
+def stop_all() -> None:
+    """Let every running profiler write what it has; in the thread that started it, which alone can."""
+    for each in list(running):
+        each.stop()
+        if each.execution_trace_observer is not None:
+            each.execution_trace_observer.unregister_callback()
