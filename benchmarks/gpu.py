@@ -2,7 +2,7 @@
 
 Each part runs in a process of its own with a time limit, so that one that fails or hangs leaves the others. After each,
 benchmarks/results/DEVICE.json is renewed; the last line on stdout is the same JSON. ``--device cpu --tiny`` rehearses
-it on a machine without a GPU (memory, profile of kernels and MFU then mean nothing). No GPU has run it yet.
+it on a machine without a GPU (memory, profile of kernels and MFU then mean nothing).
 
     python benchmarks/gpu.py                       all parts
     python benchmarks/gpu.py --parts parity speed  some
