@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import OWN, Family
@@ -63,7 +64,12 @@ def megatron_logits(
 
     Args:
         fetch: gives a parameter by its checkpoint key, that of a layer as ``decoder.layers.{i}.<rest of the key>``.
+
+    Raises:
+        UserError: Megatron has been left to see a GPU, where it would put what belongs beside these weights.
     """
+    if torch.cuda.is_available() and not cpu.is_installed():
+        raise UserError("The proof runs on the CPU: call backends.cpu.install(on_purpose=True) before it.")
     with one_process():
         with _parameters_without_storage():
             model = build_megatron(arch, recursion, dtype)
