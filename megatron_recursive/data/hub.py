@@ -89,8 +89,6 @@ def _rules(card: Any) -> Iterator[tuple[str, str | None, list[str]]]:
     for config in (card.get("configs") if card is not None else None) or []:
         name, below = config.get("config_name", "default"), config.get("data_dir")
         entries = config.get("data_files", [below] if below else ["**"])
-        if isinstance(entries, dict):
-            entries = [{"split": split, "path": path} for split, path in entries.items()]
         for entry in [entries] if isinstance(entries, str) else entries:
             split, path = (entry.get("split"), entry["path"]) if isinstance(entry, dict) else (None, entry)
             yield name, split, [path] if isinstance(path, str) else path

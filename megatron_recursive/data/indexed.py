@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import struct
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from megatron_recursive.command_line import command
@@ -131,22 +127,3 @@ def _mend_missing(prefix: str, again: str) -> str:
         if prefix.endswith(suffix):
             return f"give the prefix without {suffix}"
     return f"mend the path, or {again}"
-
-
-def megatron_indexed_dataset() -> ModuleType:
-    """Megatron's module; importing it takes ten seconds, so that it is done late."""
-    with quiet_megatron():
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
-
-
-@contextmanager
-def quiet_megatron() -> Iterator[None]:
-    """Keep back what Megatron says of GPU libraries and process groups, which nothing here uses."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -40,30 +40,25 @@ def steps_of(name: str, surroundings: Surroundings) -> list[Any]:
     from datatrove.pipeline.base import PipelineStep
 
     module, _, function = name.partition(":")
-    made = getattr(importlib.import_module(module), function, None)
-    if not callable(made):
-        raise UserError(f"--pipeline {name}: the module {module} has no function {function}")
-    steps = made(surroundings)
+    make = getattr(importlib.import_module(module), function, None)
+    steps = make(surroundings) if callable(make) else None
     if not isinstance(steps, list) or not all(isinstance(step, PipelineStep) for step in steps):
-        raise UserError(f"--pipeline {name} must return a list of datatrove's steps, not {steps!r:.80}")
+        raise UserError(f"--pipeline {name} must be a function that returns a list of datatrove's steps")
     return steps
 
 
 def source_digest(name: str) -> str:
-    """What the module's file is, so that parts of another version of it are not taken.
+    """What the module's file holds now: parts that another version of it made are not taken.
 
     Raises:
-        UserError: the name is not of that form, or there is no such module.
+        UserError: there is no such module.
     """
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise UserError(f"--pipeline {name} must be MODULE:FUNCTION")
-    if os.getcwd() not in sys.path:  # which the console script leaves out
+    if os.getcwd() not in sys.path:  # the console script leaves it out
         sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
+        found = importlib.util.find_spec(name.partition(":")[0])
+    except (ModuleNotFoundError, ValueError):
         found = None
-    if found is None or found.origin is None:
-        raise UserError(f"--pipeline {name}: there is no module {module} on the path or in {os.getcwd()}")
+    if found is None or found.origin is None or ":" not in name:
+        raise UserError(f"--pipeline {name} must be MODULE:FUNCTION, the module in {os.getcwd()} or on Python's path")
     return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.data.insertion import Surroundings, source_digest, steps_of
 from megatron_recursive.data.joining import add_reports, data_args_file, finish, listed_parts
 from megatron_recursive.data.preparation import digest, read_preparation
-from megatron_recursive.data.progress import Progress, read_counters
+from megatron_recursive.data.progress import Progress, read_counts
 from megatron_recursive.data.readers import iter_documents, refuse
 from megatron_recursive.data.sources import SourceFile, default_part_bytes, find_files, plan_parts, require_packages
 from megatron_recursive.data.tokenizer import StoredTokenizer, TokenizerChoice, store_tokenizer
@@ -169,8 +169,9 @@ def _already_there(prefix: str, there: list[Path], source: str) -> IndexedSummar
     """What an earlier run of the same command made; refuses files of another one, or damaged ones."""
     prefixes = [prefix] if len(there) > 1 else listed_parts(prefix)
     made = [each for name in prefixes if (each := read_preparation(name)) is not None]
-    if not made or any(each.source != source for each in made) or len(made) != len(prefixes):
-        how = "made of other documents, with another tokenizer or options" if made else "made otherwise"
+    other = any(each.source != source for each in made)
+    if other or not made or len(made) < len(prefixes):
+        how = "made of other documents, with another tokenizer or options" if other else "made otherwise"
         names = " or ".join(file.name.removeprefix(Path(prefix).name) for file in there)
         raise UserError(f"--output {prefix}: {names} is there already, {how}; name another, or add --overwrite")
     try:
@@ -281,7 +282,7 @@ def _watched(work: WorkFolder, sizes: list[int]) -> Iterator[None]:
     def watch() -> None:
         with Progress("encoding", sum(sizes), done_bytes=done_bytes) as progress:
             while not stop.wait(_POLL_S):
-                documents, size = read_counters(work.counters)
+                documents, size = read_counts(work.counts)
                 progress.advance(documents - progress.documents, size - progress.bytes)
 
     thread = threading.Thread(target=watch, daemon=True)

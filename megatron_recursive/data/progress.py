@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import struct
 import sys
 import time
@@ -13,25 +12,16 @@ from types import TracebackType
 _COUNTS = struct.Struct("<QQ")
 
 
-class Counter:
-    """Documents and bytes that this process has read in all, for another one to see: a file of 16 bytes in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(folder / f"{socket.gethostname()}-{os.getpid()}", os.O_RDWR | os.O_CREAT)
-        self._counts = _COUNTS.unpack(os.pread(self._file, _COUNTS.size, 0) or bytes(_COUNTS.size))
-
-    def add(self, documents: int, size: int) -> None:
-        self._counts = self._counts[0] + documents, self._counts[1] + size
-        os.pwrite(self._file, _COUNTS.pack(*self._counts), 0)
-
-    def close(self) -> None:
-        os.close(self._file)
+def note_count(file: Path, rank: int, documents: int, size: int) -> None:
+    """Write down how many documents and bytes of part ``rank`` are read: 16 bytes in a file that all parts share."""
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT), "wb", buffering=0) as stream:
+        os.pwrite(stream.fileno(), _COUNTS.pack(documents, size), rank * _COUNTS.size)
 
 
-def read_counters(folder: Path) -> tuple[int, int]:
-    """What the processes have read together: as many small files as there are processes, whatever they have done."""
-    counts = [_COUNTS.unpack(raw) for file in folder.glob("*") if len(raw := file.read_bytes()) == _COUNTS.size]
+def read_counts(file: Path) -> tuple[int, int]:
+    """Documents and bytes of all parts together."""
+    raw = file.read_bytes() if file.exists() else b""
+    counts = list(_COUNTS.iter_unpack(raw[: len(raw) // _COUNTS.size * _COUNTS.size]))
     return sum(documents for documents, _ in counts), sum(size for _, size in counts)
 
 

@@ -17,7 +17,7 @@ from datatrove.pipeline.readers.base import BaseReader
 from megatron_recursive.data.files import cannot_write, sync
 from megatron_recursive.data.indexed import token_type, write_index
 from megatron_recursive.data.joining import finish
-from megatron_recursive.data.progress import Counter
+from megatron_recursive.data.progress import note_count
 from megatron_recursive.data.readers import read_span
 from megatron_recursive.data.tokenizer import StoredTokenizer, load_encoder
 from megatron_recursive.data.work_folder import KEPT_REASONS, PartReport, WorkFolder
@@ -73,26 +73,23 @@ class IndexedDatasetWriter(PipelineStep):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         prefix = self.work.part(rank)
         self.reader.report = PartReport(started=time.time())
-        counter = Counter(self.work.counters)
         try:
-            report = self._write(data, prefix, self.reader.report, counter)
+            report = self._write(data, prefix, rank, self.reader.report)
         except OSError as error:
             raise cannot_write(prefix, error) from error
-        finally:
-            counter.close()
         report.bytes = self.work.part_sizes()[rank]
         report.finished = time.time()
         self.work.write_report(rank, report)
         self.stat_update("documents", value=report.documents)
         self.stat_update("tokens", value=report.tokens)
 
-    def _write(self, documents: Any, prefix: Path, report: PartReport, counter: Counter) -> PartReport:
+    def _write(self, documents: Any, prefix: Path, rank: int, report: PartReport) -> PartReport:
         encode, token = load_encoder(self.tokenizer), token_type(self.tokenizer.id_range)
         eod = [self.tokenizer.eod] if self.append_eod and self.tokenizer.eod is not None else []
         # The process id: a process of a killed run may still be at it.
         bin_file, idx_file = (prefix.with_name(f"{prefix.name}.{end}.{os.getpid()}") for end in ("bin", "idx"))
         lengths = array("i")
-        counted = (0, 0, time.monotonic())
+        counted = time.monotonic()
         try:
             with open(bin_file, "wb") as stream:
                 for texts in _batches(documents):
@@ -103,10 +100,10 @@ class IndexedDatasetWriter(PipelineStep):
                         lengths.append(len(ids))
                         report.tokens += len(ids)
                     report.documents = len(lengths)
-                    if (now := time.monotonic()) - counted[2] >= _COUNT_S:
-                        counter.add(report.documents - counted[0], report.bytes - counted[1])
-                        counted = (report.documents, report.bytes, now)
-            counter.add(report.documents - counted[0], report.bytes - counted[1])
+                    if time.monotonic() - counted >= _COUNT_S:
+                        note_count(self.work.counts, rank, report.documents, report.bytes)
+                        counted = time.monotonic()
+            note_count(self.work.counts, rank, report.documents, report.bytes)
             pieces = range(0, len(lengths), _PIECE)
             write_index(idx_file, token, lambda: (lengths[start : start + _PIECE] for start in pieces))
             for file, end in ((bin_file, "bin"), (idx_file, "idx")):

@@ -59,9 +59,9 @@ class WorkFolder:
         return self.path / "parts"
 
     @property
-    def counters(self) -> Path:
-        """Where each process counts what it has read."""
-        return self.path / "counters"
+    def counts(self) -> Path:
+        """What the parts of this run have read so far."""
+        return self.path / "counts"
 
     @property
     def inserted(self) -> Path:
@@ -102,7 +102,7 @@ class WorkFolder:
         What belongs to another one is cleared. That of the same key is kept: to plan anew would read many footers.
         """
         known = self.key()
-        shutil.rmtree(self.counters, ignore_errors=True)
+        self.counts.unlink(missing_ok=True)
         if known != key:
             parts = plan()
             for folder in (self.logs, self.parts, self.inserted):

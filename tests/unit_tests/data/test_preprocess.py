@@ -14,10 +14,11 @@ import numpy
 import pytest
 import sentencepiece
 from datatrove.pipeline.base import PipelineStep
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_recursive.data import preprocess as preprocess_module
 from megatron_recursive.data.executors import LocalExecutor, build_executor
-from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset
+from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.data.preparation import read_preparation, vocabulary_digest
 from megatron_recursive.data.preprocess import Options, preprocess
 from megatron_recursive.data.tokenizer import TokenizerChoice, load_encoder, load_tokenizer, store_tokenizer
@@ -60,13 +61,13 @@ def names(folder):
 
 
 def read(prefix):
-    dataset = megatron_indexed_dataset().IndexedDataset(str(prefix))
+    dataset = IndexedDataset(str(prefix))
     return [dataset[i].tolist() for i in range(len(dataset))]
 
 
 def test_megatron_reads_the_tokens_back(corpus, written):
     tokenizer = load_tokenizer(corpus / "tok")
-    dataset = megatron_indexed_dataset().IndexedDataset(str(written))
+    dataset = IndexedDataset(str(written))
     assert dataset.index.dtype == numpy.uint16
     assert dataset.document_indices.tolist() == list(range(len(TEXTS) + 1))
     assert read(written) == [
@@ -79,9 +80,8 @@ def test_megatron_reads_the_tokens_back(corpus, written):
     pytest.param(1, 2500, marks=pytest.mark.grid), pytest.param(2, 4000, marks=pytest.mark.grid), (3, None)
 ])  # fmt: skip
 def test_the_files_do_not_depend_on_workers_and_parts(corpus, written, tmp_path, many_processes, workers, part_bytes):
-    summary = preprocess(
-        [corpus / "train.jsonl"], tmp_path / "two", corpus / "tok", workers=workers, options=Options(part_bytes=part_bytes)
-    )
+    options = Options(part_bytes=part_bytes)
+    summary = preprocess([corpus / "train.jsonl"], tmp_path / "two", corpus / "tok", workers=workers, options=options)
     assert summary.documents == len(TEXTS)
     assert summary.tokens * 2 == summary.files[0].stat().st_size
     assert contents(tmp_path / "two") == contents(written)
@@ -137,8 +137,8 @@ def test_sentencepiece(corpus, tmp_path, many_processes, workers):
     model = trained.folder / "tokenizer.model"
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     for tokenizer in (model, trained.folder):
-        preprocess([corpus / "train.jsonl"], tmp_path / "x", tokenizer, workers=workers, options=Options(part_bytes=3000),
-                   overwrite=True)  # fmt: skip
+        preprocess([corpus / "train.jsonl"], tmp_path / "x", tokenizer, workers=workers, overwrite=True,
+                   options=Options(part_bytes=3000))  # fmt: skip
         assert read(tmp_path / "x") == [[*processor.encode(text), processor.eos_id()] for text in TEXTS]
 
 
@@ -159,7 +159,8 @@ def test_what_is_there_is_only_overwritten_on_request(corpus, tmp_path, capsys):
     before = contents(tmp_path / "x")
     assert preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok") == first
     assert "was made by this command already" in capsys.readouterr().err
-    for inputs, more in (([corpus / "train.jsonl"], {}), ([tmp_path / "a.jsonl"], {"options": Options(append_eod=False)})):
+    other = {"options": Options(append_eod=False)}
+    for inputs, more in (([corpus / "train.jsonl"], {}), ([tmp_path / "a.jsonl"], other)):
         with pytest.raises(UserError, match="is there already, made of other documents.* add --overwrite"):
             preprocess(inputs, tmp_path / "x", corpus / "tok", **more)
     assert contents(tmp_path / "x") == before

@@ -102,7 +102,7 @@ def test_progress_sizes_add_up_to_the_files(tmp_path):
 BAD_LINES = [
     (b'{"text": "cut', "is not valid JSON"),
     (b'["text"]', "is not a JSON object; write each document as {\"text\": ...}, a line each (jq -c '.[]' does it"),
-    (b"[", "is not valid JSON (Expecting value: line 2 column 1 (char 2)); write a document a line, as jq -c '.[]' does"),
+    (b"[", "is not valid JSON (Expecting value: line 2 column 1 (char 2)); write a document a line, as jq"),
     (b'"text"', "is not a JSON object"),
     (b'{"body": "x", "n": 1}', "has no key 'text' (its keys: 'body', 'n'); name the text's key with --json-key"),
     (b'{"text": 3}', "has a int under 'text'"),
