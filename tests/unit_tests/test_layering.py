@@ -25,8 +25,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "plots": (f"{OURS}.plan", "matplotlib"),
     "backends": ("torch",),
     "data": (
-        "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "loguru",
-        "tqdm", "megatron.core.datasets",
+        "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "dill",
+        "loguru", "tqdm", "fsspec", "huggingface_hub", "megatron.core.datasets",
     ),
     "losses": (f"{OURS}.plan", "torch", "megatron.core"),
     "models": (f"{OURS}.plan", f"{OURS}.losses", "torch", "megatron.core"),
