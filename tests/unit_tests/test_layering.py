@@ -43,11 +43,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "models", "hf")), "torch", "transformers",
         "megatron.core",
     ),
+    "evaluation": (
+        *(f"{OURS}.{folder}" for folder in ("backends", "data.files", "hf")), "torch", "transformers", "accelerate",
+        "lm_eval",
+    ),
     "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "tqdm", "yaml"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
-                                            "plots", "ablation", "launch", "__version__")),
-        "torch", "transformers",
+                                            "plots", "ablation", "evaluation", "launch", "__version__")),
+        "torch", "transformers", "lm_eval",
     ),
     "launch": (f"{OURS}.training.pretrain", "torch"),
     "pretrain": (f"{OURS}.training.pretrain",),
