@@ -46,7 +46,7 @@ def test_ids_are_those_of_hugging_face_and_of_the_data(folder: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from transformers import GPT2Tokenizer
 
-    from megatron_recursive.training import gpt2_tokenizer
+    from megatron_recursive.training.patches import gpt2_tokenizer
 
     (folder / "hf").mkdir()
     for name in ("vocab.json", "merges.txt"):
@@ -64,7 +64,7 @@ def test_ids_are_those_of_hugging_face_and_of_the_data(folder: Path) -> None:
 
 
 def test_the_index_files_of_the_data_do_not_depend_on_where_the_files_lie(folder: Path, tmp_path: Path) -> None:
-    from megatron_recursive.training import gpt2_tokenizer
+    from megatron_recursive.training.patches import gpt2_tokenizer
 
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -87,7 +87,7 @@ def test_a_run_trains_and_resumes_with_the_two_files(folder: Path, tmp_path: Pat
 
 
 def test_half_of_the_pair_or_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
-    from megatron_recursive.training import gpt2_tokenizer
+    from megatron_recursive.training.patches import gpt2_tokenizer
 
     said = train("--tokenizer-type", "GPT2BPETokenizer", "--mock-data", flags=WITHOUT_TOKENIZER)
     assert said == "--tokenizer-type GPT2BPETokenizer needs --vocab-file and --merge-file."
