@@ -6,7 +6,6 @@ The checkpoint may have been written at any layout; it is read into one process,
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +25,7 @@ from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitRep
 from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTOutput
 from megatron_recursive.inference.pass_contexts import PassContexts
 from megatron_recursive.models.recursion_state import run_plan
-from megatron_recursive.plan import DecoderPass, build_plan
+from megatron_recursive.plan import DecoderPass
 
 
 class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
@@ -51,8 +50,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_num_refinement_blocks(self, count: int) -> None:
         """Run so many blocks from now on."""
-        knobs = dataclasses.replace(self.megatron.recursion, num_refinement_blocks=count)
-        self.megatron.recursion, self.megatron.plan = knobs, build_plan(knobs)
+        self.megatron.plan = self.megatron.plan.with_blocks(count)
         self.config.set_plan(self.megatron.plan)
 
     @torch.no_grad()
@@ -128,7 +126,9 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         state = self.megatron.initial_state(self._embed(input_ids, 0 if contexts is None else contexts.length))
 
         def decode(each: DecoderPass, hidden_SBH: Tensor) -> Tensor:
-            return self.megatron.decode(hidden_SBH, None, None if contexts is None else contexts.contexts[each.index])
+            return self.megatron.decode(
+                hidden_SBH, None, None if contexts is None else contexts.contexts[each.index], stack=each.stack
+            )
 
         states = [state.output for _ in run_plan(self.megatron.plan, state, decode)]
         if contexts is not None:
@@ -153,7 +153,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             for place in range(per_block):
                 each = plan.passes[min(block, options.trained_blocks - 1) * per_block + place]
                 context = contexts.contexts[block * per_block + place]
-                state.update(each, self.megatron.decode(state.gather(each), None, context))
+                state.update(each, self.megatron.decode(state.gather(each), None, context, stack=each.stack))
             final_BH = torch.where(staying_B[:, None], state.output[0], final_BH)
             states.append(final_BH[None])
             blocks_B += staying_B

@@ -254,10 +254,20 @@ class RecursionPlan:
     def with_blocks(self, count: int) -> RecursionPlan:
         """The plan with another number of blocks: inner ones are dropped or repeated, the last one stays.
 
-        The weights of the halting loss keep their sum.
+        The weights of the halting loss keep their sum. Of a plan with a prelude or a coda, which is one block, the core
+        is repeated; steps of 1 / r stay that.
         """
         if count < 1:
             raise UserError(f"The number of refinement blocks must be at least 1, but is {count}.")
+        core = [p for p in self.passes if p.stack == "core"]
+        if 0 < len(core) < self.num_passes and self.num_blocks == 1:
+            first, rest = core[0].index, self.passes[core[-1].index + 1 :]
+            mean = math.isclose(core[0].step * len(core), 1.0) and len(core) > 1
+            repeated = (core[:1] * count + core)[-count:] if count > len(core) else core[-count:]
+            if mean:
+                repeated = [replace(p, step=1.0 / count) for p in repeated]
+            chosen_passes = [*self.passes[:first], *repeated, *rest]
+            return replace(self, passes=tuple(replace(p, index=i) for i, p in enumerate(chosen_passes)))
         blocks = [[p for p in self.passes if p.block == block] for block in range(self.num_blocks)]
         inner = blocks[-2] if len(blocks) > 1 else [replace(p, supervised_weight=0.0) for p in blocks[-1]]
         chosen = [*(blocks[:-1] + [inner] * count)[: count - 1], blocks[-1]]

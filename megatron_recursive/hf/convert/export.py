@@ -177,7 +177,7 @@ def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) ->
 def _config(model: MegatronModel) -> dict[str, Any]:
     config = config_values(model.family, model.arch)
     if model.family is OWN:
-        config["num_hidden_layers"] = model.arch.num_layers * model.plan.num_passes  # as its class says it
+        config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
     dtypes = {model.checkpoint.dtypes[item.key] for item in model.items()}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)

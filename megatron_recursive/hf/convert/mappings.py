@@ -172,7 +172,7 @@ INITIAL_STATE_ROWS = (
 
 
 def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    initial = not plan.is_plain and plan.state_init != "zeros"
+    initial = not plan.is_plain and plan.state_init == "trunc-normal"
     return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
 
 

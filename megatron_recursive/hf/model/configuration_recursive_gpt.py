@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import transformers
@@ -115,17 +116,28 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
         if self.num_layers is None:
             applied = 12 * plan.num_passes if self.num_hidden_layers is None else self.num_hidden_layers
             self.num_layers, rest = divmod(applied, plan.num_passes)
-            if rest:
+            if rest or len(plan.stacks) > 1:
                 raise ValueError(
                     f"num_hidden_layers ({applied}) counts layers times passes and must be a multiple of the plan's "
                     f"{plan.num_passes} passes; give num_layers, the layers held."
                 )
-        self.num_hidden_layers = self.num_layers * plan.num_passes
+        self.num_hidden_layers = plan.unrolled_layers(self.num_layers)
 
     @property
     def recursion_plan(self) -> RecursionPlan:
         """The plan, read anew each time: what a config holds is what its file will."""
         return RecursionPlan.from_dict(self.plan)
+
+    def first_slots(self, count: int) -> list[int]:
+        """Where layer 0 would stand in a cache, for each of ``count`` passes; those beyond the plan repeat a block."""
+        plan = self.recursion_plan
+        stacks, layers = plan.layers_of(self.num_layers), plan.layers_by_pass([self.num_layers])
+        ends = list(accumulate((each for (each,) in layers), initial=0))
+        slots = [end - stacks[p.stack].start for end, p in zip(ends, plan.passes, strict=False)]
+        per_block, size = plan.num_passes // plan.num_blocks, self.num_hidden_layers // plan.num_blocks
+        while len(slots) < count:
+            slots.append(slots[len(slots) - per_block] + size)
+        return slots
 
     @property
     def num_refinement_blocks(self) -> int:

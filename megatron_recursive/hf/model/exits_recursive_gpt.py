@@ -65,8 +65,10 @@ class ExitOptions:
         if exit not in EXITS:
             raise ValueError(f"exit must be one of {', '.join(EXITS)}, but is {exit}.")
         plan = config.recursion_plan
-        blocks = [[(p.target, p.reads) for p in plan.passes if p.block == block] for block in range(plan.num_blocks)]
-        if plan.is_plain or any(block != blocks[0] for block in blocks):
+        kinds = [(p.block, p.target, p.reads, p.stack) for p in plan.passes]
+        blocks = [[kind for number, *kind in kinds if number == block] for block in range(plan.num_blocks)]
+        in_parts = any(p.target == "input" or p.step != 1 or p.stack == "coda" for p in plan.passes)
+        if plan.is_plain or in_parts or any(block != blocks[0] for block in blocks):
             raise ValueError(f"exit={exit} needs a plan of refinement blocks that are alike, which this model has not.")
         if exit == "halting" and not plan.has_halting:
             raise ValueError("exit=halting needs a halting head, which this model was trained without.")
@@ -217,7 +219,7 @@ def run_with_exits(
     config, passes, options = model.config, model.passes, rule.options
     per_block = len(passes) // options.trained_blocks
     batch, length = states["input"].shape[:2]
-    tokens = TokensOfPass((batch, length), per_block * config.num_layers)
+    tokens = TokensOfPass((batch, length), config.num_hidden_layers // options.trained_blocks)
     cache, rotary = shared["past_key_values"], shared["position_embeddings"]
     _open_cache(cache, config, options, tokens.slots_per_block)
     if rotary is not None:
@@ -408,5 +410,5 @@ def _block_flops(config: RecursiveGPTConfig, options: ExitOptions, visible_BS: T
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     matrices = 2 * config.hidden_size * (queries + keys)
     matrices += config.hidden_size * config.intermediate_size * (3 if config.mlp_gated else 2)
-    layers = config.num_layers * (len(config.plan["passes"]) // options.trained_blocks)
+    layers = config.num_hidden_layers // options.trained_blocks
     return layers * (2 * matrices + 4 * queries * visible_BS)

@@ -153,8 +153,8 @@ class RecursiveGPTAttention(nn.Module):
 
     def hold_passes(self, count: int) -> None:
         """Have attention modules for at least so many passes."""
-        for index in range(len(self.passes), count):
-            module = RecursiveGPTPassAttention(self.config, index * self.config.num_layers + self.layer)
+        for first in self.config.first_slots(count)[len(self.passes) : count]:
+            module = RecursiveGPTPassAttention(self.config, first + self.layer)
             self.passes.append(module.train(self.training))
 
     def forward(

@@ -107,6 +107,10 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.block_ends = {each.index: each for each in plan.block_ends}
         self.embedding_multiplier = float(plan.embedding_multiplier)
         self.norm_closes_passes = plan.state_norm == "final"
+        self.starts_at_input = plan.state_init == "input"
+        stacks = plan.layers_of(self.config.num_layers)
+        self.layers_of_pass = [stacks[each.stack] for each in self.passes]
+        self.passes_per_block = plan.num_passes // plan.num_blocks
 
     def hold_passes(self, count: int) -> None:
         """Have attention modules for at least so many passes."""
@@ -116,8 +120,9 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
 
     def run_pass(self, index: int, state: Tensor, **kwargs: Any) -> Tensor:
         hidden_states = state
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, pass_index=index, **kwargs)
+        known = index if index < len(self.passes) else index % self.passes_per_block
+        for layer in self.layers_of_pass[known]:
+            hidden_states = self.layers[layer](hidden_states, pass_index=index, **kwargs)
         hidden_states = self.norm(hidden_states) if self.norm_closes_passes else hidden_states
         return hidden_states.to(state.device)  # back from the last layer's, where layers are spread over devices
 
@@ -130,6 +135,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         for name in ("output", "latent"):
             vector = getattr(self, f"initial_{name}", None)
             states[name] = torch.zeros_like(embedding) if vector is None else vector.to(embedding).expand_as(embedding)
+        if self.starts_at_input:
+            states["output"] = embedding
         return states
 
     def _embed(
@@ -210,11 +217,13 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         for index, each in enumerate(self.passes):
             if each.cuts_states:
                 states["output"], states["latent"] = states["output"].detach(), states["latent"].detach()
-            if each.grad or not torch.is_grad_enabled():
-                states[each.target] = self.run_pass(index, self.gather(each, states), **shared)
-            else:
-                with torch.no_grad():
-                    states[each.target] = self.run_pass(index, self.gather(each, states), **shared)
+            with torch.set_grad_enabled(each.grad and torch.is_grad_enabled()):
+                result = self.run_pass(index, self.gather(each, states), **shared)
+                if each.step != 1:
+                    result = states[each.target] + each.step * (result - states[each.target])
+            states[each.target] = result
+            if each.target == "input" and self.starts_at_input:  # a prelude, which comes first
+                states["output"] = result
             if index in self.block_ends and keeps_states:
                 kept.append(states["output"])
         return kept

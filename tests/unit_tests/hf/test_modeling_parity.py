@@ -15,6 +15,7 @@ from tests.models import SEQ, VOCAB, Case, Layout, make_batches, start_parallel,
 from tests.parameters import fill_weights
 from tests.unit_tests.models.comparing import relative_error, worst_error
 from tests.unit_tests.models.options import OPTIONS
+from tests.unit_tests.models.test_families import CASES as FAMILIES
 from tests.unit_tests.pipeline.cases import CASES as PIPELINE_CASES
 
 PLANS = (
@@ -38,6 +39,7 @@ CASES: dict[str, tuple[Case, dict[str, str]]] = {
     "multi-query, one layer": (Case(transformer={**LLAMA, "num_query_groups": 1, "num_layers": 1}), {}),
     "no positions": (Case(model={"position_embedding_type": "none"}), {}),
     **NORMS,
+    **{name: (case, {}) for name, case in FAMILIES.items()},
 }
 
 

@@ -1,0 +1,83 @@
+"""Families in Hugging Face: through Megatron and back with both proofs, cached generation, exits, another depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.unit_tests.hf.recursive_models import make_config, make_model, make_tokens
+from tests.unit_tests.hf.test_convert import _export, _import, _quiet
+
+RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda_layers": 1, "num_recurrences": 3}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "recurrent": {**RECURRENT, "injection": "add"},
+    "recurrent, mean": {**RECURRENT, "recurrence_step": "mean"},
+    "looped": {"recursion_family": "looped", "num_refinement_blocks": 3},
+    "hierarchical": {"recursion_family": "hierarchical", "num_refinement_blocks": 2, "num_latent_refinements": 2},
+}
+
+
+def family_model(name: str, **more: Any) -> Any:
+    return make_model(config=make_config(recursion={**FAMILIES[name], **more}, num_layers=4))
+
+
+def _there_and_back(name: str, folder: Path) -> tuple[float, float, bool, list[int], list[int]]:
+    from megatron_recursive.hf.convert.verify import agree, verify
+    from megatron_recursive.inference.megatron_model import open_megatron
+
+    model = family_model(name)
+    model.save_pretrained(folder / "hf")
+    first, second = _import(folder / "hf", folder / "ckpt"), _export(folder / "ckpt", folder / "back")
+    same = agree(verify(str(folder / "hf"), str(folder / "back"), say=_quiet))
+    ids = make_tokens(1, 6)
+    with open_megatron(str(folder / "ckpt")) as (megatron, _):
+        theirs = megatron.generate(ids, max_new_tokens=6, do_sample=False)
+    mine = model.generate(ids, max_new_tokens=6, do_sample=False)
+    return first["max_logit_error"], second["max_logit_error"], same, theirs[0].tolist(), mine[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["recurrent, mean", *(pytest.param(name, marks=pytest.mark.grid) for name in FAMILIES
+                                                       if name != "recurrent, mean")])  # fmt: skip
+def test_there_and_back_and_generation_from_both(name: str, tmp_path: Path) -> None:
+    ((first, second, same, theirs, mine),) = run_distributed(_there_and_back, 1, name, tmp_path, timeout=240)
+    assert first < 2e-6 and second < 2e-6 and same
+    assert theirs == mine and len(mine) == 12
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cached_steps_give_the_logits_of_the_whole(name: str) -> None:
+    model, ids = family_model(name), make_tokens(2, 9)
+    whole = model(ids).logits
+    first = model(ids[:, :5], use_cache=True)
+    rest = [model(ids[:, i : i + 1], past_key_values=first.past_key_values, use_cache=True).logits for i in range(5, 9)]
+    assert torch.allclose(torch.cat([first.logits, *rest], dim=1), whole, atol=1e-5)
+    layers = first.past_key_values.layers
+    assert len(layers) == model.config.num_hidden_layers and all(each.get_seq_length() == 9 for each in layers)
+    moved = ids.clone()
+    moved[:, -1] = (moved[:, -1] + 1) % 61
+    assert torch.equal(model(moved).logits[:, :-1], whole[:, :-1])
+
+
+def test_exits_leave_between_loops_and_not_within_a_core() -> None:
+    looped, ids = family_model("looped"), make_tokens(1, 6)
+    late = looped.generate(ids, max_new_tokens=4, do_sample=False, exit="halting", halt_threshold=0.999)
+    assert torch.equal(late, looped.generate(ids, max_new_tokens=4, do_sample=False))
+    looped.generate(ids, max_new_tokens=4, do_sample=False, exit="halting", halt_threshold=0.3)
+    assert 1 <= looped.last_exit_report.mean_blocks < 3
+    with pytest.raises(ValueError, match="needs a plan of refinement blocks"):
+        family_model("recurrent")(ids, exit="argmax")
+
+
+def test_a_core_of_another_depth_is_that_of_the_knobs() -> None:
+    for name in ("recurrent", "recurrent, mean"):
+        model, deep = family_model(name), family_model(name, num_recurrences=5)
+        deep.load_state_dict(model.state_dict())
+        model.set_num_refinement_blocks(5)
+        ids = make_tokens(1, 6)
+        assert torch.equal(model(ids).logits, deep(ids).logits)
+        model.set_num_refinement_blocks(3)
+        assert torch.equal(model(ids).logits, family_model(name)(ids).logits)
