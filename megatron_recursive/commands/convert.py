@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 
 from megatron_recursive.command_line import example
-from megatron_recursive.plan import RecursionConfig
-from megatron_recursive.plan.recursion_config import add_recursion_arguments
+from megatron_recursive.plan.recursion_config import FunctionKnobs, HeadKnobs, add_recursion_arguments, knobs_in
 
 SUMMARY = "Convert between Hugging Face models and Megatron checkpoints, with a proof at every run."
-
-# The knobs that an import reads: those of the function that the weights compute, and of the halting head that it makes.
-# What only training or generation reads is given there.
-KNOBS = frozenset(
-    knob.name for knob in dataclasses.fields(RecursionConfig)
-    if knob.metadata["binds"] or knob.name in ("halt_loss_weight", "halt_bias")
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +47,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--untie-embeddings", action="store_true", help="give the head a copy of the embedding")
     shape.add_argument("--resize-vocab", action="store_true",
                        help="grow the embedding to all ids of the tokenizer; new rows are the mean of the others")
-    add_recursion_arguments(parser, KNOBS)
-    for action in parser._actions:
-        if action.dest in KNOBS:
-            action.default = argparse.SUPPRESS  # what is not given is the source's own, where it is a model of ours
+    # What is not given is the source's own, where it is a model of ours.
+    add_recursion_arguments(parser, (FunctionKnobs, HeadKnobs), only_given=True)
     _add_proof(parser)
 
 
@@ -93,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     dtype = None if args.no_proof else getattr(torch, args.proof_dtype)
     agreed = True
     if args.action == "import":
-        recursion = {name: value for name, value in vars(args).items() if name in KNOBS}
+        recursion = knobs_in(vars(args))
         selection = args.layer_selection or ("uniform" if args.num_layers is not None else None)
         report = convert.import_model(args.hf, args.out, convert.ImportOptions(
             recursion, selection, args.num_layers, args.layers, args.untie_embeddings,
