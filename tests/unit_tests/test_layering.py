@@ -33,7 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
         *(f"{OURS}.{module}" for module in ("plan", "backends", "models", "data.progress")), "torch", "transformers",
-        "safetensors", "huggingface_hub", "gguf", "megatron.core",
+        "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "pipeline")),
