@@ -151,11 +151,16 @@ class RecursiveGPTAttention(nn.Module):
         self.passes = nn.ModuleList()
         self.hold_passes(len(config.plan["passes"]))
 
-    def hold_passes(self, count: int) -> None:
-        """Have attention modules for at least so many passes."""
-        for first in self.config.first_slots(count)[len(self.passes) : count]:
-            module = RecursiveGPTPassAttention(self.config, first + self.layer)
-            self.passes.append(module.train(self.training))
+    def hold_passes(self, count: int, *, renew: bool = False) -> None:
+        """Have attention modules for at least so many passes; ``renew``: with the cache slots of a plan that changed."""
+        if count <= len(self.passes) and not renew:
+            return
+        for index, first in enumerate(self.config.first_slots(max(count, len(self.passes)))):
+            if index < len(self.passes):
+                self.passes[index].layer_idx = first + self.layer
+            else:
+                module = RecursiveGPTPassAttention(self.config, first + self.layer)
+                self.passes.append(module.train(self.training))
 
     def forward(
         self, hidden_states: Tensor, pass_index: int = 0,

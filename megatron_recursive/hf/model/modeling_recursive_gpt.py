@@ -112,11 +112,11 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.layers_of_pass = [stacks[each.stack] for each in self.passes]
         self.passes_per_block = plan.num_passes // plan.num_blocks
 
-    def hold_passes(self, count: int) -> None:
+    def hold_passes(self, count: int, *, renew: bool = False) -> None:
         """Have attention modules for at least so many passes."""
         layers: Any = self.layers
         for layer in layers:
-            layer.self_attn.hold_passes(count)
+            layer.self_attn.hold_passes(count, renew=renew)
 
     def run_pass(self, index: int, state: Tensor, **kwargs: Any) -> Tensor:
         hidden_states = state
@@ -269,7 +269,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
             raise ValueError("This model is a plain GPT; it has no refinement blocks.")
         self.config.set_plan(plan.with_blocks(count))
         self.model._read_plan()
-        self.model.hold_passes(len(self.model.passes))
+        self.model.hold_passes(len(self.model.passes), renew=True)
 
     def halting_logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [...], in fp32: q = w . h + b of each token's own state."""
