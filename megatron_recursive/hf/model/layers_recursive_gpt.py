@@ -152,7 +152,7 @@ class RecursiveGPTAttention(nn.Module):
         self.hold_passes(len(config.plan["passes"]))
 
     def hold_passes(self, count: int, *, renew: bool = False) -> None:
-        """Have attention modules for at least so many passes; ``renew``: with the cache slots of a plan that changed."""
+        """Have attention modules for at least so many passes; ``renew``: with the slots of a plan that changed."""
         if count <= len(self.passes) and not renew:
             return
         for index, first in enumerate(self.config.first_slots(max(count, len(self.passes)))):
