@@ -1,4 +1,4 @@
-"""What a checkpoint may lack, and under which keys a moved parameter or a renamed argument is stored.
+"""What a checkpoint may lack, and under which keys a moved parameter is stored.
 
 Two things differ from Megatron's own sharded state, and only while a checkpoint is *read*:
 
@@ -12,16 +12,12 @@ What is written is always Megatron's full state.
 from __future__ import annotations
 
 import contextlib
-from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 
-# Megatron's arguments by the names of before 0.16, and of today.
-_RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma",
-            "hybrid_override_pattern": "hybrid_layer_pattern"}  # fmt: skip
 NEW_IN_RECURSIVE_MODELS = ("halting_head.", "initial_output", "initial_latent")
 
 _reading: list[bool] = []  # a stack of "from a plain GPT?"; empty while nothing is read
@@ -49,10 +45,3 @@ def adapt_sharded_state_dict(sharded: dict[str, Any], prefix: str) -> dict[str, 
             elif _reading[-1] and key.removeprefix(prefix).startswith(NEW_IN_RECURSIVE_MODELS):
                 sharded[key] = LocalNonpersistentObject(value.data)
     return sharded
-
-
-def name_arguments_as_today(args: Namespace) -> None:
-    """Give the arguments that an earlier Megatron stored today's names too; what has them already keeps its values."""
-    for before, now in _RENAMED.items():
-        if hasattr(args, before) and not hasattr(args, now):
-            setattr(args, now, getattr(args, before))

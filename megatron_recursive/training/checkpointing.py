@@ -31,7 +31,8 @@ from megatron_recursive.models.checkpoint_integrity import (
     advise_other,
     check_integrity,
 )
-from megatron_recursive.models.checkpoint_keys import name_arguments_as_today, reading_checkpoint
+from megatron_recursive.models.checkpoint_keys import reading_checkpoint
+from megatron_recursive.models.stored_arguments import DONOR, name_as_today
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import Difference, flag_of
 from megatron_recursive.training.architecture import check_architecture
@@ -124,6 +125,8 @@ def _wrap_load(original: Callable[..., Any], recursion: RecursionConfig, verify:
                 check_integrity(folder, needed=verify is True)
             common = common_state(folder)
             saved = dict(vars(common["args"]))
+            if DONOR in saved:
+                setattr(run, DONOR, saved[DONOR])
             check_architecture(folder, saved, run)
             if from_plain_gpt:
                 check_is_plain_gpt(folder, saved)
@@ -179,7 +182,7 @@ def common_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"The checkpoint {folder} cannot be read ({why}); {advise_other(folder)}.") from error
     if common.get("args") is None:
         raise UserError(f"The checkpoint {folder} stores no arguments, so that its recursion is unknown.")
-    name_arguments_as_today(common["args"])
+    name_as_today(common["args"])
     return common
 
 

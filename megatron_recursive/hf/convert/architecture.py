@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.models.stored_arguments import DONOR
 
 PADDING_MULTIPLE = 128  # Megatron's default; rows divide by any tensor-parallel size that is a power of two up to it
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2")
@@ -27,6 +28,7 @@ class Architecture:
         positions: ``rope``, ``learned`` or ``none``.
         llama3_factor: factor of Llama 3's frequency scaling; None without it.
         linear_factor: factor of linear position interpolation; None without it.
+        donor: the model type of the Hugging Face model that it came from, which an export takes where it can.
         vocab_size: rows that mean something; padded_vocab_size: rows that Megatron's embedding has.
     """
 
@@ -56,6 +58,7 @@ class Architecture:
     linear_factor: int | None = None
     tied: bool = False
     init_std: float = 0.02
+    donor: str | None = None
 
     def dimension(self, symbol: str) -> int:
         """A symbol of the mapping tables' shapes to its size."""
@@ -103,6 +106,7 @@ class Architecture:
             "vocab_size": self.vocab_size,
             "padded_vocab_size": self.padded_vocab_size,
             "init_method_std": self.init_std,
+            DONOR: self.donor,
         }
 
     def megatron_flags(self) -> list[str]:
@@ -183,6 +187,7 @@ class Architecture:
             linear_factor=factor,
             tied=not args.get("untie_embeddings_and_output_weights"),
             init_std=args.get("init_method_std", 0.02),
+            donor=args.get(DONOR),
         )
 
 

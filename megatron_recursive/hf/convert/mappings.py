@@ -296,6 +296,7 @@ def read_config(family: Family, config: Any, where: str) -> Architecture:
         "norm_placement": "post" if model_type == "olmo2" else "pre",
         "tied": bool(config.tie_word_embeddings),
         "init_std": config.initializer_range,
+        "donor": None if own else model_type,
     }
     if own:
         activation = {"gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act)
@@ -378,17 +379,25 @@ def donor_family(arch: Architecture) -> Family | None:
         return FAMILIES["qwen3"] if not arch.qkv_bias else None
     if arch.qkv_bias and not arch.linear_bias:
         return FAMILIES["qwen2"]
-    return FAMILIES["llama"] if square else FAMILIES["mistral"] if not arch.linear_bias else None
+    mistral = not arch.linear_bias and (arch.donor == "mistral" or not square)
+    return FAMILIES["mistral"] if mistral else FAMILIES["llama"] if square else None
 
 
 def donor_config(family: Family, arch: Architecture) -> dict[str, Any]:
-    """config.json of a donor family, without token ids and dtype."""
+    """config.json of a donor family, without token ids and dtype.
+
+    Rotary options stand there twice: as ``rope_parameters``, and as transformers 4 and engines built on it read them.
+    """
+    rope = rope_parameters(arch)
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **_common_config(arch),
         "rms_norm_eps": arch.norm_eps,
-        "rope_parameters": rope_parameters(arch),
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": scaling if rope["rope_type"] != "default" else None,
     }
     if family.model_type == "llama":
         config.update(attention_bias=arch.linear_bias, mlp_bias=arch.linear_bias)

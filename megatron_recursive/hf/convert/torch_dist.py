@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.models.checkpoint_keys import name_arguments_as_today
+from megatron_recursive.models.stored_arguments import name_as_today
 
 LAYERS = "decoder.layers."
 COMMON = "common_state/shard_0_1"  # a sharded object's key in the index: name, number, of how many
@@ -108,7 +108,7 @@ class TorchDistCheckpoint:
         args = common.get("args")
         if args is None:
             raise UserError(f"The checkpoint {self.folder} stores no arguments, so that its architecture is unknown.")
-        name_arguments_as_today(args)
+        name_as_today(args)
         return dict(vars(args))
 
     def get(self, key: str, layer: int | None = None) -> Tensor:

@@ -61,6 +61,19 @@ def test_arguments_and_config_give_the_architecture_back(kind: str) -> None:
     assert family is not None
     values = donor_config(family, arch)
     assert read_config(family, config_object(family, values, "here"), "here") == arch
+    assert family.model_type == DONORS[kind][0]
+
+
+def test_a_donors_config_also_spells_its_positions_as_transformers_4_does() -> None:
+    """transformers 4 knows no ``rope_parameters``: it would take a base of 10000 and no scaling, and say nothing."""
+    for kind, base, scaling in (("llama3, head_dim", 500000.0, "llama3"), ("llama1, biases", 10000.0, "linear"),
+                                ("mistral, one key head", 10000.0, None)):  # fmt: skip
+        arch = architecture(kind)
+        values = donor_config(FAMILIES[DONORS[kind][0]], arch)
+        assert values["rope_theta"] == base and (values["rope_scaling"] or {}).get("rope_type") == scaling
+        both = {**values["rope_parameters"], **(values["rope_scaling"] or {}), "rope_theta": values["rope_theta"]}
+        assert both == values["rope_parameters"]
+        assert values.get("sliding_window", "no") == ("no" if scaling else None)
 
 
 def test_a_sliding_window_that_no_layer_uses_is_none() -> None:

@@ -47,21 +47,33 @@ def test_exports_of_old_checkpoints_give_the_logits_of_the_megatron_that_wrote_t
         assert summary["family"] == "llama" and summary["max_logit_error"] < 2e-6
 
 
+def _of_a_donor(version: str, folder: Path, model_type: str) -> Path:
+    """The checkpoint, as if it had been imported from a model of that type."""
+    shutil.copytree(OLD / version, folder)
+    common = torch.load(folder / "iter_0000002" / "common.pt", weights_only=True)
+    common["args"].donor_model_type = model_type
+    torch.save(common, folder / "iter_0000002" / "common.pt")
+    return folder
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_training_starts_from_an_old_checkpoint(version: str, tmp_path: Path) -> None:
+    from megatron_recursive.hf.convert.export import open_checkpoint
     from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
 
-    start = ["--init-from-gpt", str(OLD / version)]
+    start = ["--init-from-gpt", str(_of_a_donor(version, tmp_path / "old", "mistral"))]
     recursion = PLAIN if version == "0.12" else RECURSION
     wrong = train(*start, "--vocab-size", "61", recursion=recursion)
     assert wrong is not None and "--norm-epsilon 0.001 (this run: 1e-05)" in wrong
-    flags = [*SHORT, "--save", tmp_path]
+    flags = [*SHORT, "--save", tmp_path / "run"]
     assert train(*start, "--use-checkpoint-args", *flags, recursion=recursion, flags=()) is None
     old = TorchDistCheckpoint(iteration_folder(OLD / version))
-    new = TorchDistCheckpoint(iteration_folder(tmp_path))
+    new = TorchDistCheckpoint(iteration_folder(tmp_path / "run"))
     assert new.arguments()["layernorm_epsilon"] == old.arguments()["layernorm_epsilon"] == 1e-3
     for key in old.shapes:
         assert torch.equal(old.get(key), new.get(key)), key
+    family = open_checkpoint(str(tmp_path / "run")).family.model_type
+    assert family == ("mistral" if version == "0.12" else "recursive_gpt")
 
 
 class _Runs:
