@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import Family
+from megatron_recursive.hf.convert.mappings import OWN, Family
 from megatron_recursive.plan import RecursionConfig
 
 TOLERANCE = 1e-4  # of the largest absolute logit
@@ -40,7 +40,7 @@ def proof_tokens(vocab_size: int, tokenizer: Any, max_positions: int) -> Tensor:
 def hf_logits(family: Family, config: Any, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits [S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
     with _parameters_without_storage():
-        if family.model_type == "recursive_gpt":
+        if family is OWN:
             from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
             config._attn_implementation = "sdpa"

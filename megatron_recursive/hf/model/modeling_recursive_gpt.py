@@ -31,7 +31,8 @@ from .layers_recursive_gpt import (
     RecursiveGPTRotaryEmbedding,
     make_norm,
 )
-from .passes_recursive_gpt import PlanPass, RecursiveGPTModelOutput, RecursiveGPTOutput, read_passes
+from .outputs_recursive_gpt import RecursiveGPTModelOutput, RecursiveGPTOutput
+from .recursion_plan import DecoderPass
 
 INITIAL_STATES = ("initial_output", "initial_latent")
 INITIAL_STATE_SEED = 20251006  # the states that training starts from when they are not zeros
@@ -85,7 +86,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.layers = nn.ModuleList(RecursiveGPTDecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = RecursiveGPTRotaryEmbedding(config) if config.position_embedding == "rope" else None
-        if config.plan.get("state_init") == "trunc-normal":
+        if config.recursion_plan.state_init == "trunc-normal":
             for name in INITIAL_STATES:
                 # A parameter, since engines that load weights by name know no buffers.
                 setattr(self, name, nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False))
@@ -101,9 +102,11 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         return super().train(mode)
 
     def _read_plan(self) -> None:
-        self.passes = read_passes(self.config)
-        self.embedding_multiplier = float(self.config.plan.get("embedding_multiplier", 1.0))
-        self.norm_closes_passes = self.config.plan.get("state_norm", "final") == "final"
+        plan = self.config.recursion_plan
+        self.passes = plan.passes
+        self.block_ends = {each.index: each for each in plan.block_ends}
+        self.embedding_multiplier = float(plan.embedding_multiplier)
+        self.norm_closes_passes = plan.state_norm == "final"
 
     def hold_passes(self, count: int) -> None:
         """Have attention modules for at least so many passes."""
@@ -212,12 +215,12 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             else:
                 with torch.no_grad():
                     states[each.target] = self.run_pass(index, self.gather(each, states), **shared)
-            if each.ends_block and keeps_states:
+            if index in self.block_ends and keeps_states:
                 kept.append(states["output"])
         return kept
 
     @staticmethod
-    def gather(each: PlanPass, states: dict[str, Tensor]) -> Tensor:
+    def gather(each: DecoderPass, states: dict[str, Tensor]) -> Tensor:
         total = states[each.reads[0]]
         for name in each.reads[1:]:
             total = total + states[name]
@@ -252,10 +255,10 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
 
     def set_num_refinement_blocks(self, count: int) -> None:
         """Run so many blocks from now on; inner blocks are dropped or repeated."""
-        plan = self.config.with_refinement_blocks(count)
-        if self.config.plan.get("family") == "plain":
+        plan = self.config.recursion_plan
+        if plan.is_plain:
             raise ValueError("This model is a plain GPT; it has no refinement blocks.")
-        self.config.set_plan(plan)
+        self.config.set_plan(plan.with_blocks(count))
         self.model._read_plan()
         self.model.hold_passes(len(self.model.passes))
 
@@ -360,7 +363,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         lm_loss = mean(cross_entropy(logits))
         if not states:
             return {"loss": lm_loss, "lm_loss": lm_loss.detach()}
-        ends = [each for each in self.model.passes if each.ends_block]
+        ends = list(self.model.block_ends.values())
         loss = ends[-1].supervised_weight * lm_loss
         halt_loss = torch.zeros_like(lm_loss)
         last_choice = logits.detach().argmax(-1)
