@@ -301,22 +301,22 @@ class _Import:
         """
         fetch = checkpoint_fetch(TorchDistCheckpoint(folder / RELEASE))
         known = self.source.arch.vocab_size
-        tokens_BS = proof.proof_tokens(known, self.tokenizer, self.arch.max_positions)
+        text = proof.proof_text(known, self.tokenizer, self.arch.max_positions)
         plain = RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0)
-        chosen = proof.hf_logits(self.source.family, self._donor_config(), self._donor_weight, tokens_BS, dtype)
-        ours = proof.megatron_logits(self.arch, plain, fetch, tokens_BS, dtype)
-        report.max_logit_error = proof.relative_error(chosen, ours[:, :known])
+        chosen = proof.hf_logits(self.source.family, self._donor_config(), self._donor_weight, text, dtype)
+        ours = proof.megatron_logits(self.arch, plain, fetch, text, dtype)
+        report.max_logit_error = proof.relative_error(chosen, ours[..., :known])
         proof.check(report.max_logit_error, f"{self.source.name} and its conversion")
         if self.tokenizer is None:  # there is no text to lose anything on
             return []
         same = self.layers == list(range(self.source.arch.num_layers)) and self.source.family is not OWN
         donor = chosen if same else proof.hf_logits(
-            self.source.family, self.source.config, self.source.weight, tokens_BS, dtype)  # fmt: skip
+            self.source.family, self.source.config, self.source.weight, text, dtype)  # fmt: skip
         losses = {"donor": donor, "imported without recursion": ours}
         if not self.plan.is_plain:
             losses["imported with recursion"] = proof.megatron_logits(
-                self.arch, self.recursion, fetch, tokens_BS, dtype)  # fmt: skip
-        found = {name: round(proof.loss(logits, tokens_BS), 4) for name, logits in losses.items()}
+                self.arch, self.recursion, fetch, text, dtype)  # fmt: skip
+        found = {name: round(proof.loss(logits, text), 4) for name, logits in losses.items()}
         report.facts["loss"] = found
         (name, last), before = list(found.items())[-1], found["donor"]
         if not last > before + MUCH_WORSE:

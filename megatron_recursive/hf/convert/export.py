@@ -242,9 +242,9 @@ def _prove(model: MegatronModel, folder: Path, dtype: torch.dtype) -> float:
     source = open_source(str(folder))
     values = read_json(folder / "config.json")
     config = config_object(source.family, values, str(folder))
-    tokens_BS = proof.proof_tokens(model.arch.vocab_size, load_tokenizer(folder), model.arch.max_positions)
-    theirs = proof.hf_logits(source.family, config, source.weight, tokens_BS, dtype)
-    ours = proof.megatron_logits(model.arch, model.recursion, checkpoint_fetch(model.checkpoint), tokens_BS, dtype)
+    text = proof.proof_text(model.arch.vocab_size, load_tokenizer(folder), model.arch.max_positions)
+    theirs = proof.hf_logits(source.family, config, source.weight, text, dtype)
+    ours = proof.megatron_logits(model.arch, model.recursion, checkpoint_fetch(model.checkpoint), text, dtype)
     error = proof.relative_error(ours, theirs)
     proof.check(error, f"{model.checkpoint.folder} and its export")
     return error

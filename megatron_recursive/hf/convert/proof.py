@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,17 +29,31 @@ TEXT = (
 Fetch = Callable[[str], Tensor]
 
 
-def proof_tokens(vocab_size: int, tokenizer: Any, max_positions: int) -> Tensor:
-    """The fixed text as ids [1, S]; without a tokenizer, fixed ids spread over the vocabulary."""
+@dataclass(frozen=True)
+class Text:
+    """The fixed text, a row for each place in the context: ids and positions, both [3, S]."""
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+
+
+def proof_text(vocab_size: int, tokenizer: Any, max_positions: int) -> Text:
+    """The fixed text at the start of the context, at its end, and spread over all of it.
+
+    Rotary attention depends on distances alone: only the third row has those for which positions are scaled. Without a
+    tokenizer the ids are fixed ones, spread over the vocabulary.
+    """
     length = min(MAX_TOKENS, max_positions)
     ids = [] if tokenizer is None else [i for i in tokenizer(TEXT)["input_ids"] if i < vocab_size][:length]
     if len(ids) < min(8, length):
         ids = [(7919 * (index + 1) + index * index) % vocab_size for index in range(length)]
-    return torch.tensor([ids])
+    start = torch.arange(len(ids))
+    spread = start * (max_positions - 1) // max(len(ids) - 1, 1)
+    return Text(torch.tensor([ids] * 3), torch.stack([start, start + max_positions - len(ids), spread]))
 
 
-def hf_logits(family: Family, config: Any, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits [S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
+def hf_logits(family: Family, config: Any, fetch: Fetch, text: Text, dtype: torch.dtype) -> Tensor:
+    """Logits [3, S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
     with _parameters_without_storage():
         if family is OWN:
             from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
@@ -53,13 +68,15 @@ def hf_logits(family: Family, config: Any, fetch: Fetch, tokens_BS: Tensor, dtyp
     layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
     _stream(model, ["model.embed_tokens", *layers, "lm_head"], fetch, dtype)
     with torch.no_grad():
-        return model(input_ids=tokens_BS, use_cache=False).logits[0]
+        # Without a mask positions that jump would be taken for several texts in one row.
+        return model(input_ids=text.tokens_BS, position_ids=text.positions_BS, use_cache=False,
+                     attention_mask=torch.ones_like(text.tokens_BS)).logits  # fmt: skip
 
 
 def megatron_logits(
-    arch: Architecture, recursion: RecursionConfig, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype
+    arch: Architecture, recursion: RecursionConfig, fetch: Fetch, text: Text, dtype: torch.dtype
 ) -> Tensor:
-    """Logits [S, true V] of our Megatron model.
+    """Logits [3, S, true V] of our Megatron model.
 
     Args:
         fetch: gives a parameter by its checkpoint key, that of a layer as ``decoder.layers.{i}.<rest of the key>``.
@@ -72,15 +89,15 @@ def megatron_logits(
         _stream(model, ["embedding", *layers, "output_layer"], lambda name: fetch(checkpoint_key(name)), dtype)
         if arch.tied:
             _give_tied_weight(model, fetch, dtype)
-        positions = torch.arange(tokens_BS.shape[1])[None].expand_as(tokens_BS)
+        _rotate_at(model, text.positions_BS)
         with torch.no_grad():
-            logits = model(tokens_BS, positions, None)[0]
-    return logits[:, : arch.vocab_size]
+            logits = model(text.tokens_BS, text.positions_BS, None)
+    return logits[..., : arch.vocab_size]
 
 
-def loss(logits_SV: Tensor, tokens_BS: Tensor) -> float:
-    """Mean cross-entropy of the next token."""
-    return float(F.cross_entropy(logits_SV[:-1].double(), tokens_BS[0, 1:]))
+def loss(logits_BSV: Tensor, text: Text) -> float:
+    """Mean cross-entropy of the next token, at the start of the context."""
+    return float(F.cross_entropy(logits_BSV[0, :-1].double(), text.tokens_BS[0, 1:]))
 
 
 def relative_error(reference: Tensor, other: Tensor) -> float:
@@ -235,6 +252,24 @@ def build_megatron(
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         recursion=recursion,
     )  # fmt: skip
+
+
+def _rotate_at(model: Any, positions_BS: Tensor) -> None:
+    """Megatron rotates by the place in the row, whatever positions it is given; hand it the angles of these."""
+
+    def replace(rotary: Any, _: Any, found: Any) -> Any:
+        is_pair = isinstance(found, tuple)  # YaRN's comes with a factor
+
+        def at(position: int) -> Tensor:
+            angles = rotary.forward(1, offset=position)
+            return angles[0] if is_pair else angles
+
+        rows = [torch.cat([at(position) for position in row]) for row in positions_BS.tolist()]
+        angles_SB1D = torch.cat(rows, dim=1)
+        return (angles_SB1D, *found[1:]) if is_pair else angles_SB1D
+
+    if getattr(model, "rotary_pos_emb", None) is not None:
+        model.rotary_pos_emb.register_forward_hook(replace)
 
 
 def _give_tied_weight(model: Any, fetch: Fetch, dtype: torch.dtype) -> None:

@@ -31,7 +31,7 @@ class Side:
 
     Attributes:
         tensors: reads one tensor, by its key (a layer's with its number in brackets).
-        logits: of the model's own class on tokens [1, S], computed in a dtype, as [S, true V]; with another dtype, of
+        logits: of the model's own class on the text, computed in a dtype, as [3, S, true V]; with another dtype, of
             weights rounded to it.
     """
 
@@ -39,7 +39,7 @@ class Side:
     arch: Architecture
     plan: RecursionPlan
     tensors: dict[str, Callable[[], Tensor]]
-    logits: Callable[[Tensor, torch.dtype, torch.dtype | None], Tensor]
+    logits: Callable[[proof.Text, torch.dtype, torch.dtype | None], Tensor]
     tokenizer: Path
 
 
@@ -74,9 +74,9 @@ def verify(
     if proof_dtype is not None and left.arch.vocab_size == right.arch.vocab_size:
         positions = min(left.arch.max_positions, right.arch.max_positions)
         tokenizer = load_tokenizer(left.tokenizer) or load_tokenizer(right.tokenizer)
-        tokens_BS = proof.proof_tokens(left.arch.vocab_size, tokenizer, positions)
+        text = proof.proof_text(left.arch.vocab_size, tokenizer, positions)
         coarse = functools.reduce(_coarser, (dtype for pair in pairs for dtype in pair)) if pairs else None
-        error = proof.relative_error(*(side.logits(tokens_BS, proof_dtype, coarse) for side in (left, right)))
+        error = proof.relative_error(*(side.logits(text, proof_dtype, coarse) for side in (left, right)))
         report.max_logit_error = error
     for (mine_dtype, other_dtype), count in pairs.items():
         say(f"{count} tensors are {_said(mine_dtype)} in {a} and {_said(other_dtype)} in {b}; they are compared at "
@@ -132,8 +132,8 @@ def _open_megatron(given: str) -> Side:
     tensors = {_name(item.key, item.layer): reader(item.key, item.layer) for item in model.items()}
     fetch = checkpoint_fetch(model.checkpoint)
 
-    def logits(tokens_BS: Tensor, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
-        return proof.megatron_logits(model.arch, model.recursion, _rounded(fetch, coarse), tokens_BS, dtype)
+    def logits(text: proof.Text, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
+        return proof.megatron_logits(model.arch, model.recursion, _rounded(fetch, coarse), text, dtype)
 
     folder = Path(given) / TOKENIZER
     place = folder if folder.is_dir() else model.checkpoint.folder.parent / TOKENIZER
@@ -154,7 +154,7 @@ def _open_hf(given: str) -> Side:
     for item in items(source.family, source.arch, extra=source.extra_rows()):
         tensors[_name(item.key, item.layer)] = reader(item)
 
-    def logits(tokens_BS: Tensor, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
-        return proof.hf_logits(source.family, source.config, _rounded(source.weight, coarse), tokens_BS, dtype)
+    def logits(text: proof.Text, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
+        return proof.hf_logits(source.family, source.config, _rounded(source.weight, coarse), text, dtype)
 
     return Side(given, source.arch, source.plan, tensors, logits, source.folder or Path(given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def _sabotaged(donor: Path, out: Path, dtype: str) -> str:
         mappings.Row(row.megatron, swapped, row.hf) if "linear_fc1.weight" in row.megatron else row
         for row in family.layer_rows
     )
-    mappings.FAMILIES["qwen3"] = mappings.Family(family.model_type, family.architecture, rows)
+    mappings.FAMILIES["qwen3"] = dataclasses.replace(family, layer_rows=rows)
     try:
         import_model(str(donor), str(out), ImportOptions(proof_dtype=getattr(torch, dtype)), _quiet)
     except UserError as error:
@@ -198,6 +199,31 @@ def test_a_wrong_table_fails_the_proof_and_leaves_nothing(dtype: str, tmp_path: 
     (message,) = run_distributed(_sabotaged, 1, donor, tmp_path / "out" / "ckpt", dtype, timeout=200)
     assert "The proof failed" in message and "nothing was written" in message
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def _errors_by_row(donor: Path) -> list[list[float]]:
+    """Of the proof's three rows: the model, and the same with another scaling of its rotary frequencies."""
+    from megatron_recursive.hf.convert import proof
+    from megatron_recursive.hf.convert.donor_import import checkpoint_fetch
+    from megatron_recursive.hf.convert.sources import open_source
+    from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint
+    from megatron_recursive.plan import RecursionConfig
+
+    _import(donor, donor.with_name("ckpt"), recursion=DISABLED, proof_dtype=None)
+    source, plain = open_source(str(donor)), RecursionConfig(**DISABLED).resolved(embedding_init_std=1.0)
+    text = proof.proof_text(VOCAB, None, source.arch.max_positions)
+    fetch = checkpoint_fetch(TorchDistCheckpoint(donor.with_name("ckpt") / "release"))
+    theirs = proof.hf_logits(source.family, source.config, source.weight, text, torch.float32)
+    wrong = dataclasses.replace(source.arch, llama3_factor=8.0)
+    ours = [proof.megatron_logits(arch, plain, fetch, text, torch.float32) for arch in (source.arch, wrong)]
+    return [[proof.relative_error(theirs[row], each[row]) for row in range(3)] for each in ours]
+
+
+def test_the_proof_reaches_over_the_whole_scaling_of_positions(tmp_path: Path) -> None:
+    """Llama 3's scaling acts on distances that 48 tokens side by side do not have: another factor passed the proof."""
+    donor = save_donor("llama3, head_dim", tmp_path / "hf", head_dim=64, max_position_embeddings=131072)
+    ((right, wrong),) = run_distributed(_errors_by_row, 1, donor, timeout=200)
+    assert max(right) < 2e-6 and wrong[0] < 1e-4 and wrong[1] < 1e-4 and wrong[2] > 1e-2, (right, wrong)
 
 
 def _with_a_flipped_bit(donor: Path, ckpt: Path) -> list[str]:
