@@ -1,16 +1,18 @@
-"""Safetensors folders: checked when opened, read one tensor at a time, written one shard at a time."""
+"""Safetensors folders: checked when opened, read one tensor at a time, written one tensor at a time."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
@@ -126,22 +128,33 @@ def _files_of(folder: Path, index: dict[str, str] | None) -> list[Path]:
 def write_folder(
     folder: Path, promised: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the promised tensors, of which one shard is held at a time.
+    """Write the promised tensors, one at a time: the library's own writer wants a whole shard in memory.
 
     Args:
-        promised: what will be written, on the meta device, since the number of shards stands in each one's name.
+        promised: what will be written, on the meta device.
         tensors: the same in the same order.
     """
     split = split_torch_state_dict_into_shards(promised, max_shard_size=shard_bytes)
-    held: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        assert (tensor.shape, tensor.dtype) == (promised[name].shape, promised[name].dtype), name
-        held[name] = tensor.clone(memory_format=torch.contiguous_format)  # parts of a fused tensor share its storage
-        file = split.tensor_to_filename[name]
-        if held.keys() >= {*split.filename_to_tensors[file]}:
-            shard = {each: held.pop(each) for each in split.filename_to_tensors[file]}
-            save_file(shard, folder / file, metadata={"format": "pt"})
-    assert not held and all((folder / file).is_file() for file in split.filename_to_tensors), "fewer than promised"
+    with contextlib.ExitStack() as stack:
+        shards = {file: stack.enter_context(open(folder / file, "wb")) for file in split.filename_to_tensors}
+        for file, names in split.filename_to_tensors.items():
+            shards[file].write(_header({name: promised[name] for name in names}))
+        for name, tensor in tensors:
+            assert (tensor.shape, tensor.dtype) == (promised[name].shape, promised[name].dtype), name
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            shards[split.tensor_to_filename[name]].write(data)
     if split.is_sharded:
         text = json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _header(promised: dict[str, Tensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in promised.items():
+        offsets = [start, start + tensor.nbytes]
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets}
+        start = offsets[1]
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    return struct.pack("<Q", len(text)) + text

@@ -324,7 +324,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
                 assert labels is not None
                 shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
             states = outputs.block_states if options is None else ()
-            found |= self._read_losses(states, hidden, logits, shift_labels.to(logits.device), num_items_in_batch)
+            found |= self._read_losses(states, hidden, logits, shift_labels, num_items_in_batch)
             logits = slice_logits_to_keep(logits, logits_to_keep)
         if output_blocks:
             found |= self._read_blocks(outputs.block_states, logits_to_keep)
@@ -350,17 +350,14 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self, states: tuple[Tensor, ...], hidden: Tensor, logits: Tensor, labels: Tensor, count: int | Tensor | None
     ) -> dict[str, Tensor]:
         """The training objective, as the plan weighs the blocks; without states (an exit), the loss of the answers."""
+        labels = labels.to(logits.device).contiguous()
         valid = (labels != -100).float()
         count = valid.sum().clamp(min=1) if count is None else count
 
-        def mean(values: Tensor) -> Tensor:
-            return (values * valid).sum() / count
-
         def cross_entropy(block_logits: Tensor) -> Tensor:
-            flat = F.cross_entropy(block_logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
-            return flat.view_as(labels)
+            return self.loss_function(block_logits, None, self.config.vocab_size, count, shift_labels=labels)
 
-        lm_loss = mean(cross_entropy(logits))
+        lm_loss = cross_entropy(logits)
         if not states:
             return {"loss": lm_loss, "lm_loss": lm_loss.detach()}
         ends = list(self.model.block_ends.values())
@@ -372,7 +369,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
             if not is_last and each.supervised_weight:
                 seen = self.model.read_state(state)
                 block_logits = self.lm_head(seen)
-                loss = loss + each.supervised_weight * mean(cross_entropy(block_logits))
+                loss = loss + each.supervised_weight * cross_entropy(block_logits)
             elif not is_last and each.halt_weight:
                 with torch.no_grad():
                     seen = self.model.read_state(state)
@@ -383,7 +380,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
                 goal = choice.eq(labels if correct else last_choice).float()
                 asked = self.halting_logits(seen if is_last else seen.detach()).to(goal.device)
                 losses = F.binary_cross_entropy_with_logits(asked, goal, reduction="none")
-                halt_loss = halt_loss + each.halt_weight * mean(losses)
+                halt_loss = halt_loss + each.halt_weight * (losses * valid).sum() / count
         found = {"lm_loss": lm_loss.detach()}
         if self.halting_head is not None:
             found["halt_loss"] = halt_loss.detach()

@@ -21,14 +21,14 @@ from tests.distributed import run_command
 
 # Peak resident memory above what the imports took, of an import and of an export, in bytes.
 MEASURE = """
-import json, resource, sys, warnings
+import json, sys, warnings
 warnings.simplefilter("ignore")
 from megatron_recursive.backends import cpu
 cpu.install()
 import transformers.models.llama.modeling_llama
 from megatron_recursive.hf.convert import donor_import as convert, export, proof
 from megatron_recursive.models import recursive_gpt_model
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
 hf, ckpt, back = sys.argv[1:]
 before = peak()
 knobs = {"enable_recursive_refinement": False}

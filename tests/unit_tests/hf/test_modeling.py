@@ -98,6 +98,10 @@ def test_labels_are_shifted_and_items_counted() -> None:
     count = int((shifted != -100).sum())
     torch.testing.assert_close(model(tokens, labels=labels, num_items_in_batch=2 * count).loss, output.loss / 2)
     assert model(tokens, labels=labels, logits_to_keep=1).logits.shape == (2, 1, VOCAB)
+    assert model(tokens, labels=torch.full_like(tokens, -100)).loss == 0
+    model.loss_function = lambda *_, **__: torch.tensor(7.0)  # as users of transformers replace it
+    replaced = model(tokens, labels=labels)
+    assert replaced.lm_loss == 7 and replaced.loss == 7 + output.halt_loss
 
 
 def test_blocks_are_what_a_model_of_fewer_blocks_says() -> None:
