@@ -16,7 +16,7 @@ from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch
+from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.mappings import (
     OWN,
@@ -27,8 +27,9 @@ from megatron_recursive.hf.convert.mappings import (
     items,
     recursive_rows,
 )
+from megatron_recursive.hf.convert.reading import Once, Sums, remembering, room_for_passes
 from megatron_recursive.hf.convert.report import Report
-from megatron_recursive.hf.convert.safetensors_files import NAMES, write_folder
+from megatron_recursive.hf.convert.safetensors_files import NAMES, FolderWriter
 from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
 from megatron_recursive.hf.convert.tokenizer_files import (
     TOKEN_IDS,
@@ -151,12 +152,12 @@ def export_model(
             notes.append(unproven)
         say(f"{ckpt}: {model.arch.num_layers} layers, {model.plan.num_passes} passes, to {model.family.architecture}")
         report.facts["family"] = model.family.model_type
-        _write_weights(model, folder, report)
         if model.family is OWN:
             write_remote_code(folder)
-        _compare(model, folder)
-        if proof_dtype is not None:
-            report.max_logit_error = _prove(model, folder, proof_dtype)
+        text = proof.proof_text(model.arch.vocab_size, load_tokenizer(folder), model.arch.max_positions)
+        sums, logits = _write_weights(model, folder, report, text, proof_dtype)
+        report.facts["bytes_read"] = model.checkpoint.bytes_read
+        _prove(model, folder, report, sums, logits, text, proof_dtype)
     if model.checkpoint.training_state:
         report.add("dropped", "optimizer state", f"{model.checkpoint.training_state} tensors of training")
     say(report.describe())
@@ -204,14 +205,19 @@ def _promised(model: MegatronModel) -> dict[str, Tensor]:
     }
 
 
-def _split(model: MegatronModel, item: Item) -> tuple[Tensor, ...]:
-    return item.transform.split(model.checkpoint.get(item.key, item.layer), model.arch)
+def _write_weights(
+    model: MegatronModel, folder: Path, report: Report, text: proof.Text, dtype: torch.dtype | None
+) -> tuple[Sums, Tensor | None]:
+    """Convert each tensor as the checkpoint's forward pass asks for it, or one after the other without a proof.
 
+    Returns:
+        Checksums of what was written, and the logits.
+    """
+    sums, logits, writer = Sums(), None, FolderWriter(folder, _promised(model))
+    with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
 
-def _write_weights(model: MegatronModel, folder: Path, report: Report) -> None:
-    def tensors(progress: Progress) -> Iterator[tuple[str, Tensor]]:
-        for item in model.items():
-            parts = _split(model, item)
+        def convert(item: Item, tensors: list[Tensor]) -> None:
+            parts = item.transform.split(tensors[0], model.arch)
             where = item.key if item.layer is None else f"{item.key}[{item.layer}]"
             padding = model.arch.padded_vocab_size - model.arch.vocab_size
             cut = f" without {padding} padding rows" if padding and item.transform is VOCABULARY else ""
@@ -219,32 +225,34 @@ def _write_weights(model: MegatronModel, folder: Path, report: Report) -> None:
             for name, part in zip(item.hf, parts, strict=True):
                 if not torch.isfinite(part).all():
                     raise UserError(f"{where} of {model.checkpoint.folder} holds NaN or infinite values.")
-                progress.advance(1, part.nbytes)
-                yield name, part
-
-    with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
-        write_folder(folder, _promised(model), tensors(progress))
-
-
-def _compare(model: MegatronModel, folder: Path) -> None:
-    """Every written tensor, read back, equals its part of the checkpoint."""
-    written = open_source(str(folder))
-    with Progress("comparing", model.checkpoint.nbytes, things="tensors") as progress:
-        for item in model.items():
-            for name, part in zip(item.hf, _split(model, item), strict=True):
-                if not torch.equal(written.get(name), part):
-                    raise UserError(f"{name} reads back otherwise than it was written; check the disk of --out.")
+                writer.add(name, part)
+                sums.note(name, part)
                 progress.advance(1, part.nbytes)
 
+        tied = ("embedding.word_embeddings.weight",) if model.arch.tied else ()
+        read = remembering(checkpoint_fetch(model.checkpoint), room_for_passes(model.plan.num_passes), tied)
+        once = Once(((item, [item.name]) for item in model.items()), read, convert)
+        if dtype is not None:
+            logits = proof.megatron_logits(model.arch, model.recursion, once, text, dtype)
+        once.finish()
+    writer.close()
+    return sums, logits
 
-def _prove(model: MegatronModel, folder: Path, dtype: torch.dtype) -> float:
-    """The folder's own model, plan and all, gives the checkpoint's logits."""
+
+def _prove(
+    model: MegatronModel, folder: Path, report: Report, sums: Sums, logits: Tensor | None, text: proof.Text,
+    dtype: torch.dtype | None,
+) -> None:  # fmt: skip
+    """Everything reads back as written, and the folder's own model, plan and all, gives the checkpoint's logits."""
     source = open_source(str(folder))
-    values = read_json(folder / "config.json")
-    config = config_object(source.family, values, str(folder))
-    text = proof.proof_text(model.arch.vocab_size, load_tokenizer(folder), model.arch.max_positions)
-    theirs = proof.hf_logits(source.family, config, source.weight, text, dtype)
-    ours = proof.megatron_logits(model.arch, model.recursion, checkpoint_fetch(model.checkpoint), text, dtype)
-    error = proof.relative_error(ours, theirs)
-    proof.check(error, f"{model.checkpoint.folder} and its export")
-    return error
+    read = remembering(sums.checked(source.get), room_for_passes(model.plan.num_passes),
+                       (EMBEDDING,) if source.arch.tied else ())  # fmt: skip
+    if logits is not None and dtype is not None:
+        source.get = read
+        config = config_object(source.family, read_json(folder / "config.json"), str(folder))
+        theirs = proof.hf_logits(source.family, config, source.weight, text, dtype)
+        report.max_logit_error = proof.relative_error(logits, theirs)
+        proof.check(report.max_logit_error, f"{model.checkpoint.folder} and its export")
+    for name in [*sums.unread]:
+        read(name)
+    report.facts["bytes_read"] += source.bytes_read()

@@ -252,6 +252,11 @@ class Item:
     transform: Transform
     hf: dict[str, tuple[int, ...]]
 
+    @property
+    def name(self) -> str:
+        """The key, with the layer's number in it."""
+        return self.key if self.layer is None else f"{LAYERS}{self.layer}.{self.key.removeprefix(LAYERS)}"
+
     def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
         """Of the merged tensor, without the axis of the layers."""
         if self.transform is ROW_VECTOR:

@@ -9,6 +9,7 @@ before 0.19 keeps what is no tensor in a file of its own, ``common.pt``, which i
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 from collections.abc import Iterable
@@ -76,10 +77,11 @@ class TorchDistCheckpoint:
 
     Attributes:
         shapes, dtypes: of the model's tensors by key; optimizer and random states are left out.
+        bytes_read: of the files behind the index, so far.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.bytes_read = folder, 0
         try:
             with open(folder / ".metadata", "rb") as stream:
                 self._index: Metadata = _IndexUnpickler(stream).load()
@@ -139,6 +141,7 @@ class TorchDistCheckpoint:
             with open(path, "rb") as stream:
                 stream.seek(info.offset)
                 data = stream.read(info.length)
+            self.bytes_read += len(data)
             if len(data) != info.length:
                 raise ValueError("the file is too short")
         except (OSError, ValueError) as error:
@@ -167,12 +170,16 @@ def iteration_folder(path: Path) -> Path:
 
 
 class TorchDistWriter:
-    """Writes a checkpoint tensor by tensor; :meth:`close` writes the index, without which the folder is none."""
+    """Writes a checkpoint tensor by tensor; :meth:`close` writes the index, without which the folder is none.
+
+    Attributes:
+        sha256: of the file of tensors, so far.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        self._stream = open(folder / DATA_FILE, "wb")
+        self._stream, self.sha256 = open(folder / DATA_FILE, "wb"), hashlib.sha256()
         self._entries: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
@@ -206,6 +213,7 @@ class TorchDistWriter:
         torch.save(data, buffer)
         offset = self._stream.tell()
         self._stream.write(buffer.getbuffer())
+        self.sha256.update(buffer.getbuffer())
         self._places[index] = _StorageInfo(DATA_FILE, offset, len(buffer.getbuffer()))
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from megatron_recursive.hf.convert.mappings import Item, items
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.hf.convert.tokenizer_files import load_tokenizer
-from megatron_recursive.hf.convert.torch_dist import LAYERS, TRACKER
+from megatron_recursive.hf.convert.torch_dist import TRACKER
 from megatron_recursive.plan import RecursionPlan
 
 VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -118,10 +118,6 @@ def _open(given: str) -> Side:
     return _open_hf(given)
 
 
-def _name(key: str, layer: int | None) -> str:
-    return key if layer is None else f"{LAYERS}{layer}.{key.removeprefix(LAYERS)}"
-
-
 def _open_megatron(given: str) -> Side:
     model = open_checkpoint(given)
     rows = model.arch.vocab_size
@@ -129,7 +125,7 @@ def _open_megatron(given: str) -> Side:
     def reader(key: str, layer: int | None) -> Callable[[], Tensor]:
         return lambda: model.checkpoint.get(key, layer)[: rows if key in VOCABULARY_KEYS else None]
 
-    tensors = {_name(item.key, item.layer): reader(item.key, item.layer) for item in model.items()}
+    tensors = {item.name: reader(item.key, item.layer) for item in model.items()}
     fetch = checkpoint_fetch(model.checkpoint)
 
     def logits(text: proof.Text, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
@@ -152,7 +148,7 @@ def _open_hf(given: str) -> Side:
         return read
 
     for item in items(source.family, source.arch, extra=source.extra_rows()):
-        tensors[_name(item.key, item.layer)] = reader(item)
+        tensors[item.name] = reader(item)
 
     def logits(text: proof.Text, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
         return proof.hf_logits(source.family, source.config, _rounded(source.weight, coarse), text, dtype)
