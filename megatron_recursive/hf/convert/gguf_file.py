@@ -49,16 +49,17 @@ class GgufFile:
         self.nbytes = sum(int(tensor.n_bytes) for tensor in self._tensors.values())
 
     def get(self, name: str) -> Tensor:
-        import numpy
-
         stored = self._tensors[name]  # its data is a map of the file, whose pages would count as this process's memory
-        data = numpy.fromfile(self._path, stored.data.dtype, stored.data.size, offset=stored.data_offset)
-        self.bytes_read += data.nbytes
+        with open(self._path, "rb") as stream:
+            stream.seek(stored.data_offset)
+            raw = torch.frombuffer(bytearray(stream.read(stored.data.nbytes)), dtype=torch.uint8)
+        self.bytes_read += raw.nbytes
         try:
-            values = self._dequantize(data.reshape(stored.data.shape), stored.tensor_type)
-        except NotImplementedError as error:
+            data = raw.numpy().view(stored.data.dtype).reshape(stored.data.shape)
+            values = self._dequantize(data, stored.tensor_type)
+        except (NotImplementedError, ValueError) as error:
             raise UserError(f"{self._path}: {name} cannot be dequantised ({error}).") from error
-        tensor = torch.from_numpy(values.astype(numpy.float32, copy=False)).reshape(self.shapes[name])
+        tensor = torch.from_numpy(values).float().reshape(self.shapes[name])
         heads = {"q_proj": self._arch.num_attention_heads, "k_proj": self._arch.num_query_groups}
         module = name.split(".")[-2]
         return _halves(tensor, heads[module]) if self._is_paired and module in heads else tensor
