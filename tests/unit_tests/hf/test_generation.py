@@ -162,6 +162,7 @@ def _said_with(model: Any, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
         return model(tokens, attention_mask=mask).logits, torch.cat(parts, 1), generated
 
 
+@pytest.mark.grid
 def test_every_attention_implementation_says_the_same() -> None:
     tokens, mask = left_padded(make_tokens(2, 14), [0, 3])
     model, seen = make_model(**SHAPES["odd heads"]), mask.bool()
