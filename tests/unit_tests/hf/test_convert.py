@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,7 @@ def _sabotaged(donor: Path, out: Path, dtype: str) -> str:
         mappings.Row(row.megatron, swapped, row.hf) if "linear_fc1.weight" in row.megatron else row
         for row in family.layer_rows
     )
-    mappings.FAMILIES["qwen3"] = mappings.Family(family.model_type, family.architecture, rows)
+    mappings.FAMILIES["qwen3"] = dataclasses.replace(family, layer_rows=rows)
     try:
         import_model(str(donor), str(out), ImportOptions(proof_dtype=getattr(torch, dtype)), _quiet)
     except UserError as error:
