@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ from megatron_recursive.hf.convert.mappings import (
     items,
     recursive_rows,
 )
+from megatron_recursive.hf.convert.model_card import Exported, write_card
 from megatron_recursive.hf.convert.report import Report
-from megatron_recursive.hf.convert.safetensors_files import NAMES, write_folder
+from megatron_recursive.hf.convert.safetensors_files import NAMES, SHARD_BYTES, write_folder
 from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
 from megatron_recursive.hf.convert.tokenizer_files import (
     TOKEN_IDS,
@@ -46,6 +48,7 @@ from megatron_recursive.hf.model import write_remote_code
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
+HALTING_HEAD = "halting_head."
 AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
     "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
@@ -120,17 +123,22 @@ def export_model(
     tokenizer: str | None = None,
     proof_dtype: torch.dtype | None = torch.float32,
     say: Callable[[str], None] = print,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Report:
     """Convert, prove, and put the folder at ``out``.
 
     Args:
         tokenizer: a tokenizer folder; None takes the one that the checkpoint was trained with, where it is found.
         proof_dtype: None skips the proof.
+        dtype: of the exported weights; None leaves them as they are stored.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
     model, target = open_checkpoint(ckpt), Path(out)
+    if dtype is not None:
+        model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
     report, notes = Report(), []
     with new_folder(target, model.checkpoint.nbytes) as folder:
         found = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
@@ -151,12 +159,15 @@ def export_model(
             notes.append(unproven)
         say(f"{ckpt}: {model.arch.num_layers} layers, {model.plan.num_passes} passes, to {model.family.architecture}")
         report.facts["family"] = model.family.model_type
-        _write_weights(model, folder, report)
+        _write_weights(model, folder, report, shard_bytes)
         if model.family is OWN:
             write_remote_code(folder)
         _compare(model, folder)
         if proof_dtype is not None:
             report.max_logit_error = _prove(model, folder, proof_dtype)
+        write_card(folder, target.absolute().name, Exported(
+            model.family.architecture, model.family is OWN, model.arch.num_layers, model.plan, model.checkpoint.folder,
+            Path(ckpt), model.args, report.max_logit_error))  # fmt: skip
     if model.checkpoint.training_state:
         report.add("dropped", "optimizer state", f"{model.checkpoint.training_state} tensors of training")
     say(report.describe())
@@ -179,7 +190,7 @@ def _config(model: MegatronModel) -> dict[str, Any]:
     if model.family is OWN:
         config["num_hidden_layers"] = model.arch.num_layers * model.plan.num_passes  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
-    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items()}
+    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items() if not item.key.startswith(HALTING_HEAD)}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype"] = str(widest).removeprefix("torch.")
     return config
@@ -208,7 +219,23 @@ def _split(model: MegatronModel, item: Item) -> tuple[Tensor, ...]:
     return item.transform.split(model.checkpoint.get(item.key, item.layer), model.arch)
 
 
-def _write_weights(model: MegatronModel, folder: Path, report: Report) -> None:
+class _Cast(TorchDistCheckpoint):
+    """A checkpoint read in another dtype, but for the halting head, which computes in fp32 and keeps its own."""
+
+    def __init__(self, checkpoint: TorchDistCheckpoint, dtype: torch.dtype) -> None:
+        vars(self).update(vars(checkpoint))
+        self.dtypes = {k: own if k.startswith(HALTING_HEAD) else dtype for k, own in checkpoint.dtypes.items()}
+        self.nbytes = sum(math.prod(shape) * self.dtypes[key].itemsize for key, shape in self.shapes.items())
+
+    def get(self, key: str, layer: int | None = None) -> Tensor:
+        tensor, dtype = super().get(key, layer), self.dtypes[key]
+        if tensor.abs().max() > torch.finfo(dtype).max:
+            found, name = tensor.abs().max(), str(dtype).removeprefix("torch.")
+            raise UserError(f"{key} of {self.folder} holds {found:g}, more than --dtype {name} can hold.")
+        return tensor.to(dtype)
+
+
+def _write_weights(model: MegatronModel, folder: Path, report: Report, shard_bytes: int) -> None:
     def tensors(progress: Progress) -> Iterator[tuple[str, Tensor]]:
         for item in model.items():
             parts = _split(model, item)
@@ -223,7 +250,7 @@ def _write_weights(model: MegatronModel, folder: Path, report: Report) -> None:
                 yield name, part
 
     with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
-        write_folder(folder, _promised(model), tensors(progress))
+        write_folder(folder, _promised(model), tensors(progress), shard_bytes)
 
 
 def _compare(model: MegatronModel, folder: Path) -> None:

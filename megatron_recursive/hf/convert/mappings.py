@@ -8,7 +8,6 @@ Megatron keeps a pre-norm's weight beside the linear layer that follows it (``li
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -7,6 +7,8 @@ package that trained the model; it imports torch, transformers and its neighbour
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +56,15 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": RecursiveGPTDecoderLayer, "attentions": RecursiveGPTAttention}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As everywhere; the card and the code of the folder that the model was loaded from go along."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        source, target = Path(self.name_or_path), Path(save_directory)
+        if self.name_or_path and source.is_dir() and kwargs.get("is_main_process", True):
+            for file in (source / "README.md", *source.glob("*.py")):
+                if file.is_file() and not (target / file.name).exists():
+                    shutil.copyfile(file, target / file.name)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

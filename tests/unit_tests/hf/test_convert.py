@@ -205,7 +205,7 @@ def test_a_yarn_donor_trains_and_comes_back(tmp_path: Path) -> None:
     run_distributed(_import, 1, donor, tmp_path / "ckpt", recursion=DISABLED)
     flags = ("--lr 0 --mock-data --tokenizer-type NullTokenizer --eval-iters 0 --num-workers 0 --train-iters 1 "
              "--save-interval 1 --seq-length 32").split()  # fmt: skip
-    argv = [f"@{tmp_path / 'ckpt/megatron_args.txt'}", *flags, "--load", str(tmp_path / "ckpt"), "--save", str(tmp_path)]
+    argv = [f"@{tmp_path / 'ckpt/megatron_args.txt'}", *flags, f"--load={tmp_path / 'ckpt'}", f"--save={tmp_path}"]
     assert run_distributed(in_worker, 1, argv, timeout=120) == [None]
     ((trained, ours, error),) = run_distributed(_yarn_of_training_and_cache, 1, tmp_path, donor, tmp_path / "back")
     assert trained == ours and len(ours) == 7 and error < 2e-6

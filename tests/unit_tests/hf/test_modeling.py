@@ -283,6 +283,10 @@ torch.save([model(tokens).logits.detach(), model.generate(tokens, max_new_tokens
             model.model.initial_output], sys.argv[2])
 base = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert torch.equal(model.lm_head(base(tokens).last_hidden_state), model(tokens).logits)
+model.save_pretrained(sys.argv[1] + "-again")
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "-again", trust_remote_code=True)
+assert torch.equal(again(tokens).logits, model(tokens).logits)
+AutoModel.from_pretrained(sys.argv[1] + "-again", trust_remote_code=True)
 print(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="bfloat16").dtype)
 """
 
@@ -298,10 +302,13 @@ def test_a_saved_folder_loads_without_this_package(tmp_path: Path) -> None:
     (tmp_path / "saved" / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
     assert set(shipped.REMOTE_CODE_FILES) <= {path.name for path in (tmp_path / "saved").iterdir()}
     shipped.write_remote_code(tmp_path / "saved")
+    (tmp_path / "saved" / "README.md").write_text("# saved")
     command = [sys.executable, "-c", LOAD_ELSEWHERE, str(tmp_path / "saved"), str(tmp_path / "answer.pt")]
     done = run_command(command, timeout=240, env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "torch.bfloat16"
+    again = {path.name for path in (tmp_path / "saved-again").iterdir()}
+    assert {"README.md", "generation_config.json", *shipped.REMOTE_CODE_FILES} <= again
     logits, generated, initial = torch.load(tmp_path / "answer.pt", weights_only=True)
     tokens = torch.arange(12).view(2, 6)
     assert torch.equal(logits, model(tokens).logits)
