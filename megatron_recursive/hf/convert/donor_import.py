@@ -28,6 +28,7 @@ from megatron_recursive.hf.convert.mappings import (
     items,
     recursive_rows,
 )
+from megatron_recursive.hf.convert.model_card import donor_facts
 from megatron_recursive.hf.convert.reading import Once, Sums, remembering, room_for_passes
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
@@ -100,6 +101,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
     with new_folder(target, job.nbytes()) as folder:
         report = job.write(folder)
+        report.facts.update(donor_facts(source.folder or source.gguf or Path(source.name)))
         notes = job.prove_tokenizer(folder)
         checkpoint = TorchDistCheckpoint(folder / RELEASE)
         notes += job.prove(checkpoint, report)
@@ -284,7 +286,8 @@ class _Import:
         Donors are trained without dropout. What the command line says after the file, holds instead.
         """
         flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
-        dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)}
+        dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)
+                  if not name.startswith("halting_head.")}  # fmt: skip
         flags += ["--bf16"] if dtypes == {"BF16"} else ["--fp16"] if dtypes == {"F16"} else []
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from megatron_recursive.hf.convert.mappings import (
     items,
     recursive_rows,
 )
+from megatron_recursive.hf.convert.model_card import Exported, write_card
 from megatron_recursive.hf.convert.reading import Once, Sums, remembering, room_for_passes
 from megatron_recursive.hf.convert.report import Report
-from megatron_recursive.hf.convert.safetensors_files import NAMES, FolderWriter
+from megatron_recursive.hf.convert.safetensors_files import NAMES, SHARD_BYTES, FolderWriter
 from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
 from megatron_recursive.hf.convert.tokenizer_files import (
     TOKEN_IDS,
@@ -47,6 +49,7 @@ from megatron_recursive.hf.model import write_remote_code
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
+HALTING_HEAD = "halting_head."
 AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
     "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
@@ -121,17 +124,22 @@ def export_model(
     tokenizer: str | None = None,
     proof_dtype: torch.dtype | None = torch.float32,
     say: Callable[[str], None] = print,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Report:
     """Convert, prove, and put the folder at ``out``.
 
     Args:
         tokenizer: a tokenizer folder; None takes the one that the checkpoint was trained with, where it is found.
         proof_dtype: None skips the proof.
+        dtype: of the exported weights; None leaves them as they are stored.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
     model, target = open_checkpoint(ckpt), Path(out)
+    if dtype is not None:
+        model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
     report, notes = Report(), []
     with new_folder(target, model.checkpoint.nbytes) as folder:
         found = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
@@ -155,9 +163,12 @@ def export_model(
         if model.family is OWN:
             write_remote_code(folder)
         text = proof.proof_text(model.arch.vocab_size, load_tokenizer(folder), model.arch.max_positions)
-        sums, logits = _write_weights(model, folder, report, text, proof_dtype)
+        sums, logits = _write_weights(model, folder, report, text, proof_dtype, shard_bytes)
         report.facts["bytes_read"] = model.checkpoint.bytes_read
         _prove(model, folder, report, sums, logits, text, proof_dtype)
+        write_card(folder, target.absolute().name, Exported(
+            model.family.architecture, model.family is OWN, model.arch.num_layers, model.plan, model.checkpoint.folder,
+            Path(ckpt), model.args, report.max_logit_error))  # fmt: skip
     if model.checkpoint.training_state:
         report.add("dropped", "optimizer state", f"{model.checkpoint.training_state} tensors of training")
     say(report.describe())
@@ -180,7 +191,7 @@ def _config(model: MegatronModel) -> dict[str, Any]:
     if model.family is OWN:
         config["num_hidden_layers"] = model.arch.num_layers * model.plan.num_passes  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
-    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items()}
+    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items() if not item.key.startswith(HALTING_HEAD)}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype"] = str(widest).removeprefix("torch.")
     return config
@@ -205,15 +216,32 @@ def _promised(model: MegatronModel) -> dict[str, Tensor]:
     }
 
 
+class _Cast(TorchDistCheckpoint):
+    """A checkpoint read in another dtype, but for the halting head, which computes in fp32 and keeps its own."""
+
+    def __init__(self, checkpoint: TorchDistCheckpoint, dtype: torch.dtype) -> None:
+        vars(self).update(vars(checkpoint))
+        self.dtypes = {k: own if k.startswith(HALTING_HEAD) else dtype for k, own in checkpoint.dtypes.items()}
+        self.nbytes = sum(math.prod(shape) * self.dtypes[key].itemsize for key, shape in self.shapes.items())
+
+    def get(self, key: str, layer: int | None = None) -> Tensor:
+        tensor, dtype = super().get(key, layer), self.dtypes[key]
+        if tensor.abs().max() > torch.finfo(dtype).max:
+            found, name = tensor.abs().max(), str(dtype).removeprefix("torch.")
+            raise UserError(f"{key} of {self.folder} holds {found:g}, more than --dtype {name} can hold.")
+        return tensor.to(dtype)
+
+
 def _write_weights(
-    model: MegatronModel, folder: Path, report: Report, text: proof.Text, dtype: torch.dtype | None
-) -> tuple[Sums, Tensor | None]:
+    model: MegatronModel, folder: Path, report: Report, text: proof.Text, dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> tuple[Sums, Tensor | None]:  # fmt: skip
     """Convert each tensor as the checkpoint's forward pass asks for it, or one after the other without a proof.
 
     Returns:
         Checksums of what was written, and the logits.
     """
-    sums, logits, writer = Sums(), None, FolderWriter(folder, _promised(model))
+    sums, logits, writer = Sums(), None, FolderWriter(folder, _promised(model), shard_bytes)
     with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
 
         def convert(item: Item, tensors: list[Tensor]) -> None:

@@ -8,12 +8,13 @@ Megatron keeps a pre-norm's weight beside the linear layer that follows it (``li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
+from megatron_recursive.hf.convert.architecture import Architecture, Yarn, padded_vocabulary
 from megatron_recursive.hf.convert.torch_dist import LAYERS
 from megatron_recursive.hf.convert.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
 from megatron_recursive.plan import RecursionPlan
@@ -377,9 +378,25 @@ def _read_rope(config: Any, where: str) -> dict[str, Any]:
         if rope["factor"] != int(rope["factor"]):
             raise UserError(f"{where} has the linear rope factor {rope['factor']}; Megatron's is a whole number.")
         values["linear_factor"] = int(rope["factor"])
+    elif kind == "yarn":
+        if percent != 1.0:
+            raise UserError(f"{where} rotates {percent:g} of each head under YaRN; Megatron's YaRN rotates all of it.")
+        values["yarn"] = _read_yarn(rope, config)
     elif kind != "default":
-        raise UserError(f"{where} has rope scaling of type {kind}; Megatron has default, linear and llama3.")
+        raise UserError(f"{where} has rope scaling of type {kind}; Megatron has default, linear, llama3 and yarn.")
     return values
+
+
+def _read_yarn(rope: Mapping[str, Any], config: Any) -> Yarn:
+    original = int(rope["original_max_position_embeddings"])
+    factor = float(rope.get("factor") or config.max_position_embeddings / original)
+    given, mscale, all_dim = rope.get("attention_factor"), rope.get("mscale"), rope.get("mscale_all_dim")
+    if given is not None and factor > 1:
+        mscale, all_dim = (given - 1) / (0.1 * math.log(factor)), 0.0
+    elif not (mscale and all_dim):  # transformers reads both or none
+        mscale, all_dim = 1.0, 0.0
+    return Yarn(factor, original, float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1),
+                float(mscale), float(all_dim), bool(rope.get("truncate", True)))  # fmt: skip
 
 
 def rope_parameters(arch: Architecture) -> dict[str, Any]:
@@ -390,6 +407,14 @@ def rope_parameters(arch: Architecture) -> dict[str, Any]:
                     original_max_position_embeddings=8192)  # fmt: skip
     elif arch.linear_factor is not None:
         rope.update(rope_type="linear", factor=float(arch.linear_factor))
+    elif arch.yarn is not None:
+        yarn = arch.yarn
+        rope.update(rope_type="yarn", factor=yarn.factor, original_max_position_embeddings=yarn.original_positions,
+                    beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow, truncate=yarn.truncate)  # fmt: skip
+        if yarn.mscale and yarn.mscale_all_dim:
+            rope.update(mscale=yarn.mscale, mscale_all_dim=yarn.mscale_all_dim)
+        elif (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0):
+            rope["attention_factor"] = yarn.attention_factor
     if arch.rotary_percent != 1.0:
         rope["partial_rotary_factor"] = arch.rotary_percent
     return rope

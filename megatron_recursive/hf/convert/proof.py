@@ -213,10 +213,13 @@ def build_megatron(
         gradient_accumulation_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=dtype,
     )  # fmt: skip
+    if arch.yarn is not None:  # what Megatron sets where it makes a config of its arguments; attention reads it too
+        for name, value in arch.yarn.to_megatron().items():
+            setattr(config, name if name.startswith("yarn_") else f"yarn_{name}", value)
     norms = NormLayout(arch.norm_placement, arch.output_norm_scope, arch.qk_norm or "head")
     return RecursiveGPTModel(
         config, local_block_spec(config, norms=norms), arch.padded_vocab_size, arch.max_positions,
-        position_embedding_type={"learned": "learned_absolute"}.get(arch.positions, arch.positions),
+        position_embedding_type=arch.position_embedding_type,
         rotary_percent=arch.rotary_percent, rotary_base=arch.rotary_base,
         rope_scaling=arch.llama3_factor is not None, rope_scaling_factor=arch.llama3_factor or 8.0,
         seq_len_interpolation_factor=arch.linear_factor, share_embeddings_and_output_weights=arch.tied,

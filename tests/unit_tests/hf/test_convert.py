@@ -52,7 +52,7 @@ def _there_and_back(kind: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", grid(DONORS, quick=["llama3, head_dim", "olmo2"]))
+@pytest.mark.parametrize("kind", grid(DONORS, quick=["llama3, head_dim", "olmo2", "qwen2, yarn"]))
 def test_every_family_there_and_back(kind: str, tmp_path: Path) -> None:
     (found,) = run_distributed(_there_and_back, 1, kind, tmp_path, timeout=300)
     tensors = len(json.loads((tmp_path / "plain/first/conversion.json").read_text())["tensors"])
@@ -167,6 +167,52 @@ def test_untied_embeddings_start_as_copies_and_bf16_stays_bf16(tmp_path: Path) -
     embedding = checkpoint.get("embedding.word_embeddings.weight")
     assert summary["new"] == 1 and embedding.dtype == torch.bfloat16
     assert torch.equal(embedding, checkpoint.get("output_layer.weight")) and not embedding[VOCAB:].any()
+
+
+# --- YaRN -------------------------------------------------------------------------------------------------------------
+
+
+def _yarn_of_training_and_cache(run: Path, donor: Path, back: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """What training sets in Megatron's config of the run's arguments, what the proof sets, and cached decoding."""
+    from argparse import Namespace
+
+    from megatron.training.argument_utils import _apply_yarn_config_from_args
+
+    from megatron_recursive.hf.convert import proof
+    from megatron_recursive.hf.convert.verify import agree, verify
+    from megatron_recursive.inference.megatron_model import open_megatron
+    from megatron_recursive.inference.pass_contexts import PassContexts
+
+    _export(run, back)
+    assert agree(verify(str(donor), str(back), say=_quiet))
+    config, ids = Namespace(), tokens(60)
+    with open_megatron(str(run)) as (model, opened), torch.no_grad():
+        _apply_yarn_config_from_args(config, Namespace(**opened.args))
+        ours = {name: value for name, value in vars(model.megatron.config).items() if name.startswith("yarn_")}
+        full, contexts = model(ids).logits, PassContexts(60, 1)
+        parts = [model(ids[:, a:b], past_key_values=contexts).logits for a, b in ((0, 20), (20, 21), (21, 60))]
+        return vars(config), ours, proof.relative_error(full, torch.cat(parts, 1))
+
+
+def test_a_yarn_donor_trains_and_comes_back(tmp_path: Path) -> None:
+    from tests.unit_tests.training.runs import in_worker
+
+    donor = save_donor("qwen3, yarn", tmp_path / "donor")
+    values = json.loads((donor / "config.json").read_text())
+    old = {"type": "yarn", **values.pop("rope_parameters")}  # as most of the hub's folders say it
+    del old["rope_type"], old["rope_theta"]
+    (donor / "config.json").write_text(json.dumps({**values, "rope_scaling": old, "rope_theta": 10000.0}))
+    run_distributed(_import, 1, donor, tmp_path / "ckpt", recursion=DISABLED)
+    flags = ("--lr 0 --mock-data --tokenizer-type NullTokenizer --eval-iters 0 --num-workers 0 --train-iters 1 "
+             "--save-interval 1 --seq-length 32").split()  # fmt: skip
+    argv = [f"@{tmp_path / 'ckpt/megatron_args.txt'}", *flags, f"--load={tmp_path / 'ckpt'}", f"--save={tmp_path}"]
+    assert run_distributed(in_worker, 1, argv, timeout=120) == [None]
+    ((trained, ours, error),) = run_distributed(_yarn_of_training_and_cache, 1, tmp_path, donor, tmp_path / "back")
+    assert trained == ours and len(ours) == 7 and error < 2e-6
+    rope = json.loads((tmp_path / "back" / "config.json").read_text())["rope_parameters"]
+    assert rope["attention_factor"] == pytest.approx(1.25) and rope["rope_type"] == "yarn"
+    kept = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
+    assert {name: rope[name] for name in kept} == {name: old[name] for name in kept}
 
 
 # --- the proof fails when it should -----------------------------------------------------------------------------------

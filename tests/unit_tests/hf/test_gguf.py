@@ -58,8 +58,9 @@ def write_gguf(kind: str, path: Path, **changes: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("llama3, head_dim", {"head_dim": 16, "rope_parameters": PLAIN_ROPE}), ("qwen2", {}), ("qwen3", {"head_dim": 128})],
-)
+    [("llama3, head_dim", {"head_dim": 16, "rope_parameters": PLAIN_ROPE}), ("qwen2", {}),
+     ("qwen3", {"head_dim": 128})],
+)  # fmt: skip
 def test_a_gguf_file_gives_what_transformers_reads_one_tensor_at_a_time(
     kind: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from megatron_recursive.hf.convert.tokenizer_files import copy_tokenizer
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, TorchDistWriter
 from megatron_recursive.hf.convert.transforms import QKV
 from tests.distributed import run_command
-from tests.unit_tests.hf.donors import BASE, DONORS, LLAMA3_ROPE, save_donor
+from tests.unit_tests.hf.donors import BASE, DONORS, LLAMA3_ROPE, YARN, save_donor
 
 
 def architecture(kind: str, **changes: Any) -> Architecture:
@@ -218,7 +218,9 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
     "activation": (_config(hidden_act="gelu"), "hidden_act gelu"),
     "sliding window": (_config(**WINDOW, layer_types=SLIDING), "sliding window of 16"),
     "linear attention": (_config(layer_types=["linear_attention"] * 4), "layers of the type linear_attention"),
-    "yarn": (_config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "type yarn"),
+    "dynamic": (_config(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}), "type dynamic"),
+    "half yarn": (_config(rope_parameters=YARN, partial_rotary_factor=0.5), "rotates 0.5 of each head under YaRN"),
+    "yarn of no turns": (_config(rope_parameters={**YARN, "beta_fast": -1}), "beta_fast -1; it must be a number"),
     "rope factors": (_config(rope_parameters={**LLAMA3_ROPE, "low_freq_factor": 2.0}), "low_freq_factor 2.0.*fixed"),
     "no head": (_config(head_dim=0), "head_dim 0; it must be a whole number above 0"),
     "no positions": (_config(max_position_embeddings=-1), "max_position_embeddings -1"),
