@@ -88,7 +88,7 @@ class RecursiveLM(HFLM):
         self._exit = {name: arguments.pop(name) for name in EXIT_ARGUMENTS if name in arguments}
         for name in arguments:
             if (near := nearest_flag(f"--{name}", _OURS, likeness=0.85)) is not None:
-                raise UserError(f"There is no model argument {name}; the nearest is {near[2:].replace('-', '_')}.")
+                raise UserError(f"There is no model argument {name}; the nearest is {near[2:]}.")
         folder = pretrained
         if isinstance(pretrained, str):
             folder, tokenizer = _find(pretrained, tokenizer)
