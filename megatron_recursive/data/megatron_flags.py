@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_recursive.errors import UserError
 
@@ -60,11 +60,22 @@ MEGATRON_FLAGS = (
 
 def add_megatron_flags(parser: argparse.ArgumentParser) -> None:
     """Add those that the parser lacks; its help leaves them to the guide."""
+    parser.add_argument("--output-prefix", action=_OutputPrefix, dest="output", help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer-model", dest="tokenizer", help=argparse.SUPPRESS)
     for row in MEGATRON_FLAGS:
         for name in row.names:
             if name not in parser._option_string_actions:
                 how = {"action": "store_true"} if row.nargs == 0 else {"nargs": row.nargs}
                 parser.add_argument(name, help=argparse.SUPPRESS, **how)
+
+
+class _OutputPrefix(argparse.Action):
+    """Stands for ``--output``, and brings Megatron's names of files."""
+
+    def __call__(self, parser: Any, args: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        args.output, args.json_keys = values, args.json_keys or ["text"]
+        for action in parser._actions:
+            action.required &= action.dest != self.dest
 
 
 def translate(args: argparse.Namespace) -> None:
