@@ -46,7 +46,9 @@ def slice_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
         return hidden[:, -keep:] if keep else hidden
     if keep.ndim == 1:
         return hidden[:, keep]
-    return hidden[keep] if keep.dtype == torch.bool else hidden.gather(1, keep[..., None].expand(-1, -1, hidden.shape[-1]))
+    if keep.dtype == torch.bool:
+        return hidden[keep]
+    return hidden.gather(1, keep[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
