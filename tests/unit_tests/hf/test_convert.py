@@ -180,6 +180,12 @@ import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: torch.device("meta")
 from megatron_recursive.commands import main
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.proof import megatron_logits
+try:
+    megatron_logits(None, None, None, None, None)
+except UserError as error:
+    print(error)
 donor, checkpoint, out = sys.argv[1:]
 main(["convert", "import", "--hf", donor, "--out", checkpoint])
 main(["convert", "export", "--ckpt", checkpoint, "--out", out])
@@ -192,6 +198,7 @@ def test_a_conversion_runs_on_the_cpu_of_a_machine_with_a_gpu(tmp_path: Path) ->
     result = run_command([sys.executable, "-c", BESIDE_A_GPU, donor, tmp_path / "ckpt", tmp_path / "hf"], timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert "call backends.cpu.install(on_purpose=True)" in result.stdout.splitlines()[0]
     assert len(reports) == 3 and all(report["max_logit_error"] < 2e-6 for report in reports)
 # --- YaRN -------------------------------------------------------------------------------------------------------------
 
