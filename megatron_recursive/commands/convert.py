@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 
 from megatron_recursive.command_line import example
 from megatron_recursive.plan.recursion_config import FunctionKnobs, HeadKnobs, add_recursion_arguments, knobs_in
@@ -60,7 +61,20 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     required.add_argument("--out", required=True, metavar="DIR", help="model folder to make")
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the one trained with)")
+    files = parser.add_argument_group("weights")
+    files.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                       help="of the weights (default: as they are stored); a halting head keeps its own")
+    files.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", default="5GB",
+                       help="of a file, such as 500MB (default: %(default)s)")  # fmt: skip
     _add_proof(parser)
+
+
+def _bytes(text: str) -> int:
+    """5GB, 500MB or a number, in powers of 1000 as transformers counts them."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])B)?", text.strip().upper())
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"must be a size such as 5GB or 500MB, but is {text!r}")
+    return int(float(found[1]) * 1000 ** (" KMGT".index(found[2] or " ")))
 
 
 def _add_proof(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +102,9 @@ def run(args: argparse.Namespace) -> None:
             recursion, selection, args.num_layers, args.layers, args.untie_embeddings,
             args.resize_vocab, dtype))  # fmt: skip
     elif args.action == "export":
-        report = export.export_model(args.ckpt, args.out, args.tokenizer, dtype)
+        weights = None if args.dtype is None else getattr(torch, args.dtype)
+        report = export.export_model(
+            args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size)  # fmt: skip
     else:
         report = verify.verify(args.a, args.b, dtype)
         agreed = verify.agree(report)

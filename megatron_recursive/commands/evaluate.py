@@ -25,19 +25,20 @@ def add_passed_on(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = f"{parser.prog} [--depths T,T,...] LM-EVAL'S COMMAND LINE"
+    parser.usage = f"{parser.prog} [options] LM-EVAL'S COMMAND LINE"
     parser.description = (
         "The command line of lm-eval, the evaluation harness, which knows one more model here: --model recursive takes "
         "an export, any causal model of transformers or a Megatron checkpoint, and beside the arguments of --model hf "
         "num_refinement_blocks, exit, halt_threshold, exit_threshold, exit_stable_blocks and "
-        "max_inference_refinement_steps. Mean blocks and FLOPs saved are written with the results."
+        "max_inference_refinement_steps. Mean blocks and FLOPs saved are written with the results. In a clone, "
+        "--include_path examples/evaluation --tasks cpython needs no network."
     )
     depth = parser.add_argument_group("depth")
     depth.add_argument("--depths", type=_depths, default=(), metavar="T,T,...",
                        help="run the tasks with each of these numbers of refinement blocks, print one table and write "
                        "it beside the results of --output_path (default there: results)")  # fmt: skip
-    parser.epilog = example("evaluate", "--model", "recursive", "--model_args", "pretrained=DIR_OR_CKPT", "--tasks",
-                            "hellaswag,arc_easy", "--depths", "1,2,4", "--output_path", "results")  # fmt: skip
+    words = "--model recursive --model_args pretrained=DIR_OR_CKPT --tasks hellaswag --batch_size 8 --depths 1,2,4"
+    parser.epilog = example("evaluate", *words.split(), "--output_path", "results")
 
 
 def _depths(text: str) -> tuple[int, ...]:

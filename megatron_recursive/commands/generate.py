@@ -10,6 +10,8 @@ from megatron_recursive.command_line import example
 
 SUMMARY = "Generate text with an exported model, any causal model of transformers, or a Megatron checkpoint."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cuda", "cpu")
+DEVICE_HELP = "default: MEGATRON_RECURSIVE_DEVICE of the environment, or auto: a GPU where there is one"
 EXITS = ("halting", "output-change", "kl", "argmax")
 
 
@@ -21,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--tokenizer", metavar="DIR", help="default: that of the model")
     model.add_argument("--dtype", choices=DTYPES, default="auto",
                        help="of the weights (default: auto, as they are stored)")
-    model.add_argument("--device", choices=("auto", "cuda", "cpu"),
-                       help="default: MEGATRON_RECURSIVE_DEVICE of the environment, or auto: a GPU where there is one")
+    model.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
     asked = parser.add_argument_group("prompts and output: one of --prompt, --prompt-file and --interactive")
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     asked.add_argument("--prompt-file", metavar="FILE", help='a prompt a line, or .jsonl with "prompt"')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Any
 
 from megatron_recursive.command_line import example
 from megatron_recursive.data.hub import add_hub_flags, hub_choice
@@ -30,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".txt files (one document each), .jsonl or .json files (one a line), all also .gz, .bz2 or .zst, .parquet "
         "files (one a row), folders and patterns of these, hf://NAME[@REVISION][/GLOB] (a data set of the Hugging Face "
         "hub) or another fsspec URL")
-    add("--output", "--output-prefix", required=True, metavar="PREFIX", action=_Output,
-        help="path of the files without .bin or .idx; folders are made; by Megatron's name, files are named as by it")
-    add("--tokenizer", "--tokenizer-model", metavar="DIR_OR_MODEL",
+    add("--output", required=True, metavar="PREFIX",
+        help="path of the files without .bin or .idx; folders are made")
+    add("--tokenizer", metavar="DIR_OR_MODEL",
         help="Hugging Face folder or name, folder of vocab.json and merges.txt, or SentencePiece .model")
     add("--vocab-file", metavar="FILE", help="GPT-2's vocab.json, instead of --tokenizer")
     add("--merge-file", metavar="FILE", help="GPT-2's merges.txt, with --vocab-file")
@@ -62,15 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = example(
         "preprocess", "--input", "data/train.jsonl", "--output", "data/train", "--tokenizer", "tokenizer"
     )
-
-
-class _Output(argparse.Action):
-    """Stores the prefix, and Megatron's default keys where it is given by Megatron's name."""
-
-    def __call__(self, parser: Any, args: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        args.output = values
-        if option == "--output-prefix":
-            args.json_keys = args.json_keys or ["text"]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _TOKEN_TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}  # as numpy names them: kind and bytes
 _REMOTE = ("s3://", "msc://")
 _SHORT_IDS = 65500
-_PIECE = 2**20
+_PIECE = 2**16  # entries at a time
 
 
 def check_indexed_dataset(prefix: str | Path) -> None:

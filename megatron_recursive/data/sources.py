@@ -82,7 +82,8 @@ def _holds_documents(path: str) -> bool:
 def _find_local(given: str) -> list[SourceFile]:
     path = Path(given)
     if not path.exists() and glob.has_magic(given):
-        return [file for name in sorted(glob.glob(given, recursive=True)) for file in _find_local(name)]
+        names = sorted(glob.glob(given, recursive=True))
+        return [file for name in names if os.path.isfile(name) and _holds_documents(name) for file in _find_local(name)]
     if not path.exists():
         raise UserError(f"--input {given} does not exist; name a {KINDS} file, or a folder of them")
     if path.is_dir():

@@ -122,6 +122,7 @@ class _Insisting(io.RawIOBase):
 def _open(path: str) -> Any:
     if "://" not in path:
         return open(path, "rb", buffering=0)
-    from datatrove.io import open_file
+    from fsspec.core import url_to_fs
 
-    return open_file(path, "rb")
+    system, name = url_to_fs(path)
+    return system.open(name, "rb")

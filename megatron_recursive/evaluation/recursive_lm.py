@@ -48,10 +48,10 @@ def exported(checkpoint: str, tokenizer: str | None) -> str:
         folder = f"{place}/export"
         export_model(checkpoint, folder, tokenizer, say=lambda text: print(text, file=sys.stderr))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
+        from accelerate import Accelerator, InitProcessGroupKwargs
         from accelerate.utils import gather_object
 
-        state = PartialState(timeout=timedelta(weeks=52))  # the harness's: the others wait for the export
+        state = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=52))])  # as in the harness
         folder = gather_object([folder])[state.process_index - state.local_process_index]
     assert folder is not None
     return folder
@@ -88,7 +88,7 @@ class RecursiveLM(HFLM):
         self._exit = {name: arguments.pop(name) for name in EXIT_ARGUMENTS if name in arguments}
         for name in arguments:
             if (near := nearest_flag(f"--{name}", _OURS, likeness=0.85)) is not None:
-                raise UserError(f"There is no model argument {name}; the nearest is {near[2:].replace('-', '_')}.")
+                raise UserError(f"There is no model argument {name}; the nearest is {near[2:]}.")
         folder = pretrained
         if isinstance(pretrained, str):
             folder, tokenizer = _find(pretrained, tokenizer)

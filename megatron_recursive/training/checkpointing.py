@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # NOTE it deri
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.checkpoint_integrity import advise_other, check_integrity
+from megatron_recursive.models.stored_arguments import DONOR, name_as_today
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import Difference, flag_of
 from megatron_recursive.training.architecture import check_architecture
@@ -27,6 +28,8 @@ def check_checkpoint(
     """Refuse a checkpoint that cannot go on in this run; returns its common state (see :func:`common_state`)."""
     common = common_state(folder)
     saved = dict(vars(common["args"]))
+    if DONOR in saved:
+        setattr(run, DONOR, saved[DONOR])
     check_architecture(folder, saved, run)
     if from_plain_gpt:
         check_is_plain_gpt(folder, saved)
@@ -60,6 +63,7 @@ def common_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"The checkpoint {folder} cannot be read ({why}); {advise_other(folder)}.") from error
     if common.get("args") is None:
         raise UserError(f"The checkpoint {folder} stores no arguments, so that its recursion is unknown.")
+    name_as_today(common["args"])
     return common
 
 

@@ -8,12 +8,13 @@ Megatron keeps a pre-norm's weight beside the linear layer that follows it (``li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
+from megatron_recursive.hf.convert.architecture import Architecture, Yarn, padded_vocabulary
 from megatron_recursive.hf.convert.torch_dist import LAYERS
 from megatron_recursive.hf.convert.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
 from megatron_recursive.plan import RecursionPlan
@@ -224,7 +225,7 @@ class Family:
         return all(getattr(arch, name) == value for name, value in self.fixed.items()) and self.when(arch)
 
 
-# The first donor that computes an architecture is what a plain GPT is exported as.
+# A plain GPT is exported as what it came from, or else as the first that computes it.
 DONORS = (
     Family("llama", "LlamaForCausalLM", LLAMA, _DONOR_FIXED, {**_DONOR_CONFIG, **_BIASES},
            when=lambda a: a.qkv_bias == a.linear_bias and a.hidden_size % a.num_attention_heads == 0),
@@ -251,6 +252,11 @@ class Item:
     layer: int | None
     transform: Transform
     hf: dict[str, tuple[int, ...]]
+
+    @property
+    def name(self) -> str:
+        """The key, with the layer's number in it."""
+        return self.key if self.layer is None else f"{LAYERS}{self.layer}.{self.key.removeprefix(LAYERS)}"
 
     def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
         """Of the merged tensor, without the axis of the layers."""
@@ -323,7 +329,7 @@ def read_config(family: Family, config: Any, where: str) -> Architecture:
     values["tied"] = bool(values["tied"])
     if values["positions"] == "rope":
         values.update(_read_rope(config, where))
-    arch = Architecture(**values)
+    arch = Architecture(**values, donor=None if family is OWN else family.model_type)
     if arch.num_attention_heads % arch.num_query_groups:
         raise UserError(f"{where}: {arch.num_query_groups} key-value heads do not divide {arch.num_attention_heads}.")
     return arch
@@ -372,9 +378,25 @@ def _read_rope(config: Any, where: str) -> dict[str, Any]:
         if rope["factor"] != int(rope["factor"]):
             raise UserError(f"{where} has the linear rope factor {rope['factor']}; Megatron's is a whole number.")
         values["linear_factor"] = int(rope["factor"])
+    elif kind == "yarn":
+        if percent != 1.0:
+            raise UserError(f"{where} rotates {percent:g} of each head under YaRN; Megatron's YaRN rotates all of it.")
+        values["yarn"] = _read_yarn(rope, config)
     elif kind != "default":
-        raise UserError(f"{where} has rope scaling of type {kind}; Megatron has default, linear and llama3.")
+        raise UserError(f"{where} has rope scaling of type {kind}; Megatron has default, linear, llama3 and yarn.")
     return values
+
+
+def _read_yarn(rope: Mapping[str, Any], config: Any) -> Yarn:
+    original = int(rope["original_max_position_embeddings"])
+    factor = float(rope.get("factor") or config.max_position_embeddings / original)
+    given, mscale, all_dim = rope.get("attention_factor"), rope.get("mscale"), rope.get("mscale_all_dim")
+    if given is not None and factor > 1:
+        mscale, all_dim = (given - 1) / (0.1 * math.log(factor)), 0.0
+    elif not (mscale and all_dim):  # transformers reads both or none
+        mscale, all_dim = 1.0, 0.0
+    return Yarn(factor, original, float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1),
+                float(mscale), float(all_dim), bool(rope.get("truncate", True)))  # fmt: skip
 
 
 def rope_parameters(arch: Architecture) -> dict[str, Any]:
@@ -385,6 +407,14 @@ def rope_parameters(arch: Architecture) -> dict[str, Any]:
                     original_max_position_embeddings=8192)  # fmt: skip
     elif arch.linear_factor is not None:
         rope.update(rope_type="linear", factor=float(arch.linear_factor))
+    elif arch.yarn is not None:
+        yarn = arch.yarn
+        rope.update(rope_type="yarn", factor=yarn.factor, original_max_position_embeddings=yarn.original_positions,
+                    beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow, truncate=yarn.truncate)  # fmt: skip
+        if yarn.mscale and yarn.mscale_all_dim:
+            rope.update(mscale=yarn.mscale, mscale_all_dim=yarn.mscale_all_dim)
+        elif (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0):
+            rope["attention_factor"] = yarn.attention_factor
     if arch.rotary_percent != 1.0:
         rope["partial_rotary_factor"] = arch.rotary_percent
     return rope
@@ -392,16 +422,27 @@ def rope_parameters(arch: Architecture) -> dict[str, Any]:
 
 def donor_family(arch: Architecture) -> Family | None:
     """The family whose own class computes what this architecture does without recursion, if there is one."""
-    return next((family for family in DONORS if family.computes(arch)), None)
+    able = [family for family in DONORS if family.computes(arch)]
+    return next((family for family in able if family.model_type == arch.donor), able[0] if able else None)
 
 
 def config_values(family: Family, arch: Architecture) -> dict[str, Any]:
-    """The architecture's part of a config.json."""
+    """The architecture's part of a config.json.
+
+    A donor's rotary options stand there twice: as ``rope_parameters``, and as transformers 4 and what builds on it read
+    them.
+    """
+    rope = rope_parameters(arch) if arch.positions == "rope" else None
+    before = {}
+    if rope is not None and family is not OWN:
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        before = {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **{name: getattr(arch, key) for name, key in family.config.items()},
-        "rope_parameters": rope_parameters(arch) if arch.positions == "rope" else None,
+        "rope_parameters": rope,
+        **before,
         "attention_dropout": 0.0,
         **family.besides,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import accelerate
@@ -31,17 +32,31 @@ INITIAL_STATES = ("initial_output", "initial_latent")  # buffers of the Megatron
 Fetch = Callable[[str], Tensor]
 
 
-def proof_tokens(vocab_size: int, tokenizer: Any, max_positions: int) -> Tensor:
-    """The fixed text as ids [1, S]; without a tokenizer, fixed ids spread over the vocabulary."""
+@dataclass(frozen=True)
+class Text:
+    """The fixed text, a row for each place in the context: ids and positions, both [3, S]."""
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+
+
+def proof_text(vocab_size: int, tokenizer: Any, max_positions: int) -> Text:
+    """The fixed text at the start of the context, at its end, and spread over all of it.
+
+    Rotary attention depends on distances alone: only the third row has those for which positions are scaled. Without a
+    tokenizer the ids are fixed ones, spread over the vocabulary.
+    """
     length = min(MAX_TOKENS, max_positions)
     ids = [] if tokenizer is None else [i for i in tokenizer(TEXT)["input_ids"] if i < vocab_size][:length]
     if len(ids) < min(8, length):
         ids = [(7919 * (index + 1) + index * index) % vocab_size for index in range(length)]
-    return torch.tensor([ids])
+    start = torch.arange(len(ids))
+    spread = start * (max_positions - 1) // max(len(ids) - 1, 1)
+    return Text(torch.tensor([ids] * 3), torch.stack([start, start + max_positions - len(ids), spread]))
 
 
-def hf_logits(family: Family, config: Any, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits [S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
+def hf_logits(family: Family, config: Any, fetch: Fetch, text: Text, dtype: torch.dtype) -> Tensor:
+    """Logits [3, S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
 
     def build() -> Any:
         if family is OWN:
@@ -55,13 +70,15 @@ def hf_logits(family: Family, config: Any, fetch: Fetch, tokens_BS: Tensor, dtyp
 
     model = _offloaded(build, fetch, dtype)
     with torch.no_grad():
-        return model(input_ids=tokens_BS, use_cache=False).logits[0]
+        # Without a mask positions that jump would be taken for several texts in one row.
+        return model(input_ids=text.tokens_BS, position_ids=text.positions_BS, use_cache=False,
+                     attention_mask=torch.ones_like(text.tokens_BS)).logits  # fmt: skip
 
 
 def megatron_logits(
-    arch: Architecture, recursion: RecursionConfig, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype
+    arch: Architecture, recursion: RecursionConfig, fetch: Fetch, text: Text, dtype: torch.dtype
 ) -> Tensor:
-    """Logits [S, true V] of our Megatron model.
+    """Logits [3, S, true V] of our Megatron model.
 
     Args:
         fetch: gives a parameter by its checkpoint key, that of a layer as ``decoder.layers.{i}.<rest of the key>``.
@@ -77,15 +94,15 @@ def megatron_logits(
         )
         if arch.tied:
             _give_tied_weight(model, fetch, dtype)
-        positions = torch.arange(tokens_BS.shape[1])[None].expand_as(tokens_BS)
+        _rotate_at(model, text.positions_BS)
         with torch.no_grad():
-            logits = model(tokens_BS, positions, None)[0]
-    return logits[:, : arch.vocab_size]
+            logits = model(text.tokens_BS, text.positions_BS, None)
+    return logits[..., : arch.vocab_size]
 
 
-def loss(logits_SV: Tensor, tokens_BS: Tensor) -> float:
-    """Mean cross-entropy of the next token."""
-    return float(F.cross_entropy(logits_SV[:-1].double(), tokens_BS[0, 1:]))
+def loss(logits_BSV: Tensor, text: Text) -> float:
+    """Mean cross-entropy of the next token, at the start of the context."""
+    return float(F.cross_entropy(logits_BSV[0, :-1].double(), text.tokens_BS[0, 1:]))
 
 
 def relative_error(reference: Tensor, other: Tensor) -> float:
@@ -202,16 +219,37 @@ def build_megatron(
         gradient_accumulation_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=dtype,
     )  # fmt: skip
+    if arch.yarn is not None:  # what Megatron sets where it makes a config of its arguments; attention reads it too
+        for name, value in arch.yarn.to_megatron().items():
+            setattr(config, name if name.startswith("yarn_") else f"yarn_{name}", value)
     norms = NormLayout(arch.norm_placement, arch.output_norm_scope, arch.qk_norm or "head")
     return RecursiveGPTModel(
         config, local_block_spec(config, norms=norms), arch.padded_vocab_size, arch.max_positions,
-        position_embedding_type={"learned": "learned_absolute"}.get(arch.positions, arch.positions),
+        position_embedding_type=arch.position_embedding_type,
         rotary_percent=arch.rotary_percent, rotary_base=arch.rotary_base,
         rope_scaling=arch.llama3_factor is not None, rope_scaling_factor=arch.llama3_factor or 8.0,
         seq_len_interpolation_factor=arch.linear_factor, share_embeddings_and_output_weights=arch.tied,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         recursion=recursion,
     )  # fmt: skip
+
+
+def _rotate_at(model: Any, positions_BS: Tensor) -> None:
+    """Megatron rotates by the place in the row, whatever positions it is given; hand it the angles of these."""
+
+    def replace(rotary: Any, _: Any, found: Any) -> Any:
+        is_pair = isinstance(found, tuple)  # YaRN's comes with a factor
+
+        def at(position: int) -> Tensor:
+            angles = rotary.forward(1, offset=position)
+            return angles[0] if is_pair else angles
+
+        rows = [torch.cat([at(position) for position in row]) for row in positions_BS.tolist()]
+        angles_SB1D = torch.cat(rows, dim=1)
+        return (angles_SB1D, *found[1:]) if is_pair else angles_SB1D
+
+    if getattr(model, "rotary_pos_emb", None) is not None:
+        model.rotary_pos_emb.register_forward_hook(replace)
 
 
 def _give_tied_weight(model: Any, fetch: Fetch, dtype: torch.dtype) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import struct
 from collections.abc import Iterable
@@ -32,13 +31,14 @@ class SafetensorsFolder:
 
     Attributes:
         shapes, dtypes: by tensor name; a dtype is safetensors' own name for it.
-        nbytes: of all files together.
+        nbytes: of all files together; bytes_read: of tensors, so far.
     """
 
     folder: Path
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     nbytes: int = 0
+    bytes_read: int = 0
     _files: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
@@ -68,7 +68,9 @@ class SafetensorsFolder:
     def get(self, name: str) -> Tensor:
         # Opened anew each time: pages of a file that stays mapped would count as this process's memory.
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        self.bytes_read += tensor.nbytes
+        return tensor
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -125,27 +127,47 @@ def _files_of(folder: Path, index: dict[str, str] | None) -> list[Path]:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_folder(
-    folder: Path, promised: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write the promised tensors, one at a time: the library's own writer wants a whole shard in memory.
+class FolderWriter:
+    """Writes the promised tensors one at a time, in any order: the library's own writer wants a whole shard in memory.
 
     Args:
         promised: what will be written, on the meta device.
-        tensors: the same in the same order.
     """
-    split = split_torch_state_dict_into_shards(promised, max_shard_size=shard_bytes)
-    with contextlib.ExitStack() as stack:
-        shards = {file: stack.enter_context(open(folder / file, "wb")) for file in split.filename_to_tensors}
-        for file, names in split.filename_to_tensors.items():
-            shards[file].write(_header({name: promised[name] for name in names}))
-        for name, tensor in tensors:
-            assert (tensor.shape, tensor.dtype) == (promised[name].shape, promised[name].dtype), name
-            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-            shards[split.tensor_to_filename[name]].write(data)
-    if split.is_sharded:
-        text = json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2)
-        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+    def __init__(self, folder: Path, promised: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._missing = folder, dict(promised)
+        self._split = split_torch_state_dict_into_shards(promised, max_shard_size=shard_bytes)
+        self._starts: dict[str, int] = {}
+        for file, names in self._split.filename_to_tensors.items():
+            header = _header({name: promised[name] for name in names})
+            (folder / file).write_bytes(header)
+            start = len(header)
+            for name in names:
+                self._starts[name] = start
+                start += promised[name].nbytes
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        promised = self._missing.pop(name)
+        assert (tensor.shape, tensor.dtype) == (promised.shape, promised.dtype), name
+        with open(self._folder / self._split.tensor_to_filename[name], "r+b") as shard:
+            shard.seek(self._starts[name])
+            shard.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        assert not self._missing, [*self._missing]
+        if self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_folder(
+    folder: Path, promised: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a whole folder."""
+    writer = FolderWriter(folder, promised, shard_bytes)
+    for name, tensor in tensors:
+        writer.add(name, tensor)
+    writer.close()
 
 
 def _header(promised: dict[str, Tensor]) -> bytes:

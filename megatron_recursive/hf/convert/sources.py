@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_recursive.command_line import missing_package
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import (
@@ -23,7 +22,7 @@ from megatron_recursive.hf.convert.mappings import (
     read_config,
     recursive_rows,
 )
-from megatron_recursive.hf.convert.safetensors_files import DTYPES, NAMES, SafetensorsFolder
+from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.plan import RecursionPlan
 
 # Buffers that old checkpoints carry; every model computes them anew.
@@ -34,7 +33,8 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
 
 SIZES = ("num_hidden_layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
-FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor")
+FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor",
+           "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")  # fmt: skip
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Source:
     Attributes:
         config: transformers' config object.
         shapes, dtypes: of every tensor there is, by name; a dtype is safetensors' own name.
-        get: reads one tensor.
+        get: reads one tensor; bytes_read: how many were read so far.
         origin: how the weights were stored, for the report.
         folder: of a safetensors model; gguf: the file, of a GGUF model.
     """
@@ -56,6 +56,7 @@ class Source:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     get: Callable[[str], Tensor]
+    bytes_read: Callable[[], int]
     nbytes: int
     origin: str
     folder: Path | None = None
@@ -128,7 +129,7 @@ def _open_folder(folder: Path, name: str) -> Source:
     config = config_object(family, values, name)
     return Source(
         name, family, config, read_config(family, config, name), tensors.shapes, tensors.dtypes, tensors.get,
-        tensors.nbytes, "safetensors", folder,
+        lambda: tensors.bytes_read, tensors.nbytes, "safetensors", folder,
     )  # fmt: skip
 
 
@@ -164,27 +165,21 @@ def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
 
 
 def _open_gguf(path: Path) -> Source:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from megatron_recursive.hf.convert.gguf_file import GgufFile
 
     try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise missing_package("gguf") from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"transformers cannot read the GGUF file {path} ({reason}).") from error
-    config = model.config
     family = family_of({"model_type": config.model_type}, str(path))
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     arch = read_config(family, config, str(path))
-    if arch.tied:
-        tensors.pop("lm_head.weight", None)  # the same storage as the embedding
+    file = GgufFile(path, (name for item in items(family, arch) for name in item.hf), arch)
     return Source(
-        str(path), family, config, arch, {k: tuple(v.shape) for k, v in tensors.items()},
-        {k: NAMES[v.dtype] for k, v in tensors.items()}, tensors.__getitem__,
-        sum(t.nbytes for t in tensors.values()), "GGUF, dequantised by transformers", gguf=path,
+        str(path), family, config, arch, file.shapes, dict.fromkeys(file.shapes, "F32"), file.get,
+        lambda: file.bytes_read, file.nbytes, "GGUF, dequantised", gguf=path,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import transformers
 
 from .recursion_plan import RecursionPlan
 
-OLDEST = (5, 21)  # of transformers, for what this file and its neighbours import; transformers loads this file first
+OLDEST = (5, 18)  # of transformers, for what this file and its neighbours import; transformers loads this file first
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
     raise ImportError(
         f"This model needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, but {transformers.__version__} is installed; "

@@ -7,6 +7,8 @@ package that trained the model; it imports torch, transformers and its neighbour
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -38,6 +40,17 @@ INITIAL_STATES = ("initial_output", "initial_latent")
 INITIAL_STATE_SEED = 20251006  # the states that training starts from when they are not zeros
 
 
+def slice_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """As ``slice_logits_to_keep`` of transformers 5.21, which engines that need an older one lack."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:] if keep else hidden
+    if keep.ndim == 1:
+        return hidden[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden[keep]
+    return hidden.gather(1, keep[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -54,6 +67,15 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": RecursiveGPTDecoderLayer, "attentions": RecursiveGPTAttention}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As everywhere; the card and the code of the folder that the model was loaded from go along."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        source, target = Path(self.name_or_path), Path(save_directory)
+        if self.name_or_path and source.is_dir() and kwargs.get("is_main_process", True):
+            for file in (source / "README.md", *source.glob("*.py")):
+                if file.is_file() and not (target / file.name).exists():
+                    shutil.copyfile(file, target / file.name)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -256,7 +278,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.halting_head = RecursiveGPTHaltingHead(config.hidden_size, 1) if config.has_halting else None
         if self.halting_head is not None:
-            self._keep_in_fp32_modules_strict = ["halting_head"]  # which quantisation then leaves alone, too
+            self._keep_in_fp32_modules_strict = ["halting_head"]
+            self._keep_in_fp32_modules = ["halting_head"]  # what quantisation leaves alone
         self.last_exit_report: ExitReport | None = None
         self._open_report: ExitReport | None = None
         self.post_init()
@@ -326,7 +349,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         hidden = outputs.last_hidden_state
         found: dict[str, Any] = {}  # a ModelOutput's fields have the order in which they are set: all of them at once
         if not wanted:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            logits = self.lm_head(slice_positions(hidden, logits_to_keep))
         else:
             logits = self.lm_head(hidden)
             if shift_labels is None:
@@ -334,7 +357,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
                 shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
             states = outputs.block_states if options is None else ()
             found |= self._read_losses(states, hidden, logits, shift_labels, num_items_in_batch)
-            logits = slice_logits_to_keep(logits, logits_to_keep)
+            logits = slice_positions(logits, logits_to_keep)
         if output_blocks:
             found |= self._read_blocks(outputs.block_states, logits_to_keep)
         if options is not None:
@@ -349,7 +372,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
 
     @torch.no_grad()
     def _read_blocks(self, states: tuple[Tensor, ...], keep: int | Tensor) -> dict[str, Tensor]:
-        hidden = [self.model.read_state(slice_logits_to_keep(state, keep)) for state in states]
+        hidden = [self.model.read_state(slice_positions(state, keep)) for state in states]
         found = {"block_logits": torch.stack([self.lm_head(each) for each in hidden])}
         if self.halting_head is not None:
             found["block_halting"] = torch.stack([torch.sigmoid(self.halting_logits(each)) for each in hidden])

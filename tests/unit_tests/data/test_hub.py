@@ -1,5 +1,6 @@
 """Data sets of the hub, from a stand-in for its client: commits, configurations, splits, and reads that fail."""
 
+import inspect
 import io
 import json
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import DatasetCardData, HfApi
+from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 from megatron_recursive.data import hub, spans
 from megatron_recursive.data.hub import HubChoice
@@ -33,16 +36,18 @@ class StandIn:
         monkeypatch.setattr(spans, "WAIT_S", 0.0)
 
     def dataset_info(self, name, revision=None):
+        inspect.signature(HfApi.dataset_info).bind(None, name, revision=revision)
         self.asked.append((name, revision))
         if self.failures:
             raise self.failures.pop(0)
-        return SimpleNamespace(sha=COMMIT, card_data=self.card)
+        return SimpleNamespace(sha=COMMIT, card_data=self.card and DatasetCardData(**self.card))
 
-    def list_repo_tree(self, name, recursive, revision, repo_type):
-        assert (recursive, revision, repo_type) == (True, COMMIT, "dataset")
+    def list_repo_tree(self, name, **how):
+        inspect.signature(HfApi.list_repo_tree).bind(None, name, **how)
+        assert how == {"recursive": True, "revision": COMMIT, "repo_type": "dataset"}
         folders = {path.rpartition("/")[0] for path in self.files if "/" in path}
-        yield from (SimpleNamespace(path=path, tree_id="") for path in folders)
-        yield from (SimpleNamespace(path=path, size=len(raw)) for path, raw in self.files.items())
+        yield from (RepoFolder(path=path, oid="") for path in folders)
+        yield from (RepoFile(path=path, oid="", size=len(raw)) for path, raw in self.files.items())
 
     def open(self, path):
         if not path.startswith("hf://"):

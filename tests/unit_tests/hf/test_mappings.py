@@ -22,7 +22,7 @@ from megatron_recursive.hf.convert.tokenizer_files import copy_tokenizer
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, TorchDistWriter
 from megatron_recursive.hf.convert.transforms import QKV
 from tests.distributed import run_command
-from tests.unit_tests.hf.donors import BASE, DONORS, LLAMA3_ROPE, save_donor
+from tests.unit_tests.hf.donors import BASE, DONORS, LLAMA3_ROPE, YARN, save_donor
 
 
 def architecture(kind: str, **changes: Any) -> Architecture:
@@ -61,6 +61,19 @@ def test_arguments_and_config_give_the_architecture_back(kind: str) -> None:
     assert family is not None
     values = config_values(family, arch)
     assert read_config(family, config_object(family, values, "here"), "here") == arch
+    assert family.model_type == DONORS[kind][0]
+
+
+def test_a_donors_config_also_spells_its_positions_as_transformers_4_does() -> None:
+    """transformers 4 knows no ``rope_parameters``: it would take a base of 10000 and no scaling, and say nothing."""
+    for kind, base, scaling in (("llama3, head_dim", 500000.0, "llama3"), ("llama1, biases", 10000.0, "linear"),
+                                ("mistral, one key head", 10000.0, None)):  # fmt: skip
+        arch = architecture(kind)
+        values = config_values(FAMILIES[DONORS[kind][0]], arch)
+        assert values["rope_theta"] == base and (values["rope_scaling"] or {}).get("rope_type") == scaling
+        both = {**values["rope_parameters"], **(values["rope_scaling"] or {}), "rope_theta": values["rope_theta"]}
+        assert both == values["rope_parameters"]
+        assert values.get("sliding_window", "no") == ("no" if scaling else None)
 
 
 def test_a_sliding_window_that_no_layer_uses_is_none() -> None:
@@ -205,7 +218,9 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
     "activation": (_config(hidden_act="gelu"), "hidden_act gelu"),
     "sliding window": (_config(**WINDOW, layer_types=SLIDING), "sliding window of 16"),
     "linear attention": (_config(layer_types=["linear_attention"] * 4), "layers of the type linear_attention"),
-    "yarn": (_config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "type yarn"),
+    "dynamic": (_config(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}), "type dynamic"),
+    "half yarn": (_config(rope_parameters=YARN, partial_rotary_factor=0.5), "rotates 0.5 of each head under YaRN"),
+    "yarn of no turns": (_config(rope_parameters={**YARN, "beta_fast": -1}), "beta_fast -1; it must be a number"),
     "rope factors": (_config(rope_parameters={**LLAMA3_ROPE, "low_freq_factor": 2.0}), "low_freq_factor 2.0.*fixed"),
     "no head": (_config(head_dim=0), "head_dim 0; it must be a whole number above 0"),
     "no positions": (_config(max_position_embeddings=-1), "max_position_embeddings -1"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_recursive.data.preprocess import preprocess
+from megatron_recursive.data.preprocess import Options, preprocess
 from megatron_recursive.data.tokenizer import TokenizerChoice
 from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.errors import UserError
@@ -95,3 +95,20 @@ def test_half_of_the_pair_or_something_else_is_refused(folder: Path, tmp_path: P
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(UserError, match="vocab.json and --merge-file .* are no GPT-2 tokenizer"):
         gpt2_tokenizer.build(arguments(tmp_path))
+
+
+def test_a_run_trains_on_parts_that_were_not_joined(folder: Path, tmp_path: Path) -> None:
+    """Their list is for --data-args-path; the tokenizer of each is compared with the run's."""
+    choice = TokenizerChoice(vocab_file=str(folder / "vocab.json"), merge_file=str(folder / "merges.txt"))
+    preprocess([folder / "corpus.jsonl"], tmp_path / "x", choice, options=Options(join=False, part_bytes=1500))
+    assert len(list(tmp_path.glob("x_*.idx"))) > 2
+    data = ["--data-args-path", tmp_path / "x.data_args", "--data-cache-path", tmp_path / "cache"]
+    flags = [*WITHOUT_TOKENIZER, "--split", "1"]
+    assert train(*data, *files_of(folder), *save_to(tmp_path / "run"), flags=flags) is None
+    losses = losses_of(tmp_path / "run")
+    assert len(losses) == 6 and losses[6] < losses[1]
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": f"{n * n} other"}) + "\n" for n in range(900)))
+    train_tokenizer([tmp_path / "other.jsonl"], tmp_path / "tok", 400)
+    refused = train(*data, *files_of(tmp_path / "tok"), flags=flags)
+    assert refused is not None and f"{tmp_path}/x_00000 was prepared with" in refused
