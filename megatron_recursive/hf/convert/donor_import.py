@@ -47,12 +47,14 @@ from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.recursion_config import OF_FAMILIES
 
 ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
 TOKENIZER = "tokenizer"
 EMBEDDING = "model.embed_tokens.weight"
 PLAIN = RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0)
+DEPTHS = (1, 2, 4, 8)  # of a recurrent core, at which the loss is told
 MUCH_WORSE = 1.0  # nats: the next token is e times less likely than to the donor
 RELEASE = "release"  # Megatron's name for weights without an iteration: a run that loads them starts at 0
 
@@ -94,8 +96,9 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
             raise UserError(f"--resize-vocab: {source.name} has no tokenizer that loads here; leave it out.")
         rows = max(arch.vocab_size, last_id(tokenizer) + 1)
         arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
-    recursion = _recursion(source, options.recursion)
+    recursion = _recursion(source, options.recursion, len(layers))
     plan = build_plan(recursion)
+    plan.layers_of(len(layers))
     job = _Import(source, arch, recursion, plan, layers, untied, tokenizer, options.proof_dtype)
     say(f"{source.name}: {source.family.model_type}, {source.arch.num_layers} layers, {source.origin}, "
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
@@ -125,8 +128,9 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
     return report
 
 
-def _recursion(source: Source, given: Mapping[str, Any]) -> RecursionConfig:
-    stored: dict[str, Any] = {}
+def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> RecursionConfig:
+    """What is given, beside what the source has or, of a donor, what starts near to it (:func:`retrofit`)."""
+    stored = retrofit(given, layers)
     if source.family is OWN:
         knobs = RecursionConfig.from_mapping(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
@@ -135,6 +139,21 @@ def _recursion(source: Source, given: Mapping[str, Any]) -> RecursionConfig:
         stored = own.to_dict()
     recursion = RecursionConfig.from_mapping({**stored, **given})
     return recursion.resolved(embedding_init_std=source.arch.init_std, from_plain_gpt=True)
+
+
+def retrofit(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The recursion of pretrained layers that costs them least, where no knob of another one is given.
+
+    The first and the last third run once, the middle third several times in steps of 1 / r (arXiv 2605.23872).
+    """
+    off = not given.get("enable_recursive_refinement", True)
+    if off or given.get("recursion_family", "recurrent") != "recurrent" or any(
+        "recurrent" not in OF_FAMILIES.get(name, ("recurrent",)) for name in given
+    ):
+        return {}
+    third = layers // 3
+    return {"recursion_family": "recurrent", "num_prelude_layers": third, "num_coda_layers": third,
+            "recurrence_step": "mean"}  # fmt: skip
 
 
 @dataclass
@@ -338,6 +357,9 @@ class _Import:
         donor = chosen if self.whole else proof.hf_logits(
             self.source.family, self.source.config, self.read, text, dtype)  # fmt: skip
         losses = {"donor": donor, "imported without recursion": ours}
+        for depth in DEPTHS if self.recursion.recursion_family in OF_FAMILIES["num_recurrences"] else ():
+            deep = dataclasses.replace(self.recursion, num_recurrences=depth)
+            losses[f"at r = {depth}"] = proof.megatron_logits(self.arch, deep, fetch, text, dtype)
         if not self.plan.is_plain:
             losses["imported with recursion"] = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
         found = {name: round(proof.loss(logits, text), 4) for name, logits in losses.items()}

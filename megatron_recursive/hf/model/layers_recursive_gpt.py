@@ -156,11 +156,9 @@ class RecursiveGPTAttention(nn.Module):
         if count <= len(self.passes) and not renew:
             return
         for index, first in enumerate(self.config.first_slots(max(count, len(self.passes)))):
-            if index < len(self.passes):
-                self.passes[index].layer_idx = first + self.layer
-            else:
-                module = RecursiveGPTPassAttention(self.config, first + self.layer)
-                self.passes.append(module.train(self.training))
+            if index == len(self.passes):
+                self.passes.append(RecursiveGPTPassAttention(self.config, first + self.layer).train(self.training))
+            vars(self.passes[index])["layer_idx"] = first + self.layer
 
     def forward(
         self, hidden_states: Tensor, pass_index: int = 0,
