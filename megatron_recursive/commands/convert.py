@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
     from megatron_recursive.backends import cpu
 
-    cpu.install()
+    cpu.install(on_purpose=True)  # Megatron would compute its rotary positions on a GPU, and the rest here
     from megatron_recursive.hf.convert import donor_import as convert
     from megatron_recursive.hf.convert import export, verify
 

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--tokenizer", metavar="DIR", help="default: that of the model")
     model.add_argument("--dtype", choices=DTYPES, default="auto",
                        help="of the weights (default: auto, as they are stored)")
+    model.add_argument("--device", choices=("auto", "cuda", "cpu"),
+                       help="default: MEGATRON_RECURSIVE_DEVICE of the environment, or auto: a GPU where there is one")
     asked = parser.add_argument_group("prompts and output: one of --prompt, --prompt-file and --interactive")
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     asked.add_argument("--prompt-file", metavar="FILE", help='a prompt a line, or .jsonl with "prompt"')

@@ -19,7 +19,7 @@ _RECURSION = "--num-refinement-blocks 2 --num-latent-refinements 1 --no-detach-b
 _RECIPE = (
     "--num-layers 2 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 --swiglu --disable-bias-linear "
     "--normalization RMSNorm --position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 "
-    "--init-method-std 0.125 --micro-batch-size 64 --global-batch-size 64 --train-iters 1500 --lr 2e-3 --min-lr 2e-5 "
+    "--init-method-std 0.125 --micro-batch-size 64 --global-batch-size 64 --train-iters 2000 --lr 4e-3 --min-lr 4e-4 "
     "--lr-decay-style cosine --lr-warmup-iters 50 --weight-decay 0.1 --adam-beta2 0.95 --log-interval 25 "
     "--eval-interval 250 --eval-iters 5 --save-interval 250 --tokenizer-type NullTokenizer --num-workers 0"
 )
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     task = _add_making(actions, "hops", "k-hop induction: from a symbol to the successor of its last earlier "
                        "occurrence, k times. Symbols and answers alternate, and each document tells its k.")
-    task.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3, 4], metavar="K",
-                      help="each document draws its k among these (default: 1 2 3 4)")
+    task.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], metavar="K",
+                      help="each document draws its k among these (default: 1 to 6)")
     task.add_argument("--alphabet", type=int, default=4, help="different symbols")
     task.add_argument("--length", type=int, default=48, help="symbols of a document, which has twice as many tokens")
     task = _add_making(actions, "addition", "Sums of several numbers, the least significant digit first; the digits of "

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     _check_flags(args)
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompt_file)
     with open_model(
-        args.model, tokenizer=args.tokenizer, dtype=args.dtype, num_refinement_blocks=args.num_refinement_blocks
+        args.model, tokenizer=args.tokenizer, dtype=args.dtype, num_refinement_blocks=args.num_refinement_blocks,
+        device=args.device,
     ) as loaded:
         settings.check(loaded)
         if args.show_recursive_steps and not loaded.recursive:

@@ -61,7 +61,7 @@ class TrainingKnobs:
 
     detach_between_refinements: bool = _knob(
         True, "Cut the states at every block start, so that only the last block carries gradient: less memory and "
-        "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats by it. Off, gradients flow through all blocks.",
+        "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats or more by it. Off, gradients pass all blocks.",
         off="--no-detach-between-refinements")
     init_depth_scaling: str | None = _knob(
         None, "Output projections are initialised with std / sqrt(2 L): L the layers held, or the layers unrolled "

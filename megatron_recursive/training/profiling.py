@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from megatron_recursive.errors import UserError
 
 FOLDER = "torch_profile"
+
+running: list[Any] = []  # PyTorch profilers whose trace is still to be written
 
 
 def check(args: argparse.Namespace, *, on_cpu: bool) -> None:
@@ -44,3 +47,11 @@ def place_trace(args: argparse.Namespace) -> None:
     """
     if args.profile and args.use_pytorch_profiler and args.tensorboard_dir is None:
         args.tensorboard_dir = os.path.join(args.save, FOLDER)
+
+
+def stop_all() -> None:
+    """Let every running profiler write what it has; in the thread that started it, which alone can."""
+    for each in list(running):
+        each.stop()
+        if each.execution_trace_observer is not None:
+            each.execution_trace_observer.unregister_callback()

@@ -25,15 +25,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "plots": (f"{OURS}.plan", "matplotlib"),
     "backends": ("torch",),
     "data": (
-        "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "loguru",
-        "tqdm", "megatron.core.datasets",
+        "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "dill",
+        "loguru", "tqdm", "fsspec", "huggingface_hub", "megatron.core.datasets",
     ),
     "losses": (f"{OURS}.plan", "torch", "megatron.core"),
     "models": (f"{OURS}.plan", f"{OURS}.losses", "torch", "megatron.core"),
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
-        *(f"{OURS}.{module}" for module in ("plan", "models", "data.progress")), "torch", "transformers", "safetensors",
-        "huggingface_hub", "gguf", "megatron.core",
+        *(f"{OURS}.{module}" for module in ("plan", "backends", "models", "data.progress")), "torch", "transformers",
+        "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "pipeline")),
@@ -43,11 +43,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "models", "hf")), "torch", "transformers",
         "megatron.core",
     ),
+    "evaluation": (
+        *(f"{OURS}.{folder}" for folder in ("backends", "data.files", "hf")), "torch", "transformers", "accelerate",
+        "lm_eval",
+    ),
     "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "tqdm", "yaml"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
-                                            "plots", "ablation", "launch", "__version__")),
-        "torch", "transformers",
+                                            "plots", "ablation", "evaluation", "launch", "__version__")),
+        "torch", "transformers", "lm_eval",
     ),
     "launch": (f"{OURS}.training.pretrain", "torch"),
     "pretrain": (f"{OURS}.training.pretrain",),

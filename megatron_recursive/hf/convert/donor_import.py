@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,15 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
 from megatron_recursive.hf.convert.files import new_folder
-from megatron_recursive.hf.convert.mappings import FAMILIES, HALTING_ROWS, INITIAL_STATE_ROWS, Item, Row, items
+from megatron_recursive.hf.convert.mappings import (
+    HALTING_ROWS,
+    INITIAL_STATE_ROWS,
+    OWN,
+    Item,
+    Row,
+    items,
+    recursive_rows,
+)
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
@@ -43,7 +50,6 @@ ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
 TOKENIZER = "tokenizer"
 MUCH_WORSE = 1.0  # nats: the next token is e times less likely than to the donor
-OWN = FAMILIES["recursive_gpt"]
 RELEASE = "release"  # Megatron's name for weights without an iteration: a run that loads them starts at 0
 
 
@@ -116,10 +122,10 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
 
 def _recursion(source: Source, given: Mapping[str, Any]) -> RecursionConfig:
     stored: dict[str, Any] = {}
-    if source.family.model_type == "recursive_gpt":
+    if source.family is OWN:
         knobs = RecursionConfig.from_mapping(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
-        if not given and build_plan(own) != RecursionPlan.from_json(json.dumps(source.config.plan)):
+        if not given and build_plan(own) != source.plan:
             raise UserError(f"{source.name} has a plan that its knobs do not give; import it with recursion flags.")
         stored = own.to_dict()
     recursion = RecursionConfig.from_mapping({**stored, **given})
@@ -323,7 +329,7 @@ class _Import:
         """The donor's config with the chosen layers only, and for a model of ours without recursion."""
         values = self.source.config.to_dict()
         values["num_hidden_layers"] = len(self.layers)
-        if self.source.family.model_type == "recursive_gpt":
+        if self.source.family is OWN:
             values.update(num_layers=len(self.layers), plan=None)
         if values.get("layer_types"):
             values["layer_types"] = [values["layer_types"][layer] for layer in self.layers]
@@ -341,11 +347,6 @@ def _donor_tokenizer(source: Source) -> Any:
     if source.gguf is not None:
         return load_tokenizer(source.gguf.parent, gguf_file=source.gguf.name)
     return None if source.folder is None else load_tokenizer(source.folder)
-
-
-def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    initial = not plan.is_plain and plan.state_init != "zeros"
-    return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
 
 
 def _final(partial: Path) -> Path:
@@ -372,4 +373,4 @@ def training_command(target: Path) -> str:
                    "--save", str(run), "--data-path", "DATA_PREFIX")  # fmt: skip
 
 
-__all__ = ["FAMILIES", "ImportOptions", "import_model"]
+__all__ = ["ImportOptions", "import_model"]

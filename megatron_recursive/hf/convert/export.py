@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +14,21 @@ from torch import Tensor
 
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf import model as shipped
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch, recursive_rows
+from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.mappings import (
-    FAMILIES,
+    OWN,
     Family,
     Item,
-    donor_config,
+    config_values,
     donor_family,
     items,
-    recursive_config,
+    recursive_rows,
 )
 from megatron_recursive.hf.convert.report import Report
-from megatron_recursive.hf.convert.safetensors_files import NAMES, Promise, write_folder
+from megatron_recursive.hf.convert.safetensors_files import NAMES, write_folder
 from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
 from megatron_recursive.hf.convert.tokenizer_files import (
     TOKEN_IDS,
@@ -44,6 +42,7 @@ from megatron_recursive.hf.convert.tokenizer_files import (
 )
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
 from megatron_recursive.hf.convert.transforms import VOCABULARY
+from megatron_recursive.hf.model import write_remote_code
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
@@ -72,7 +71,7 @@ class MegatronModel:
     def family(self) -> Family:
         """The donor's own class for a plain GPT, where there is one that can express it."""
         donor = donor_family(self.arch) if self.plan.is_plain and not self.own_class else None
-        return donor or FAMILIES["recursive_gpt"]
+        return donor or OWN
 
     def items(self) -> Iterator[Item]:
         return items(self.family, self.arch, extra=recursive_rows(self.plan))
@@ -153,9 +152,8 @@ def export_model(
         say(f"{ckpt}: {model.arch.num_layers} layers, {model.plan.num_passes} passes, to {model.family.architecture}")
         report.facts["family"] = model.family.model_type
         _write_weights(model, folder, report)
-        if model.family.model_type == "recursive_gpt":
-            for name in shipped.REMOTE_CODE_FILES:
-                shutil.copyfile(Path(shipped.__file__).parent / name, folder / name)
+        if model.family is OWN:
+            write_remote_code(folder)
         _compare(model, folder)
         if proof_dtype is not None:
             report.max_logit_error = _prove(model, folder, proof_dtype)
@@ -166,7 +164,7 @@ def export_model(
         say("WARNING: the proof was skipped (--no-proof); nothing shows that the export computes what the model does.")
     for note in notes:
         say(f"WARNING: {note}")
-    trust = ", trust_remote_code=True" if model.family.model_type == "recursive_gpt" else ""
+    trust = ", trust_remote_code=True" if model.family is OWN else ""
     say(f"{target}: the model; load it with AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})")
     return report
 
@@ -177,15 +175,10 @@ def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) ->
 
 
 def _config(model: MegatronModel) -> dict[str, Any]:
-    if model.family.model_type == "recursive_gpt":
-        config = recursive_config(model.arch)
-        config["num_layers"] = model.arch.num_layers
-        config["num_hidden_layers"] *= model.plan.num_passes  # as the class stores it, for its caches
-        config["plan"] = json.loads(model.plan.to_json())
-        config["recursion"] = model.recursion.to_dict()
-        config["auto_map"] = AUTO_MAP
-    else:
-        config = donor_config(model.family, model.arch)
+    config = config_values(model.family, model.arch)
+    if model.family is OWN:
+        config["num_hidden_layers"] = model.arch.num_layers * model.plan.num_passes  # as its class says it
+        config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
     dtypes = {model.checkpoint.dtypes[item.key] for item in model.items()}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype"] = str(widest).removeprefix("torch.")
@@ -203,12 +196,12 @@ def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder:
     return next((place for place in places if place.is_dir() and copy_tokenizer(place, folder)), None)
 
 
-def _promises(model: MegatronModel) -> list[Promise]:
-    return [
-        Promise(name, shape, model.checkpoint.dtypes[item.key])
+def _promised(model: MegatronModel) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(shape, dtype=model.checkpoint.dtypes[item.key], device="meta")
         for item in model.items()
         for name, shape in item.hf.items()
-    ]
+    }
 
 
 def _split(model: MegatronModel, item: Item) -> tuple[Tensor, ...]:
@@ -230,7 +223,7 @@ def _write_weights(model: MegatronModel, folder: Path, report: Report) -> None:
                 yield name, part
 
     with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
-        write_folder(folder, _promises(model), tensors(progress))
+        write_folder(folder, _promised(model), tensors(progress))
 
 
 def _compare(model: MegatronModel, folder: Path) -> None:

@@ -1,22 +1,24 @@
-"""Logits of both worlds on a fixed text, with one layer of the model in memory at a time.
+"""Logits of both worlds on a fixed text, with one module's parameters in memory at a time.
 
-A model is built without storage for its parameters. Embedding, layers and head get theirs just before they run and give
-them back right after, by hooks, so that the forward pass itself is transformers' own, or Megatron's own.
+A model is built without storage for its parameters, which accelerate's hooks hand to each module while it runs, so that
+the forward pass itself is transformers' own, or Megatron's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import accelerate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import Family
+from megatron_recursive.hf.convert.mappings import OWN, Family
 from megatron_recursive.plan import RecursionConfig
 
 TOLERANCE = 1e-4  # of the largest absolute logit
@@ -25,6 +27,7 @@ TEXT = (
     "A converter that copies weights must show that nothing was lost on the way. The capital of France is Paris, "
     "2 + 2 = 4, and def f(x): return x * x is a function; the rest of this sentence is here to fill the context."
 )
+INITIAL_STATES = ("initial_output", "initial_latent")  # buffers of the Megatron model
 Fetch = Callable[[str], Tensor]
 
 
@@ -39,19 +42,18 @@ def proof_tokens(vocab_size: int, tokenizer: Any, max_positions: int) -> Tensor:
 
 def hf_logits(family: Family, config: Any, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits [S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
-    with _parameters_without_storage():
-        if family.model_type == "recursive_gpt":
+
+    def build() -> Any:
+        if family is OWN:
             from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
             config._attn_implementation = "sdpa"
-            model = RecursiveGPTForCausalLM(config)
-        else:
-            from transformers import AutoModelForCausalLM
+            return RecursiveGPTForCausalLM(config)
+        from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    model.eval()
-    layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
-    _stream(model, ["model.embed_tokens", *layers, "lm_head"], fetch, dtype)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+
+    model = _offloaded(build, fetch, dtype)
     with torch.no_grad():
         return model(input_ids=tokens_BS, use_cache=False).logits[0]
 
@@ -63,13 +65,16 @@ def megatron_logits(
 
     Args:
         fetch: gives a parameter by its checkpoint key, that of a layer as ``decoder.layers.{i}.<rest of the key>``.
+
+    Raises:
+        UserError: Megatron has been left to see a GPU, where it would put what belongs beside these weights.
     """
+    if torch.cuda.is_available() and not cpu.is_installed():
+        raise UserError("The proof runs on the CPU: call backends.cpu.install(on_purpose=True) before it.")
     with one_process():
-        with _parameters_without_storage():
-            model = build_megatron(arch, recursion, dtype)
-        model.eval()
-        layers = [f"decoder.layers.{i}" for i in range(arch.num_layers)]
-        _stream(model, ["embedding", *layers, "output_layer"], lambda name: fetch(checkpoint_key(name)), dtype)
+        model = _offloaded(
+            lambda: build_megatron(arch, recursion, dtype), lambda name: fetch(checkpoint_key(name)), dtype
+        )
         if arch.tied:
             _give_tied_weight(model, fetch, dtype)
         positions = torch.arange(tokens_BS.shape[1])[None].expand_as(tokens_BS)
@@ -100,62 +105,34 @@ def check(error: float, what: str) -> None:
 # --- models without storage -----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _parameters_without_storage() -> Iterator[None]:
-    """Parameters made inside are on the meta device; buffers are real, since models compute with them."""
-    original = torch.nn.Module.register_parameter
+class _Weights(Mapping[str, Tensor]):
+    """A model's parameters by name, read when they are asked for."""
 
-    def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        if parameter is not None:
-            hollow = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-            hollow.__dict__.update(parameter.__dict__)
-            module._parameters[name] = hollow
+    def __init__(self, names: Iterable[str], fetch: Fetch) -> None:
+        self.names, self.fetch = [*names], fetch
 
-    torch.nn.Module.register_parameter = register  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fetch(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
-def _stream(model: torch.nn.Module, units: list[str], fetch: Fetch, dtype: torch.dtype) -> None:
-    """Fill the units while they run, and everything else (norms, small heads, initial states) for good."""
-    for unit in units:
-        module = model.get_submodule(unit)
-        module.register_forward_pre_hook(lambda m, _, unit=unit: _fill(m, f"{unit}.", fetch, dtype))
-        module.register_forward_hook(lambda m, *_: _empty(m))
-    for name, module in model.named_modules():
-        if not any(name == unit or name.startswith(f"{unit}.") for unit in units):
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[leaf] = _loaded(fetch(f"{name}.{leaf}" if name else leaf), parameter, dtype)
+def _offloaded(build: Callable[[], Any], fetch: Fetch, dtype: torch.dtype) -> Any:
+    """A model without storage; each module gets its parameters just before it runs and gives them back right after."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = build().to(dtype).eval()
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] in ("initial_output", "initial_latent"):
+        if name in INITIAL_STATES:
             buffer.data = fetch(name).to(dtype)
-
-
-def _fill(module: torch.nn.Module, prefix: str, fetch: Fetch, dtype: torch.dtype) -> None:
-    for path, part in module.named_modules():
-        for leaf, parameter in part._parameters.items():
-            if parameter is not None:
-                name = f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}"
-                part._parameters[leaf] = _loaded(fetch(name), parameter, dtype)
-
-
-def _empty(module: torch.nn.Module) -> None:
-    for part in module.modules():
-        for leaf, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[leaf] = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-
-
-def _loaded(tensor: Tensor, hollow: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parameter:
-    if tensor.shape != hollow.shape:
-        raise UserError(f"The proof failed: a tensor of shape {tuple(tensor.shape)} for one of {tuple(hollow.shape)}.")
-    filled = torch.nn.Parameter(tensor.to(dtype), requires_grad=False)
-    filled.__dict__.update(hollow.__dict__)
-    return filled
+    return accelerate.cpu_offload(
+        model, torch.device("cpu"), state_dict=_Weights(names, fetch),
+        preload_module_classes=["TransformerLayer"],  # Megatron's: parts of it use each other's parameters
+    )  # fmt: skip
 
 
 # --- Megatron -------------------------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class SafetensorsFolder:
 
     Attributes:
         shapes, dtypes: by tensor name; a dtype is safetensors' own name for it.
-        nbytes: of all tensors together.
+        nbytes: of all files together.
     """
 
     folder: Path
@@ -54,11 +56,11 @@ class SafetensorsFolder:
         return found
 
     def _add(self, file: Path) -> None:
-        for name, (dtype, shape, size) in read_header(file).items():
+        self.nbytes += file.stat().st_size
+        for name, (dtype, shape) in read_header(file).items():
             if name in self._files:
                 raise UserError(f"{name} is in both {self._files[name].name} and {file.name} of {self.folder}.")
             self._files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
-            self.nbytes += size
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -69,22 +71,15 @@ class SafetensorsFolder:
             return file.get_tensor(name)
 
 
-def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Tensor name to (dtype, shape, bytes); the file's length is held against the header's offsets."""
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name to (dtype, shape); the library holds the file's length against the header's offsets."""
     try:
-        with safe_open(file, framework="pt"):
-            pass  # the library's own check of header, offsets and length
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+    except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{file} is damaged or no safetensors file ({reason}); fetch it again.") from error
-    header.pop("__metadata__", None)
-    return {
-        name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -130,59 +125,36 @@ def _files_of(folder: Path, index: dict[str, str] | None) -> list[Path]:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Promise:
-    """A tensor that is going to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
-
-
 def write_folder(
-    folder: Path, promises: list[Promise], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+    folder: Path, promised: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the promised tensors, which must come in the promised order, one at a time."""
-    shards: list[list[Promise]] = [[]]
-    for promise in promises:
-        if shards[-1] and sum(p.nbytes for p in shards[-1]) + promise.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(promise)
-    single = len(shards) == 1
-    given, weight_map = iter(tensors), {}
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard, given)
-        weight_map.update({promise.name: name for promise in shard})
-    if next(given, None) is not None:
-        raise AssertionError("more tensors than promised")
-    if not single:
-        total = sum(p.nbytes for p in promises)
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    """Write the promised tensors, one at a time: the library's own writer wants a whole shard in memory.
+
+    Args:
+        promised: what will be written, on the meta device.
+        tensors: the same in the same order.
+    """
+    split = split_torch_state_dict_into_shards(promised, max_shard_size=shard_bytes)
+    with contextlib.ExitStack() as stack:
+        shards = {file: stack.enter_context(open(folder / file, "wb")) for file in split.filename_to_tensors}
+        for file, names in split.filename_to_tensors.items():
+            shards[file].write(_header({name: promised[name] for name in names}))
+        for name, tensor in tensors:
+            assert (tensor.shape, tensor.dtype) == (promised[name].shape, promised[name].dtype), name
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            shards[split.tensor_to_filename[name]].write(data)
+    if split.is_sharded:
+        text = json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, promises: list[Promise], given: Iterator[tuple[str, Tensor]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for promise in promises:
-        end = offset + promise.nbytes
-        header[promise.name] = {"dtype": NAMES[promise.dtype], "shape": list(promise.shape),
-                                "data_offsets": [offset, end]}  # fmt: skip
-        offset = end
-    text = json.dumps(header).encode()
+def _header(promised: dict[str, Tensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in promised.items():
+        offsets = [start, start + tensor.nbytes]
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets}
+        start = offsets[1]
+    text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    with open(path, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for promise in promises:
-            name, tensor = next(given)
-            if (name, tuple(tensor.shape), tensor.dtype) != (promise.name, promise.shape, promise.dtype):
-                raise AssertionError(f"{name} {tuple(tensor.shape)} {tensor.dtype} is not the promised {promise}")
-            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return struct.pack("<Q", len(text)) + text

@@ -15,16 +15,16 @@ from megatron_recursive.command_line import missing_package
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import (
-    FAMILIES,
-    HALTING_ROWS,
-    INITIAL_STATE_ROWS,
+    OWN,
     Family,
     Row,
     family_of,
     items,
     read_config,
+    recursive_rows,
 )
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, NAMES, SafetensorsFolder
+from megatron_recursive.plan import RecursionPlan
 
 # Buffers that old checkpoints carry; every model computes them anew.
 COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
@@ -62,13 +62,13 @@ class Source:
     gguf: Path | None = None
     dropped: dict[str, str] = field(default_factory=dict)  # tensors that no row takes, and why that is right
 
+    @property
+    def plan(self) -> RecursionPlan:
+        return getattr(self.config, "recursion_plan", None) or RecursionPlan.plain()
+
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
-        if self.family.model_type != "recursive_gpt":
-            return ()
-        rows = HALTING_ROWS if any(p.get("halt_weight") for p in self.config.plan["passes"]) else ()
-        initial = self.config.plan.get("state_init", "zeros") != "zeros"
-        return (*rows, *(INITIAL_STATE_ROWS if initial else ()))
+        return recursive_rows(self.plan)
 
     def weight(self, name: str) -> Tensor:
         """A tensor by name; a tied head is the embedding."""
@@ -149,7 +149,7 @@ def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
     _check_numbers(values, where)
     values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
     try:
-        if family.model_type == "recursive_gpt":
+        if family is OWN:
             from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
             return RecursiveGPTConfig.from_dict(values)
@@ -269,4 +269,4 @@ def choose_layers(total: int, selection: str | None, count: int | None, explicit
     return [math.ceil(index * (total - 1) / (count - 1)) if count > 1 else 0 for index in range(count)]
 
 
-__all__ = ["FAMILIES", "Source", "choose_layers", "config_object", "open_source", "read_json"]
+__all__ = ["Source", "choose_layers", "config_object", "open_source", "read_json"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,8 @@ from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.hf.convert.tokenizer_files import load_tokenizer
 from megatron_recursive.hf.convert.torch_dist import LAYERS, TRACKER
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan import RecursionPlan
 
-PLAIN = build_plan(RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0))
 VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -155,10 +153,8 @@ def _open_hf(given: str) -> Side:
 
     for item in items(source.family, source.arch, extra=source.extra_rows()):
         tensors[_name(item.key, item.layer)] = reader(item)
-    ours = source.family.model_type == "recursive_gpt"
-    plan = RecursionPlan.from_json(json.dumps(source.config.plan)) if ours else PLAIN
 
     def logits(tokens_BS: Tensor, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
         return proof.hf_logits(source.family, source.config, _rounded(source.weight, coarse), tokens_BS, dtype)
 
-    return Side(given, source.arch, plan, tensors, logits, source.folder or Path(given))
+    return Side(given, source.arch, source.plan, tensors, logits, source.folder or Path(given))

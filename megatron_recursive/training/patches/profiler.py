@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+
+from megatron_recursive.training import profiling
 
 
 @contextlib.contextmanager
@@ -20,16 +21,18 @@ def stopped_at_exit(args: argparse.Namespace) -> Iterator[None]:
         return
     from torch import profiler
 
-    running: list[Any] = []
-
     class Profile(profiler.profile):
+        stopping = False
+
         def start(self) -> None:
-            running.append(self)
+            profiling.running.append(self)
             super().start()
 
         def stop(self) -> None:
-            running.remove(self)
-            super().stop()
+            if not self.stopping:  # a Ctrl-C may come while the trace is written
+                self.stopping = True
+                super().stop()
+                profiling.running.remove(self)
 
     original = profiler.profile
     setattr(profiler, "profile", Profile)  # noqa: B010
@@ -37,7 +40,4 @@ def stopped_at_exit(args: argparse.Namespace) -> Iterator[None]:
         yield
     finally:
         setattr(profiler, "profile", original)  # noqa: B010
-        for each in list(running):
-            each.stop()
-            if each.execution_trace_observer is not None:
-                each.execution_trace_observer.unregister_callback()
+        profiling.stop_all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from tests.distributed import run_distributed
+from tests.distributed import run_command, run_distributed
 from tests.grids import grid
 from tests.unit_tests.hf.donors import DONORS, LAYERS, VOCAB, make_donor, save_donor, tokens
 
@@ -168,6 +170,31 @@ def test_untied_embeddings_start_as_copies_and_bf16_stays_bf16(tmp_path: Path) -
     assert torch.equal(embedding, checkpoint.get("output_layer.weight")) and not embedding[VOCAB:].any()
 
 
+# --- where it runs ----------------------------------------------------------------------------------------------------
+
+# A machine with a GPU for Megatron, whose tensors are on "meta": torch refuses to compute with one of those and one of
+# the CPU.
+BESIDE_A_GPU = """
+import sys
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: torch.device("meta")
+from megatron_recursive.commands import main
+donor, checkpoint, out = sys.argv[1:]
+main(["convert", "import", "--hf", donor, "--out", checkpoint])
+main(["convert", "export", "--ckpt", checkpoint, "--out", out])
+main(["convert", "verify", checkpoint, out])
+"""
+
+
+def test_a_conversion_runs_on_the_cpu_of_a_machine_with_a_gpu(tmp_path: Path) -> None:
+    donor = save_donor("llama3, head_dim", tmp_path / "donor")
+    result = run_command([sys.executable, "-c", BESIDE_A_GPU, donor, tmp_path / "ckpt", tmp_path / "hf"], timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(reports) == 3 and all(report["max_logit_error"] < 2e-6 for report in reports)
+
+
 # --- the proof fails when it should -----------------------------------------------------------------------------------
 
 
@@ -182,7 +209,7 @@ def _sabotaged(donor: Path, out: Path, dtype: str) -> str:
         mappings.Row(row.megatron, swapped, row.hf) if "linear_fc1.weight" in row.megatron else row
         for row in family.layer_rows
     )
-    mappings.FAMILIES["qwen3"] = mappings.Family(family.model_type, family.architecture, rows)
+    mappings.FAMILIES["qwen3"] = dataclasses.replace(family, layer_rows=rows)
     try:
         import_model(str(donor), str(out), ImportOptions(proof_dtype=getattr(torch, dtype)), _quiet)
     except UserError as error:

@@ -14,21 +14,21 @@ from torch import Tensor
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import files
-from megatron_recursive.hf.convert.mappings import FAMILIES, donor_config, items, read_config
-from megatron_recursive.hf.convert.safetensors_files import Promise, write_folder
+from megatron_recursive.hf.convert.mappings import FAMILIES, config_values, items, read_config
+from megatron_recursive.hf.convert.safetensors_files import write_folder
 from megatron_recursive.hf.convert.sources import config_object
 from tests.distributed import run_command
 
 # Peak resident memory above what the imports took, of an import and of an export, in bytes.
 MEASURE = """
-import json, resource, sys, warnings
+import json, sys, warnings
 warnings.simplefilter("ignore")
 from megatron_recursive.backends import cpu
 cpu.install()
 import transformers.models.llama.modeling_llama
 from megatron_recursive.hf.convert import donor_import as convert, export, proof
 from megatron_recursive.models import recursive_gpt_model
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
 hf, ckpt, back = sys.argv[1:]
 before = peak()
 knobs = {"enable_recursive_refinement": False}
@@ -49,18 +49,18 @@ def gigabyte_model(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     arch = read_config(family, config_object(family, shape, "here"), "here")
     folder = tmp_path / "hf"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(donor_config(family, arch)))
-    promises = [Promise(name, size, torch.bfloat16) for item in items(family, arch) for name, size in item.hf.items()]
+    (folder / "config.json").write_text(json.dumps(config_values(family, arch)))
+    shapes = {name: shape for item in items(family, arch) for name, shape in item.hf.items()}
+    promised = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(0)
-        for promise in promises:
-            spread = 1.0 if len(promise.shape) == 1 else 0.03
-            tensor = torch.randn(promise.shape, generator=generator) * spread
-            yield promise.name, tensor.to(torch.bfloat16)
+        for name, shape in shapes.items():
+            tensor = torch.randn(shape, generator=generator) * (1.0 if len(shape) == 1 else 0.03)
+            yield name, tensor.to(torch.bfloat16)
 
-    write_folder(folder, promises, tensors())
-    yield folder, sum(promise.nbytes for promise in promises)
+    write_folder(folder, promised, tensors())
+    yield folder, sum(tensor.nbytes for tensor in promised.values())
     shutil.rmtree(tmp_path)
 
 

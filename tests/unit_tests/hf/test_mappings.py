@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import FAMILIES, donor_config, donor_family, items, read_config
-from megatron_recursive.hf.convert.safetensors_files import Promise, SafetensorsFolder, write_folder
+from megatron_recursive.hf.convert.mappings import FAMILIES, config_values, donor_family, items, read_config
+from megatron_recursive.hf.convert.safetensors_files import INDEX, SafetensorsFolder, write_folder
 from megatron_recursive.hf.convert.sources import choose_layers, config_object, open_source
 from megatron_recursive.hf.convert.tokenizer_files import copy_tokenizer
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, TorchDistWriter
@@ -59,7 +59,7 @@ def test_arguments_and_config_give_the_architecture_back(kind: str) -> None:
     assert Architecture.from_megatron(arch.to_megatron(), "here") == arch
     family = donor_family(arch)
     assert family is not None
-    values = donor_config(family, arch)
+    values = config_values(family, arch)
     assert read_config(family, config_object(family, values, "here"), "here") == arch
 
 
@@ -126,11 +126,11 @@ def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_safetensors_shards_are_what_the_library_reads(tmp_path: Path) -> None:
-    state = {"a": torch.randn(3, 4), "b": torch.randn(5, dtype=torch.bfloat16), "c": torch.randn(2, 2).half()}
-    promises = [Promise(k, tuple(v.shape), v.dtype) for k, v in state.items()]
-    write_folder(tmp_path, promises, state.items(), shard_bytes=60)
+    state = {"a": torch.randn(3, 3), "larger than a shard": torch.randn(16), "b": torch.randn(5, dtype=torch.bfloat16),
+             "c": torch.randn(2, 2).half()}  # fmt: skip
+    write_folder(tmp_path, {name: tensor.to("meta") for name, tensor in state.items()}, state.items(), shard_bytes=60)
     files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) == 2
+    assert len(files) == 2 and {*json.loads((tmp_path / INDEX).read_text())["weight_map"]} == {*state}
     read = {k: v for file in files for k, v in load_file(file).items()}
     assert read.keys() == state.keys() and all(torch.equal(read[k], v) for k, v in state.items())
     assert torch.equal(SafetensorsFolder.open(tmp_path).get("c"), state["c"])
