@@ -78,25 +78,24 @@ def make_step(stages: int, size: Size) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_recursive.models.layer_specs import local_block_spec
-    from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+    from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
     from megatron_recursive.pipeline import dispatch
     from megatron_recursive.plan import RecursionConfig
 
     parallel_state.initialize_model_parallel(1, stages)
     model_parallel_cuda_manual_seed(1)
     dispatch.install()
-    config = TransformerConfig(
-        num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=4, ffn_hidden_size=4 * size.hidden,
-        pipeline_model_parallel_size=stages, pipeline_dtype=torch.float32, use_cpu_initialization=True,
-        normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
-        gradient_accumulation_fusion=False, persist_layer_norm=False, masked_softmax_fusion=False,
-        bias_dropout_fusion=False, deallocate_pipeline_outputs=True,
-    )  # fmt: skip
     models = {}
     for arm in ARMS:
+        config = RecursiveTransformerConfig(
+            num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=4, ffn_hidden_size=4 * size.hidden,
+            pipeline_model_parallel_size=stages, pipeline_dtype=torch.float32, use_cpu_initialization=True,
+            normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
+            gradient_accumulation_fusion=False, persist_layer_norm=False, masked_softmax_fusion=False,
+            bias_dropout_fusion=False, deallocate_pipeline_outputs=True, pipeline_phases=arm.phases,
+        )  # fmt: skip
         knobs = RecursionConfig(num_refinement_blocks=size.blocks, num_latent_refinements=size.latents,
                                 detach_between_refinements=arm.detach, halt_supervision="last")  # fmt: skip
         model = RecursiveGPTModel(
@@ -104,7 +103,6 @@ def make_step(stages: int, size: Size) -> Any:
             pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
             recursion=knobs.resolved(embedding_init_std=0.02),
         )  # fmt: skip
-        model.pipeline_phases = arm.phases
         models[arm.name] = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
     tokens = torch.randint(0, VOCABULARY, (size.micro_batch, size.sequence + 1))
     positions = torch.arange(size.sequence).expand(size.micro_batch, -1)

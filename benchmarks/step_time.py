@@ -47,13 +47,12 @@ class Arm:
     def __init__(self, size: Size, recursion: Any, layers: int) -> None:
         import torch
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-        from megatron.core.transformer.transformer_config import TransformerConfig
 
         from megatron_recursive.accounting import ModelShape, flops_per_token
         from megatron_recursive.models.layer_specs import local_block_spec
-        from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+        from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 
-        config = TransformerConfig(
+        config = RecursiveTransformerConfig(
             num_layers=layers, hidden_size=size.hidden, num_attention_heads=4, ffn_hidden_size=4 * size.hidden,
             use_cpu_initialization=True, normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0,
             attention_dropout=0.0, gradient_accumulation_fusion=False, persist_layer_norm=False,

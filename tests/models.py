@@ -149,7 +149,7 @@ def start_parallel(tp: int = 1, pp: int = 1, seed: int = 123) -> None:
 
 
 def transformer_config(case: Case, layout: Layout) -> Any:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron_recursive.models.recursive_gpt_model import RecursiveTransformerConfig
 
     values = dict(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, ffn_hidden_size=FFN,
@@ -158,6 +158,7 @@ def transformer_config(case: Case, layout: Layout) -> Any:
         bias_activation_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
         apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
         pipeline_model_parallel_size=layout.pp, pipeline_dtype=torch.float32, deallocate_pipeline_outputs=True,
+        pipeline_phases=layout.phases, pipeline_window=layout.window, recompute_passes=layout.recompute_passes,
     )  # fmt: skip
     if layout.engine and not ON_GPU:
         values["transformer_impl"] = "transformer_engine"
@@ -173,7 +174,7 @@ def transformer_config(case: Case, layout: Layout) -> Any:
             values["params_dtype"] = values["pipeline_dtype"] = dtype
     if values.pop("swiglu", False):
         values.update(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
-    return TransformerConfig(**values)
+    return RecursiveTransformerConfig(**values)
 
 
 def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = True) -> Any:  # noqa: B008
@@ -196,8 +197,6 @@ def build_model(case: Case, layout: Layout = Layout(), *, known_weights: bool = 
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         **arguments,
     )  # fmt: skip
-    model.pipeline_phases, model.pipeline_window = layout.phases, layout.window
-    model.recompute_passes = layout.recompute_passes
     if known_weights:
         fill_weights(model)
     return model.cuda() if ON_GPU else model

@@ -82,8 +82,7 @@ class Arm:
 
         torch.manual_seed(1)
         self.size = size
-        model = self._model(knobs, bf16, engine)
-        model.recompute_passes = recompute
+        model = self._model(knobs, bf16, engine, recompute)
         self.model, config = model.cuda(), model.config
         inner = Float16Module(config, self.model) if bf16 else self.model
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=train,
@@ -102,18 +101,17 @@ class Arm:
         self.batch = {"input_ids": tokens[:, :-1].contiguous(), "position_ids": positions, "attention_mask": None,
                       "labels": tokens[:, 1:].contiguous(), "loss_mask": mask}  # fmt: skip
 
-    def _model(self, knobs: dict[str, Any], bf16: bool, engine: bool) -> Any:
+    def _model(self, knobs: dict[str, Any], bf16: bool, engine: bool, recompute: bool) -> Any:
         import torch
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-        from megatron.core.transformer.transformer_config import TransformerConfig
 
         from megatron_recursive.models import compiled_fusions
         from megatron_recursive.models.layer_specs import local_block_spec
-        from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+        from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
         from megatron_recursive.plan import RecursionConfig
 
         size, dtype = self.size, torch.bfloat16 if bf16 else torch.float32
-        config = TransformerConfig(
+        config = RecursiveTransformerConfig(
             num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=size.heads, ffn_hidden_size=size.ffn,
             normalization="RMSNorm", add_bias_linear=False, gated_linear_unit=True,
             activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0,
@@ -121,7 +119,7 @@ class Arm:
             init_method_std=size.hidden**-0.5,
             bias_activation_fusion=True, bias_dropout_fusion=True, masked_softmax_fusion=False,
             gradient_accumulation_fusion=False, persist_layer_norm=engine, apply_rope_fusion=engine,
-            transformer_impl="transformer_engine" if engine else "local",
+            transformer_impl="transformer_engine" if engine else "local", recompute_passes=recompute,
         )  # fmt: skip
         compiled_fusions.choose(config)
         spec = get_gpt_layer_with_transformer_engine_spec() if engine else local_block_spec(config)

@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth = parser.add_argument_group("depth")
     depth.add_argument("--depths", type=_depths, default=(), metavar="T,T,...",
                        help="run the tasks with each of these numbers of refinement blocks, print one table and write "
-                       "it beside the results of --output_path (default there: results)")  # fmt: skip
+                       "it beside the results of --output_path (default there: runs/scores)")  # fmt: skip
     words = "--model recursive --model_args pretrained=DIR_OR_CKPT --tasks hellaswag --batch_size 8 --depths 1,2,4"
-    parser.epilog = example("evaluate", *words.split(), "--output_path", "results")
+    parser.epilog = example("evaluate", *words.split(), "--output_path", "runs/scores")
 
 
 def _depths(text: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -87,11 +88,11 @@ def revisions(paths: Iterable[str]) -> list[str]:
 def _rules(card: Any) -> Iterator[tuple[str, str | None, list[str]]]:
     """(configuration, split or None, patterns) of a card's metadata."""
     for config in (card.get("configs") if card is not None else None) or []:
-        name, below = config.get("config_name", "default"), config.get("data_dir")
-        entries = config.get("data_files", [below] if below else ["**"])
+        name, below = config.get("config_name", "default"), f"{config.get('data_dir') or '.'}/"
+        entries = config.get("data_files", "**")
         for entry in [entries] if isinstance(entries, str) else entries:
             split, path = (entry.get("split"), entry["path"]) if isinstance(entry, dict) else (None, entry)
-            yield name, split, [path] if isinstance(path, str) else path
+            yield name, split, [below + each for each in ([path] if isinstance(path, str) else path)]
 
 
 def _group(paths: list[str], rules: list[tuple[str, str | None, list[str]]]) -> dict[tuple[str, str], list[str]]:
@@ -113,7 +114,7 @@ def _split_of(path: str) -> str | None:
 def _matches(pattern: str, path: str) -> bool:
     from fsspec.utils import glob_translate
 
-    pattern = pattern.removeprefix("./").strip("/")
+    pattern = posixpath.normpath(pattern)
     return path.startswith(f"{pattern}/") or re.fullmatch(glob_translate(pattern), path) is not None
 
 

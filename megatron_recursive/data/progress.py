@@ -14,7 +14,7 @@ _COUNTS = struct.Struct("<QQ")
 
 def note_count(file: Path, rank: int, documents: int, size: int) -> None:
     """Write down how many documents and bytes of part ``rank`` are read: 16 bytes in a file that all parts share."""
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT), "wb", buffering=0) as stream:
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as stream:
         os.pwrite(stream.fileno(), _COUNTS.pack(documents, size), rank * _COUNTS.size)
 
 

@@ -51,7 +51,7 @@ def _at_depths(args: Any, depths: Sequence[int]) -> None:
     config, records = EvaluatorConfig.from_cli(args), []
     if config.model != "recursive":
         raise UserError(f"--depths sets the depth of --model recursive, but --model is {config.model}.")
-    args.output_path = config.output_path or "results"
+    args.output_path = config.output_path or "runs/scores"
     folder = Path(args.output_path).parent if args.output_path.endswith(".json") else Path(args.output_path)
     for depth in depths:
         before = set(folder.rglob("*.json"))

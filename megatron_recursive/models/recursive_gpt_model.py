@@ -11,6 +11,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
@@ -46,6 +47,23 @@ class BlockReadout:
     halt_logits_BS: Tensor | None = None
 
 
+@dataclass
+class RecursiveTransformerConfig(TransformerConfig):
+    """Megatron's, and how the passes of a recursion run. The fields are named as the flags.
+
+    Attributes:
+        pipeline_phases: one, two, or whichever is faster (auto); read by pipeline/ring_schedule.py.
+        pipeline_window: the most micro-batches of a window of two phases; 0: a few a stage.
+        pipeline_costs: PassCosts by which the phases are chosen; None: all passes cost the same.
+        recompute_passes: keep the input of a pass only, and replay it in the backward.
+    """
+
+    pipeline_phases: str = "auto"
+    pipeline_window: int = 0
+    pipeline_costs: Any = None
+    recompute_passes: bool = False
+
+
 class RecursiveGPTModel(GPTModel):
     """A GPT whose layers are applied once per pass of a :class:`RecursionPlan`.
 
@@ -57,14 +75,12 @@ class RecursiveGPTModel(GPTModel):
         All other arguments are GPTModel's.
     """
 
-    pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
-    pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
-    pipeline_costs: Any = None  # PassCosts by which the phases are chosen; None: all passes cost the same
-    recompute_passes: bool = False  # keep the input of a pass only, and replay it in the backward
+    config: RecursiveTransformerConfig
 
     def __init__(
-        self, config: Any, *args: Any, recursion: RecursionConfig, plan: RecursionPlan | None = None, **kwargs: Any
-    ) -> None:
+        self, config: RecursiveTransformerConfig, *args: Any, recursion: RecursionConfig,
+        plan: RecursionPlan | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         plan = plan or build_plan(recursion)
         if not plan.is_plain:
             # Transformer Engine's linears overwrite main_grad in the backward of the forward that fills this cache,
@@ -153,7 +169,7 @@ class RecursiveGPTModel(GPTModel):
 
         # Given as an argument: what the decoder holds by the time of the replay belongs to another pass.
         given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor
-        replayed = self.recompute_passes and torch.is_grad_enabled()
+        replayed = self.config.recompute_passes and torch.is_grad_enabled()
         function = partial(tensor_parallel.checkpoint, layers, False) if replayed else layers
         return self.uses.apart(_part_of(stack), function, given_SBH)
 

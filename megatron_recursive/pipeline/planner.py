@@ -12,7 +12,7 @@ from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
 from megatron_recursive.pipeline.pass_costs import PassCosts, equal_costs, price_passes
 from megatron_recursive.pipeline.timeline import Timeline, simulate
-from megatron_recursive.pipeline.windows import microbatch_group_size, window_sizes
+from megatron_recursive.pipeline.windows import in_flight, live_passes, microbatch_group_size, window_sizes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 SIMULATED_GROUPS = 3  # the schedule repeats from group to group of micro-batches
@@ -96,22 +96,21 @@ def step_of(costs: PassCosts, micro_batches: int, windows: tuple[int, ...] = (),
     stages = costs.stages
     if windows:
         kinds = tuple(dict.fromkeys(windows))
-        makespan, live = _simulated(costs, kinds, True, interleaved)
+        makespan = _simulated(costs, kinds, True, interleaved)
         for size in kinds:
             if more := windows.count(size) - 1:
-                again = _simulated(costs, (size, size), True, interleaved)[0]
-                makespan += more * (again - _simulated(costs, (size,), True, interleaved)[0])
+                again = _simulated(costs, (size, size), True, interleaved)
+                makespan += more * (again - _simulated(costs, (size,), True, interleaved))
     else:
         group = microbatch_group_size(stages, micro_batches)
         few = micro_batches if micro_batches % group else min(micro_batches, SIMULATED_GROUPS * group)
-        makespan, live = _simulated(costs, (few,), False, interleaved)
+        makespan = _simulated(costs, (few,), False, interleaved)
         if few < micro_batches:
-            before, _ = _simulated(costs, (few - group,), False, interleaved)
+            before = _simulated(costs, (few - group,), False, interleaved)
             makespan += (micro_batches - few) / group * (makespan - before)
     efficiency = sum(costs.busy(micro_batches)) / (stages * makespan)
-    size = max(windows, default=micro_batches)
-    in_flight = min(size, 2 * microbatch_group_size(stages, size)) if interleaved else 1
-    return Step(makespan, efficiency, live, in_flight, windows)
+    live = live_passes(costs.grad, stages, micro_batches, windows, interleaved=interleaved)
+    return Step(makespan, efficiency, live, in_flight(stages, micro_batches, windows, interleaved=interleaved), windows)
 
 
 def _count(windows: Sequence[int]) -> str:
@@ -119,11 +118,8 @@ def _count(windows: Sequence[int]) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _simulated(
-    costs: PassCosts, sizes: tuple[int, ...], in_windows: bool, interleaved: bool
-) -> tuple[float, tuple[int, ...]]:
-    timeline = simulate(costs, sum(sizes), windows=sizes if in_windows else (), interleaved=interleaved)
-    return timeline.makespan, tuple(timeline.peak_live)
+def _simulated(costs: PassCosts, sizes: tuple[int, ...], in_windows: bool, interleaved: bool) -> float:
+    return simulate(costs, sum(sizes), windows=sizes if in_windows else (), interleaved=interleaved).makespan
 
 
 def plan_pipeline(

@@ -388,8 +388,9 @@ def ring_forward_backward(
         )
     windows: tuple[int, ...] = ()
     if not forward_only:
-        costs = inner.pipeline_costs or equal_costs(plan, stages)
-        windows = chosen_windows(plan, costs, num_microbatches, inner.pipeline_phases, inner.pipeline_window)
+        config = inner.config
+        costs = config.pipeline_costs or equal_costs(plan, stages)
+        windows = chosen_windows(plan, costs, num_microbatches, config.pipeline_phases, config.pipeline_window)
     split = plan.first_grad_pass if windows else 0
     totals = StepTotals(num_microbatches)
 

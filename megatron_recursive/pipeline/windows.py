@@ -1,6 +1,8 @@
-"""Into which windows of micro-batches a step is cut, and which groups of micro-batches the schedule takes."""
+"""Into which windows of micro-batches a step is cut, which groups the schedule takes, and what a stage then holds."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 WINDOW_PER_STAGE = 4  # micro-batches of a window for each stage, unless --pipeline-window says how many
 
@@ -23,3 +25,47 @@ def window_sizes(stages: int, num_microbatches: int, window: int = 0) -> tuple[i
     count = min(-(-num_microbatches // (most * stages)), groups)
     sizes = [(groups // count + (number < groups % count)) * stages for number in range(count)]
     return (*sizes[:-1], sizes[-1] + rest)
+
+
+def live_passes(
+    grad: Sequence[bool], stages: int, micro_batches: int, windows: Sequence[int] = (), *, interleaved: bool = True
+) -> tuple[int, ...]:
+    """The most recorded passes that each stage holds at once; ``grad`` says of each pass whether it is recorded.
+
+    Stage p runs (V - 1) N + 2 (P - 1 - p) forwards before its first backward, N micro-batches a group, and then one of
+    each in turn; both take the groups one by one and in a group pass by pass. So what it holds after a forward is known
+    without simulating: recorded forwards up to there less the backwards of as many slots earlier. It is most at the end
+    of a pass; all groups but the first and the last are alike.
+    """
+    if stages == 1:
+        return (sum(grad),)
+    if not interleaved:
+        return tuple(min(stages - stage, micro_batches) for stage in range(stages))
+    if windows:
+        grad = grad[grad.index(True) :]
+    return tuple(
+        max(_most(grad, stages, stage, size) for size in set(windows or (micro_batches,))) for stage in range(stages)
+    )
+
+
+def _most(grad: Sequence[bool], stages: int, stage: int, micro_batches: int) -> int:
+    group = microbatch_group_size(stages, micro_batches)
+    lag = (len(grad) - 1) * group + 2 * (stages - 1 - stage) + 1
+
+    def recorded(slots: int, order: Sequence[bool]) -> int:
+        before = max(slots, 0) // (len(order) * group) * group
+        rest, size = slots - before * len(order), min(group, micro_batches - before)
+        return before * sum(order) + sum(min(max(rest - n * size, 0), size) for n, one in enumerate(order) if one)
+
+    starts = range(0, micro_batches, group)
+    ends = (
+        start * len(grad) + (n + 1) * min(group, micro_batches - start)
+        for start in {*starts[:2], starts[-1]} for n, one in enumerate(grad) if one
+    )  # fmt: skip
+    return max(recorded(end, grad) - recorded(end - lag, grad[::-1]) for end in ends)
+
+
+def in_flight(stages: int, micro_batches: int, windows: Sequence[int] = (), *, interleaved: bool = True) -> int:
+    """Micro-batches that are under way at once: two groups."""
+    size = max(windows, default=micro_batches)
+    return min(size, 2 * microbatch_group_size(stages, size)) if interleaved and stages > 1 else 1

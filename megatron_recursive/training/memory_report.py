@@ -10,8 +10,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_recursive.accounting import Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.backends import cpu
-from megatron_recursive.pipeline.planner import simulated_step
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, pass_costs
+from megatron_recursive.pipeline.planner import chosen_windows
+from megatron_recursive.pipeline.windows import in_flight, live_passes
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
 MB = 1024 * 1024  # as Megatron's report
 
@@ -55,12 +56,16 @@ def memory_of_run(
     plan, stages = config.plan, args.pipeline_model_parallel_size
     transformer: Any = config.transformer
     batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    step = simulated_step(plan, pass_costs(config), batches, config.pipeline_phases, config.pipeline_window)
+    windows: tuple[int, ...] = ()
+    if stages > 1:  # the choice that the run has made
+        windows = chosen_windows(plan, transformer.pipeline_costs, batches, transformer.pipeline_phases,
+                                 transformer.pipeline_window)  # fmt: skip
+    grad, interleaved = [p.grad for p in plan.passes], not plan.is_plain
     split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
     return stage_memory(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
-        layers_per_stage=split, live_passes=step.live, in_flight=step.in_flight,
-        window=step.window,
+        layers_per_stage=split, live_passes=live_passes(grad, stages, batches, windows, interleaved=interleaved),
+        in_flight=in_flight(stages, batches, windows, interleaved=interleaved), window=max(windows, default=0),
     )  # fmt: skip
 
 
@@ -85,7 +90,7 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
         recompute_layers=together if args.recompute_method == "uniform" else 0,
         recompute_block=together if args.recompute_method == "block" else 0,
         recompute_mlp="mlp" in modules,
-        recompute_passes=args.recompute_passes,
+        recompute_passes=transformer.recompute_passes,
     )
 
 

@@ -21,7 +21,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.models import compiled_fusions
 from megatron_recursive.models.layer_specs import engine_layer_spec, local_block_spec
 from megatron_recursive.models.norm_placement import NormLayout
-from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.training.norm_arguments import norm_layout
@@ -34,9 +34,6 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     builder: ClassVar[str] = "megatron_recursive.training.model_provider.RecursiveGPTModelBuilder"
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     norms: NormLayout = field(default_factory=NormLayout)
-    pipeline_phases: str = "auto"
-    pipeline_window: int = 0
-    recompute_passes: bool = False
 
     @property
     def plan(self) -> RecursionPlan:
@@ -56,7 +53,7 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
         vp_stage: int | None = None,
     ) -> RecursiveGPTModel:
         config = self._model_config
-        model = RecursiveGPTModel(
+        return RecursiveGPTModel(
             config=config.transformer,
             transformer_layer_spec=_layer_spec(config, vp_stage),
             vocab_size=config.vocab_size,
@@ -77,10 +74,6 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
             vp_stage=vp_stage,
             recursion=config.recursion,
         )
-        model.pipeline_phases, model.pipeline_window = config.pipeline_phases, config.pipeline_window
-        model.pipeline_costs = pass_costs(config)
-        model.recompute_passes = config.recompute_passes
-        return model
 
 
 def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
@@ -118,7 +111,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     """The model that validated arguments describe."""
     if args.spec is not None:
         _check_spec(args.spec)
-    transformer = core_transformer_config_from_args(args)
+    transformer = core_transformer_config_from_args(args, RecursiveTransformerConfig)
     compiled_fusions.choose(transformer)
     plan = build_plan(recursion)
     if recursion.init_depth_scaling == "unrolled" and not args.init_method_xavier_uniform:
@@ -127,10 +120,9 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
     config.norms = norm_layout(vars(args))
-    config.pipeline_phases, config.pipeline_window = args.pipeline_phases, args.pipeline_window
-    config.recompute_passes = args.recompute_passes
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
+    transformer.pipeline_costs = pass_costs(config)
     return config
 
 
@@ -139,7 +131,7 @@ def pass_costs(config: RecursiveGPTModelConfig) -> PassCosts:
     transformer: Any = config.transformer
     stages = transformer.pipeline_model_parallel_size
     split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
-    backward = 2.0 + config.recompute_passes + (transformer.recompute_granularity == "full")
+    backward = 2.0 + transformer.recompute_passes + (transformer.recompute_granularity == "full")
     return price_passes(config.plan, model_shape(config, config.seq_length), split, backward)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_recursive.accounting import count_parameters, flops_per_token
 from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.training import console
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, pass_costs
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
 
 def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
@@ -21,7 +21,8 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     phases = ""
     if args.pipeline_model_parallel_size > 1 and not plan.is_plain:
         batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-        said = said_of_phases(plan, pass_costs(config), batches, args.pipeline_phases, args.pipeline_window)
+        costs = config.transformer.pipeline_costs
+        said = said_of_phases(plan, costs, batches, args.pipeline_phases, args.pipeline_window)
         phases = f"\npipeline: {said}"
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()

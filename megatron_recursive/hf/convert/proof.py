@@ -197,17 +197,16 @@ def build_megatron(
     """The Megatron model, or this rank's part of it, with the local layer spec; its parameters are not initialised."""
     from megatron.core import parallel_state
     from megatron.core.activations import squared_relu
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_recursive.models.layer_specs import local_block_spec
     from megatron_recursive.models.norm_placement import NormLayout
-    from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+    from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 
     activations: dict[str, Any] = {
         "silu": F.silu, "gelu": F.gelu, "relu2": squared_relu,
         "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     }  # fmt: skip
-    config = TransformerConfig(
+    config = RecursiveTransformerConfig(
         num_layers=arch.num_layers, hidden_size=arch.hidden_size, ffn_hidden_size=arch.ffn_hidden_size,
         num_attention_heads=arch.num_attention_heads, num_query_groups=arch.num_query_groups,
         kv_channels=arch.head_dim, normalization="RMSNorm" if arch.norm == "rmsnorm" else "LayerNorm",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,16 +157,6 @@ class FolderWriter:
         if self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
             (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def write_folder(
-    folder: Path, promised: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write a whole folder."""
-    writer = FolderWriter(folder, promised, shard_bytes)
-    for name, tensor in tensors:
-        writer.add(name, tensor)
-    writer.close()
 
 
 def _header(promised: dict[str, Tensor]) -> bytes:

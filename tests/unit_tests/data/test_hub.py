@@ -133,17 +133,20 @@ def test_configurations_are_those_of_the_card(there):
     there.card = {"configs": [
         {"config_name": "en", "data_files": [{"split": "train", "path": ["en/*.jsonl"]},
                                              {"split": "heldout", "path": "held/en.jsonl"}]},
-        {"config_name": "de", "data_files": "de/*"},
+        {"config_name": "de", "data_files": "./de/*"},
         {"config_name": "fr", "data_dir": "fr"},
+        {"config_name": "it", "data_dir": "./it", "data_files": "deep/*"},
     ]}  # fmt: skip
-    paths = ["en/1.jsonl", "en/2.jsonl", "held/en.jsonl", "de/1.jsonl", "fr/deep/1.jsonl", "extra/1.jsonl"]
+    paths = ["en/1.jsonl", "en/2.jsonl", "held/en.jsonl", "de/1.jsonl", "fr/deep/1.jsonl", "it/1.jsonl",
+             "it/deep/1.jsonl", "extra/1.jsonl"]  # fmt: skip
     there.files = dict.fromkeys(paths, b"x")
-    with pytest.raises(UserError, match="has several configurations, de, en, fr; choose with --hf-config de"):
+    with pytest.raises(UserError, match="has several configurations, de, en, fr, it; choose with --hf-config de"):
         found("hf://someone/corpus")
     with pytest.raises(UserError, match="has several splits, heldout, train; choose with --hf-split heldout"):
         found("hf://someone/corpus", configs=("en",))
     assert found("hf://someone/corpus", configs=("en",), splits=("train",)) == ["en/1.jsonl", "en/2.jsonl"]
     assert found("hf://someone/corpus", configs=("de", "fr")) == ["de/1.jsonl", "fr/deep/1.jsonl"]
+    assert found("hf://someone/corpus", configs=("it",)) == ["it/deep/1.jsonl"]
     assert found("hf://someone/corpus/extra") == ["extra/1.jsonl"]  # of no configuration
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from megatron_recursive.hf.convert.safetensors_files import FolderWriter
 
 VOCAB, LAYERS, CONTEXT = 251, 4, 64
 LLAMA3_ROPE = {
@@ -59,3 +63,13 @@ def save_donor(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **ch
 
 def tokens(length: int = 24) -> torch.Tensor:
     return torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+def write_folder(
+    folder: Path, promised: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], **options: Any
+) -> None:
+    """A whole folder of safetensors by the converter's writer."""
+    writer = FolderWriter(folder, promised, **options)
+    for name, tensor in tensors:
+        writer.add(name, tensor)
+    writer.close()

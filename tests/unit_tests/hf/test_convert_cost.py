@@ -17,10 +17,9 @@ from torch import Tensor
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import files
 from megatron_recursive.hf.convert.mappings import FAMILIES, config_values, items, read_config
-from megatron_recursive.hf.convert.safetensors_files import write_folder
 from megatron_recursive.hf.convert.sources import config_object
 from tests.distributed import run_command, run_distributed
-from tests.unit_tests.hf.donors import save_donor
+from tests.unit_tests.hf.donors import save_donor, write_folder
 from tests.unit_tests.inference.folders import write_tokenizer
 
 # Peak resident memory above what the imports took, of an import and of an export, in bytes.

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import FAMILIES, config_values, donor_family, items, read_config
-from megatron_recursive.hf.convert.safetensors_files import INDEX, SafetensorsFolder, write_folder
+from megatron_recursive.hf.convert.safetensors_files import INDEX, SafetensorsFolder
 from megatron_recursive.hf.convert.sources import choose_layers, config_object, open_source
 from megatron_recursive.hf.convert.tokenizer_files import copy_tokenizer
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, TorchDistWriter
 from megatron_recursive.hf.convert.transforms import QKV
 from tests.distributed import run_command
-from tests.unit_tests.hf.donors import BASE, DONORS, LLAMA3_ROPE, YARN, save_donor
+from tests.unit_tests.hf.donors import BASE, DONORS, LLAMA3_ROPE, YARN, save_donor, write_folder
 
 
 def architecture(kind: str, **changes: Any) -> Architecture:

@@ -51,6 +51,34 @@ def test_equal_passes_idle_three_slots_per_further_stage() -> None:
         assert peak[0] == min(2 * (stages - 1) + (passes - 1) * stages + 1, passes * batches) == max(peak)
 
 
+def _peaks() -> list[tuple[Any, ...]]:
+    """Simulated and closed, one and two phases, gradient at the end and anywhere, plain 1F1B."""
+    from megatron_recursive.pipeline.pass_costs import PassCosts
+    from megatron_recursive.pipeline.timeline import simulate
+    from megatron_recursive.pipeline.windows import live_passes, window_sizes
+
+    plans = [(True, True), (True,) * 5, (False,) + (True,) * 4, (False,) * 4 + (True,) * 2, (False,) * 2 + (True,) * 5,
+             (False, True, False, False, True, True)]  # fmt: skip
+    found = []
+    for stages in (2, 3, 5, 8):
+        for batches in sorted({*range(stages, 2 * stages + 2), 3 * stages - 1, 5 * stages + 1}):
+            for grad in plans:
+                costs = PassCosts(((1.0,) * stages,) * len(grad), tuple((2.0 * g,) * stages for g in grad), grad)
+                sizes = {window_sizes(stages, batches, stages), window_sizes(stages, batches)}
+                for windows in ((), *([] if any(grad[:2]) else sizes)):
+                    found.append((tuple(simulate(costs, batches, windows=windows).peak_live),
+                                  live_passes(grad, stages, batches, windows)))  # fmt: skip
+            once = PassCosts(((1.0,) * stages,), ((2.0,) * stages,), (True,))
+            found.append((tuple(simulate(once, batches, interleaved=False).peak_live),
+                          live_passes((True,), stages, batches, interleaved=False)))  # fmt: skip
+    return found
+
+
+def test_what_a_stage_holds_is_known_without_simulating() -> None:
+    (found,) = run_distributed(_peaks, 1, timeout=120)
+    assert len(found) > 200 and [simulated for simulated, _ in found] == [closed for _, closed in found]
+
+
 def _references() -> dict[str, float]:
     from megatron_recursive.pipeline.planner import plan_pipeline
 

@@ -13,14 +13,13 @@ from tests.unit_tests.training.runs import entries_of
 
 def model() -> Any:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_recursive.models.layer_specs import local_block_spec
-    from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+    from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
     from megatron_recursive.plan import RecursionConfig
 
     model_parallel_cuda_manual_seed(1)
-    config = TransformerConfig(
+    config = RecursiveTransformerConfig(
         num_layers=2, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
     )  # fmt: skip
