@@ -37,9 +37,9 @@ from megatron_recursive.hf.convert.tokenizer_files import (
     copy_tokenizer,
     difference,
     keep_class,
-    load_tokenizer,
     prove_ids,
     token_ids,
+    tokenizer_of,
     write_settings,
 )
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
@@ -135,13 +135,13 @@ def export_model(
     report, notes = Report(), []
     with new_folder(target, model.checkpoint.nbytes) as folder:
         found = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
-        before = None if found is None else load_tokenizer(found)
+        before = None if found is None else tokenizer_of(found)
         if found is not None:
             keep_class(before, folder)
         ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
         write_settings(folder, ids)
         _write_config(model, folder, ids)
-        if before is not None and difference(before, load_tokenizer(folder)) and model.plan.is_plain:
+        if before is not None and difference(before, tokenizer_of(folder)) and model.plan.is_plain:
             notes.append(f"transformers gives this tokenizer other ids beside a {model.family.architecture}, so that "
                          "the export is of our own class.")  # fmt: skip
             model = dataclasses.replace(model, own_class=True)
@@ -249,7 +249,7 @@ def _prove(model: MegatronModel, folder: Path, dtype: torch.dtype) -> float:
     source = open_source(str(folder))
     values = read_json(folder / "config.json")
     config = config_object(source.family, values, str(folder))
-    tokens_BS = proof.proof_tokens(model.arch.vocab_size, load_tokenizer(folder), model.arch.max_positions)
+    tokens_BS = proof.proof_tokens(model.arch.vocab_size, tokenizer_of(folder), model.arch.max_positions)
     theirs = proof.hf_logits(source.family, config, source.weight, tokens_BS, dtype)
     ours = proof.megatron_logits(model.arch, model.recursion, checkpoint_fetch(model.checkpoint), tokens_BS, dtype)
     error = proof.relative_error(ours, theirs)

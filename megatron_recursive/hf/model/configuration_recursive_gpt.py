@@ -34,7 +34,7 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
 
     Args:
         num_hidden_layers: layers held, when a config is first made. It is then remembered as ``num_layers``, and
-            ``num_hidden_layers`` becomes ``num_layers`` times the number of passes, so that caches hold one slot per
+            ``num_hidden_layers`` becomes ``num_layers`` times the number of passes, so that caches have a layer per
             pass and layer (as HRM-Text does in transformers).
         norm_type: ``rmsnorm`` or ``layernorm``; norm_eps; layernorm_one_centered: the stored weight is added to 1.
         norm_placement: ``pre``, ``post`` (on what attention and MLP give) or ``sandwich`` (both); output_norm_scope:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
+from tests.unit_tests.hf.recursive_models import left_padded
 from tests.unit_tests.training.runs import PLAIN, save_to, train
 
 SHAPE = ["--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "rope",
@@ -101,7 +102,15 @@ def _check_against_export(folder: str, target: str) -> list[dict[str, Any]]:
                 row["blocks"] = torch.equal(ours.blocks, theirs.blocks)
                 row["taken"] = ours.blocks.unique().tolist()
                 reports = [each.last_exit_report.to_dict() for each in (model, export)]
-                row["reports"] = reports[0] == reports[1]
+                same = ("tokens", "histogram", "decoded_tokens", "mean_decoded_blocks")
+                row["reports"] = all(reports[0][name] == reports[1][name] for name in same)
+            padded, mask = left_padded(torch.cat([tokens, tokens.flip(0)]), [0, 2, 3, 6])
+            greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+            together = [each.generate(padded, attention_mask=mask, **greedy) for each in (model, export)]
+            row["padded"] = torch.equal(*together)
+            for ids, real, answer in zip(padded, mask, together[0], strict=True):
+                alone = model.generate(ids[real == 1][None], **greedy)
+                row["padded"] &= torch.equal(answer[-6:], alone[0, -6:])
             found.append(row)
     return found
 
@@ -146,6 +155,7 @@ def test_the_tool_reads_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     assert generate(checkpoint, "--prompt", "")[0][0]["prompt_tokens"] == 1
     for prompt, sentence in (("a", "must hold token ids"), ("127", "must hold token ids"), ("1 " * 16, "16 tokens")):
         assert sentence in generate(checkpoint, "--prompt", prompt)[1]
+    assert "--device-map spreads" in generate(checkpoint, "--prompt", "5", "--device-map", "auto")[1]
 
     shutil.copytree(checkpoint, tmp_path / "broken")
     next((tmp_path / "broken" / "iter_0000006").glob("*.distcp")).write_bytes(b"")
