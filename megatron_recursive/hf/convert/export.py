@@ -166,9 +166,23 @@ def export_model(
         say("WARNING: the proof was skipped (--no-proof); nothing shows that the export computes what the model does.")
     for note in notes:
         say(f"WARNING: {note}")
+    say(_cache_size(model, report))
     trust = ", trust_remote_code=True" if model.family.model_type == "recursive_gpt" else ""
     say(f"{target}: the model; load it with AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})")
     return report
+
+
+def _cache_size(model: MegatronModel, report: Report) -> str:
+    """What keys and values of a token take, which is easily taken for that of a plain model of so many layers."""
+    arch, dtype, passes = model.arch, _config(model)["dtype"], model.plan.num_passes
+    layers = arch.num_layers * passes
+    size = 2 * layers * arch.num_query_groups * arch.head_dim * getattr(torch, dtype).itemsize
+    report.facts["cache_bytes_per_token"] = size
+    line = f"cache: {size:,} bytes a token in {dtype}"
+    return line if model.plan.is_plain else (
+        f"{line}, since {passes} passes of {arch.num_layers} layers are {layers} cache layers; choose batch and context "
+        f"by that, not by {arch.num_layers} layers."
+    )
 
 
 def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) -> None:

@@ -81,11 +81,15 @@ def _check_against_export(folder: str, target: str) -> list[dict[str, Any]]:
     from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
     from megatron_recursive.inference.megatron_model import open_megatron
 
-    export_model(folder, target, say=lambda _: None)
+    heard: list[str] = []
+    size = export_model(folder, target, say=heard.append).facts["cache_bytes_per_token"]
     found = []
     with open_megatron(folder) as (model, _), torch.no_grad():
         export = RecursiveGPTForCausalLM.from_pretrained(target).eval()
         tokens = torch.randint(0, 126, (2, 7), generator=torch.Generator().manual_seed(2))
+        kept = [each for layer in export(tokens).past_key_values.layers for each in (layer.keys, layer.values)]
+        assert size == sum(each.nbytes for each in kept) // tokens.numel()
+        assert any(f"{size:,} bytes a token" in line and "4 passes of 2 layers are 8 cache" in line for line in heard)
         _teach_halting(model, tokens)
         export.halting_head.weight.data = model.megatron.halting_head.weight.data[None]
         export.halting_head.bias.data = model.megatron.halting_head.bias.data
@@ -111,8 +115,27 @@ def _check_against_export(folder: str, target: str) -> list[dict[str, Any]]:
             for ids, real, answer in zip(padded, mask, together[0], strict=True):
                 alone = model.generate(ids[real == 1][None], **greedy)
                 row["padded"] &= torch.equal(answer[-6:], alone[0, -6:])
+            if options:
+                row["work"] = _counts_its_work(model, padded, mask, options)
             found.append(row)
     return found
+
+
+def _counts_its_work(model: Any, padded: Any, mask: Any, options: dict[str, Any]) -> bool:
+    """Whether the report has the tokens and scores that went through the layers of a prompt."""
+    from megatron_recursive.hf.model.exits_recursive_gpt import Work
+
+    seen, layers = Work(), model.megatron.decoder.layers
+    hooks = [layer.self_attention.core_attention.register_forward_pre_hook(
+        lambda _, given: seen.add(given[0].shape[:2].numel(), given[0].shape[:2].numel() * len(given[1]))
+    ) for layer in layers]  # fmt: skip
+    model(padded, attention_mask=mask, **options)
+    for hook in hooks:
+        hook.remove()
+    batch, length = padded.shape
+    work = model.last_exit_report._pending[-1][2]
+    at_once = (batch * length, batch * length**2)
+    return (work.tokens, work.scores, work.fixed_depth) == (seen.tokens, seen.scores, at_once)
 
 
 def test_a_checkpoint_says_what_its_export_says_also_under_exits(checkpoint: Path, tmp_path: Path) -> None:
