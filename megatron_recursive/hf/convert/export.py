@@ -180,8 +180,8 @@ def _cache_size(model: MegatronModel, report: Report) -> str:
     report.facts["cache_bytes_per_token"] = size
     line = f"cache: {size:,} bytes a token in {dtype}"
     return line if model.plan.is_plain else (
-        f"{line}, since {passes} passes of {arch.num_layers} layers are {layers} cache layers; choose batch and context "
-        f"by that, not by {arch.num_layers} layers."
+        f"{line}, since {passes} passes of {arch.num_layers} layers are {layers} cache layers; choose batch and "
+        f"context by that, not by {arch.num_layers} layers."
     )
 
 

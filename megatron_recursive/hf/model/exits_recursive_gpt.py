@@ -241,7 +241,7 @@ class ActiveTokens:
 
 @torch.no_grad()
 def run_with_exits(
-    model: Any, states: dict[str, Tensor], attention_mask: Tensor | None, rule: ExitRule, keeps_states: bool,
+    model: Any, states: dict[str, Tensor], attention_mask: Tensor | None, rule: ExitRule, output_block_states: bool,
     shared: dict[str, Any],
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Run blocks until every token has left. ``states["output"]`` becomes the state that each token left with.
@@ -250,7 +250,7 @@ def run_with_exits(
         model: the base model. states: [B, S, H] each. shared: what every layer is given.
 
     Returns:
-        The output states after each block that ran (if they are to be kept), and [B, S] blocks run (0: padding).
+        The output states after each block that ran (if they are asked for), and [B, S] blocks run (0: padding).
     """
     if shared.get("output_attentions") or shared.get("output_hidden_states"):
         raise ValueError("output_attentions and output_hidden_states need all blocks; they do not go with an exit.")
@@ -264,7 +264,7 @@ def run_with_exits(
     _open_cache(cache, options, tokens.layers_per_block)
     if rotary is not None:
         rotary = tuple(each.expand(batch, -1, -1) for each in rotary)
-    final, kept = states["output"], []
+    final, block_states = states["output"], []
     blocks_N = torch.zeros(batch * length, dtype=torch.long, device=final.device)
     past = 0 if cache is None else int(cache.get_seq_length())
     real_N = real_tokens(attention_mask, blocks_N.view(batch, length), past).flatten()
@@ -283,8 +283,8 @@ def run_with_exits(
         else:
             final = final.flatten(0, 1).index_copy(0, index, output_NH).view_as(final)
             blocks_N.index_add_(0, index, torch.ones_like(index))
-        if keeps_states:
-            kept.append(final)
+        if output_block_states:
+            block_states.append(final)
         if block + 1 == options.max_blocks:
             break
         leaves_N = rule(output_NH, model.read_state(output_NH)).to(index.device) | ~real_N[index]
@@ -300,7 +300,7 @@ def run_with_exits(
                 shared["position_embeddings"] = tuple(x.flatten(0, 1)[index].unsqueeze(0) for x in rotary)
     _close_cache(cache, tokens, block + 1, options)
     states["output"] = final
-    return kept, (blocks_N * real_N).view(batch, length)
+    return block_states, (blocks_N * real_N).view(batch, length)
 
 
 def real_tokens(attention_mask: Tensor | None, like_BS: Tensor, past: int) -> Tensor:
