@@ -81,13 +81,15 @@ def is_hub_name(given: str | Path) -> bool:
 def load_tokenizer(path: str | Path, mend: str = _MAKE, **options: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder of Hugging Face's, or GPT-2's ``vocab.json`` and ``merges.txt``; or by a hub name.
 
-    Nothing is downloaded for a folder, and no code of it is run. ``mend`` is what the user is told to do without one: a
-    trained model needs its own. ``options``: of ``AutoTokenizer.from_pretrained``.
+    ORG/MODEL alone is downloaded: MODEL, which may be a mistyped folder, must be in the hub's cache. No code of a
+    tokenizer is run. ``mend`` is what the user is told to do without one: a trained model needs its own. ``options``
+    are those of ``AutoTokenizer.from_pretrained``.
 
     Raises:
         UserError: the folder is missing or holds no tokenizer that ``transformers`` can load.
     """
     folder, is_name = Path(path), is_hub_name(path)
+    cached = not is_name or "/" not in str(path)
     if not is_name and not folder.is_dir():
         raise UserError(f"tokenizer folder {path} does not exist; {mend}")
     named = ("tokenizer.json", "tokenizer_config.json", "config.json")
@@ -99,14 +101,12 @@ def load_tokenizer(path: str | Path, mend: str = _MAKE, **options: Any) -> PreTr
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(path), local_files_only=not is_name, trust_remote_code=False, **options
-        )
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=cached, trust_remote_code=False, **options)
     # transformers and the Rust tokenizers raise bare Exception, ValueError, KeyError and OSError for a broken folder.
     except Exception as error:
         if is_name and isinstance(error, OSError):
-            raise UserError(f"tokenizer {path} is neither a folder nor a name that the hub or its cache has; "
-                            f"check the name, or {mend}") from error  # fmt: skip
+            raise UserError(f"tokenizer {path} is neither a folder nor in the hub's cache; fetch it with hf download "
+                            f"{path}, or {mend}") from error  # fmt: skip
         raise UserError(f"cannot load the tokenizer {path} ({_reason(error)}); check the name, or {mend}") from error
 
 

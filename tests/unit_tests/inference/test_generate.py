@@ -200,7 +200,7 @@ def test_names_in_the_hubs_cache(recursive: Path, tmp_path: Path, capsys: Any, m
     said = refusal(*flags, "--model", "absent")
     assert said == "absent is neither a folder nor complete in the hub's cache; fetch it with: hf download absent"
     said = refusal(*flags, "--model", recursive, "--tokenizer", "absent")
-    assert said.startswith("tokenizer absent is neither a folder nor a name that the hub or its cache has; check")
+    assert said.startswith("tokenizer absent is neither a folder nor in the hub's cache; fetch it with hf download")
 
 
 def test_settings_without_an_end_leave_that_of_tokenizer_and_config(
