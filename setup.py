@@ -61,8 +61,9 @@ setup(
         "data": ["datatrove>=0.10,<0.11", "orjson", "pyarrow", "sentencepiece", "zstandard"],
         # The command plot, and the pictures of the command plan.
         "plots": ["matplotlib"],
-        # parameterized, peft and trl: what tests of the exported model run on it.
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "parameterized", "peft", "trl"],
+        # parameterized, peft, trl, bitsandbytes and torchao: what tests of the exported model run on it.
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "parameterized", "peft", "trl",
+                "bitsandbytes", "torchao"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -6,7 +6,7 @@ The text is what CPython ships (tools/build_corpus.py), several times over, with
 in turn: encode_batch of all texts held in memory, in one thread; the pipeline from a .jsonl file to the parts of a
 Megatron dataset (reading, parsing, tokenizing, writing) with one worker; and the same with two. Ratios are medians of
 paired ones. The time of the pipeline runs from the begin of the first part to the end of the last: starting the
-workers, which import Megatron once, and joining the parts are left out. Needs two idle cores. Writes data.json and
+workers and joining the parts are left out. Needs two idle cores. Writes data.json and
 data.md beside this file; the last line is JSON.
 """
 
@@ -28,8 +28,7 @@ from tokenizers import Tokenizer
 
 from megatron_recursive.data.cpython_corpus import cpython_documents
 from megatron_recursive.data.executors import build_executor
-from megatron_recursive.data.indexed import megatron_indexed_dataset
-from megatron_recursive.data.sources import find_files, plan_parts
+from megatron_recursive.data.sources import default_part_bytes, find_files, plan_parts
 from megatron_recursive.data.steps import IndexedDatasetWriter, PartReader
 from megatron_recursive.data.tokenizer import StoredTokenizer, TokenizerChoice, store_tokenizer
 from megatron_recursive.data.tokenizer_training import train_tokenizer
@@ -67,9 +66,11 @@ def run_pipeline(corpus: Path, stored: StoredTokenizer, workers: int) -> tuple[f
     """Seconds and tokens of the pipeline's parts."""
     with tempfile.TemporaryDirectory() as folder:
         work = WorkFolder(Path(folder))
-        parts = plan_parts(find_files([corpus]))
-        work.begin({}, parts)
-        steps = [PartReader(work, "text", "stop"), IndexedDatasetWriter(work, stored, append_eod=False)]
+        files = find_files([corpus])
+        parts = plan_parts(files, default_part_bytes(files))
+        work.begin({}, lambda: parts)
+        reader = PartReader(work, "text", "stop")
+        steps = [reader, IndexedDatasetWriter(reader, stored, append_eod=False)]
         build_executor("local", steps, len(parts), workers, work.logs, {}).run()
         reports = [report for rank in range(len(parts)) if (report := work.report(rank)) is not None]
     finished = [report.finished for report in reports if report.finished is not None]
@@ -83,7 +84,6 @@ def measure(size: Size, rounds: int) -> dict[str, float]:
         texts = write_corpus(folder, size)
         stored = store_tokenizer(TokenizerChoice(str(folder / "tokenizer")), folder)
         tokenizer = Tokenizer.from_file(str(stored.file))
-        megatron_indexed_dataset()
         rows = []
         for number in range(rounds + 1):
             plain, tokens = encode_plainly(tokenizer, texts)

@@ -67,7 +67,7 @@ def recursive_model(size: Size) -> Any:
     knobs = knobs.resolved(embedding_init_std=0.02)
     plan = json.loads(build_plan(knobs).to_json())
     config = RecursiveGPTConfig(
-        num_hidden_layers=size.layers, plan=plan, recursion=knobs.to_dict(), **shared_settings(size)
+        num_layers=size.layers, plan=plan, recursion=knobs.to_dict(), **shared_settings(size)
     )
     return RecursiveGPTForCausalLM(config).eval()
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 
 CHOICES = ("auto", "cuda", "cpu")
@@ -91,6 +92,17 @@ def on_cpu(job: Sequence[Found]) -> bool:
             f"has an {with_gpu.device}; start the job on hosts that are alike, or give --device cpu to all of them."
         )
     return with_gpu is None
+
+
+def of_this_process(asked: str | None = None) -> str:
+    """``cuda`` or ``cpu``, for a command of one process: as ``--device`` asks, or else :data:`VARIABLE`.
+
+    Raises:
+        UserError: the GPU does not work, or there is none where one is asked for.
+    """
+    if cpu.is_installed():
+        return "cpu"
+    return "cpu" if on_cpu([look(asked or os.environ.get(VARIABLE, "auto"))]) else "cuda"
 
 
 def gpu_of(machine: Path) -> str:

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import re
 
 from megatron_recursive.command_line import example
-from megatron_recursive.plan import RecursionConfig
-from megatron_recursive.plan.recursion_config import add_recursion_arguments
+from megatron_recursive.plan.recursion_config import FunctionKnobs, HeadKnobs, add_recursion_arguments, knobs_in
 
 SUMMARY = "Convert between Hugging Face models and Megatron checkpoints, with a proof at every run."
-
-# The knobs that an import reads: those of the function that the weights compute, and of the halting head that it makes.
-# What only training or generation reads is given there.
-KNOBS = frozenset(
-    knob.name for knob in dataclasses.fields(RecursionConfig)
-    if knob.metadata["binds"] or knob.name in ("halt_loss_weight", "halt_bias")
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +48,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--untie-embeddings", action="store_true", help="give the head a copy of the embedding")
     shape.add_argument("--resize-vocab", action="store_true",
                        help="grow the embedding to all ids of the tokenizer; new rows are the mean of the others")
-    add_recursion_arguments(parser, KNOBS)
-    for action in parser._actions:
-        if action.dest in KNOBS:
-            action.default = argparse.SUPPRESS  # what is not given is the source's own, where it is a model of ours
+    # What is not given is the source's own, where it is a model of ours.
+    add_recursion_arguments(parser, (FunctionKnobs, HeadKnobs), only_given=True)
     _add_proof(parser)
 
 
@@ -71,7 +61,20 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     required.add_argument("--out", required=True, metavar="DIR", help="model folder to make")
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the one trained with)")
+    files = parser.add_argument_group("weights")
+    files.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                       help="of the weights (default: as they are stored); a halting head keeps its own")
+    files.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", default="5GB",
+                       help="of a file, such as 500MB (default: %(default)s)")  # fmt: skip
     _add_proof(parser)
+
+
+def _bytes(text: str) -> int:
+    """5GB, 500MB or a number, in powers of 1000 as transformers counts them."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])B)?", text.strip().upper())
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"must be a size such as 5GB or 500MB, but is {text!r}")
+    return int(float(found[1]) * 1000 ** (" KMGT".index(found[2] or " ")))
 
 
 def _add_proof(parser: argparse.ArgumentParser) -> None:
@@ -86,20 +89,22 @@ def run(args: argparse.Namespace) -> None:
 
     from megatron_recursive.backends import cpu
 
-    cpu.install()
+    cpu.install(on_purpose=True)  # Megatron would compute its rotary positions on a GPU, and the rest here
     from megatron_recursive.hf.convert import donor_import as convert
     from megatron_recursive.hf.convert import export, verify
 
     dtype = None if args.no_proof else getattr(torch, args.proof_dtype)
     agreed = True
     if args.action == "import":
-        recursion = {name: value for name, value in vars(args).items() if name in KNOBS}
+        recursion = knobs_in(vars(args))
         selection = args.layer_selection or ("uniform" if args.num_layers is not None else None)
         report = convert.import_model(args.hf, args.out, convert.ImportOptions(
             recursion, selection, args.num_layers, args.layers, args.untie_embeddings,
             args.resize_vocab, dtype))  # fmt: skip
     elif args.action == "export":
-        report = export.export_model(args.ckpt, args.out, args.tokenizer, dtype)
+        weights = None if args.dtype is None else getattr(torch, args.dtype)
+        report = export.export_model(
+            args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size)  # fmt: skip
     else:
         report = verify.verify(args.a, args.b, dtype)
         agreed = verify.agree(report)

@@ -10,7 +10,9 @@ from megatron_recursive.command_line import example
 
 SUMMARY = "Generate text with an exported model, any causal model of transformers, or a Megatron checkpoint."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
+DEVICES = ("auto", "cuda", "cpu")
+DEVICE_HELP = "default: MEGATRON_RECURSIVE_DEVICE of the environment, or auto: a GPU where there is one"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EXITS = ("halting", "output-change", "kl", "argmax")
 
 
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="how accelerate spreads a Hugging Face folder over devices (default: on the first)")
     model.add_argument("--dtype", choices=DTYPES, default="auto",
                        help="of the weights (default: auto, as they are stored)")
+    model.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
     asked = parser.add_argument_group("prompts and output: one of --prompt, --prompt-file and --interactive")
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     asked.add_argument("--prompt-file", metavar="FILE", help='a prompt a line, or .jsonl with "prompt"')

@@ -13,7 +13,7 @@ from megatron_recursive.command_line import command, example
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.plan import RecursionConfig, build_plan
-from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
+from megatron_recursive.plan.recursion_config import TRAINED, add_recursion_arguments, flag_of, knobs_in
 
 if TYPE_CHECKING:
     from megatron_recursive.pipeline.layouts import Job, Layout
@@ -24,8 +24,6 @@ SIZES = (*NEEDED, "ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_s
 SWITCHES = ("swiglu", "disable_bias_linear", "untie_embeddings_and_output_weights")
 CHOICES = {"normalization": ("LayerNorm", "RMSNorm"), "position_embedding_type": ("learned_absolute", "rope", "none")}
 DEFAULTS = {"vocab_size": 32768, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
-KNOBS = ("enable_recursive_refinement", "num_refinement_blocks", "num_latent_refinements", "detach_between_refinements",
-         "state_norm", "halt_loss_weight", "halt_supervision")  # fmt: skip
 UNSAID = ("--norm-epsilon=1e-05", "--init-method-std=0.02", "--rotary-base=10000", "--rotary-percent=1.0",
           "--normalization=LayerNorm", "--position-embedding-type=learned_absolute")  # fmt: skip
 COLUMNS = (
@@ -54,10 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         model.add_argument(flag_of(name), default=argparse.SUPPRESS, help=f"as in training{told}",
                            **({"action": "store_true"} if name in SWITCHES else kind))
     model.add_argument("--seq-length", type=int, help="default: the checkpoint's, or 4096 and at most the model's")
-    add_recursion_arguments(parser, KNOBS)
-    for action in parser._actions:
-        if action.dest in KNOBS:
-            action.default = argparse.SUPPRESS  # what is not given is the source's own
+    add_recursion_arguments(parser, TRAINED, only_given=True)  # the rest is the source's own
     job = parser.add_argument_group("training")
     job.add_argument("--micro-batch-size", type=int, help="default: the checkpoint's, or 1")
     job.add_argument("--global-batch-size", type=int, help="default: the checkpoint's, or 4 micro-batches a GPU")
@@ -87,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     _check(args)
     values, tokens = _model(args), _count(args.tokens)
-    recursion = RecursionConfig.from_mapping({**values, **{k: v for k, v in vars(args).items() if k in KNOBS}})
+    recursion = RecursionConfig.from_mapping({**values, **knobs_in(vars(args))})
     arch = Architecture.from_megatron(values, args.ckpt or args.hf or "The model")
     from megatron_recursive.pipeline.layouts import fitting_layouts, what_would_fit
 
@@ -127,8 +122,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    knobs = knobs_in(vars(args))
     for name, value in vars(args).items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and name not in KNOBS
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and name not in knobs
         if is_number and not 0 < value <= (1 if name == "mfu" else 1e15):
             raise UserError(f"{flag_of(name)} must be positive{' and at most 1' * (name == 'mfu')}, but is {value}.")
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:

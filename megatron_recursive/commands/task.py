@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import command, example
-from megatron_recursive.commands.generate import EXITS, prepare_transformers
+from megatron_recursive.commands.generate import DEVICE_HELP, DEVICES, EXITS, prepare_transformers
 from megatron_recursive.errors import UserError
 
 SUMMARY = "Make a task that needs depth, as training data, and count right answers on it by block."
@@ -19,7 +19,7 @@ _RECURSION = "--num-refinement-blocks 2 --num-latent-refinements 1 --no-detach-b
 _RECIPE = (
     "--num-layers 2 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 --swiglu --disable-bias-linear "
     "--normalization RMSNorm --position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 "
-    "--init-method-std 0.125 --micro-batch-size 64 --global-batch-size 64 --train-iters 1500 --lr 2e-3 --min-lr 2e-5 "
+    "--init-method-std 0.125 --micro-batch-size 64 --global-batch-size 64 --train-iters 2000 --lr 4e-3 --min-lr 4e-4 "
     "--lr-decay-style cosine --lr-warmup-iters 50 --weight-decay 0.1 --adam-beta2 0.95 --log-interval 25 "
     "--eval-interval 250 --eval-iters 5 --save-interval 250 --tokenizer-type NullTokenizer --num-workers 0"
 )
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     task = _add_making(actions, "hops", "k-hop induction: from a symbol to the successor of its last earlier "
                        "occurrence, k times. Symbols and answers alternate, and each document tells its k.")
-    task.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3, 4], metavar="K",
-                      help="each document draws its k among these (default: 1 2 3 4)")
+    task.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], metavar="K",
+                      help="each document draws its k among these (default: 1 to 6)")
     task.add_argument("--alphabet", type=int, default=4, help="different symbols")
     task.add_argument("--length", type=int, default=48, help="symbols of a document, which has twice as many tokens")
     task = _add_making(actions, "addition", "Sums of several numbers, the least significant digit first; the digits of "
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required.add_argument("--model", required=True, metavar="DIR_OR_CKPT",
                           help="a Hugging Face folder or a Megatron checkpoint")
     required.add_argument("--data", required=True, metavar="PREFIX", help="of a task, without .bin: DIR/valid")
-    depth = evaluate.add_argument_group("depth, of recursive models, and output")
+    depth = evaluate.add_argument_group("depth, of recursive models; device and output")
     depth.add_argument("--num-refinement-blocks", type=int, metavar="T", help="run T blocks (default: as trained)")
     depth.add_argument("--exit", choices=(*EXITS, "none"),
                        help="by what a token leaves (default: halting where the model has such a head)")
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="--exit halting: probability at which a token leaves (default: the model's)")
     depth.add_argument("--exit-threshold", type=float,
                        help="--exit output-change or kl: leave below this change (default: 0.03 or 0.001)")
+    depth.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
     depth.add_argument("--json", action="store_true", help="one JSON line, and nothing else on stdout")
     evaluate.epilog = example("task", "evaluate", "--model", "runs/hops/recursive", "--data", "runs/hops/valid")
     # fmt: on
@@ -119,7 +120,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     from megatron_recursive.inference.generation import Settings
     from megatron_recursive.inference.loading import open_model
 
-    with open_model(args.model, num_refinement_blocks=args.num_refinement_blocks, numbers=True) as loaded:
+    with open_model(
+        args.model, num_refinement_blocks=args.num_refinement_blocks, numbers=True, device=args.device
+    ) as loaded:
         exit = args.exit
         if exit is None and loaded.recursive and loaded.model.config.has_halting:
             exit = "halting"

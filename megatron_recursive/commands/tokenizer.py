@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_recursive.command_line import example
+from megatron_recursive.data.hub import add_hub_flags, hub_choice
 from megatron_recursive.data.tokenizer_training import KINDS, MIN_VOCAB_SIZE, train_tokenizer
 
 SUMMARY = "Train a tokenizer on documents: byte-level BPE, or SentencePiece."
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required = parser.add_argument_group("required")
     required.add_argument(
         "--input", required=True, nargs="+", metavar="PATH",
-        help=".txt or .jsonl files (also .gz, .zst), .parquet files, folders of these, hf://NAME or another fsspec URL",
+        help="documents, as for preprocess: files, folders, patterns, hf://NAME or another fsspec URL",
     )  # fmt: skip
     required.add_argument("--output", required=True, metavar="DIR", help="folder of the tokenizer; made if missing")
     required.add_argument(
@@ -29,11 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = parser.add_argument_group("kind and text")
     kind.add_argument("--type", choices=KINDS, default="bpe", help="kind of tokenizer")
     kind.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text")
+    add_hub_flags(kind.add_argument)
     parser.epilog = example("tokenizer", "--input", "data/train.jsonl", "--output", "tokenizer", "--vocab-size", "4096")
 
 
 def run(args: argparse.Namespace) -> None:
-    trained = train_tokenizer(args.input, args.output, args.vocab_size, args.json_key, args.type)
+    trained = train_tokenizer(args.input, args.output, args.vocab_size, args.json_key, args.type, hub_choice(args))
     print(
         f"{trained.folder}: {trained.vocab_size:,} tokens, "
         f"from {trained.documents:,} documents, {trained.characters:,} characters"

@@ -6,7 +6,6 @@ import copy
 import inspect
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import dill
 from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
@@ -47,12 +47,12 @@ class LocalExecutor(LocalPipelineExecutor):
 
     def _run_in_processes(self, ranks: Sequence[int]) -> None:
         # forkserver, not fork: the caller may hold threads (torch, Rust), and a forked child can then wait for ever on
-        # a lock. Not spawn: Megatron is imported once, not by each worker.
+        # a lock. Not spawn: what the steps import is imported once, not by each worker.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_recursive.data.preload"])
+        context.set_forkserver_preload(["megatron_recursive.data.steps"])
         reader, writer = context.Pipe(duplex=False)
         workers = min(self.workers, len(ranks))
-        with ProcessPoolExecutor(workers, context, _start_worker, (pickle.dumps(self), reader)) as pool:
+        with ProcessPoolExecutor(workers, context, _start_worker, (dill.dumps(self), reader)) as pool:
             try:
                 tasks = [pool.submit(_run_part, rank) for rank in ranks]
                 for task in as_completed(tasks):  # not in order: a failure is reported at once
@@ -89,7 +89,7 @@ def _exit_with(parent: Connection) -> None:
 
 def _run_part(rank: int) -> None:
     # A fresh copy for each part: the steps count.
-    pickle.loads(_executor)._run_for_rank(rank, local_rank=rank)
+    dill.loads(_executor)._run_for_rank(rank, local_rank=rank)
 
 
 def build_executor(
@@ -124,8 +124,9 @@ def build_executor(
             raise UserError(f"--executor slurm needs {missing[0]}; give --executor-options {missing[0]}=...")
         if shutil.which("sbatch") is None:
             raise UserError("--executor slurm needs sbatch, which is not on PATH; start it on a cluster's login node")
-        # The job's shell finds datatrove's launcher, and this Python, where this process was started from.
-        chosen.setdefault("env_command", f'export PATH="{Path(sys.executable).parent}:$PATH"')
+        # The job's shell finds datatrove's launcher, this Python, and the module of --pipeline as this process does.
+        path = f'export PATH="{Path(sys.executable).parent}:$PATH"'
+        chosen.setdefault("env_command", f'{path}\nexport PYTHONPATH="{os.getcwd()}:$PYTHONPATH"')
         chosen.setdefault("job_name", "preprocess_data")
         return SlurmPipelineExecutor(**shared, depends=depends, **chosen)
     require_packages("ray")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from megatron_recursive.command_line import command
 from megatron_recursive.errors import UserError
@@ -19,6 +16,8 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _TOKEN_TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}  # as numpy names them: kind and bytes
 _REMOTE = ("s3://", "msc://")
+_SHORT_IDS = 65500
+_PIECE = 2**16  # entries at a time
 
 
 def check_indexed_dataset(prefix: str | Path) -> None:
@@ -57,6 +56,45 @@ def largest_sampled_id(prefix: str | Path, tokens: int = 2**20) -> int:
     return int(max(ids[:tokens].max(), ids[-tokens:].max()))
 
 
+def token_type(id_range: int) -> str:
+    """The type of the tokens in a ``.bin``, as numpy names it, which Megatron chooses too for ids below a bound."""
+    return "u2" if id_range < _SHORT_IDS else "i4"
+
+
+def write_index(file: Path, token: str, lengths: Callable[[], Iterable[Any]]) -> None:
+    """Write the ``.idx`` of documents of one sequence each.
+
+    Megatron's own writer holds several Python objects for a document, this one nothing: ``lengths`` gives the tokens of
+    each document, as arrays of int32 of any size, each time that it is called.
+    """
+    import numpy
+
+    (code,) = (code for code, name in _TOKEN_TYPES.items() if name == token)
+    count = sum(len(piece) for piece in lengths())
+    with open(file, "wb") as stream:
+        stream.write(_HEADER.pack(_MAGIC, 1, code, count, count + 1))
+        for piece in lengths():
+            stream.write(numpy.asarray(piece, "<i4").tobytes())
+        offset = 0
+        for piece in lengths():
+            ends = offset + numpy.cumsum(piece, dtype="<i8") * int(token[1])
+            stream.write(numpy.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for start in range(0, count + 1, _PIECE):
+            stream.write(numpy.arange(start, min(start + _PIECE, count + 1), dtype="<i8").tobytes())
+
+
+def read_lengths(file: Path) -> Iterator[Any]:
+    """The tokens of each sequence of an ``.idx``, as arrays of int32."""
+    import numpy
+
+    with open(file, "rb") as stream:
+        left = _HEADER.unpack(stream.read(_HEADER.size))[3]
+        while left:
+            yield numpy.fromfile(stream, "<i4", min(left, _PIECE))
+            left -= min(left, _PIECE)
+
+
 def _bytes_promised(idx_file: Path, again: str) -> int:
     size = idx_file.stat().st_size
     with open(idx_file, "rb") as stream:
@@ -89,22 +127,3 @@ def _mend_missing(prefix: str, again: str) -> str:
         if prefix.endswith(suffix):
             return f"give the prefix without {suffix}"
     return f"mend the path, or {again}"
-
-
-def megatron_indexed_dataset() -> ModuleType:
-    """Megatron's module; importing it takes ten seconds, so that it is done late."""
-    with quiet_megatron():
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
-
-
-@contextmanager
-def quiet_megatron() -> Iterator[None]:
-    """Keep back what Megatron says of GPU libraries and process groups, which nothing here uses."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

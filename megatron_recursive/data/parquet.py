@@ -31,7 +31,10 @@ def row_group_sizes(path: str) -> list[int]:
 def read_rows(span: Span, json_key: str, reject: Callable[[UserError], None]) -> Iterator[tuple[str, int]]:
     """Yield (text, bytes on disk) of the rows of a span; rows without a text go to ``reject``.
 
-    The bytes are the span's, spread evenly over its rows. A file that is damaged half-way is rejected once.
+    The bytes are the span's, spread evenly over its rows.
+
+    Raises:
+        UserError: the file is damaged or has no such column.
     """
     import pyarrow
 
@@ -40,16 +43,14 @@ def read_rows(span: Span, json_key: str, reject: Callable[[UserError], None]) ->
             table = _open(stream)
             names = table.schema_arrow.names
             if json_key not in names:
-                reject(
-                    UserError(
-                        f"{span.path} has no column {json_key!r} (its columns: {', '.join(names[:8])}); "
-                        "name the text's with --json-key"
-                    )
+                raise UserError(
+                    f"{span.path} has no column {json_key!r} (its columns: {', '.join(names[:8])}); "
+                    "name the text's with --json-key"
                 )
-                return
-            rows = [table.metadata.row_group(number).num_rows for number in range(span.stop)]
+            stop = table.metadata.num_row_groups if span.stop is None else span.stop
+            rows = [table.metadata.row_group(number).num_rows for number in range(stop)]
             number, size = sum(rows[: span.start]), span.size // max(sum(rows[span.start :]), 1)
-            groups = range(span.start, span.stop)
+            groups = range(span.start, stop)
             for batch in table.iter_batches(_ROWS, list(groups), [json_key], use_threads=False):
                 for text in batch.column(0).to_pylist():
                     number += 1
@@ -61,7 +62,7 @@ def read_rows(span: Span, json_key: str, reject: Callable[[UserError], None]) ->
                             UserError(f"{span.path}: row {number} has a {kind} under {json_key!r}; it must be a string")
                         )
     except (pyarrow.ArrowException, OSError) as error:
-        reject(_damaged(span.path, error))
+        raise _damaged(span.path, error) from error
 
 
 def _open(stream: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ class Preparation:
 
     ``tokenizer`` is what the user called it, for people only; ``source`` the :func:`digest` of all that the tokens
     depend on; by ``bin_bytes``, the size of the ``.bin``, a record that another program's files have outlived is known.
-    ``special_tokens``: each document has those that the tokenizer puts around a text.
+    ``special_tokens``: each document has those that the tokenizer puts around a text. ``revisions``: the data sets of
+    the Hugging Face hub among the input, with their commits.
     """
 
     vocab_size: int
@@ -36,6 +37,7 @@ class Preparation:
     skipped: int
     bin_bytes: int
     special_tokens: bool = False
+    revisions: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

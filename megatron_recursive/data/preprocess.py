@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import tempfile
@@ -14,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.data.files import cannot_write
+from megatron_recursive.data.hub import HubChoice, revisions
 from megatron_recursive.data.indexed import check_indexed_dataset
+from megatron_recursive.data.insertion import Surroundings, source_digest, steps_of
+from megatron_recursive.data.joining import add_reports, data_args_file, finish, listed_parts
 from megatron_recursive.data.preparation import digest, read_preparation
-from megatron_recursive.data.progress import Progress
-from megatron_recursive.data.readers import read_span, refuse
-from megatron_recursive.data.sources import SourceFile, find_files, plan_parts, require_packages
-from megatron_recursive.data.spans import Span
+from megatron_recursive.data.progress import Progress, read_counts
+from megatron_recursive.data.readers import iter_documents, refuse
+from megatron_recursive.data.sources import SourceFile, default_part_bytes, find_files, plan_parts, require_packages
 from megatron_recursive.data.tokenizer import StoredTokenizer, TokenizerChoice, store_tokenizer
 from megatron_recursive.data.work_folder import PartReport, WorkFolder, locked
 from megatron_recursive.errors import UserError
@@ -35,29 +36,61 @@ _POLL_S = 0.5
 class IndexedSummary:
     """What :func:`preprocess` wrote; tokens include the end-of-document tokens.
 
-    ``reasons`` are the first of the ``skipped`` malformed documents', with file and line.
+    ``files`` are ``.bin`` and ``.idx``, or the list of the parts that were not joined. ``reasons`` are the first of the
+    ``skipped`` malformed documents', with file and line.
     """
 
-    bin_file: Path
-    idx_file: Path
+    files: tuple[Path, ...]
     documents: int
     tokens: int
     skipped: int = 0
     reasons: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the documents of a dataset go through, and where its parts end.
+
+    ``on_error``: ``stop`` at a malformed document, or ``skip`` and count it. ``join``: one dataset, or one for each
+    part and their list. ``pipeline``: ``MODULE:FUNCTION`` with steps between reading and tokenizing.
+    """
+
+    append_eod: bool = True
+    on_error: str = "stop"
+    join: bool = True
+    pipeline: str | None = None
+    part_bytes: int | None = None
+
+
+def preprocess_keys(
+    json_keys: Sequence[str], inputs: Sequence[str | Path], prefix: str | Path, hub: HubChoice | None = None,
+    options: Options = Options(), **others: Any,
+) -> list[IndexedSummary | None]:  # fmt: skip
+    """:func:`preprocess` for each of several keys, into ``PREFIX_KEY_document``, as Megatron names them.
+
+    All keys are looked for before the first is done. The files are read once for each.
+    """
+    files, start = find_files(inputs, hub), _checked_prefix(str(prefix))
+    for key in json_keys:
+        _read_something(files, key, options.on_error)
+    names = [f"{start}_{key}_document" for key in json_keys]
+    return [
+        preprocess(files, name, json_key=key, options=options, **others)
+        for name, key in zip(names, json_keys, strict=True)
+    ]
+
+
 def preprocess(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path | SourceFile],
     prefix: str | Path,
     tokenizer: str | Path | TokenizerChoice,
     json_key: str = "text",
     workers: int = 1,
-    append_eod: bool = True,
-    on_error: str = "stop",
     executor: str = "local",
     executor_options: Mapping[str, str] | None = None,
-    part_bytes: int | None = None,
     overwrite: bool = False,
+    hub: HubChoice | None = None,
+    options: Options = Options(),
 ) -> IndexedSummary | None:
     """Tokenize documents into ``PREFIX.bin`` and ``PREFIX.idx``; the files do not depend on ``workers``.
 
@@ -68,38 +101,45 @@ def preprocess(
         What was written, or None when the work was only handed to a SLURM cluster.
 
     Raises:
-        UserError: an input is missing, empty or (unless ``on_error`` is ``skip``) malformed, the tokenizer is missing
-            or has no end-of-document token, or the files cannot be written or are there already.
+        UserError: an input is missing, empty, unreadable or (unless ``on_error`` is ``skip``) malformed, the tokenizer
+            is missing or has no end-of-document token, or the files cannot be written or are there already.
     """
     prefix = os.path.abspath(_checked_prefix(str(prefix)))
     if workers < 1:
         raise UserError(f"--workers {workers} is not a number of processes; give 1 or more")
+    if not options.join and len(prefix.split()) != 1:
+        raise UserError(f"--no-join writes a list in which {prefix} would be several words; choose another --output")
     require_packages("datatrove", "orjson", "pyarrow", "zstandard")
     choice = tokenizer if isinstance(tokenizer, TokenizerChoice) else TokenizerChoice(str(tokenizer))
-    files = find_files(inputs)
-    parts = plan_parts(files, part_bytes)
+    files = find_files(inputs, hub)
+    for revision in revisions(file.path for file in files):
+        print(f"reading {revision}", file=sys.stderr, flush=True)
     work = WorkFolder(Path(f"{prefix}.partial"))
+    part_bytes = options.part_bytes or default_part_bytes(files)
 
     def key(stored: StoredTokenizer) -> dict[str, Any]:
-        return {**_key(files, stored, json_key, append_eod), "parts": len(parts)}
+        return {**_key(files, stored, json_key, options), "part_bytes": part_bytes}
 
-    if not overwrite and any(os.path.lexists(f"{prefix}.{end}") for end in ("bin", "idx")):
+    there = [Path(f"{prefix}.{end}") for end in ("bin", "idx")] if options.join else [data_args_file(prefix)]
+    if not overwrite and any(map(os.path.lexists, there)):
         with tempfile.TemporaryDirectory() as folder:
             asked = key(store_tokenizer(choice, Path(folder)))
         if work.key() != asked:  # the plan of an interrupted run that was to write these files: go on with it
-            return _already_there(prefix, digest(asked))
+            return _already_there(prefix, there, digest(asked))
     # A mistake in the first lines is reported before the slow start of the workers.
-    _read_something(parts, json_key, on_error)
+    _read_something(files, json_key, options.on_error)
     try:
         with locked(work, prefix):
             stored = store_tokenizer(choice, work.path)
-            if append_eod and stored.eod is None:
+            if options.append_eod and stored.eod is None:
                 raise UserError(f"the tokenizer {choice} has no end-of-document token; set one or pass --no-append-eod")
-            _begin(work, key(stored), parts, on_error)
-            run = _Run(work, prefix, stored, json_key, append_eod, on_error, parts)
+            if work.begin(key(stored), lambda: plan_parts(files, part_bytes)):
+                print("the interrupted run had other inputs, options or tokenizer: starting anew", file=sys.stderr)
+            _take_up(work, options.on_error)
+            run = _Run(work, prefix, stored, json_key, options, workers, there)
             if executor == "local":
-                return run.here(workers)
-            return run.on_cluster(executor, workers, executor_options or {})
+                return run.here()
+            return run.on_cluster(executor, executor_options or {})
     except OSError as error:
         raise cannot_write(Path(f"{prefix}.bin"), error) from error
 
@@ -125,57 +165,58 @@ def _checked_prefix(prefix: str) -> str:
     return prefix
 
 
-def _already_there(prefix: str, source: str) -> IndexedSummary:
+def _already_there(prefix: str, there: list[Path], source: str) -> IndexedSummary:
     """What an earlier run of the same command made; refuses files of another one, or damaged ones."""
-    made = read_preparation(prefix)
-    if made is None or made.source != source:
-        how = "made otherwise" if made is None else "made of other documents, with another tokenizer or options"
-        raise UserError(f"--output {prefix}: .bin or .idx is there already, {how}; name another, or add --overwrite")
+    prefixes = [prefix] if len(there) > 1 else listed_parts(prefix)
+    made = [each for name in prefixes if (each := read_preparation(name)) is not None]
+    other = any(each.source != source for each in made)
+    if other or not made or len(made) < len(prefixes):
+        how = "made of other documents, with another tokenizer or options" if other else "made otherwise"
+        names = " or ".join(file.name.removeprefix(Path(prefix).name) for file in there)
+        raise UserError(f"--output {prefix}: {names} is there already, {how}; name another, or add --overwrite")
     try:
-        check_indexed_dataset(prefix)
+        for name in prefixes:
+            check_indexed_dataset(name)
     except UserError as error:
         raise UserError(f"--output {prefix} was made by this command, but {error} (--overwrite)") from error
     print(f"{prefix} was made by this command already: nothing is done (--overwrite makes it anew)", file=sys.stderr)
-    files = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    return IndexedSummary(*files, made.documents, made.tokens, made.skipped)
+    sums = [sum(getattr(each, name) for each in made) for name in ("documents", "tokens", "skipped")]
+    return IndexedSummary(tuple(there), *sums)
 
 
-def _read_something(parts: list[list[Span]], json_key: str, on_error: str) -> None:
+def _read_something(files: Sequence[SourceFile], json_key: str, on_error: str) -> None:
     """Read up to the first document.
 
     Raises:
         UserError: there is none, or a malformed one is before it.
     """
     rejected: list[UserError] = []
-    reject = refuse if on_error == "stop" else rejected.append
-    for span in itertools.chain.from_iterable(parts):
-        for _ in read_span(span, json_key, reject):
-            return
+    for _ in iter_documents(files, json_key, refuse if on_error == "stop" else rejected.append):
+        return
     also = f" ({len(rejected):,} documents are malformed; the first: {rejected[0]})" if rejected else ""
     raise UserError(f"--input holds no text{also}; name files with documents in them")
 
 
-def _key(files: Sequence[SourceFile], tokenizer: StoredTokenizer, json_key: str, append_eod: bool) -> dict[str, Any]:
+def _key(files: Sequence[SourceFile], tokenizer: StoredTokenizer, json_key: str, options: Options) -> dict[str, Any]:
     """What the parts depend on: with another key, those of an earlier run are of no use."""
     return {
         "files": [asdict(file) for file in files],
         "tokenizer": tokenizer.digest,
         "json_key": json_key,
-        "eod": tokenizer.eod if append_eod else None,
+        "eod": tokenizer.eod if options.append_eod else None,
         **({"special_tokens": True} if tokenizer.special else {}),
+        **({"pipeline": [options.pipeline, source_digest(options.pipeline)]} if options.pipeline else {}),
     }
 
 
-def _begin(work: WorkFolder, key: dict[str, Any], parts: list[list[Span]], on_error: str) -> None:
-    if work.begin(key, parts):
-        print("the inputs or the tokenizer are not those of the interrupted run: starting anew", file=sys.stderr)
+def _take_up(work: WorkFolder, on_error: str) -> None:
     if on_error == "stop":
         for rank in work.completed():
             report = work.report(rank)
             if report is None or report.skipped:
                 work.forget(rank)
     if done := len(work.completed()):
-        print(f"{done} of {len(parts)} parts are complete from an interrupted run", file=sys.stderr, flush=True)
+        print(f"{done} of {work.count_parts()} parts are complete from an interrupted run", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -186,77 +227,62 @@ class _Run:
     prefix: str
     tokenizer: StoredTokenizer
     json_key: str
-    append_eod: bool
-    on_error: str
-    parts: list[list[Span]]
+    options: Options
+    workers: int
+    there: list[Path]
 
-    def here(self, workers: int) -> IndexedSummary:
+    def here(self) -> IndexedSummary:
         """Run in processes of this machine."""
         from megatron_recursive.data.executors import build_executor
-        from megatron_recursive.data.steps import merge_parts
 
-        if sum(span.size for part in self.parts for span in part) < SMALL_BYTES:
-            workers = 1
-        with _watched(self.work, self.parts):
-            build_executor("local", self._steps(), len(self.parts), workers, self.work.logs, {}).run()
-        total = merge_parts(self.work, self.prefix, self.tokenizer)
+        sizes = self.work.part_sizes()
+        workers = 1 if sum(sizes) < SMALL_BYTES else self.workers
+        steps = self._steps(workers)
+        with _watched(self.work, sizes):
+            build_executor("local", steps, len(sizes), workers, self.work.logs, {}).run()
+        total = finish(self.work, self.prefix, self.tokenizer, self.options.join)
         self.work.remove()
         return self._summary(total)
 
-    def on_cluster(self, kind: str, workers: int, options: Mapping[str, str]) -> IndexedSummary | None:
+    def on_cluster(self, kind: str, options: Mapping[str, str]) -> IndexedSummary | None:
         """Submit to SLURM, or run on Ray: the parts, and a last task that joins them."""
         from megatron_recursive.data.executors import build_executor
         from megatron_recursive.data.steps import PartsMerger
 
-        first = build_executor(kind, self._steps(), len(self.parts), workers, self.work.logs, options)
-        merger = PartsMerger(self.work, self.prefix, self.tokenizer)
+        sizes = self.work.part_sizes()
+        first = build_executor(kind, self._steps(self.workers), len(sizes), self.workers, self.work.logs, options)
+        merger = PartsMerger(self.work, self.prefix, self.tokenizer, self.options.join)
         join_logs = self.work.path / "datatrove-join"
         last = build_executor(kind, [merger], 1, 1, join_logs, options, depends=first)
         if kind == "slurm":
             last.run()
             return None
-        with _watched(self.work, self.parts):
+        with _watched(self.work, sizes):
             last.run()
-        total = PartReport()
-        for rank in range(len(self.parts)):
-            report = self.work.report(rank) or PartReport()
-            total.documents += report.documents
-            total.tokens += report.tokens
-            total.skipped += report.skipped
-            total.reasons += report.reasons
-        return self._summary(total)
+        return self._summary(add_reports([self.work.report(rank) or PartReport() for rank in range(len(sizes))]))
 
-    def _steps(self) -> list[Any]:
+    def _steps(self, workers: int) -> list[Any]:
         from megatron_recursive.data.steps import IndexedDatasetWriter, PartReader
 
-        return [
-            PartReader(self.work, self.json_key, self.on_error),
-            IndexedDatasetWriter(self.work, self.tokenizer, self.append_eod),
-        ]
+        reader = PartReader(self.work, self.json_key, self.options.on_error)
+        around = Surroundings(reader, self.work.count_parts(), workers, self.work.inserted)
+        inserted = steps_of(self.options.pipeline, around) if self.options.pipeline else []
+        return [reader, *inserted, IndexedDatasetWriter(reader, self.tokenizer, self.options.append_eod)]
 
     def _summary(self, total: PartReport) -> IndexedSummary:
-        return IndexedSummary(
-            bin_file=Path(f"{self.prefix}.bin"),
-            idx_file=Path(f"{self.prefix}.idx"),
-            documents=total.documents,
-            tokens=total.tokens,
-            skipped=total.skipped,
-            reasons=tuple(total.reasons),
-        )
+        return IndexedSummary(tuple(self.there), total.documents, total.tokens, total.skipped, tuple(total.reasons))
 
 
 @contextmanager
-def _watched(work: WorkFolder, parts: list[list[Span]]) -> Iterator[None]:
-    """Show the workers' progress, from the reports that they write, while the block runs."""
-    sizes = [sum(span.size for span in part) for part in parts]
-    complete = set(work.completed())
+def _watched(work: WorkFolder, sizes: list[int]) -> Iterator[None]:
+    """Show the workers' progress, from what they count, while the block runs."""
+    done_bytes = sum(sizes[rank] for rank in work.completed())
     stop = threading.Event()
 
     def watch() -> None:
-        done_bytes = sum(sizes[rank] for rank in complete)
         with Progress("encoding", sum(sizes), done_bytes=done_bytes) as progress:
             while not stop.wait(_POLL_S):
-                documents, size = _read_so_far(work, complete)
+                documents, size = read_counts(work.counts)
                 progress.advance(documents - progress.documents, size - progress.bytes)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -266,14 +292,3 @@ def _watched(work: WorkFolder, parts: list[list[Span]]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-def _read_so_far(work: WorkFolder, without: set[int]) -> tuple[int, int]:
-    """Documents and bytes read, without those of the parts ``without``."""
-    documents = size = 0
-    for file in work.parts.glob("*.json"):
-        rank = int(file.stem)
-        if rank not in without and (report := work.report(rank)) is not None:
-            documents += report.documents
-            size += report.bytes
-    return documents, size

@@ -1,7 +1,8 @@
-"""Documents of .txt, .jsonl and .parquet files; a mistake is named by file and line."""
+"""Documents of .txt, .jsonl (.json) and .parquet files; a mistake is named by file and line."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from megatron_recursive.data.parquet import read_rows
-from megatron_recursive.data.sources import TEXT_DOCUMENT_BYTES, SourceFile, whole
+from megatron_recursive.data.sources import TEXT_DOCUMENT_BYTES, SourceFile, unpacked_name, whole
 from megatron_recursive.data.spans import Span, open_source
 from megatron_recursive.errors import UserError
 
@@ -41,17 +42,20 @@ def iter_documents(files: Sequence[SourceFile], json_key: str = "text", reject: 
 
 
 def read_span(span: Span, json_key: str = "text", reject: Reject = refuse) -> Iterator[Document]:
-    """Yield the documents of a span: a .jsonl line or a .parquet row each, or a .txt file.
+    """Yield the documents of a span: a .jsonl or .json line or a .parquet row each, or a .txt file.
 
-    Documents of white space only are left out. What cannot be read, is not UTF-8, or has no string under ``json_key``
-    goes to ``reject`` as an error that names file and line.
+    Documents of white space only are left out. One that is not UTF-8 or JSON, or has no string under ``json_key``, goes
+    to ``reject`` as an error that names file and line.
+
+    Raises:
+        UserError: the file cannot be read, or is damaged.
     """
     if span.path.endswith(".parquet"):
         pairs = read_rows(span, json_key, reject)
-    elif ".jsonl" in span.path.rpartition("/")[2]:
-        pairs = _read_lines(span, json_key, reject)
-    else:
+    elif unpacked_name(span.path).endswith(".txt"):
         pairs = _read_text(span, reject)
+    else:
+        pairs = _read_lines(span, json_key, reject)
     for text, size in pairs:
         if not text.isspace() and text:
             yield Document(text, size)
@@ -79,8 +83,8 @@ def _read_lines(span: Span, json_key: str, reject: Reject) -> Iterator[tuple[str
                         reject(error)
                     else:
                         yield text, size
-    except _UNREADABLE as error:
-        reject(_cannot_read(f"{span.path}:{_lines_before(span) + number + 1}", error))
+    except _DAMAGED as error:
+        raise _damaged(f"{span.path}:{_lines_before(span) + number + 1}", error) from error
 
 
 def _read_text(span: Span, reject: Reject) -> Iterator[tuple[str, int]]:
@@ -109,8 +113,8 @@ def _read_text(span: Span, reject: Reject) -> Iterator[tuple[str, int]]:
                 size += taken
             if lines:
                 yield from document()
-    except _UNREADABLE as error:
-        reject(_cannot_read(f"{span.path}:{_lines_before(span) + number + 1}", error))
+    except _DAMAGED as error:
+        raise _damaged(f"{span.path}:{_lines_before(span) + number + 1}", error) from error
 
 
 def _lines(stream: BinaryIO, span: Span) -> Iterator[tuple[bytes, int, int]]:
@@ -126,11 +130,12 @@ def _lines(stream: BinaryIO, span: Span) -> Iterator[tuple[bytes, int, int]]:
     if position:
         stream.seek(position - 1)
         position += len(stream.readline()) - 1
-    if position < span.stop:
+    stop = span.size if span.stop is None else span.stop
+    if position < stop:
         for raw in stream:
             yield raw, len(raw), position
             position += len(raw)
-            if position >= span.stop:
+            if position >= stop:
                 return
 
 
@@ -150,6 +155,8 @@ def _lines_before(span: Span) -> int:
 def _unpacked(stream: BinaryIO, path: str) -> BinaryIO | None:
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
+    if path.endswith(".bz2"):
+        return bz2.BZ2File(stream)  # type: ignore[return-value]
     if path.endswith(".zst"):
         return io.BufferedReader(_Zstandard(stream), _CHUNK)
     return None
@@ -199,11 +206,11 @@ def _zstandard_error() -> type[Exception]:
     return zstandard.ZstdError
 
 
-_UNREADABLE = (OSError, EOFError, zlib.error, _zstandard_error())
+_DAMAGED = (OSError, EOFError, zlib.error, _zstandard_error())  # gzip and bz2 raise an OSError for what is not theirs
 
 
-def _cannot_read(where: str, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+def _damaged(where: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
     return UserError(f"{where} cannot be read ({reason.rstrip('.')}); mend the file or leave it out")
 
 
@@ -214,9 +221,11 @@ def _text_of_line(raw: bytes, json_key: str, where: str) -> str:
         raise UserError(f"{where} is not UTF-8; convert the file or remove the line") from error
     # RecursionError: thousands of nested brackets, which json refuses in this way.
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}); mend or remove the line") from error
+        mend = "write a document a line, as jq -c '.[]' does" if raw.lstrip()[:1] == b"[" else "mend or remove the line"
+        raise UserError(f"{where} is not valid JSON ({error}); {mend}") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object; write each document as {{{json.dumps(json_key)}: ...}}")
+        form = f"{{{json.dumps(json_key)}: ...}}, a line each (jq -c '.[]' does it for an array)"
+        raise UserError(f"{where} is not a JSON object; write each document as {form}")
     if json_key not in record:
         keys = ", ".join(map(repr, list(record)[:8])) or "none"
         raise UserError(f"{where} has no key {json_key!r} (its keys: {keys}); name the text's key with --json-key")

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import glob
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_recursive.command_line import missing_package
+from megatron_recursive.data.hub import HubChoice, find_on_hub
 from megatron_recursive.data.parquet import row_group_sizes
 from megatron_recursive.data.spans import Span
 from megatron_recursive.errors import UserError
 
-COMPRESSIONS = (".gz", ".zst")
-SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".txt") for packed in ("", *COMPRESSIONS)) + (".parquet",)
-KINDS = ".txt or .jsonl (also .gz, .zst) or .parquet"
+COMPRESSIONS = (".gz", ".zst", ".bz2")
+_LINES = (".jsonl", ".json", ".txt")
+SUFFIXES = (*(kind + packed for kind in _LINES for packed in ("", *COMPRESSIONS)), ".parquet")
+KINDS = ".txt, .jsonl or .json (also .gz, .zst, .bz2) or .parquet"
+_NO_DOCUMENTS = (
+    ".idx.json", "/tokenizer.json", "/tokenizer_config.json", "/special_tokens_map.json", "/vocab.json", "/config.json",
+    "/dataset_info.json", "/dataset_infos.json", "/dataset_dict.json", "/state.json",
+)  # fmt: skip
 
 TEXT_DOCUMENT_BYTES = 4 * 2**20
 """A .txt file is one document; a longer one is cut at line ends into documents of about so many bytes."""
 MIN_PART_BYTES, MAX_PART_BYTES = 2**20, 256 * 2**20
 _PARTS = 128
+_FOOTER_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -32,29 +42,52 @@ class SourceFile:
     modified: int = 0
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[SourceFile]:
-    """Expand folders (recursively, in name order) and URLs into the files below them that can be read.
+def find_files(inputs: Sequence[str | Path | SourceFile], hub: HubChoice | None = None) -> list[SourceFile]:
+    """Expand folders (recursively, in name order), patterns and URLs into the files below them that can be read.
 
-    ``hf://NAME`` is the data set NAME of the Hugging Face hub, or a folder in it; other URLs are fsspec's.
+    ``hf://NAME[@REVISION][/GLOB]`` is the data set NAME of the Hugging Face hub; other URLs are fsspec's.
 
     Raises:
-        UserError: a path is missing, a file is of another kind, or a folder holds none that can be read.
+        UserError: a path is missing, a file is of another kind, a folder holds none that can be read, or a data set has
+            several configurations or splits of which ``hub`` chooses none.
     """
     files: list[SourceFile] = []
-    for given in map(str, inputs):
-        found = _find_remote(given) if "://" in given else _find_local(given)
+    if hub is not None and not any(str(given).startswith("hf://") for given in inputs):
+        raise UserError("--hf-config and --hf-split are for an --input hf://NAME; leave them out")
+    for given in inputs:
+        if isinstance(given, SourceFile):
+            files.append(given)
+            continue
+        given = str(given)
+        if given.startswith("hf://") and not given.startswith("hf://buckets/"):
+            found = [SourceFile(*each) for each in find_on_hub(given, hub or HubChoice(), _holds_documents)]
+        else:
+            found = _find_remote(given) if "://" in given else _find_local(given)
         if not found:
             raise UserError(f"--input {given} holds no {KINDS} file; name a folder or file that does")
         files += found
     return files
 
 
+def unpacked_name(path: str) -> str:
+    """The path without the ending that says how the file is compressed."""
+    return next((path.removesuffix(end) for end in COMPRESSIONS if path.endswith(end)), path)
+
+
+def _holds_documents(path: str) -> bool:
+    """Whether a file of a folder is taken; one that is named is by its suffix alone."""
+    return path.endswith(SUFFIXES) and not f"/{path}".endswith(_NO_DOCUMENTS)
+
+
 def _find_local(given: str) -> list[SourceFile]:
     path = Path(given)
+    if not path.exists() and glob.has_magic(given):
+        names = sorted(glob.glob(given, recursive=True))
+        return [file for name in names if os.path.isfile(name) and _holds_documents(name) for file in _find_local(name)]
     if not path.exists():
         raise UserError(f"--input {given} does not exist; name a {KINDS} file, or a folder of them")
     if path.is_dir():
-        paths = sorted(each for each in path.rglob("*") if each.name.endswith(SUFFIXES) and each.is_file())
+        paths = sorted(each for each in path.rglob("*") if _holds_documents(str(each)) and each.is_file())
     elif path.name.endswith(SUFFIXES):
         paths = [path]
     else:
@@ -65,16 +98,13 @@ def _find_local(given: str) -> list[SourceFile]:
 def _find_remote(given: str) -> list[SourceFile]:
     from datatrove.io import get_datafolder
 
-    url = given
-    if url.startswith("hf://") and not url.startswith(("hf://datasets/", "hf://buckets/")):
-        url = f"hf://datasets/{url.removeprefix('hf://')}"
     try:
-        if url.endswith(SUFFIXES):
-            parent, _, name = url.rpartition("/")
+        if given.endswith(SUFFIXES):
+            parent, _, name = given.rpartition("/")
             folder, names = get_datafolder(parent), [name]
         else:
-            folder = get_datafolder(url)
-            names = [name for name in folder.list_files() if name.endswith(SUFFIXES)]
+            folder = get_datafolder(given)
+            names = [name for name in folder.list_files() if _holds_documents(name)]
         return [SourceFile(str(folder.resolve_paths(name)), folder.size(name)) for name in names]
     # Each file system raises its own errors, of missing packages, names, rights and networks.
     except Exception as error:
@@ -98,20 +128,27 @@ def total_bytes(files: Sequence[SourceFile]) -> int:
     return sum(file.size for file in files)
 
 
-def plan_parts(files: Sequence[SourceFile], part_bytes: int | None = None) -> list[list[Span]]:
+def default_part_bytes(files: Sequence[SourceFile]) -> int:
+    """How large the parts are if nobody says: enough of them to spread, few enough to join."""
+    return min(max(total_bytes(files) // _PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+
+
+def plan_parts(files: Sequence[SourceFile], part_bytes: int) -> list[list[Span]]:
     """Cut the files into parts of about ``part_bytes``, in their order; each part is read by one process.
 
-    The parts depend on the files alone, so that an interrupted run can go on with another number of workers.
+    A file of up to twice that size stays whole. The parts depend on the files alone, so that an interrupted run can go
+    on with another number of workers.
 
     Raises:
         UserError: a .parquet file cannot be read.
     """
-    if part_bytes is None:
-        part_bytes = min(max(total_bytes(files) // _PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+    footers = [file for file in files if file.path.endswith(".parquet") and file.size > 2 * part_bytes]
+    with ThreadPoolExecutor(_FOOTER_THREADS) as threads:  # over a network each takes a moment of waiting
+        sizes = dict(zip(footers, threads.map(_row_groups, footers), strict=True))
     parts: list[list[Span]] = []
     filled = part_bytes
     for file in files:
-        for span in _cut(file, part_bytes):
+        for span in _cut(file, part_bytes, sizes.get(file)):
             if filled >= part_bytes:
                 parts.append([])
                 filled = 0
@@ -120,32 +157,33 @@ def plan_parts(files: Sequence[SourceFile], part_bytes: int | None = None) -> li
     return parts
 
 
-def _cut(file: SourceFile, part_bytes: int) -> Iterator[Span]:
-    if file.path.endswith(COMPRESSIONS):
+@functools.lru_cache(maxsize=2**16)
+def _row_groups(file: SourceFile) -> tuple[int, ...]:
+    return tuple(row_group_sizes(file.path))
+
+
+def _cut(file: SourceFile, part_bytes: int, row_groups: Sequence[int] | None) -> Iterator[Span]:
+    if row_groups is not None:
+        yield from _cut_table(file, part_bytes, row_groups)
+    elif file.path.endswith((*COMPRESSIONS, ".parquet")) or file.size <= 2 * part_bytes:
         yield whole(file)
-        return
-    if file.path.endswith(".parquet"):
-        yield from _cut_table(file, part_bytes)
-        return
-    if file.path.endswith(".txt"):  # whole documents
-        part_bytes = -(-part_bytes // TEXT_DOCUMENT_BYTES) * TEXT_DOCUMENT_BYTES
-    for start in range(0, file.size, part_bytes):
-        stop = min(start + part_bytes, file.size)
-        yield Span(file.path, start, stop, stop - start)
+    else:
+        if file.path.endswith(".txt"):  # whole documents
+            part_bytes = -(-part_bytes // TEXT_DOCUMENT_BYTES) * TEXT_DOCUMENT_BYTES
+        for start in range(0, file.size, part_bytes):
+            stop = min(start + part_bytes, file.size)
+            yield Span(file.path, start, stop, stop - start)
 
 
-def _cut_table(file: SourceFile, part_bytes: int) -> Iterator[Span]:
-    sizes = row_group_sizes(file.path)
+def _cut_table(file: SourceFile, part_bytes: int, row_groups: Sequence[int]) -> Iterator[Span]:
     start = filled = 0
-    for number, size in enumerate(sizes):
+    for number, size in enumerate(row_groups):
         filled += size
-        if filled >= part_bytes or number == len(sizes) - 1:
+        if filled >= part_bytes or number == len(row_groups) - 1:
             yield Span(file.path, start, number + 1, filled)
             start, filled = number + 1, 0
 
 
 def whole(file: SourceFile) -> Span:
     """The span of a file that is read by one process; of a .parquet, all row groups."""
-    if file.path.endswith(".parquet"):
-        return Span(file.path, 0, len(row_group_sizes(file.path)), file.size)
-    return Span(file.path, 0, file.size, file.size)
+    return Span(file.path, 0, None if file.path.endswith(".parquet") else file.size, file.size)

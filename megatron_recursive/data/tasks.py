@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_recursive.data.files import replacing
-from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset
+from megatron_recursive.data.indexed import check_indexed_dataset, token_type, write_index
 from megatron_recursive.data.preparation import SUFFIX, Preparation, digest, read_preparation
 from megatron_recursive.errors import UserError
 
@@ -161,12 +161,11 @@ def write_task(task: Hops | Addition, prefix: Path, documents: int, seed: tuple[
         raise UserError(f"{bin_file} is there already, and another task or half of one; choose another --output.")
     random = numpy.random.default_rng(seed)
     with replacing(bin_file, Path(f"{prefix}{SUFFIX}"), idx_file) as (bin_part, record_part, idx_part):
-        megatron = megatron_indexed_dataset()
-        builder = megatron.IndexedDatasetBuilder(str(bin_part), dtype=megatron.DType.optimal_dtype(VOCAB_SIZE))
-        for start in range(0, documents, _CHUNK):
-            for ids in task.documents(random, min(_CHUNK, documents - start)):
-                builder.add_document(ids, [task.seq_length])
-        builder.finalize(str(idx_part))
+        token = token_type(VOCAB_SIZE)
+        with open(bin_part, "wb") as stream:
+            for start in range(0, documents, _CHUNK):
+                stream.write(task.documents(random, min(_CHUNK, documents - start)).astype(token).tobytes())
+        write_index(idx_part, token, lambda: [numpy.full(documents, task.seq_length)])
         record_part.write_text(Preparation(
             VOCAB_SIZE, digest({"vocabulary": "tasks"}), task.made_by, source, documents,
             documents * task.seq_length, 0, bin_part.stat().st_size,

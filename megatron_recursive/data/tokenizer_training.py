@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_recursive.data.files import replacing_folder
+from megatron_recursive.data.hub import HubChoice
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.data.readers import iter_documents
 from megatron_recursive.data.sources import SourceFile, find_files, require_packages, total_bytes
@@ -35,8 +36,9 @@ class TrainedTokenizer:
 
 
 def train_tokenizer(
-    inputs: Sequence[str | Path], output: str | Path, vocab_size: int, json_key: str = "text", kind: str = "bpe"
-) -> TrainedTokenizer:
+    inputs: Sequence[str | Path], output: str | Path, vocab_size: int, json_key: str = "text", kind: str = "bpe",
+    hub: HubChoice | None = None,
+) -> TrainedTokenizer:  # fmt: skip
     """Train a tokenizer and write it into a folder; the same input gives the same folder.
 
     ``bpe``: byte-level, a folder that ``transformers.AutoTokenizer`` loads, with GPT-2's two files ``vocab.json`` and
@@ -55,7 +57,7 @@ def train_tokenizer(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; name a folder")
     require_packages("orjson", *(["sentencepiece"] if kind == "sentencepiece" else []))
-    texts = _Texts(find_files(inputs), json_key, vocab_size)
+    texts = _Texts(find_files(inputs, hub), json_key, vocab_size)
     train = _train_bpe if kind == "bpe" else _train_sentencepiece
     with replacing_folder(output) as partial:
         learned = train(texts, vocab_size, partial)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,6 +58,16 @@ class WorkFolder:
     def parts(self) -> Path:
         return self.path / "parts"
 
+    @property
+    def counts(self) -> Path:
+        """What the parts of this run have read so far."""
+        return self.path / "counts"
+
+    @property
+    def inserted(self) -> Path:
+        """Where the steps of ``--pipeline`` may keep files."""
+        return self.path / "pipeline"
+
     def part(self, rank: int) -> Path:
         """Prefix of the dataset of a part; its .idx is written last."""
         return self.parts / f"{rank:05d}"
@@ -85,36 +96,53 @@ class WorkFolder:
         (self.completions / f"{rank:05d}").unlink(missing_ok=True)
         self._report_file(rank).unlink(missing_ok=True)
 
-    def begin(self, key: dict[str, Any], parts: list[list[Span]]) -> bool:
-        """Write the plan, and clear what belongs to another one; returns whether there was another."""
+    def begin(self, key: dict[str, Any], plan: Callable[[], list[list[Span]]]) -> bool:
+        """Write the plan if the folder has another one or none; returns whether there was another.
+
+        What belongs to another one is cleared. That of the same key is kept: to plan anew would read many footers.
+        """
         known = self.key()
-        differs = known is not None and known != key
+        self.counts.unlink(missing_ok=True)
         if known != key:
-            for folder in (self.logs, self.parts):
+            parts = plan()
+            for folder in (self.logs, self.parts, self.inserted):
                 shutil.rmtree(folder, ignore_errors=True)
             self.parts.mkdir(parents=True)
             write_replacing(
                 self.plan, json.dumps({"key": key, "parts": [[asdict(span) for span in part] for part in parts]})
             )
         self.parts.mkdir(exist_ok=True)
-        return differs
+        return known is not None and known != key
 
     def key(self) -> dict[str, Any] | None:
         """What the parts depend on; None where no run has begun."""
         try:
-            return json.loads(self.plan.read_text("utf-8"))["key"]
+            return self._read_plan()["key"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def read_part(self, rank: int) -> list[Span]:
         """The spans of a part."""
-        return [Span(**span) for span in json.loads(self.plan.read_text("utf-8"))["parts"][rank]]
+        return [Span(**span) for span in self._read_plan()["parts"][rank]]
 
     def count_parts(self) -> int:
-        return len(json.loads(self.plan.read_text("utf-8"))["parts"])
+        return len(self._read_plan()["parts"])
+
+    def part_sizes(self) -> list[int]:
+        """Bytes on disk that each part is made of."""
+        return [sum(span["size"] for span in part) for part in self._read_plan()["parts"]]
+
+    def _read_plan(self) -> dict[str, Any]:
+        return _parse_plan(self.plan, self.plan.stat().st_mtime_ns)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _parse_plan(plan: Path, modified: int) -> dict[str, Any]:
+    """It can name 100,000 files, and each part of it asks."""
+    return json.loads(plan.read_text("utf-8"))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompt_file)
     with open_model(
         args.model, tokenizer=args.tokenizer, dtype=args.dtype, num_refinement_blocks=args.num_refinement_blocks,
-        device_map=args.device_map,
+        device=args.device, device_map=args.device_map,
     ) as loaded:  # fmt: skip
         settings.check(loaded)
         if args.show_recursive_steps and not loaded.recursive:
@@ -51,6 +51,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError("--interactive reads what you type; leave out --prompt, --prompt-file and --json.")
     if not args.interactive and not args.prompt and args.prompt_file is None:
         raise UserError("There is nothing to answer; give --prompt, --prompt-file or --interactive.")
+    if args.device_map is not None and args.device == "cpu":
+        raise UserError("--device-map spreads a model over GPUs; leave out --device cpu.")
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, but is {args.batch_size}.")
     if args.batch_size > 1 and (args.interactive or args.show_recursive_steps):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megatron_recursive.backends import cpu
+from megatron_recursive.backends.device import of_this_process
 from megatron_recursive.command_line import command
 from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.data.tokenizer import gpt2_tokenizer, is_hub_name, load_tokenizer
@@ -45,18 +47,19 @@ class Loaded:
 @contextlib.contextmanager
 def open_model(
     given: str, *, tokenizer: str | None = None, dtype: str = "auto", num_refinement_blocks: int | None = None,
-    numbers: bool = False, device_map: str | None = None,
+    numbers: bool = False, device: str | None = None, device_map: str | None = None,
 ) -> Iterator[Loaded]:  # fmt: skip
     """Load a model and its tokenizer; a Megatron checkpoint keeps its process groups while the context lasts.
 
     Args:
         numbers: a folder's texts are token ids, as those of a checkpoint without a tokenizer are in any case.
-        device_map: how accelerate spreads a folder's model; None puts it on the first device.
+        device: ``auto``, ``cuda`` or ``cpu``; None asks the environment.
+        device_map: how accelerate spreads a folder's model over devices; None leaves it on one.
 
     Raises:
-        UserError: there is no such model, it cannot be read, or it has no blocks to change.
+        UserError: there is no such model, it cannot be read, it has no blocks to change, or the GPU does not work.
     """
-    path = Path(given)
+    path, device = Path(given), of_this_process(device)
     with contextlib.ExitStack() as stack:
         if path.is_dir() and not (path / "config.json").is_file():
             if not any((path / name).is_file() for name in (".metadata", TRACKER)):
@@ -67,9 +70,9 @@ def open_model(
             if device_map is not None:
                 raise UserError(f"--device-map spreads Hugging Face folders, but {given} is a Megatron checkpoint; "
                                 "leave it out, or export the checkpoint.")  # fmt: skip
-            loaded = _open_checkpoint(stack, given, tokenizer, DTYPES.get(dtype))
+            loaded = _open_checkpoint(stack, given, tokenizer, DTYPES.get(dtype), device)
         else:
-            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"), numbers, device_map)
+            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"), numbers, device, device_map)
         if num_refinement_blocks is not None:
             _set_blocks(loaded, num_refinement_blocks)
         yield loaded
@@ -86,7 +89,9 @@ def _set_blocks(loaded: Loaded, count: int) -> None:
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
 
 
-def _open_folder(given: str, tokenizer: str | None, dtype: Any, numbers: bool, device_map: str | None) -> Loaded:
+def _open_folder(
+    given: str, tokenizer: str | None, dtype: Any, numbers: bool, device: str, device_map: str | None
+) -> Loaded:
     path = Path(given)
     if path.suffix == ".gguf" and path.is_file():
         line = command("convert", "import", "--hf", given, "--out", "CKPT")
@@ -111,8 +116,8 @@ def _open_folder(given: str, tokenizer: str | None, dtype: Any, numbers: bool, d
     # transformers and safetensors raise OSError, ValueError, KeyError, RuntimeError and their own for broken folders.
     except Exception as error:
         raise UserError(f"--model {given} cannot be loaded ({_reason(error)}); check the folder.") from error
-    if torch.cuda.is_available() and device_map is None:
-        model.cuda()
+    if device_map is None:
+        model.to(device)
     own = path if tokenizer is None else tokenizer
     text = NumberText(config.vocab_size) if numbers else TokenizerText(load_tokenizer(own, NEEDS_ITS_OWN))
     recursive = getattr(config, "plan", None) is not None and config.plan.get("family") != "plain"
@@ -134,8 +139,10 @@ def _model_class(config: Any) -> Any:
 
 
 def _open_checkpoint(
-    stack: contextlib.ExitStack, given: str, tokenizer: str | None, dtype: torch.dtype | None
+    stack: contextlib.ExitStack, given: str, tokenizer: str | None, dtype: torch.dtype | None, device: str
 ) -> Loaded:
+    if device == "cpu":
+        cpu.install(on_purpose=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
         from megatron_recursive.inference.megatron_model import open_megatron

@@ -19,7 +19,7 @@ from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.donor_import import checkpoint_fetch
 from megatron_recursive.hf.convert.export import MegatronModel, open_checkpoint
-from megatron_recursive.hf.convert.mappings import recursive_config
+from megatron_recursive.hf.convert.mappings import OWN, config_values
 from megatron_recursive.hf.convert.proof import build_megatron, checkpoint_key, one_process
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, Work
@@ -53,7 +53,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         """Run so many blocks from now on."""
         knobs = dataclasses.replace(self.megatron.recursion, num_refinement_blocks=count)
         self.megatron.recursion, self.megatron.plan = knobs, build_plan(knobs)
-        self.config.set_plan(json.loads(self.megatron.plan.to_json()))
+        self.config.set_plan(self.megatron.plan)
 
     @torch.no_grad()
     def forward(
@@ -230,7 +230,7 @@ def open_megatron(given: str, dtype: torch.dtype | None = None) -> Iterator[tupl
             megatron.cuda()
         megatron.eval()
         config = RecursiveGPTConfig.from_dict({
-            **recursive_config(found.arch), "num_layers": found.arch.num_layers, "dtype": dtype,
+            **config_values(OWN, found.arch), "dtype": dtype,
             "plan": json.loads(found.plan.to_json()), "recursion": found.recursion.to_dict(),
         })  # fmt: skip
         yield MegatronForCausalLM(config, megatron).eval(), found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.core.dist_checkpointing import validation
@@ -48,10 +49,16 @@ def check_integrity(folder: Path, *, needed: bool = False) -> None:
         raise UserError(f"The checkpoint {folder} cannot be used: {why}; {advise_other(folder)}.") from error
 
 
-def write_manifest(folder: Path) -> None:
-    """Give a complete iteration's folder its manifest, unless it is larger than ``LIMIT_BYTES``."""
-    if sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) <= LIMIT_BYTES:
-        validation.save_integrity_manifest(str(folder))
+def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
+    """Give a complete iteration's folder its manifest, unless it is larger than ``LIMIT_BYTES``.
+
+    ``known`` are the digests of files that need not be read for it, by name.
+    """
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
+    if sum(file.stat().st_size for file in files) <= LIMIT_BYTES:
+        digests = {file.name: known.get(file.name) or validation._compute_file_hash(str(file)) for file in files}
+        text = json.dumps({"algorithm": validation._HASH_ALGORITHM, "files": digests}, indent=2)
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def complete_iterations(root: Path) -> list[int]:

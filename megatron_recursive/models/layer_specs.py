@@ -98,7 +98,7 @@ def fused_attention(
     """``scaled_dot_product_attention`` by torch's flash or memory-efficient kernel, never by the slow one.
 
     Torch takes another kernel without a word where it finds none of these; here that is an error. Grouped queries are
-    repeated where only the memory-efficient kernel fits (a mask, fp32), since it knows none. No GPU has run this yet.
+    repeated where only the memory-efficient kernel fits (a mask, fp32), since it knows none.
 
     Raises:
         RuntimeError: neither kernel takes these shapes, or this type.

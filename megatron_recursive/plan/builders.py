@@ -9,13 +9,9 @@ from megatron_recursive.plan.recursion_plan import DecoderPass, RecursionPlan
 def build_plan(config: RecursionConfig) -> RecursionPlan:
     """The plan of a resolved config (``embedding_multiplier`` must not be None)."""
     assert config.embedding_multiplier is not None, "resolve the config first"
-    return core_plan(config) if config.enable_recursive_refinement else plain_plan(config)
-
-
-def plain_plan(config: RecursionConfig) -> RecursionPlan:
-    """``output = decoder(input)``: a plain GPT."""
-    only = DecoderPass(index=0, block=0, target="output", reads=("input",), grad=True, supervised_weight=1.0)
-    return RecursionPlan("plain", (only,), embedding_multiplier=config.embedding_multiplier or 1.0)
+    if config.enable_recursive_refinement:
+        return core_plan(config)
+    return RecursionPlan.plain(config.embedding_multiplier)
 
 
 def core_plan(config: RecursionConfig) -> RecursionPlan:

@@ -13,13 +13,9 @@ from megatron_recursive.errors import UserError
 
 
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, off: str | None = None,
-          binds_checkpoint: bool = False, type: Any = None) -> Any:
-    """A field with what its flag needs.
-
-    ``off`` names the flag that turns a boolean off; ``binds_checkpoint`` marks a knob that changes the function
-    which trained weights compute, so that a checkpoint made with another value is refused.
-    """
-    meta = {"help": help, "choices": choices, "off": off, "binds": binds_checkpoint, "type": type}
+          type: Any = None) -> Any:
+    """A field with what its flag needs. ``off`` names the flag that turns a boolean off."""
+    meta = {"help": help, "choices": choices, "off": off, "type": type}
     return field(default=default, metadata=meta)
 
 
@@ -27,55 +23,94 @@ _ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "
 
 
 @dataclass(frozen=True)
-class RecursionConfig:
-    """The recursion knobs, named as their flags are (``num_refinement_blocks`` is ``--num-refinement-blocks``).
-
-    Frozen and validated: a value that makes no sense raises :class:`UserError` naming the flag. Hashable, built of
-    primitives only, and free of torch. ``embedding_multiplier`` and ``init_depth_scaling`` may be None ("choose");
-    :meth:`resolved` puts numbers there.
-    """
+class FunctionKnobs:
+    """What equal weights compute. A checkpoint made with another value is refused."""
 
     enable_recursive_refinement: bool = _knob(
         True, "Refine recursively. Off, the model is Megatron's plain GPT, bit for bit.",
-        off="--disable-recursive-refinement", binds_checkpoint=True)
+        off="--disable-recursive-refinement")
     num_refinement_blocks: int = _knob(
-        3, "T: refinement blocks; the output state is updated once at the end of each.", binds_checkpoint=True)
+        3, "T: refinement blocks; the output state is updated once at the end of each.")
     num_latent_refinements: int = _knob(
-        6, "n: latent refinements in each block, before its output update.", binds_checkpoint=True)
-    detach_between_refinements: bool = _knob(
-        True, "Cut the states at every block start, so that only the last block carries gradient: less memory and "
-        "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats by it. Off, gradients flow through all blocks.",
-        off="--no-detach-between-refinements")
+        6, "n: latent refinements in each block, before its output update.")
     state_init: str = _knob(
         "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer).",
-        choices=("zeros", "trunc-normal"), binds_checkpoint=True)
+        choices=("zeros", "trunc-normal"))
     state_norm: str = _knob(
         "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head.",
-        choices=("final", "none"), binds_checkpoint=True)
+        choices=("final", "none"))
     embedding_multiplier: float | None = _knob(
         None, "Factor on the embedding, which must stand at the scale of the states. Default: 1 / embedding init std "
         "for recursive runs from scratch, 1 for runs that start from a plain GPT and when recursion is off.",
-        type=float, binds_checkpoint=True)
-    init_depth_scaling: str | None = _knob(
-        None, "Output projections are initialised with std / sqrt(2 L): L the layers held, or the layers unrolled "
-        "over all passes. Default: held, or unrolled where --state-norm is none.", choices=("held", "unrolled"))
+        type=float)
+
+
+@dataclass(frozen=True)
+class HeadKnobs:
+    """The halting head that a model is built with. A change on a resume is told, here and in the next two parts."""
+
     halt_loss_weight: float = _knob(
         1.0, "Weight of the halting loss: total loss = lm loss + weight * halt loss. 0 builds no halting head.")
     halt_bias: float = _knob(
         -5.0, "Initial bias of the halting head. About 0 is known to trap training at shallow depth.")
+
+
+@dataclass(frozen=True)
+class TrainingKnobs:
+    """How the weights are trained: gradient, initial values, what the head learns."""
+
+    detach_between_refinements: bool = _knob(
+        True, "Cut the states at every block start, so that only the last block carries gradient: less memory and "
+        "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats or more by it. Off, gradients pass all blocks.",
+        off="--no-detach-between-refinements")
+    init_depth_scaling: str | None = _knob(
+        None, "Output projections are initialised with std / sqrt(2 L): L the layers held, or the layers unrolled "
+        "over all passes. Default: held, or unrolled where --state-norm is none.", choices=("held", "unrolled"))
     halt_supervision: str = _knob(
         "all", "Blocks whose state teaches the halting head: all (earlier ones through their detached state), or last.",
         choices=("all", "last"))
     halt_target: str = _knob(
         "correct", "A token should halt where its arg-max is the label (correct), or where its arg-max is already "
         "that of the last block (agrees-with-last).", choices=("correct", "agrees-with-last"))
+
+
+@dataclass(frozen=True)
+class ExitKnobs:
+    """Where generation stops, unless it is told otherwise there."""
+
     halt_threshold: float = _knob(
         0.5, "A token halts at the first block whose halting probability reaches this. Higher refines longer.")
     max_inference_refinement_steps: int = _knob(
         12, "Cap on the blocks that adaptive halting may run at inference.")
+
+
+@dataclass(frozen=True)
+class ObservationKnobs:
+    """What a run says of itself. Neither run.json nor an export holds it, and no resume compares it."""
+
     recursion_alarm_after: int | None = _knob(
         None, "Iteration from which the health alarms speak (state ignored, tokens collapsed). 0 turns them off. "
         "Default: a tenth of the run, at most 500.", type=int)
+
+
+PARTS = (FunctionKnobs, HeadKnobs, TrainingKnobs, ExitKnobs, ObservationKnobs)
+TRAINED, KEPT = PARTS[:3], PARTS[:4]
+
+
+def knobs_in(values: Mapping[str, Any], parts: Collection[Any] = PARTS) -> dict[str, Any]:
+    """Those of the knobs of some parts that a mapping holds (a checkpoint's arguments, say)."""
+    names = (knob.name for part in parts for knob in dataclasses.fields(part))
+    return {name: values[name] for name in names if name in values}
+
+
+@dataclass(frozen=True)
+class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, FunctionKnobs):  # the last comes first
+    """The recursion knobs, named as their flags are (``num_refinement_blocks`` is ``--num-refinement-blocks``).
+
+    Frozen and validated: a value that makes no sense raises :class:`UserError` naming the flag. Hashable, built of
+    primitives only, and free of torch. ``embedding_multiplier`` and ``init_depth_scaling`` may be None ("choose");
+    :meth:`resolved` puts numbers there.
+    """
 
     def __post_init__(self) -> None:
         for knob in dataclasses.fields(self):
@@ -135,7 +170,8 @@ class RecursionConfig:
         return dataclasses.replace(self, embedding_multiplier=multiplier, init_depth_scaling=scaling)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """What is kept with weights: all parts but what only observes."""
+        return knobs_in(vars(self), KEPT)
 
     def flags(self) -> list[str]:
         """The knobs as words of a command line; those left to be chosen are left out."""
@@ -150,16 +186,14 @@ class RecursionConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RecursionConfig:
-        """Pick this class's knobs out of a mapping (a checkpoint's arguments, say); absent ones take defaults."""
-        return cls(**{knob.name: values[knob.name] for knob in dataclasses.fields(cls) if knob.name in values})
+        """Pick the knobs out of a mapping; absent ones take defaults."""
+        return cls(**knobs_in(values))
 
     def differences(self, other: RecursionConfig) -> list[Difference]:
-        """The knobs in which ``other`` differs, in the order of the fields. Once recursion is off, only that counts."""
-        found = [
-            Difference(knob.name, getattr(self, knob.name), getattr(other, knob.name), knob.metadata["binds"])
-            for knob in dataclasses.fields(self)
-            if getattr(self, knob.name) != getattr(other, knob.name)
-        ]
+        """The kept knobs in which ``other`` differs. Once recursion is off, only that counts."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        binding = knobs_in(mine, [FunctionKnobs])
+        found = [Difference(n, mine[n], theirs[n], n in binding) for n in mine if mine[n] != theirs[n]]
         if self.enable_recursive_refinement != other.enable_recursive_refinement:
             return [d for d in found if d.name == "enable_recursive_refinement"]
         return found if self.enable_recursive_refinement else []
@@ -167,7 +201,7 @@ class RecursionConfig:
 
 @dataclass(frozen=True)
 class Difference:
-    """One knob that two configs set differently; ``binds`` as in the config."""
+    """One knob that two configs set differently; ``binds`` where it is one of the function."""
 
     name: str
     mine: Any
@@ -193,22 +227,20 @@ def flag_of(name: str) -> str:
 
 
 def add_recursion_arguments(
-    parser: argparse.ArgumentParser, names: Collection[str] | None = None
+    parser: argparse.ArgumentParser, parts: Collection[Any] = PARTS, *, only_given: bool = False
 ) -> argparse.ArgumentParser:
-    """Add one flag per knob of :class:`RecursionConfig`, or only those of the knobs that a command reads."""
+    """Add one flag per knob of some parts; ``only_given`` leaves those out of the namespace that are not given."""
     group = parser.add_argument_group("recursion")
-    for knob in dataclasses.fields(RecursionConfig):
-        if names is not None and knob.name not in names:
-            continue
-        text = knob.metadata["help"]
+    for knob in (knob for part in parts for knob in dataclasses.fields(part)):
+        text, default = knob.metadata["help"], argparse.SUPPRESS if only_given else knob.default
         if isinstance(knob.default, bool):
-            group.add_argument(flag_of(knob.name), action="store_true", default=knob.default, dest=knob.name,
+            group.add_argument(flag_of(knob.name), action="store_true", default=default, dest=knob.name,
                                help=f"{text} (default: {'on' if knob.default else 'off'})")
-            group.add_argument(knob.metadata["off"], action="store_false", default=knob.default, dest=knob.name,
+            group.add_argument(knob.metadata["off"], action="store_false", default=default, dest=knob.name,
                                help=f"The opposite of {flag_of(knob.name)}.")
             continue
         suffix = "" if knob.default is None else f" (default: {knob.default})"
-        group.add_argument(flag_of(knob.name), default=knob.default, choices=knob.metadata["choices"],
+        group.add_argument(flag_of(knob.name), default=default, choices=knob.metadata["choices"],
                            type=knob.metadata["type"] or (str if knob.default is None else type(knob.default)),
                            help=text + suffix)
     return parser

@@ -1,14 +1,16 @@
 """The plan of a recursion: an ordered list of decoder passes over the same layers.
 
 Whoever asks in what order passes run, which carry gradient and which are supervised reads it here: the model walks it,
-the FLOPs counter sums it, checkpoints and exports carry it.
+the FLOPs counter sums it, checkpoints and exports carry it. This file ships inside an export (hf/model/__init__.py), so
+that it imports the standard library alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -68,13 +70,19 @@ class RecursionPlan:
     state_norm: str = "final"
     embedding_multiplier: float = 1.0
 
+    @classmethod
+    def plain(cls, embedding_multiplier: float = 1.0) -> RecursionPlan:
+        """``output = decoder(input)``: a plain GPT."""
+        only = DecoderPass(index=0, block=0, target="output", reads=("input",), grad=True, supervised_weight=1.0)
+        return cls("plain", (only,), embedding_multiplier=embedding_multiplier)
+
     def __post_init__(self) -> None:
         if not self.passes:
             raise UserError("A plan needs at least one pass (--num-refinement-blocks).")
         if self.state_init not in STATE_INITS:
-            raise UserError(f"--state-init must be one of {', '.join(STATE_INITS)}, but is {self.state_init}.")
+            raise UserError(f"state_init of a plan must be one of {', '.join(STATE_INITS)}, but is {self.state_init}.")
         if self.state_norm not in STATE_NORMS:
-            raise UserError(f"--state-norm must be one of {', '.join(STATE_NORMS)}, but is {self.state_norm}.")
+            raise UserError(f"state_norm of a plan must be one of {', '.join(STATE_NORMS)}, but is {self.state_norm}.")
         if not (is_number(self.embedding_multiplier) and self.embedding_multiplier > 0):
             raise UserError(f"--embedding-multiplier must be a positive number, but is {self.embedding_multiplier}.")
         last = self.passes[-1]
@@ -174,6 +182,23 @@ class RecursionPlan:
             groups["halting head"] = True
         return groups
 
+    def with_blocks(self, count: int) -> RecursionPlan:
+        """The plan with another number of blocks: inner ones are dropped or repeated, the last one stays.
+
+        The weights of the halting loss keep their sum.
+        """
+        if count < 1:
+            raise UserError(f"The number of refinement blocks must be at least 1, but is {count}.")
+        blocks = [[p for p in self.passes if p.block == block] for block in range(self.num_blocks)]
+        inner = blocks[-2] if len(blocks) > 1 else [replace(p, supervised_weight=0.0) for p in blocks[-1]]
+        chosen = [*(blocks[:-1] + [inner] * count)[: count - 1], blocks[-1]]
+        before, after = (sum(p.halt_weight for block in each for p in block) for each in (blocks, chosen))
+        passes = [
+            replace(p, block=number, halt_weight=p.halt_weight * before / after if after else 0.0)
+            for number, block in enumerate(chosen) for p in block
+        ]  # fmt: skip
+        return replace(self, passes=tuple(replace(p, index=index) for index, p in enumerate(passes)))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
@@ -181,11 +206,22 @@ class RecursionPlan:
     def from_json(cls, text: str) -> RecursionPlan:
         """The inverse of :meth:`to_json`. A UserError says what is wrong with a text that is no plan."""
         try:
-            values: dict[str, Any] = json.loads(text)
-            passes = tuple(DecoderPass(**{**p, "reads": tuple(p["reads"])}) for p in values.pop("passes"))
-            return cls(passes=passes, **values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            values = json.loads(text)
+        except (ValueError, TypeError) as error:
             raise UserError(f"Not a recursion plan in JSON ({type(error).__name__}: {error}).") from error
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RecursionPlan:
+        """As :meth:`from_json`, of what the text holds."""
+        try:
+            passes = [{**each, "reads": tuple(each["reads"])} for each in values["passes"]]
+            known = {field.name for kind in (cls, DecoderPass) for field in fields(kind)}
+            if unknown := sorted({*values, *(name for each in passes for name in each)} - known):
+                raise UserError(f"The plan holds '{unknown[0]}', which this version does not know.")
+            return cls(**{**values, "passes": tuple(DecoderPass(**each) for each in passes)})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"Not a recursion plan ({type(error).__name__}: {error}).") from error
 
     def describe(self) -> str:
         """The passes as a table for people, one line a block where all its latent passes are alike."""

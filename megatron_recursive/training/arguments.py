@@ -20,12 +20,13 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.models.gradient_fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of, initial_std
-from megatron_recursive.training import gpt2_tokenizer, help_text, profiling, refusals, tokenizer_check
+from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
 from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
+from megatron_recursive.training.patches import gpt2_tokenizer
 from megatron_recursive.training.ranges import restrict_numbers
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
 from megatron_recursive.training.schedule_check import refuse_schedule_values

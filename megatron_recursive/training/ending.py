@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_recursive.errors import EXIT_USER_ERROR, UserError, leave_at_once
-from megatron_recursive.training import console
+from megatron_recursive.training import console, profiling
 
 EXIT_INTERRUPTED = 130
 PATIENCE = 30.0  # seconds to look for the other ranks: they may still be importing
@@ -72,7 +72,7 @@ def record_error(sentence: str, trace: str | None = None) -> None:
 
 
 def watch_for_interrupts() -> None:
-    """Ctrl-C ends this rank at once, in a sentence.
+    """Ctrl-C ends this rank at once, in a sentence; where it is being profiled, once the trace is written.
 
     A thread reads the signal's number from the wake-up descriptor, which is written at once, while Python's own
     handlers wait for the main thread: that may sit in a collective of which its peer is gone.
@@ -82,7 +82,7 @@ def watch_for_interrupts() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: profiling.stop_all())
     threading.Thread(target=_wait_for_interrupt, args=(reader,), name="interrupts", daemon=True).start()
 
 
@@ -93,6 +93,9 @@ def _wait_for_interrupt(reader: int) -> None:
     record_error(sentence)
     if int(os.environ.get("RANK", "0")) == 0:  # every rank of a terminal's job is told
         console.complain(sentence)
+    deadline = time.monotonic() + PATIENCE
+    while profiling.running and time.monotonic() < deadline:
+        time.sleep(0.05)
     leave_at_once(EXIT_INTERRUPTED)
 
 

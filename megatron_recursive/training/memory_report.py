@@ -1,14 +1,8 @@
-"""Patch of megatron-core 0.19: ``report_theoretical_memory`` counts the recorded passes of the plan.
-
-Megatron computes activations from ``--num-layers``, once per layer. The function is called as a global of
-``megatron.training.training`` after the first iterations; there is no hook. What ``--log-memory-to-tensorboard`` and
-``--log-memory-interval`` write is measured by the allocator, and needs no patch.
-"""
+"""The theoretical memory of a run, by pipeline stage, and the lines that Megatron prints of it."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 from typing import Any
 
 import torch
@@ -22,33 +16,22 @@ from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, 
 MB = 1024 * 1024  # as Megatron's report
 
 
-def install(model_config: RecursiveGPTModelConfig) -> None:
-    """Replace the report, unless recursion is off and Megatron's own is right."""
-    from megatron.training import training
-
-    original = inspect.unwrap(training.report_theoretical_memory)
-    training.report_theoretical_memory = original
-    if not model_config.recursion.enable_recursive_refinement:
-        return
-
-    def report_theoretical_memory(
-        args: Any, num_microbatches: int | None = None, verbose: bool = False
-    ) -> tuple[float, float, float]:
-        stages = memory_of_run(args, model_config, num_microbatches)
-        if verbose:
-            for stage, memory in enumerate(stages):
-                print(f"Theoretical memory of a rank of pipeline stage {stage}: {describe(memory)}")
-        most = max(stages, key=lambda memory: memory.total)
-        weights, activations, total = (size / MB for size in (most.weights, most.activations, most.total))
-        print(
-            f"Theoretical memory footprints: weight and optimizer={weights:.2f} MB, "
-            f"activation={activations:.2f} MB, total={total:.2f} MB\n",
-            flush=True,
-        )
-        return weights, activations, total
-
-    report_theoretical_memory.__wrapped__ = original  # type: ignore[attr-defined]
-    training.report_theoretical_memory = report_theoretical_memory
+def report(
+    config: RecursiveGPTModelConfig, args: argparse.Namespace, num_microbatches: int | None, verbose: bool
+) -> tuple[float, float, float]:
+    """Print what the fullest rank holds, in MB, and return it: weights and optimizer, activations, total."""
+    stages = memory_of_run(args, config, num_microbatches)
+    if verbose:
+        for stage, memory in enumerate(stages):
+            print(f"Theoretical memory of a rank of pipeline stage {stage}: {describe(memory)}")
+    most = max(stages, key=lambda memory: memory.total)
+    weights, activations, total = (size / MB for size in (most.weights, most.activations, most.total))
+    print(
+        f"Theoretical memory footprints: weight and optimizer={weights:.2f} MB, "
+        f"activation={activations:.2f} MB, total={total:.2f} MB\n",
+        flush=True,
+    )
+    return weights, activations, total
 
 
 def describe(memory: StageMemory) -> str:

@@ -1,21 +1,12 @@
-"""Patch of megatron-core 0.19: every logged and evaluated metric also goes to metrics.jsonl, and health alarms speak.
-
-``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of ``megatron.training.training``, which
-see metrics that are already averaged over micro-batches and ranks; Megatron has no hook there. The same goes for
-``build_train_valid_test_data_iterators``, which ends the start of a run: checkpoint and data are there, so that a
-start that was refused leaves no record. The wrappers pass everything through unchanged, but for two things. An
-evaluation at the end of a run of what was evaluated at its last iteration just before is left out. And the line of a
-process's first iteration ends its interval where it falls on one, as Megatron's pull request 7092 has it later: in
-0.19 the second line was the mean of two iterations.
-"""
+"""Every logged and evaluated metric also goes to metrics.jsonl, and health alarms speak."""
 
 from __future__ import annotations
 
-import inspect
+import argparse
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +17,76 @@ from megatron_recursive.training.progress import Progress
 
 WINDOW = 50  # iterations that an alarm averages over
 STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
-COLLAPSE_COSINE = 0.9  # mean token-to-token cosine of the last output state
+COLLAPSE_COSINE = 0.95  # mean token-to-token cosine of the last output state
+FALLING = 0.05  # a cosine that fell by this much within the window is on its way down
 LATEST = 500  # iterations after which the alarms speak at the latest
 
 
-def install(recursion: RecursionConfig, run: dict[str, Any], progress: Progress) -> None:
-    """Wrap Megatron's reporting functions. ``run`` is what the file says of the run before its metrics."""
-    from megatron.training import training
+class MetricsLog:
+    """One run's metrics, already averaged over micro-batches and ranks: to the file, the alarms and the progress.
 
-    evaluated: list[dict[str, float]] = []
-    alarms = HealthAlarms(recursion)
-    training.build_train_valid_test_data_iterators = _wrap_start(
-        _unwrapped(training.build_train_valid_test_data_iterators), run
-    )
-    training.training_log = _wrap_training_log(_unwrapped(training.training_log), alarms, progress)
-    training.evaluate = _wrap_evaluate(_unwrapped(training.evaluate), evaluated)
-    training.evaluate_and_print_results = _wrap_evaluate_and_print(
-        _unwrapped(training.evaluate_and_print_results), evaluated, progress
-    )
+    ``description`` is what the file says of the run before its metrics. Every rank has a log; the last, which knows the
+    losses, writes.
+    """
+
+    def __init__(self, recursion: RecursionConfig, description: dict[str, Any], progress: Progress) -> None:
+        self.progress = progress
+        self._description: dict[str, Any] | None = description
+        self._alarms = HealthAlarms(recursion)
+        self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device until an interval's end
+
+    def start(self, run: argparse.Namespace) -> None:
+        """Checkpoint and data are there: a start that was refused leaves no record."""
+        if self._description is not None and _is_last(run) and (run.skip_train or run.iteration < run.train_iters):
+            start = {"kind": "run", "iteration": run.iteration, "time": time.time()}
+            append_metrics(run.metrics_file, {**start, **self._description})
+        self._description = None
+
+    def trained(self, run: argparse.Namespace, given: Mapping[str, Any]) -> None:
+        """An iteration is over; ``given`` are the arguments of Megatron's ``training_log``."""
+        if not given["loss_dict"] or not _is_last(run):
+            return
+        iteration = self.progress.reached = given["iteration"]
+        self._pending.append((iteration, given["loss_dict"]))
+        if iteration % run.log_interval and iteration != run.train_iters:  # a run's end is an interval's
+            return
+        known = [(step, {name: float(value) for name, value in values.items()}) for step, values in self._pending]
+        self._pending.clear()
+        for step, metrics in known:
+            for alarm in self._alarms.observe(step, metrics, run.train_iters):
+                console.say(f"ALARM at iteration {step}: {alarm}")
+                self.progress.alarms[alarm.split(":")[0]] = f"{alarm} (iteration {step})"
+                append_metrics(run.metrics_file, {"kind": "alarm", "iteration": step, "alarm": alarm})
+        seconds = self.progress.lap() / len(known)
+        record = {
+            "kind": "train", "iteration": iteration, "consumed samples": run.consumed_train_samples,
+            "tokens": run.consumed_train_samples * run.seq_length, **metrics, "time": time.time(), "seconds": seconds,
+            "tokens per second": run.global_batch_size * run.seq_length / seconds,
+        }  # fmt: skip
+        for name in ("learning_rate", "grad_norm"):
+            if given.get(name) is not None:
+                record[name.replace("_", " ")] = float(given[name])
+        append_metrics(run.metrics_file, record)
+        means = {name: sum(each[name] for _, each in known) / len(known) for name in metrics}
+        self.progress.trained(record, means, run.train_iters, len(known))
+
+    def evaluated(
+        self, run: argparse.Namespace, kind: str, iteration: int, sets: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """The metrics of each set of an evaluation."""
+        for number, values in enumerate(sets):
+            metrics = {name: float(value) for name, value in values.items()}
+            if metrics and _is_last(run):
+                record = {"kind": kind, "iteration": iteration, "time": time.time(),
+                          "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
+                if len(sets) > 1:
+                    record["set"] = number
+                append_metrics(run.metrics_file, record)
+                self.progress.evaluated(kind, iteration, metrics, number if len(sets) > 1 else None)
 
 
-def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    return getattr(function, "__wrapped__", function)
+def _is_last(run: argparse.Namespace) -> bool:
+    return bool(run.rank == run.world_size - 1)
 
 
 def append_metrics(file: str | None, record: dict[str, Any]) -> None:
@@ -75,7 +114,9 @@ class HealthAlarms:
     * state ignored: the last block's loss is within ``STATE_IGNORED_GAIN`` nats of the first block's.
     * harm: in the second half of the run the last block's loss is above the first's by more. Earlier it may be: a
       healthy recursion passes through that while its tokens separate.
-    * collapse: the token-to-token cosine of the last output state is above ``COLLAPSE_COSINE``.
+    * collapse: the token-to-token cosine of the last output state is above ``COLLAPSE_COSINE`` and is not falling. Runs
+      that learn pass through 0.8 to 0.99 before they know more than each token's frequency; answers of few kinds stay
+      near 0.9.
 
     Each must hold over the window and over the last fifth of it.
     """
@@ -103,7 +144,8 @@ class HealthAlarms:
             alarms += self._of_gain(_mean(self.gains), _latest(self.gains), late=2 * iteration >= iterations)
         if len(self.cosines) == WINDOW:
             cosine = _mean(self.cosines)
-            if min(cosine, _latest(self.cosines)) > COLLAPSE_COSINE:
+            earliest, latest = _mean(list(self.cosines)[: WINDOW // 5]), _latest(self.cosines)
+            if min(cosine, latest) > COLLAPSE_COSINE and latest > earliest - FALLING:
                 alarms.append(
                     f"tokens have collapsed: their output states' mean cosine is {cosine:.3f}, where {COLLAPSE_COSINE} "
                     "is the most; try another --init-method-std, --embedding-multiplier or a lower --lr."
@@ -133,105 +175,3 @@ def _latest(values: Iterable[float]) -> float:
     """The mean of the last fifth of a window: what has left a bad state by then is on its way out."""
     known = list(values)
     return _mean(known[-(len(known) // 5) :])
-
-
-def _wrap_start(original: Callable[..., Any], record: dict[str, Any]) -> Callable[..., Any]:
-    def build_train_valid_test_data_iterators(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-
-        result, run = original(*args, **kwargs), get_args()
-        if run.rank == run.world_size - 1 and (run.skip_train or run.iteration < run.train_iters):
-            start = {"kind": "run", "iteration": run.iteration, "time": time.time()}
-            append_metrics(run.metrics_file, {**start, **record})
-        return result
-
-    build_train_valid_test_data_iterators.__wrapped__ = original  # type: ignore[attr-defined]
-    return build_train_valid_test_data_iterators
-
-
-def _wrap_training_log(original: Callable[..., Any], alarms: HealthAlarms, progress: Progress) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-    pending: list[tuple[int, dict[str, Any]]] = []  # on the device until the next logged iteration, which waits anyway
-
-    def training_log(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-        from megatron.training.utils import is_last_rank
-
-        bound = signature.bind(*args, **kwargs)
-        given, run = bound.arguments, get_args()
-        iteration = given["iteration"]
-        if iteration % run.log_interval == 0:  # the first line is an interval's: without its end the next is their mean
-            given["is_first_iteration"] = False
-        result = original(*bound.args, **bound.kwargs)
-        if not given["loss_dict"] or not is_last_rank():
-            return result
-        pending.append((iteration, given["loss_dict"]))
-        progress.reached = iteration
-        if iteration % run.log_interval and iteration != run.train_iters:  # a run's end is an interval's
-            return result
-        known = [(step, {name: float(value) for name, value in values.items()}) for step, values in pending]
-        pending.clear()
-        for step, metrics in known:
-            for alarm in alarms.observe(step, metrics, run.train_iters):
-                console.say(f"ALARM at iteration {step}: {alarm}")
-                progress.alarms[alarm.split(":")[0]] = f"{alarm} (iteration {step})"
-                append_metrics(run.metrics_file, {"kind": "alarm", "iteration": step, "alarm": alarm})
-        seconds = progress.lap() / len(known)
-        record = {
-            "kind": "train", "iteration": iteration, "consumed samples": run.consumed_train_samples,
-            "tokens": run.consumed_train_samples * run.seq_length, **metrics, "time": time.time(), "seconds": seconds,
-            "tokens per second": run.global_batch_size * run.seq_length / seconds,
-        }  # fmt: skip
-        for name in ("learning_rate", "grad_norm"):
-            if given.get(name) is not None:
-                record[name.replace("_", " ")] = float(given[name])
-        append_metrics(run.metrics_file, record)
-        means = {name: sum(each[name] for _, each in known) / len(known) for name in metrics}
-        progress.trained(record, means, run.train_iters, len(known))
-        return result
-
-    training_log.__wrapped__ = original  # type: ignore[attr-defined]
-    return training_log
-
-
-def _wrap_evaluate(original: Callable[..., Any], evaluated: list[dict[str, float]]) -> Callable[..., Any]:
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        losses, collected, timelimit = original(*args, **kwargs)
-        evaluated.append({name: float(value) for name, value in (losses or {}).items()})
-        return losses, collected, timelimit
-
-    evaluate.__wrapped__ = original  # type: ignore[attr-defined]
-    return evaluate
-
-
-def _wrap_evaluate_and_print(
-    original: Callable[..., Any], evaluated: list[dict[str, float]], progress: Progress
-) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-    last_valid = -1
-
-    def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-        from megatron.training.utils import is_last_rank
-
-        nonlocal last_valid
-        given = signature.bind(*args, **kwargs).arguments
-        kind, iteration = "test" if "test set" in given["prefix"] else "valid", given["iteration"]
-        if kind == "valid" and iteration == last_valid:
-            return None
-        evaluated.clear()
-        with progress.pausing():
-            result = original(*args, **kwargs)
-        last_valid, run = (iteration if kind == "valid" else last_valid), get_args()
-        for number, metrics in enumerate(evaluated):
-            if metrics and is_last_rank():
-                record = {"kind": kind, "iteration": iteration, "time": time.time(),
-                          "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
-                if len(evaluated) > 1:
-                    record["set"] = number
-                append_metrics(run.metrics_file, record)
-                progress.evaluated(kind, iteration, metrics, number if len(evaluated) > 1 else None)
-        return result
-
-    evaluate_and_print_results.__wrapped__ = original  # type: ignore[attr-defined]
-    return evaluate_and_print_results

@@ -38,21 +38,12 @@ def _run() -> None:
         from megatron.training.training import pretrain
 
         from megatron_recursive.pipeline import dispatch
-        from megatron_recursive.training import (
-            checkpointing,
-            memory_report,
-            metrics_log,
-            profiling,
-            run_record,
-            samples,
-            throughput,
-            wheel,
-        )
         from megatron_recursive.training.arguments import megatron_speaks_in_sentences, parse_arguments
         from megatron_recursive.training.forward_step import datasets_provider, forward_step
+        from megatron_recursive.training.metrics_log import MetricsLog
         from megatron_recursive.training.model_provider import model_config_from_args
+        from megatron_recursive.training.patches import accounts, checkpoints, observing, profiler, wheel
         from megatron_recursive.training.progress import Progress
-        from megatron_recursive.training.progress import install as install_progress
         from megatron_recursive.training.report import announce, run_description
         from megatron_recursive.training.result_checks import said_in_a_sentence
     warnings.filterwarnings("ignore", message=".*is deprecated.*", module="megatron")
@@ -66,15 +57,11 @@ def _run() -> None:
     progress = Progress()
     dispatch.install()
     wheel.install()
-    throughput.install(model_config)
-    memory_report.install(model_config)
-    metrics_log.install(recursion, run_description(args, model_config), progress)
-    checkpointing.install(args, model_config)
-    samples.install(args)
-    run_record.install(args, model_config)
-    install_progress(progress)
+    accounts.install(model_config)
+    checkpoints.install(args, model_config, progress)
+    observing.install(args, MetricsLog(recursion, run_description(args, model_config), progress))
     try:
-        with said_in_a_sentence(), profiling.stopped_at_exit(args):
+        with said_in_a_sentence(), profiler.stopped_at_exit(args):
             pretrain(container, _in_sentences(datasets_provider), ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:  # --exit-interval and its like
         if not stop.code:

@@ -7,14 +7,14 @@ to --save. On a machine without CUDA, --profile means the PyTorch profiler, sinc
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from megatron_recursive.errors import UserError
 
 FOLDER = "torch_profile"
+
+running: list[Any] = []  # PyTorch profilers whose trace is still to be written
 
 
 def check(args: argparse.Namespace, *, on_cpu: bool) -> None:
@@ -49,36 +49,9 @@ def place_trace(args: argparse.Namespace) -> None:
         args.tensorboard_dir = os.path.join(args.save, FOLDER)
 
 
-@contextlib.contextmanager
-def stopped_at_exit(args: argparse.Namespace) -> Iterator[None]:
-    """Around training: a PyTorch profiler that an exit finds running is stopped, and writes what it has.
-
-    Megatron 0.19 stops it after --profile-step-end alone, in a local variable; left running it brings the process down
-    with a segmentation fault at its end.
-    """
-    if not (args.profile and args.use_pytorch_profiler):
-        yield
-        return
-    from torch import profiler
-
-    running: list[Any] = []
-
-    class Profile(profiler.profile):
-        def start(self) -> None:
-            running.append(self)
-            super().start()
-
-        def stop(self) -> None:
-            running.remove(self)
-            super().stop()
-
-    original = profiler.profile
-    setattr(profiler, "profile", Profile)  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(profiler, "profile", original)  # noqa: B010
-        for each in list(running):
-            each.stop()
-            if each.execution_trace_observer is not None:
-                each.execution_trace_observer.unregister_callback()
+def stop_all() -> None:
+    """Let every running profiler write what it has; in the thread that started it, which alone can."""
+    for each in list(running):
+        each.stop()
+        if each.execution_trace_observer is not None:
+            each.execution_trace_observer.unregister_callback()

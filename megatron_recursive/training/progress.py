@@ -1,24 +1,16 @@
-"""Patch of megatron-core 0.19: what a run shows while it trains, its rates, compact lines and closing summary.
-
-``train`` and ``save_checkpoint`` are globals of ``megatron.training.training``. The wrappers time them and pass
-everything through; there is no hook that knows where training begins and what a save took.
-"""
+"""What a run shows while it trains: its rates, compact lines and closing summary."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import command
 from megatron_recursive.training import console, progress_lines
-from megatron_recursive.training.checkpoint_folders import saving_root
 from megatron_recursive.training.progress_lines import count, duration
-from megatron_recursive.training.start_check import tell_start
 
 ROWS_A_HEADER = 25
 
@@ -46,10 +38,13 @@ class Progress:
         finally:
             self._paused += time.monotonic() - start
 
-    def begin(self, iteration: int) -> None:
-        """Training is about to start, ``iteration`` being the first. Starts the clock."""
+    def begin(self, run: Any) -> None:
+        """Training is about to start, with ``run`` as its arguments. Starts the clock."""
         self._since = self._began = time.monotonic()
-        self._paused, self._first = 0.0, iteration
+        self._paused, self._first = 0.0, run.iteration + 1
+        if run.rank == 0 and console.style() == "compact":
+            start = f", going on from {run.load}" if run.iteration else ""
+            console.say(f"training: iterations {self._first} to {run.train_iters}{start}")
 
     def lap(self) -> float:
         """Seconds of training since the last lap."""
@@ -81,10 +76,14 @@ class Progress:
             which = {"valid": "held out", "test": "test set"}[kind] + ("" if number is None else f" {number}")
             console.say(progress_lines.evaluation(f"{which} at iteration {iteration}", metrics))
 
-    def saved(self, iteration: int, folder: Path, seconds: float) -> None:
-        """A checkpoint is complete."""
-        if console.style() == "compact":
-            size = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
+    @contextlib.contextmanager
+    def saving(self, iteration: int, folder: Path, *, tell: bool) -> Iterator[None]:
+        """Around the writing of a checkpoint, which is complete afterwards where ``tell`` says so."""
+        start = time.monotonic()
+        with self.pausing():
+            yield
+        if tell and console.style() == "compact":
+            size, seconds = sum(f.stat().st_size for f in folder.glob("*") if f.is_file()), time.monotonic() - start
             console.say(f"checkpoint of iteration {iteration}: {folder} ({size / 1e6:,.1f} MB, {seconds:.1f} s)")
 
     def summary(self, args: Any) -> str:
@@ -124,40 +123,3 @@ class Progress:
                 yield name, place
         if console.log_path() is not None:
             yield "logs", console.log_path().parent  # type: ignore[union-attr]
-
-
-def install(progress: Progress) -> None:
-    """Wrap the ``train`` and ``save_checkpoint`` that ``pretrain`` calls. Call it last: it times what is there."""
-    from megatron.training import get_args, training
-
-    train, save = _unwrapped_train(training.train), training.save_checkpoint
-
-    signature = inspect.signature(train)
-
-    @functools.wraps(train)
-    def timed_train(*args: Any, **kwargs: Any) -> Any:
-        run = get_args()
-        bound = signature.bind(*args, **kwargs).arguments
-        tell_start(run, bound["model"], bound["optimizer"])
-        progress.begin(run.iteration + 1)
-        if run.rank == 0 and console.style() == "compact":
-            start = f", going on from {run.load}" if run.iteration else ""
-            console.say(f"training: iterations {run.iteration + 1} to {run.train_iters}{start}")
-        return train(*args, **kwargs)
-
-    @functools.wraps(save)
-    def timed_save(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        run, start = get_args(), time.monotonic()
-        with progress.pausing():
-            result = save(iteration, *args, **kwargs)
-        if run.rank == 0 and run.save is not None and not run.async_save:
-            root = saving_root(run, passing=kwargs.get("non_persistent_ckpt", False))
-            progress.saved(iteration, root / f"iter_{iteration:07d}", time.monotonic() - start)
-        return result
-
-    timed_save.__wrapped__ = inspect.unwrap(save)
-    training.train, training.save_checkpoint = timed_train, timed_save
-
-
-def _unwrapped_train(function: Callable[..., Any]) -> Callable[..., Any]:
-    return getattr(function, "__wrapped__", function)

@@ -1,26 +1,24 @@
-"""Patch of megatron-core 0.19: ``save_checkpoint`` also leaves run.json beside every checkpoint.
+"""run.json beside every checkpoint: what made it.
 
-The file says what made the checkpoint: plan, knobs, all flags, versions, layout, commit, and one command line that
-makes it again. ``save_checkpoint`` is called as a global of ``megatron.training.training``; there is no hook.
+Plan, knobs, all flags, versions, layout, commit, and one command line that makes it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import inspect
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.data.files import replacing
-from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, saving_root
+from megatron_recursive.training.checkpoint_folders import checkpoint_to_read
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig
 
 FILE = "run.json"
@@ -32,35 +30,13 @@ PLACES = ("--load", "--ckpt-step", "--save", "--metrics-file", "--tensorboard-di
 REPRODUCED = "reproduced"
 
 
-def install(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
-    """Wrap the ``save_checkpoint`` that ``pretrain`` calls. Call it last: it wraps what others have put there."""
-    from megatron.training import training
-
-    record = record_of(args, config) if args.save is not None else {}
-    training.save_checkpoint = _wrap(training.save_checkpoint, record)
-
-
-def _wrap(original: Callable[..., Any], record: dict[str, Any]) -> Callable[..., Any]:
-    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-
-        run = get_args()
-        if run.save is None:  # Megatron saves before it stops for a bad result, asked to or not
-            return None
-        root, name = saving_root(run, passing=kwargs.get("non_persistent_ckpt", False)), f"iter_{iteration:07d}"
-        if run.rank == 0:  # of an earlier save: the manifest of checksums names every file that it finds
-            (root / name / FILE).unlink(missing_ok=True)
-        result = original(iteration, *args, **kwargs)
-        if run.rank == 0:
-            text = json.dumps({**record, "iteration": iteration}, indent=1) + "\n"
-            for folder in (root / name, root):
-                if folder.is_dir():
-                    with replacing(folder / FILE) as (partial,):
-                        partial.write_text(text, encoding="utf-8")
-        return result
-
-    save_checkpoint.__wrapped__ = inspect.unwrap(original)  # type: ignore[attr-defined]
-    return save_checkpoint
+def write(record: dict[str, Any], iteration: int, *folders: Path) -> None:
+    """Leave run.json in those of the folders that are there."""
+    text = json.dumps({**record, "iteration": iteration}, indent=1) + "\n"
+    for folder in folders:
+        if folder.is_dir():
+            with replacing(folder / FILE) as (partial,):
+                partial.write_text(text, encoding="utf-8")
 
 
 def record_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> dict[str, Any]:

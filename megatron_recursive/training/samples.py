@@ -1,15 +1,12 @@
-"""Patch of megatron-core 0.19: ``--generate-interval`` prints what the model would say, while it trains.
+"""``--generate-interval`` prints what the model would say, while it trains.
 
-``checkpoint_and_decide_exit`` is a global of ``megatron.training.training`` that sees model and iteration once an
-iteration on every rank, and Megatron has no hook there; the wrapper passes everything through. Samples are greedy full
-forwards in evaluation mode, without dropout and gradient, so that no random state and no number of the training moves.
+Samples are greedy full forwards in evaluation mode, without dropout and gradient, so that no random state and no number
+of the training moves.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,34 +68,10 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
     return encoded
 
 
-def install(args: argparse.Namespace) -> None:
-    """Wrap ``checkpoint_and_decide_exit``, where samples are asked for."""
-    from megatron.training import get_tokenizer, training
-
-    original = training.checkpoint_and_decide_exit
-    original = getattr(original, "__wrapped__", original)
-    prompts = encode_prompts(args, get_tokenizer()) if args.generate_interval else []
-    training.checkpoint_and_decide_exit = _wrap(original, prompts) if prompts else original
-
-
-def _wrap(original: Callable[..., Any], prompts: list[list[int]]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def checkpoint_and_decide_exit(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-
-        given, run = signature.bind(*args, **kwargs).arguments, get_args()
-        if given["iteration"] % run.generate_interval == 0:
-            _print_samples(run, given["model"], given["optimizer"], given["iteration"], prompts)
-        return original(*args, **kwargs)
-
-    checkpoint_and_decide_exit.__wrapped__ = original  # type: ignore[attr-defined]
-    return checkpoint_and_decide_exit
-
-
-def _print_samples(
+def print_samples(
     run: argparse.Namespace, chunks: list[Any], optimizer: Any, iteration: int, prompts: list[list[int]]
 ) -> None:
+    """What the model says after each prompt of :func:`encode_prompts`. Every rank calls it."""
     from megatron.training import get_timers, get_tokenizer
 
     get_timers()("interval-time").stop()  # as around an evaluation: not a part of the time per iteration

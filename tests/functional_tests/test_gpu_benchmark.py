@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import Parameter
 
 from tests.distributed import REPOSITORY, run_command, run_distributed
 
@@ -29,7 +32,19 @@ def models_in_worker() -> dict[str, Any]:
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
     models = importlib.import_module("gpu_parts.models")
     models.prepare()
-    return {name: getattr(models, name)(True) for name in ("attention", "speed", "memory")}
+    found = {name: getattr(models, name)(True) for name in ("attention", "speed", "memory")}
+    before, arm = held_bytes(), models.Arm(models.TINY["tiny"], {})
+    arm.step()
+    found["arm"] = held_bytes() - before
+    arm.close()
+    del arm
+    models.free()
+    return found | {"left": held_bytes() - before}
+
+
+def held_bytes() -> int:
+    storages = (each.untyped_storage() for each in gc.get_objects() if type(each) in (torch.Tensor, Parameter))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.grid
@@ -41,6 +56,7 @@ def test_the_models_of_the_benchmark_run() -> None:
     assert all(model["tokens_per_second"] > 0 and model["of_matmul"] > 0 for model in speeds.values())
     counted = {name: model["counted_bytes"] for name, model in found["memory"]["models"].items()}
     assert counted["recomputed"] < counted["detached"] < counted["full"]
+    assert found["left"] < 0.05 * found["arm"]  # the next model's peak would hold it
 
 
 @pytest.mark.grid

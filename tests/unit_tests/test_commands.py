@@ -15,7 +15,7 @@ import pytest
 
 from megatron_recursive import commands, launch
 from megatron_recursive.command_line import CommandParser, HelpFormatter, command, nearest_flag_sentence
-from megatron_recursive.commands import COMMANDS, convert, corpus, main, parser_of
+from megatron_recursive.commands import COMMANDS, corpus, main, parser_of
 from megatron_recursive.commands.pretrain import LAUNCHER_FLAGS
 from tests.distributed import REPOSITORY
 
@@ -67,7 +67,8 @@ def test_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_help_shows_no_knob_that_the_command_does_not_read(capsys: pytest.CaptureFixture[str]) -> None:
     flags = {action.dest for action in parser_at(("convert", "import"))._actions}
-    assert convert.KNOBS < flags and not flags & {"halt_threshold", "recursion_alarm_after", "halt_target"}
+    assert {"state_norm", "halt_loss_weight"} < flags
+    assert not flags & {"halt_threshold", "recursion_alarm_after", "halt_target"}
     text = said(capsys, "pretrain", "--help")[1]
     assert "--halt-threshold" in text and "--nproc-per-node" in text and "--nproc_per_node" not in text
 

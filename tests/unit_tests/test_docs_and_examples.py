@@ -51,7 +51,7 @@ def _flags_of_pretraining() -> set[str]:
 
 def test_every_flag_exists() -> None:
     (known,) = run_distributed(_flags_of_pretraining, 1)
-    sources = [path for folder in ("tools", "benchmarks", "megatron_recursive/commands")
+    sources = [path for folder in ("tools", "benchmarks", "megatron_recursive/commands", "megatron_recursive/data")
                for path in (ROOT / folder).glob("*.py")]  # fmt: skip
     for source in sources:
         known |= set(FLAG.findall(source.read_text()))

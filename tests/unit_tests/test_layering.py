@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,15 +25,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "plots": (f"{OURS}.plan", "matplotlib"),
     "backends": ("torch",),
     "data": (
-        "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "loguru",
-        "tqdm", "megatron.core.datasets",
+        "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "dill",
+        "loguru", "tqdm", "fsspec", "huggingface_hub", "megatron.core.datasets",
     ),
     "losses": (f"{OURS}.plan", "torch", "megatron.core"),
     "models": (f"{OURS}.plan", f"{OURS}.losses", "torch", "megatron.core"),
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
-        *(f"{OURS}.{module}" for module in ("plan", "models", "data.progress", "data.tokenizer")), "torch",
-        "transformers", "safetensors", "huggingface_hub", "gguf", "megatron.core",
+        *(f"{OURS}.{module}" for module in ("plan", "backends", "models", "data.progress", "data.tokenizer")),
+        "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "pipeline")),
@@ -42,11 +43,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "models", "hf")), "torch", "transformers",
         "megatron.core",
     ),
+    "evaluation": (
+        *(f"{OURS}.{folder}" for folder in ("backends", "data.files", "hf")), "torch", "transformers", "accelerate",
+        "lm_eval",
+    ),
     "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "tqdm", "yaml"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
-                                            "plots", "ablation", "launch", "__version__")),
-        "torch", "transformers",
+                                            "plots", "ablation", "evaluation", "launch", "__version__")),
+        "torch", "transformers", "lm_eval",
     ),
     "launch": (f"{OURS}.training.pretrain", "torch"),
     "pretrain": (f"{OURS}.training.pretrain",),
@@ -146,6 +151,45 @@ PLANTED = [
 def test_a_planted_violation_is_found(module: str, source: str, name: str) -> None:
     (found,) = violations(source, module)
     assert module in found and name in found
+
+
+def patches_in(source: str, *packages: str) -> list[int]:
+    """Lines in which something imported from one of these packages gets another attribute."""
+    tree = ast.parse(source)
+    foreign = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] in packages
+    }  # fmt: skip
+
+    def is_foreign(target: ast.expr) -> bool:
+        while isinstance(target, ast.Attribute):
+            target = target.value
+        return isinstance(target, ast.Name) and target.id in foreign
+
+    found = []
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Attribute) and is_foreign(target) for target in targets):
+            found.append(node.lineno)  # type: ignore[attr-defined]
+        elif isinstance(node, ast.Call) and _called(node) in ("setattr", "wrap") and is_foreign(node.args[0]):
+            found.append(node.lineno)
+    return found
+
+
+def test_patches_of_megatron_live_where_the_guide_says() -> None:
+    guide = (PACKAGE.parent / "RECURSIVE_GPT_IMPLEMENTATION_GUIDE.md").read_text(encoding="utf-8")
+    table = guide.split("## 10. Patches of Megatron")[1].split("\n## ")[0]
+    listed = {path.replace("/", ".") for path in re.findall(r"^\| `(\S+)\.py` \|", table, re.MULTILINE)}
+    patching = {module for module, (source, _) in SOURCES.items() if patches_in(source, "megatron")}
+    assert patching - listed == set(), "a patch that the guide does not list"
+    home = f"{OURS}.training.patches"
+    of_training = {module for module in SOURCES if is_within(module, f"{OURS}.training")}
+    assert of_training & listed == {module for module in of_training if module.startswith(f"{home}.")}
+    assert all(is_within(m, home) for m in of_training if patches_in(SOURCES[m][0], "megatron", "torch"))
+    assert patches_in("from megatron.training import training as t\nt.train = 1", "megatron") == [2]
+    assert patches_in("import torch\nsetattr(torch.Tensor, 'cuda', 1)\nx = torch.Tensor", "torch") == [2]
 
 
 def test_one_adapter_brings_megatron_checkpoints_to_inference() -> None:

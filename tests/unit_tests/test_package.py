@@ -45,7 +45,7 @@ def test_a_missing_package_is_asked_for_by_the_extra_that_brings_it(metadata: Pa
     base, *extras = re.split(r"^\[(.*)\]$", (metadata / "requires.txt").read_text(), flags=re.MULTILINE)
     brought = {"": base} | dict(zip(extras[::2], extras[1::2], strict=True))
     for package, extra in command_line._EXTRA_OF.items():
-        assert re.search(rf"^(py)?{package}\b", brought[extra], re.MULTILINE), (package, extra)
+        assert re.search(rf"^(py)?{package.replace('_', '-')}\b", brought[extra], re.MULTILINE), (package, extra)
 
 
 def test_the_version_is_one_that_the_changelog_tells_of() -> None:

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.models.stored_arguments import DONOR
 
 PADDING_MULTIPLE = 128  # Megatron's default; rows divide by any tensor-parallel size that is a power of two up to it
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2")
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's scaling of rotary frequencies, in the numbers that Megatron takes.
+
+    Attributes:
+        original_positions: the context before the extension by ``factor``.
+        beta_fast, beta_slow: turns within that context above which a frequency is kept, below which it is divided.
+        mscale, mscale_all_dim: cosines and sines are multiplied by :attr:`attention_factor`, which they make.
+        truncate: the bounds of the frequencies that it blends are rounded outwards.
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+    @property
+    def attention_factor(self) -> float:
+        log = 0.1 * math.log(max(self.factor, 1.0))
+        return (self.mscale * log + 1.0) / (self.mscale_all_dim * log + 1.0)
+
+    def to_megatron(self) -> dict[str, Any]:
+        return {
+            "rotary_scaling_factor": self.factor, "yarn_original_max_position_embeddings": self.original_positions,
+            "yarn_beta_fast": self.beta_fast, "yarn_beta_slow": self.beta_slow, "mscale": self.mscale,
+            "mscale_all_dim": self.mscale_all_dim, "yarn_correction_range_round_to_int": self.truncate,
+        }  # fmt: skip
+
+    @classmethod
+    def from_megatron(cls, args: Mapping[str, Any]) -> Yarn:
+        """Of a checkpoint's arguments; what is not set is as where Megatron builds its model."""
+        given = {name: args.get(name) for name in cls(1.0, 4096).to_megatron()}
+        defaults = cls(1.0, 4096).to_megatron()
+        return cls(*(defaults[name] if value is None else value for name, value in given.items()))
 
 
 @dataclass(frozen=True)
@@ -26,7 +67,8 @@ class Architecture:
         output_norm_scope: an output norm is taken of the ``branch``, or of its sum with the ``residual`` stream.
         positions: ``rope``, ``learned`` or ``none``.
         llama3_factor: factor of Llama 3's frequency scaling; None without it.
-        linear_factor: factor of linear position interpolation; None without it.
+        linear_factor: factor of linear position interpolation; None without it. yarn: None without it.
+        donor: the model type of the Hugging Face model that it came from, which an export takes where it can.
         vocab_size: rows that mean something; padded_vocab_size: rows that Megatron's embedding has.
     """
 
@@ -54,8 +96,10 @@ class Architecture:
     rotary_percent: float = 1.0
     llama3_factor: float | None = None
     linear_factor: int | None = None
+    yarn: Yarn | None = None
     tied: bool = False
     init_std: float = 0.02
+    donor: str | None = None
 
     def dimension(self, symbol: str) -> int:
         """A symbol of the mapping tables' shapes to its size."""
@@ -65,6 +109,11 @@ class Architecture:
             "p": self.max_positions, "1": 1,
         }  # fmt: skip
         return sizes[symbol]
+
+    @property
+    def position_embedding_type(self) -> str:
+        """Megatron's word for the positions."""
+        return "yarn" if self.yarn else {"learned": "learned_absolute"}.get(self.positions, self.positions)
 
     # -- Megatron ------------------------------------------------------------------------------------------------
 
@@ -92,17 +141,19 @@ class Architecture:
             "qk_norm_scope": self.qk_norm or "head",
             "norm_placement": self.norm_placement,
             "output_norm_scope": self.output_norm_scope,
-            "position_embedding_type": {"learned": "learned_absolute"}.get(self.positions, self.positions),
+            "position_embedding_type": self.position_embedding_type,
             "add_position_embedding": True,
             "rotary_base": self.rotary_base,
             "rotary_percent": self.rotary_percent,
             "use_rope_scaling": self.llama3_factor is not None,
             "rope_scaling_factor": self.llama3_factor or 8.0,
             "rotary_seq_len_interpolation_factor": self.linear_factor,
+            **({} if self.yarn is None else self.yarn.to_megatron()),
             "untie_embeddings_and_output_weights": not self.tied,
             "vocab_size": self.vocab_size,
             "padded_vocab_size": self.padded_vocab_size,
             "init_method_std": self.init_std,
+            DONOR: self.donor,
         }
 
     def megatron_flags(self) -> list[str]:
@@ -137,6 +188,10 @@ class Architecture:
                 flags.append(f"--rope-scaling-factor={self.llama3_factor}")
             if self.linear_factor is not None:
                 flags.append(f"--rotary-seq-len-interpolation-factor={self.linear_factor}")
+            if self.yarn is not None:
+                flags += [f"--{name.replace('_', '-')}={value}" for name, value in self.yarn.to_megatron().items()
+                          if type(value) is not bool]  # fmt: skip
+                flags += [] if self.yarn.truncate else ["--no-yarn-correction-range-round-to-int"]
         return flags
 
     @classmethod
@@ -153,9 +208,9 @@ class Architecture:
         tanh = args.get("openai_gelu") or (args.get("bias_gelu_fusion") and linear_bias)
         plain = "relu2" if args.get("squared_relu") else "gelu_pytorch_tanh" if tanh else "gelu"
         positions = args.get("position_embedding_type", "learned_absolute")
-        if positions not in ("rope", "learned_absolute", "none"):
+        if positions not in ("rope", "learned_absolute", "none", "yarn"):
             raise UserError(f"{where} has --position-embedding-type {positions}, which has no counterpart here.")
-        factor = args.get("rotary_seq_len_interpolation_factor")
+        yarn, factor = positions == "yarn", args.get("rotary_seq_len_interpolation_factor")
         return cls(
             num_layers=args["num_layers"],
             hidden_size=args["hidden_size"],
@@ -176,13 +231,16 @@ class Architecture:
             qk_norm=args.get("qk_norm_scope", "head") if args.get("qk_layernorm") else None,
             norm_placement=args.get("norm_placement") or "pre",
             output_norm_scope=args.get("output_norm_scope") or "branch",
-            positions={"learned_absolute": "learned"}.get(positions, positions),
+            positions={"learned_absolute": "learned", "yarn": "rope"}.get(positions, positions),
             rotary_base=args.get("rotary_base", 10000),
-            rotary_percent=args.get("rotary_percent", 1.0),
-            llama3_factor=args.get("rope_scaling_factor", 8.0) if args.get("use_rope_scaling") else None,
-            linear_factor=factor,
+            # Megatron's YaRN reads neither of the other scalings, nor the percentage.
+            rotary_percent=1.0 if yarn else args.get("rotary_percent", 1.0),
+            llama3_factor=args.get("rope_scaling_factor", 8.0) if args.get("use_rope_scaling") and not yarn else None,
+            linear_factor=None if yarn else factor,
+            yarn=Yarn.from_megatron(args) if yarn else None,
             tied=not args.get("untie_embeddings_and_output_weights"),
             init_std=args.get("init_method_std", 0.02),
+            donor=args.get(DONOR),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,17 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
 from megatron_recursive.hf.convert.files import new_folder
-from megatron_recursive.hf.convert.mappings import FAMILIES, HALTING_ROWS, INITIAL_STATE_ROWS, Item, Row, items
+from megatron_recursive.hf.convert.mappings import (
+    HALTING_ROWS,
+    INITIAL_STATE_ROWS,
+    OWN,
+    Item,
+    Row,
+    items,
+    recursive_rows,
+)
+from megatron_recursive.hf.convert.model_card import donor_facts
+from megatron_recursive.hf.convert.reading import Once, Sums, remembering, room_for_passes
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
@@ -33,7 +42,7 @@ from megatron_recursive.hf.convert.tokenizer_files import (
     tokenizer_of,
     write_settings,
 )
-from megatron_recursive.hf.convert.torch_dist import LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
+from megatron_recursive.hf.convert.torch_dist import DATA_FILE, LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
 from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.models.recursion_state import initial_state_vectors
@@ -42,8 +51,9 @@ from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
 TOKENIZER = "tokenizer"
+EMBEDDING = "model.embed_tokens.weight"
+PLAIN = RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0)
 MUCH_WORSE = 1.0  # nats: the next token is e times less likely than to the donor
-OWN = FAMILIES["recursive_gpt"]
 RELEASE = "release"  # Megatron's name for weights without an iteration: a run that loads them starts at 0
 
 
@@ -86,17 +96,18 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
     recursion = _recursion(source, options.recursion)
     plan = build_plan(recursion)
-    job = _Import(source, arch, recursion, plan, layers, untied, tokenizer)
+    job = _Import(source, arch, recursion, plan, layers, untied, tokenizer, options.proof_dtype)
     say(f"{source.name}: {source.family.model_type}, {source.arch.num_layers} layers, {source.origin}, "
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
     with new_folder(target, job.nbytes()) as folder:
         report = job.write(folder)
-        job.compare(folder)
+        report.facts.update(donor_facts(source.folder or source.gguf or Path(source.name)))
         notes = job.prove_tokenizer(folder)
-        if options.proof_dtype is not None:
-            notes += job.prove(folder, options.proof_dtype, report)
+        checkpoint = TorchDistCheckpoint(folder / RELEASE)
+        notes += job.prove(checkpoint, report)
+        report.facts["bytes_read"] = source.bytes_read() + checkpoint.bytes_read
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
-        write_manifest(folder / RELEASE)
+        write_manifest(folder / RELEASE, {DATA_FILE: job.sha256})
     say(report.describe())
     if options.proof_dtype is None:
         notes.append("the proof was skipped (--no-proof); nothing shows that the model computes what its donor does.")
@@ -116,10 +127,10 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
 
 def _recursion(source: Source, given: Mapping[str, Any]) -> RecursionConfig:
     stored: dict[str, Any] = {}
-    if source.family.model_type == "recursive_gpt":
+    if source.family is OWN:
         knobs = RecursionConfig.from_mapping(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
-        if not given and build_plan(own) != RecursionPlan.from_json(json.dumps(source.config.plan)):
+        if not given and build_plan(own) != source.plan:
             raise UserError(f"{source.name} has a plan that its knobs do not give; import it with recursion flags.")
         stored = own.to_dict()
     recursion = RecursionConfig.from_mapping({**stored, **given})
@@ -135,6 +146,18 @@ class _Import:
     layers: list[int]
     untied: bool
     tokenizer: Any
+    proof_dtype: torch.dtype | None
+    sums: Sums = field(default_factory=Sums)
+    sha256: str = ""
+    chosen: Tensor | None = None  # the donor's logits, of the chosen layers
+
+    def __post_init__(self) -> None:
+        source, recursive = self.source, self.source.family is OWN
+        self.whole = self.layers == list(range(source.arch.num_layers)) and not recursive
+        again = 1 if self.whole or self.tokenizer is None else 1 + source.plan.num_passes  # its loss is computed too
+        tied = (EMBEDDING,) if source.arch.tied else ()
+        self.read = remembering(source.weight, room_for_passes(again), tied)
+        self.text = proof.proof_text(source.arch.vocab_size, self.tokenizer, self.arch.max_positions)
 
     # -- what is written -----------------------------------------------------------------------------------------
 
@@ -146,8 +169,7 @@ class _Import:
     def items(self) -> Iterator[Item]:
         return items(self.source.family, self.arch, self.layers, self.carried_rows())
 
-    def merged(self, item: Item) -> Tensor:
-        parts = [self.source.get(self._stored_name(name)) for name in item.hf]
+    def merged(self, item: Item, parts: list[Tensor]) -> Tensor:
         for name, part in zip(item.hf, parts, strict=True):
             if not torch.isfinite(part).all():
                 raise UserError(f"{self.source.name}: {name} holds NaN or infinite values; fetch the model again.")
@@ -159,7 +181,7 @@ class _Import:
         return merged
 
     def _stored_name(self, name: str) -> str:
-        return "model.embed_tokens.weight" if self.untied and name == "lm_head.weight" else name
+        return EMBEDDING if self.untied and name == "lm_head.weight" else name
 
     def new_tensors(self) -> dict[str, Tensor]:
         """What the plan has and the source has not, as a fresh model starts it."""
@@ -182,22 +204,34 @@ class _Import:
     # -- the steps -----------------------------------------------------------------------------------------------
 
     def write(self, folder: Path) -> Report:
+        """Convert each tensor as the donor's forward pass asks for it, or one after the other without a proof."""
         report = Report(facts={"family": self.source.family.model_type, "layers": self.layers,
                                "source": self.source.origin})  # fmt: skip
         writer = TorchDistWriter(folder / RELEASE)
         try:
             with Progress("converting", self.nbytes(), things="tensors") as progress:
-                for item in self.items():
-                    tensor = self.merged(item)
+
+                def convert(item: Item, parts: list[Tensor]) -> None:
+                    tensor = self.merged(item, parts)
                     writer.add(item.key, tensor, item.layer, self.arch.num_layers)
+                    self.sums.note(item.name, tensor)
                     progress.advance(len(item.hf), tensor.nbytes)
                     self._account(report, item)
+
+                once = Once(((item, [*item.hf]) for item in self.items()), self.read, convert)
+                if self.proof_dtype is not None:
+                    self.chosen = proof.hf_logits(self.source.family, self._donor_config(),
+                                                  lambda name: once(self._donor_name(name)),
+                                                  self.text, self.proof_dtype)  # fmt: skip
+                once.finish()
             for key, tensor in self.new_tensors().items():
                 writer.add(key, tensor)
+                self.sums.note(key, tensor)
                 report.add("new", key, "fresh, of the recursion")
             has_tokenizer = self._save_tokenizer(folder)
             writer.add_common(self._common(folder, has_tokenizer))
             writer.close()
+            self.sha256 = writer.sha256.hexdigest()
         finally:
             writer.abort()
         for name in self.source.shapes:
@@ -252,7 +286,8 @@ class _Import:
         Donors are trained without dropout. What the command line says after the file, holds instead.
         """
         flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
-        dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)}
+        dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)
+                  if not name.startswith("halting_head.")}  # fmt: skip
         flags += ["--bf16"] if dtypes == {"BF16"} else ["--fp16"] if dtypes == {"F16"} else []
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]
@@ -262,16 +297,6 @@ class _Import:
                 "--lr=1e-4", "--split=90,10,0"]  # fmt: skip
 
     # -- the proof -----------------------------------------------------------------------------------------------
-
-    def compare(self, folder: Path) -> None:
-        """Every written tensor, read back, equals what its sources merge to."""
-        checkpoint = TorchDistCheckpoint(folder / RELEASE)
-        with Progress("comparing", checkpoint.nbytes, things="tensors") as progress:
-            for item in self.items():
-                tensor = self.merged(item)
-                if not torch.equal(checkpoint.get(item.key, item.layer), tensor):
-                    raise UserError(f"{item.key} reads back otherwise than it was written; check the disk of --out.")
-                progress.advance(len(item.hf), tensor.nbytes)
 
     def prove_tokenizer(self, folder: Path) -> list[str]:
         """The ids of the stored tokenizer are the donor's; what there is to be warned of."""
@@ -287,30 +312,35 @@ class _Import:
                 f"{self.arch.vocab_size - 1}; text with tokens between them cannot be trained on unless --resize-vocab "
                 "grows the embedding."]  # fmt: skip
 
-    def prove(self, folder: Path, dtype: torch.dtype, report: Report) -> list[str]:
-        """Recursion disabled, the checkpoint's logits are the donor's (of the chosen layers); the losses are noted.
+    def prove(self, checkpoint: TorchDistCheckpoint, report: Report) -> list[str]:
+        """Everything reads back as written; recursion disabled, the checkpoint's logits are the donor's (of the chosen
+        layers); the losses are noted.
 
         Returns:
             What there is to be warned of.
         """
-        fetch = checkpoint_fetch(TorchDistCheckpoint(folder / RELEASE))
-        known = self.source.arch.vocab_size
-        tokens_BS = proof.proof_tokens(known, self.tokenizer, self.arch.max_positions)
-        plain = RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0)
-        chosen = proof.hf_logits(self.source.family, self._donor_config(), self._donor_weight, tokens_BS, dtype)
-        ours = proof.megatron_logits(self.arch, plain, fetch, tokens_BS, dtype)
-        report.max_logit_error = proof.relative_error(chosen, ours[:, :known])
+        tied = ("embedding.word_embeddings.weight",) if self.arch.tied else ()
+        room = room_for_passes(self.plan.num_passes)
+        fetch = remembering(self.sums.checked(checkpoint_fetch(checkpoint)), room, tied)
+        notes = [] if self.chosen is None else self._compare_logits(fetch, self.chosen, report)
+        for name in [*self.sums.unread]:
+            fetch(name)
+        return notes
+
+    def _compare_logits(self, fetch: proof.Fetch, chosen: Tensor, report: Report) -> list[str]:
+        assert self.proof_dtype is not None
+        text, dtype, known = self.text, self.proof_dtype, self.source.arch.vocab_size
+        ours = proof.megatron_logits(self.arch, PLAIN, fetch, text, dtype)
+        report.max_logit_error = proof.relative_error(chosen, ours[..., :known])
         proof.check(report.max_logit_error, f"{self.source.name} and its conversion")
         if self.tokenizer is None:  # there is no text to lose anything on
             return []
-        same = self.layers == list(range(self.source.arch.num_layers)) and self.source.family is not OWN
-        donor = chosen if same else proof.hf_logits(
-            self.source.family, self.source.config, self.source.weight, tokens_BS, dtype)  # fmt: skip
+        donor = chosen if self.whole else proof.hf_logits(
+            self.source.family, self.source.config, self.read, text, dtype)  # fmt: skip
         losses = {"donor": donor, "imported without recursion": ours}
         if not self.plan.is_plain:
-            losses["imported with recursion"] = proof.megatron_logits(
-                self.arch, self.recursion, fetch, tokens_BS, dtype)  # fmt: skip
-        found = {name: round(proof.loss(logits, tokens_BS), 4) for name, logits in losses.items()}
+            losses["imported with recursion"] = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
+        found = {name: round(proof.loss(logits, text), 4) for name, logits in losses.items()}
         report.facts["loss"] = found
         (name, last), before = list(found.items())[-1], found["donor"]
         if not last > before + MUCH_WORSE:
@@ -323,17 +353,18 @@ class _Import:
         """The donor's config with the chosen layers only, and for a model of ours without recursion."""
         values = self.source.config.to_dict()
         values["num_hidden_layers"] = len(self.layers)
-        if self.source.family.model_type == "recursive_gpt":
+        if self.source.family is OWN:
             values.update(num_layers=len(self.layers), plan=None)
         if values.get("layer_types"):
             values["layer_types"] = [values["layer_types"][layer] for layer in self.layers]
         return type(self.source.config).from_dict(values)
 
-    def _donor_weight(self, name: str) -> Tensor:
+    def _donor_name(self, name: str) -> str:
+        """A parameter of the chosen layers' model, as the donor calls it."""
         parts = name.split(".")
         if parts[:2] == ["model", "layers"]:
             parts[2] = str(self.layers[int(parts[2])])
-        return self.source.weight(".".join(parts))
+        return ".".join(parts)
 
 
 def _donor_tokenizer(source: Source) -> Any:
@@ -341,11 +372,6 @@ def _donor_tokenizer(source: Source) -> Any:
     if source.gguf is not None:
         return tokenizer_of(source.gguf.parent, gguf_file=source.gguf.name)
     return None if source.folder is None else tokenizer_of(source.folder)
-
-
-def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    initial = not plan.is_plain and plan.state_init != "zeros"
-    return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
 
 
 def _final(partial: Path) -> Path:
@@ -372,4 +398,4 @@ def training_command(target: Path) -> str:
                    "--save", str(run), "--data-path", "DATA_PREFIX")  # fmt: skip
 
 
-__all__ = ["FAMILIES", "ImportOptions", "import_model"]
+__all__ = ["ImportOptions", "import_model"]

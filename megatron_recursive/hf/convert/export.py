@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +15,23 @@ from torch import Tensor
 
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf import model as shipped
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch, recursive_rows
+from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.mappings import (
-    FAMILIES,
+    OWN,
     Family,
     Item,
-    donor_config,
+    config_values,
     donor_family,
     items,
-    recursive_config,
+    recursive_rows,
 )
+from megatron_recursive.hf.convert.model_card import Exported, write_card
+from megatron_recursive.hf.convert.reading import Once, Sums, remembering, room_for_passes
 from megatron_recursive.hf.convert.report import Report
-from megatron_recursive.hf.convert.safetensors_files import NAMES, Promise, write_folder
+from megatron_recursive.hf.convert.safetensors_files import NAMES, SHARD_BYTES, FolderWriter
 from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
 from megatron_recursive.hf.convert.tokenizer_files import (
     TOKEN_IDS,
@@ -44,9 +45,11 @@ from megatron_recursive.hf.convert.tokenizer_files import (
 )
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
 from megatron_recursive.hf.convert.transforms import VOCABULARY
+from megatron_recursive.hf.model import write_remote_code
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
+HALTING_HEAD = "halting_head."
 AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
     "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
@@ -72,7 +75,7 @@ class MegatronModel:
     def family(self) -> Family:
         """The donor's own class for a plain GPT, where there is one that can express it."""
         donor = donor_family(self.arch) if self.plan.is_plain and not self.own_class else None
-        return donor or FAMILIES["recursive_gpt"]
+        return donor or OWN
 
     def items(self) -> Iterator[Item]:
         return items(self.family, self.arch, extra=recursive_rows(self.plan))
@@ -121,17 +124,22 @@ def export_model(
     tokenizer: str | None = None,
     proof_dtype: torch.dtype | None = torch.float32,
     say: Callable[[str], None] = print,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Report:
     """Convert, prove, and put the folder at ``out``.
 
     Args:
         tokenizer: a tokenizer folder; None takes the one that the checkpoint was trained with, where it is found.
         proof_dtype: None skips the proof.
+        dtype: of the exported weights; None leaves them as they are stored.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
     model, target = open_checkpoint(ckpt), Path(out)
+    if dtype is not None:
+        model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
     report, notes = Report(), []
     with new_folder(target, model.checkpoint.nbytes) as folder:
         found = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
@@ -152,13 +160,15 @@ def export_model(
             notes.append(unproven)
         say(f"{ckpt}: {model.arch.num_layers} layers, {model.plan.num_passes} passes, to {model.family.architecture}")
         report.facts["family"] = model.family.model_type
-        _write_weights(model, folder, report)
-        if model.family.model_type == "recursive_gpt":
-            for name in shipped.REMOTE_CODE_FILES:
-                shutil.copyfile(Path(shipped.__file__).parent / name, folder / name)
-        _compare(model, folder)
-        if proof_dtype is not None:
-            report.max_logit_error = _prove(model, folder, proof_dtype)
+        if model.family is OWN:
+            write_remote_code(folder)
+        text = proof.proof_text(model.arch.vocab_size, tokenizer_of(folder), model.arch.max_positions)
+        sums, logits = _write_weights(model, folder, report, text, proof_dtype, shard_bytes)
+        report.facts["bytes_read"] = model.checkpoint.bytes_read
+        _prove(model, folder, report, sums, logits, text, proof_dtype)
+        write_card(folder, target.absolute().name, Exported(
+            model.family.architecture, model.family is OWN, model.arch.num_layers, model.plan, model.checkpoint.folder,
+            Path(ckpt), model.args, report.max_logit_error))  # fmt: skip
     if model.checkpoint.training_state:
         report.add("dropped", "optimizer state", f"{model.checkpoint.training_state} tensors of training")
     say(report.describe())
@@ -167,7 +177,7 @@ def export_model(
     for note in notes:
         say(f"WARNING: {note}")
     say(_cache_size(model, report))
-    trust = ", trust_remote_code=True" if model.family.model_type == "recursive_gpt" else ""
+    trust = ", trust_remote_code=True" if model.family is OWN else ""
     say(f"{target}: the model; load it with AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})")
     return report
 
@@ -191,16 +201,11 @@ def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) ->
 
 
 def _config(model: MegatronModel) -> dict[str, Any]:
-    if model.family.model_type == "recursive_gpt":
-        config = recursive_config(model.arch)
-        config["num_layers"] = model.arch.num_layers
-        config["num_hidden_layers"] *= model.plan.num_passes  # as the class stores it, for its caches
-        config["plan"] = json.loads(model.plan.to_json())
-        config["recursion"] = model.recursion.to_dict()
-        config["auto_map"] = AUTO_MAP
-    else:
-        config = donor_config(model.family, model.arch)
-    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items()}
+    config = config_values(model.family, model.arch)
+    if model.family is OWN:
+        config["num_hidden_layers"] = model.arch.num_layers * model.plan.num_passes  # as its class says it
+        config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
+    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items() if not item.key.startswith(HALTING_HEAD)}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype"] = str(widest).removeprefix("torch.")
     return config
@@ -217,22 +222,44 @@ def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder:
     return next((place for place in places if place.is_dir() and copy_tokenizer(place, folder)), None)
 
 
-def _promises(model: MegatronModel) -> list[Promise]:
-    return [
-        Promise(name, shape, model.checkpoint.dtypes[item.key])
+def _promised(model: MegatronModel) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(shape, dtype=model.checkpoint.dtypes[item.key], device="meta")
         for item in model.items()
         for name, shape in item.hf.items()
-    ]
+    }
 
 
-def _split(model: MegatronModel, item: Item) -> tuple[Tensor, ...]:
-    return item.transform.split(model.checkpoint.get(item.key, item.layer), model.arch)
+class _Cast(TorchDistCheckpoint):
+    """A checkpoint read in another dtype, but for the halting head, which computes in fp32 and keeps its own."""
+
+    def __init__(self, checkpoint: TorchDistCheckpoint, dtype: torch.dtype) -> None:
+        vars(self).update(vars(checkpoint))
+        self.dtypes = {k: own if k.startswith(HALTING_HEAD) else dtype for k, own in checkpoint.dtypes.items()}
+        self.nbytes = sum(math.prod(shape) * self.dtypes[key].itemsize for key, shape in self.shapes.items())
+
+    def get(self, key: str, layer: int | None = None) -> Tensor:
+        tensor, dtype = super().get(key, layer), self.dtypes[key]
+        if tensor.abs().max() > torch.finfo(dtype).max:
+            found, name = tensor.abs().max(), str(dtype).removeprefix("torch.")
+            raise UserError(f"{key} of {self.folder} holds {found:g}, more than --dtype {name} can hold.")
+        return tensor.to(dtype)
 
 
-def _write_weights(model: MegatronModel, folder: Path, report: Report) -> None:
-    def tensors(progress: Progress) -> Iterator[tuple[str, Tensor]]:
-        for item in model.items():
-            parts = _split(model, item)
+def _write_weights(
+    model: MegatronModel, folder: Path, report: Report, text: proof.Text, dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> tuple[Sums, Tensor | None]:  # fmt: skip
+    """Convert each tensor as the checkpoint's forward pass asks for it, or one after the other without a proof.
+
+    Returns:
+        Checksums of what was written, and the logits.
+    """
+    sums, logits, writer = Sums(), None, FolderWriter(folder, _promised(model), shard_bytes)
+    with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
+
+        def convert(item: Item, tensors: list[Tensor]) -> None:
+            parts = item.transform.split(tensors[0], model.arch)
             where = item.key if item.layer is None else f"{item.key}[{item.layer}]"
             padding = model.arch.padded_vocab_size - model.arch.vocab_size
             cut = f" without {padding} padding rows" if padding and item.transform is VOCABULARY else ""
@@ -240,32 +267,34 @@ def _write_weights(model: MegatronModel, folder: Path, report: Report) -> None:
             for name, part in zip(item.hf, parts, strict=True):
                 if not torch.isfinite(part).all():
                     raise UserError(f"{where} of {model.checkpoint.folder} holds NaN or infinite values.")
-                progress.advance(1, part.nbytes)
-                yield name, part
-
-    with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
-        write_folder(folder, _promises(model), tensors(progress))
-
-
-def _compare(model: MegatronModel, folder: Path) -> None:
-    """Every written tensor, read back, equals its part of the checkpoint."""
-    written = open_source(str(folder))
-    with Progress("comparing", model.checkpoint.nbytes, things="tensors") as progress:
-        for item in model.items():
-            for name, part in zip(item.hf, _split(model, item), strict=True):
-                if not torch.equal(written.get(name), part):
-                    raise UserError(f"{name} reads back otherwise than it was written; check the disk of --out.")
+                writer.add(name, part)
+                sums.note(name, part)
                 progress.advance(1, part.nbytes)
 
+        tied = ("embedding.word_embeddings.weight",) if model.arch.tied else ()
+        read = remembering(checkpoint_fetch(model.checkpoint), room_for_passes(model.plan.num_passes), tied)
+        once = Once(((item, [item.name]) for item in model.items()), read, convert)
+        if dtype is not None:
+            logits = proof.megatron_logits(model.arch, model.recursion, once, text, dtype)
+        once.finish()
+    writer.close()
+    return sums, logits
 
-def _prove(model: MegatronModel, folder: Path, dtype: torch.dtype) -> float:
-    """The folder's own model, plan and all, gives the checkpoint's logits."""
+
+def _prove(
+    model: MegatronModel, folder: Path, report: Report, sums: Sums, logits: Tensor | None, text: proof.Text,
+    dtype: torch.dtype | None,
+) -> None:  # fmt: skip
+    """Everything reads back as written, and the folder's own model, plan and all, gives the checkpoint's logits."""
     source = open_source(str(folder))
-    values = read_json(folder / "config.json")
-    config = config_object(source.family, values, str(folder))
-    tokens_BS = proof.proof_tokens(model.arch.vocab_size, tokenizer_of(folder), model.arch.max_positions)
-    theirs = proof.hf_logits(source.family, config, source.weight, tokens_BS, dtype)
-    ours = proof.megatron_logits(model.arch, model.recursion, checkpoint_fetch(model.checkpoint), tokens_BS, dtype)
-    error = proof.relative_error(ours, theirs)
-    proof.check(error, f"{model.checkpoint.folder} and its export")
-    return error
+    read = remembering(sums.checked(source.get), room_for_passes(model.plan.num_passes),
+                       (EMBEDDING,) if source.arch.tied else ())  # fmt: skip
+    if logits is not None and dtype is not None:
+        source.get = read
+        config = config_object(source.family, read_json(folder / "config.json"), str(folder))
+        theirs = proof.hf_logits(source.family, config, source.weight, text, dtype)
+        report.max_logit_error = proof.relative_error(logits, theirs)
+        proof.check(report.max_logit_error, f"{model.checkpoint.folder} and its export")
+    for name in [*sums.unread]:
+        read(name)
+    report.facts["bytes_read"] += source.bytes_read()

@@ -8,14 +8,16 @@ Megatron keeps a pre-norm's weight beside the linear layer that follows it (``li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
+from megatron_recursive.hf.convert.architecture import Architecture, Yarn, padded_vocabulary
 from megatron_recursive.hf.convert.torch_dist import LAYERS
 from megatron_recursive.hf.convert.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
+from megatron_recursive.plan import RecursionPlan
 
 Condition = Callable[[Architecture], bool]
 
@@ -170,27 +172,71 @@ INITIAL_STATE_ROWS = (
 )
 
 
+def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
+    initial = not plan.is_plain and plan.state_init != "zeros"
+    return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
+
+
+# Names in a config.json to the fields of an architecture.
+_CONFIG = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_query_groups", "head_dim": "head_dim",
+    "hidden_act": "activation", "max_position_embeddings": "max_positions", "tie_word_embeddings": "tied",
+    "initializer_range": "init_std",
+}  # fmt: skip
+_DONOR_CONFIG = {**_CONFIG, "num_hidden_layers": "num_layers", "rms_norm_eps": "norm_eps"}
+_BIASES = {"attention_bias": "linear_bias", "mlp_bias": "linear_bias"}
+_OWN_CONFIG = {
+    **_CONFIG, **_BIASES, "num_layers": "num_layers", "attention_bias": "qkv_bias", "attention_out_bias": "linear_bias",
+    "mlp_gated": "gated", "norm_type": "norm", "norm_eps": "norm_eps", "layernorm_one_centered": "norm_one_centered",
+    "qk_norm": "qk_norm", "norm_placement": "norm_placement", "output_norm_scope": "output_norm_scope",
+    "position_embedding": "positions",
+}  # fmt: skip
+# Fields of an architecture in which a donor's class leaves no choice.
+_DONOR_FIXED = {
+    "norm": "rmsnorm", "norm_one_centered": False, "norm_placement": "pre", "output_norm_scope": "branch",
+    "qk_norm": None, "gated": True, "activation": "silu", "positions": "rope", "rotary_percent": 1.0,
+}  # fmt: skip
+_UNBIASED = {**_DONOR_FIXED, "qkv_bias": False, "linear_bias": False}
+
+
 @dataclass(frozen=True)
 class Family:
-    """A table, and the model type and class that it belongs to."""
+    """A table, the model type and class that it belongs to, and how their config tells an architecture.
+
+    Attributes:
+        architecture: transformers' class, as config.json names it.
+        config: names in config.json to fields of :class:`Architecture`; fixed: fields that have one value.
+        when: what else must hold of an architecture that the class is to compute.
+        besides: further entries of a config.json.
+    """
 
     model_type: str
-    architecture: str  # transformers' class, as config.json names it
+    architecture: str
     layer_rows: tuple[Row, ...]
+    fixed: Mapping[str, Any]
+    config: Mapping[str, str] = field(default_factory=lambda: _DONOR_CONFIG)
+    when: Condition = _always
+    besides: Mapping[str, Any] = field(default_factory=dict)
     top_rows: tuple[Row, ...] = _TOP
 
+    def computes(self, arch: Architecture) -> bool:
+        """Whether its class can be this architecture."""
+        return all(getattr(arch, name) == value for name, value in self.fixed.items()) and self.when(arch)
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("llama", "LlamaForCausalLM", LLAMA),
-        Family("mistral", "MistralForCausalLM", LLAMA),
-        Family("qwen2", "Qwen2ForCausalLM", QWEN2),
-        Family("qwen3", "Qwen3ForCausalLM", QWEN3),
-        Family("olmo2", "Olmo2ForCausalLM", OLMO2),
-        Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, _RECURSIVE_TOP),
-    )
-}
+
+# A plain GPT is exported as what it came from, or else as the first that computes it.
+DONORS = (
+    Family("llama", "LlamaForCausalLM", LLAMA, _DONOR_FIXED, {**_DONOR_CONFIG, **_BIASES},
+           when=lambda a: a.qkv_bias == a.linear_bias and a.hidden_size % a.num_attention_heads == 0),
+    Family("mistral", "MistralForCausalLM", LLAMA, _UNBIASED, besides={"sliding_window": None}),
+    Family("qwen2", "Qwen2ForCausalLM", QWEN2, {**_UNBIASED, "qkv_bias": True}),
+    Family("qwen3", "Qwen3ForCausalLM", QWEN3, {**_UNBIASED, "qk_norm": "head"}),
+    Family("olmo2", "Olmo2ForCausalLM", OLMO2, {**_UNBIASED, "qk_norm": "full", "norm_placement": "post"},
+           when=lambda a: a.head_dim * a.num_attention_heads == a.hidden_size),
+)  # fmt: skip
+OWN = Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP)
+FAMILIES = {family.model_type: family for family in (*DONORS, OWN)}
 
 
 @dataclass(frozen=True)
@@ -206,6 +252,11 @@ class Item:
     layer: int | None
     transform: Transform
     hf: dict[str, tuple[int, ...]]
+
+    @property
+    def name(self) -> str:
+        """The key, with the layer's number in it."""
+        return self.key if self.layer is None else f"{LAYERS}{self.layer}.{self.key.removeprefix(LAYERS)}"
 
     def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
         """Of the merged tensor, without the axis of the layers."""
@@ -266,50 +317,34 @@ def read_config(family: Family, config: Any, where: str) -> Architecture:
     Raises:
         UserError: an option that Megatron's model does not have.
     """
-    model_type = family.model_type
-    own = model_type == "recursive_gpt"
-    if not own and config.hidden_act != "silu":
-        raise UserError(f"{where} has hidden_act {config.hidden_act}; a {model_type} model must have silu.")
+    values: dict[str, Any] = {key: getattr(config, name, None) for name, key in family.config.items()}
+    values["activation"] = {"gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act)
+    if values["activation"] != family.fixed.get("activation", values["activation"]):
+        raise UserError(f"{where} has hidden_act {config.hidden_act}; a {family.model_type} model must have silu.")
     _refuse_sliding_window(config, where)
-    attention_bias, mlp_bias = (bool(getattr(config, name, False)) for name in ("attention_bias", "mlp_bias"))
-    out_bias = bool(getattr(config, "attention_out_bias", attention_bias)) if own else attention_bias
-    everywhere = attention_bias and out_bias and mlp_bias
-    if not everywhere and (out_bias or mlp_bias):
-        raise UserError(
-            f"{where} has attention_bias {attention_bias} and mlp_bias {mlp_bias}; Megatron has biases on every linear "
-            "layer, on q, k and v alone, or nowhere."
-        )
-    values: dict[str, Any] = {
-        "num_layers": config.num_layers if own else config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "vocab_size": config.vocab_size,
-        "padded_vocab_size": padded_vocabulary(config.vocab_size),
-        "max_positions": config.max_position_embeddings,
-        "norm_eps": config.norm_eps if own else config.rms_norm_eps,
-        "qkv_bias": attention_bias or model_type == "qwen2",
-        "linear_bias": everywhere,
-        "qk_norm": {"qwen3": "head", "olmo2": "full"}.get(model_type),
-        "norm_placement": "post" if model_type == "olmo2" else "pre",
-        "tied": bool(config.tie_word_embeddings),
-        "init_std": config.initializer_range,
-    }
-    if own:
-        activation = {"gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act)
-        values.update(
-            norm=config.norm_type, norm_one_centered=config.layernorm_one_centered, activation=activation,
-            gated=config.mlp_gated, qk_norm=config.qk_norm, norm_placement=config.norm_placement,
-            output_norm_scope=config.output_norm_scope, positions=config.position_embedding,
-        )  # fmt: skip
-    if values.get("positions", "rope") == "rope":
+    values.update(_read_biases(config, where))
+    values.update(family.fixed)
+    values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
+    values["padded_vocab_size"] = padded_vocabulary(config.vocab_size)
+    values["tied"] = bool(values["tied"])
+    if values["positions"] == "rope":
         values.update(_read_rope(config, where))
-    arch = Architecture(**values)
+    arch = Architecture(**values, donor=None if family is OWN else family.model_type)
     if arch.num_attention_heads % arch.num_query_groups:
         raise UserError(f"{where}: {arch.num_query_groups} key-value heads do not divide {arch.num_attention_heads}.")
     return arch
+
+
+def _read_biases(config: Any, where: str) -> dict[str, bool]:
+    attention, mlp = (bool(getattr(config, name, False)) for name in ("attention_bias", "mlp_bias"))
+    out = bool(getattr(config, "attention_out_bias", attention))
+    everywhere = attention and out and mlp
+    if not everywhere and (out or mlp):
+        raise UserError(
+            f"{where} has attention_bias {attention} and mlp_bias {mlp}; Megatron has biases on every linear layer, on "
+            "q, k and v alone, or nowhere."
+        )
+    return {"qkv_bias": attention, "linear_bias": everywhere}
 
 
 def _refuse_sliding_window(config: Any, where: str) -> None:
@@ -343,9 +378,25 @@ def _read_rope(config: Any, where: str) -> dict[str, Any]:
         if rope["factor"] != int(rope["factor"]):
             raise UserError(f"{where} has the linear rope factor {rope['factor']}; Megatron's is a whole number.")
         values["linear_factor"] = int(rope["factor"])
+    elif kind == "yarn":
+        if percent != 1.0:
+            raise UserError(f"{where} rotates {percent:g} of each head under YaRN; Megatron's YaRN rotates all of it.")
+        values["yarn"] = _read_yarn(rope, config)
     elif kind != "default":
-        raise UserError(f"{where} has rope scaling of type {kind}; Megatron has default, linear and llama3.")
+        raise UserError(f"{where} has rope scaling of type {kind}; Megatron has default, linear, llama3 and yarn.")
     return values
+
+
+def _read_yarn(rope: Mapping[str, Any], config: Any) -> Yarn:
+    original = int(rope["original_max_position_embeddings"])
+    factor = float(rope.get("factor") or config.max_position_embeddings / original)
+    given, mscale, all_dim = rope.get("attention_factor"), rope.get("mscale"), rope.get("mscale_all_dim")
+    if given is not None and factor > 1:
+        mscale, all_dim = (given - 1) / (0.1 * math.log(factor)), 0.0
+    elif not (mscale and all_dim):  # transformers reads both or none
+        mscale, all_dim = 1.0, 0.0
+    return Yarn(factor, original, float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1),
+                float(mscale), float(all_dim), bool(rope.get("truncate", True)))  # fmt: skip
 
 
 def rope_parameters(arch: Architecture) -> dict[str, Any]:
@@ -356,6 +407,14 @@ def rope_parameters(arch: Architecture) -> dict[str, Any]:
                     original_max_position_embeddings=8192)  # fmt: skip
     elif arch.linear_factor is not None:
         rope.update(rope_type="linear", factor=float(arch.linear_factor))
+    elif arch.yarn is not None:
+        yarn = arch.yarn
+        rope.update(rope_type="yarn", factor=yarn.factor, original_max_position_embeddings=yarn.original_positions,
+                    beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow, truncate=yarn.truncate)  # fmt: skip
+        if yarn.mscale and yarn.mscale_all_dim:
+            rope.update(mscale=yarn.mscale, mscale_all_dim=yarn.mscale_all_dim)
+        elif (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0):
+            rope["attention_factor"] = yarn.attention_factor
     if arch.rotary_percent != 1.0:
         rope["partial_rotary_factor"] = arch.rotary_percent
     return rope
@@ -363,73 +422,27 @@ def rope_parameters(arch: Architecture) -> dict[str, Any]:
 
 def donor_family(arch: Architecture) -> Family | None:
     """The family whose own class computes what this architecture does without recursion, if there is one."""
-    common = (arch.norm == "rmsnorm" and not arch.norm_one_centered and arch.gated and arch.activation == "silu"
-              and arch.positions == "rope" and arch.rotary_percent == 1.0)  # fmt: skip
-    square = arch.hidden_size % arch.num_attention_heads == 0
-    if not common:
-        return None
-    if arch.norm_placement == "post":
-        whole = arch.head_dim * arch.num_attention_heads == arch.hidden_size
-        plain = arch.qk_norm == "full" and arch.output_norm_scope == "branch" and not arch.qkv_bias and whole
-        return FAMILIES["olmo2"] if plain else None
-    if arch.norm_placement != "pre" or arch.qk_norm == "full":
-        return None
-    if arch.qk_norm == "head":
-        return FAMILIES["qwen3"] if not arch.qkv_bias else None
-    if arch.qkv_bias and not arch.linear_bias:
-        return FAMILIES["qwen2"]
-    return FAMILIES["llama"] if square else FAMILIES["mistral"] if not arch.linear_bias else None
+    able = [family for family in DONORS if family.computes(arch)]
+    return next((family for family in able if family.model_type == arch.donor), able[0] if able else None)
 
 
-def donor_config(family: Family, arch: Architecture) -> dict[str, Any]:
-    """config.json of a donor family, without token ids and dtype."""
-    config = {
+def config_values(family: Family, arch: Architecture) -> dict[str, Any]:
+    """The architecture's part of a config.json.
+
+    A donor's rotary options stand there twice: as ``rope_parameters``, and as transformers 4 and what builds on it read
+    them.
+    """
+    rope = rope_parameters(arch) if arch.positions == "rope" else None
+    before = {}
+    if rope is not None and family is not OWN:
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        before = {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}
+    return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **_common_config(arch),
-        "rms_norm_eps": arch.norm_eps,
-        "rope_parameters": rope_parameters(arch),
-    }
-    if family.model_type == "llama":
-        config.update(attention_bias=arch.linear_bias, mlp_bias=arch.linear_bias)
-    if family.model_type == "mistral":
-        config["sliding_window"] = None
-    return config
-
-
-def recursive_config(arch: Architecture) -> dict[str, Any]:
-    """The architecture's part of our own model's config.json."""
-    return {
-        "architectures": ["RecursiveGPTForCausalLM"],
-        "model_type": "recursive_gpt",
-        **_common_config(arch),
-        "mlp_gated": arch.gated,
-        "norm_type": arch.norm,
-        "norm_eps": arch.norm_eps,
-        "layernorm_one_centered": arch.norm_one_centered,
-        "attention_bias": arch.qkv_bias,
-        "attention_out_bias": arch.linear_bias,
-        "mlp_bias": arch.linear_bias,
-        "qk_norm": arch.qk_norm,
-        "norm_placement": arch.norm_placement,
-        "output_norm_scope": arch.output_norm_scope,
-        "position_embedding": arch.positions,
-        "rope_parameters": rope_parameters(arch) if arch.positions == "rope" else None,
-    }
-
-
-def _common_config(arch: Architecture) -> dict[str, Any]:
-    return {
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.ffn_hidden_size,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.num_query_groups,
-        "head_dim": arch.head_dim,
-        "hidden_act": arch.activation,
-        "max_position_embeddings": arch.max_positions,
-        "tie_word_embeddings": arch.tied,
-        "initializer_range": arch.init_std,
+        **{name: getattr(arch, key) for name, key in family.config.items()},
+        "rope_parameters": rope,
+        **before,
         "attention_dropout": 0.0,
+        **family.besides,
     }

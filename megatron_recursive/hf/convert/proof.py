@@ -1,22 +1,25 @@
-"""Logits of both worlds on a fixed text, with one layer of the model in memory at a time.
+"""Logits of both worlds on a fixed text, with one module's parameters in memory at a time.
 
-A model is built without storage for its parameters. Embedding, layers and head get theirs just before they run and give
-them back right after, by hooks, so that the forward pass itself is transformers' own, or Megatron's own.
+A model is built without storage for its parameters, which accelerate's hooks hand to each module while it runs, so that
+the forward pass itself is transformers' own, or Megatron's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import accelerate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import Family
+from megatron_recursive.hf.convert.mappings import OWN, Family
 from megatron_recursive.plan import RecursionConfig
 
 TOLERANCE = 1e-4  # of the largest absolute logit
@@ -25,62 +28,81 @@ TEXT = (
     "A converter that copies weights must show that nothing was lost on the way. The capital of France is Paris, "
     "2 + 2 = 4, and def f(x): return x * x is a function; the rest of this sentence is here to fill the context."
 )
+INITIAL_STATES = ("initial_output", "initial_latent")  # buffers of the Megatron model
 Fetch = Callable[[str], Tensor]
 
 
-def proof_tokens(vocab_size: int, tokenizer: Any, max_positions: int) -> Tensor:
-    """The fixed text as ids [1, S]; without a tokenizer, fixed ids spread over the vocabulary."""
+@dataclass(frozen=True)
+class Text:
+    """The fixed text, a row for each place in the context: ids and positions, both [3, S]."""
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+
+
+def proof_text(vocab_size: int, tokenizer: Any, max_positions: int) -> Text:
+    """The fixed text at the start of the context, at its end, and spread over all of it.
+
+    Rotary attention depends on distances alone: only the third row has those for which positions are scaled. Without a
+    tokenizer the ids are fixed ones, spread over the vocabulary.
+    """
     length = min(MAX_TOKENS, max_positions)
     ids = [] if tokenizer is None else [i for i in tokenizer(TEXT)["input_ids"] if i < vocab_size][:length]
     if len(ids) < min(8, length):
         ids = [(7919 * (index + 1) + index * index) % vocab_size for index in range(length)]
-    return torch.tensor([ids])
+    start = torch.arange(len(ids))
+    spread = start * (max_positions - 1) // max(len(ids) - 1, 1)
+    return Text(torch.tensor([ids] * 3), torch.stack([start, start + max_positions - len(ids), spread]))
 
 
-def hf_logits(family: Family, config: Any, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits [S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
-    with _parameters_without_storage():
-        if family.model_type == "recursive_gpt":
+def hf_logits(family: Family, config: Any, fetch: Fetch, text: Text, dtype: torch.dtype) -> Tensor:
+    """Logits [3, S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
+
+    def build() -> Any:
+        if family is OWN:
             from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
             config._attn_implementation = "sdpa"
-            model = RecursiveGPTForCausalLM(config)
-        else:
-            from transformers import AutoModelForCausalLM
+            return RecursiveGPTForCausalLM(config)
+        from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    model.eval()
-    layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
-    _stream(model, ["model.embed_tokens", *layers, "lm_head"], fetch, dtype)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+
+    model = _offloaded(build, fetch, dtype)
     with torch.no_grad():
-        return model(input_ids=tokens_BS, use_cache=False).logits[0]
+        # Without a mask positions that jump would be taken for several texts in one row.
+        return model(input_ids=text.tokens_BS, position_ids=text.positions_BS, use_cache=False,
+                     attention_mask=torch.ones_like(text.tokens_BS)).logits  # fmt: skip
 
 
 def megatron_logits(
-    arch: Architecture, recursion: RecursionConfig, fetch: Fetch, tokens_BS: Tensor, dtype: torch.dtype
+    arch: Architecture, recursion: RecursionConfig, fetch: Fetch, text: Text, dtype: torch.dtype
 ) -> Tensor:
-    """Logits [S, true V] of our Megatron model.
+    """Logits [3, S, true V] of our Megatron model.
 
     Args:
         fetch: gives a parameter by its checkpoint key, that of a layer as ``decoder.layers.{i}.<rest of the key>``.
+
+    Raises:
+        UserError: Megatron has been left to see a GPU, where it would put what belongs beside these weights.
     """
+    if torch.cuda.is_available() and not cpu.is_installed():
+        raise UserError("The proof runs on the CPU: call backends.cpu.install(on_purpose=True) before it.")
     with one_process():
-        with _parameters_without_storage():
-            model = build_megatron(arch, recursion, dtype)
-        model.eval()
-        layers = [f"decoder.layers.{i}" for i in range(arch.num_layers)]
-        _stream(model, ["embedding", *layers, "output_layer"], lambda name: fetch(checkpoint_key(name)), dtype)
+        model = _offloaded(
+            lambda: build_megatron(arch, recursion, dtype), lambda name: fetch(checkpoint_key(name)), dtype
+        )
         if arch.tied:
             _give_tied_weight(model, fetch, dtype)
-        positions = torch.arange(tokens_BS.shape[1])[None].expand_as(tokens_BS)
+        _rotate_at(model, text.positions_BS)
         with torch.no_grad():
-            logits = model(tokens_BS, positions, None)[0]
-    return logits[:, : arch.vocab_size]
+            logits = model(text.tokens_BS, text.positions_BS, None)
+    return logits[..., : arch.vocab_size]
 
 
-def loss(logits_SV: Tensor, tokens_BS: Tensor) -> float:
-    """Mean cross-entropy of the next token."""
-    return float(F.cross_entropy(logits_SV[:-1].double(), tokens_BS[0, 1:]))
+def loss(logits_BSV: Tensor, text: Text) -> float:
+    """Mean cross-entropy of the next token, at the start of the context."""
+    return float(F.cross_entropy(logits_BSV[0, :-1].double(), text.tokens_BS[0, 1:]))
 
 
 def relative_error(reference: Tensor, other: Tensor) -> float:
@@ -100,62 +122,34 @@ def check(error: float, what: str) -> None:
 # --- models without storage -----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _parameters_without_storage() -> Iterator[None]:
-    """Parameters made inside are on the meta device; buffers are real, since models compute with them."""
-    original = torch.nn.Module.register_parameter
+class _Weights(Mapping[str, Tensor]):
+    """A model's parameters by name, read when they are asked for."""
 
-    def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        if parameter is not None:
-            hollow = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-            hollow.__dict__.update(parameter.__dict__)
-            module._parameters[name] = hollow
+    def __init__(self, names: Iterable[str], fetch: Fetch) -> None:
+        self.names, self.fetch = [*names], fetch
 
-    torch.nn.Module.register_parameter = register  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fetch(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
-def _stream(model: torch.nn.Module, units: list[str], fetch: Fetch, dtype: torch.dtype) -> None:
-    """Fill the units while they run, and everything else (norms, small heads, initial states) for good."""
-    for unit in units:
-        module = model.get_submodule(unit)
-        module.register_forward_pre_hook(lambda m, _, unit=unit: _fill(m, f"{unit}.", fetch, dtype))
-        module.register_forward_hook(lambda m, *_: _empty(m))
-    for name, module in model.named_modules():
-        if not any(name == unit or name.startswith(f"{unit}.") for unit in units):
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[leaf] = _loaded(fetch(f"{name}.{leaf}" if name else leaf), parameter, dtype)
+def _offloaded(build: Callable[[], Any], fetch: Fetch, dtype: torch.dtype) -> Any:
+    """A model without storage; each module gets its parameters just before it runs and gives them back right after."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = build().to(dtype).eval()
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] in ("initial_output", "initial_latent"):
+        if name in INITIAL_STATES:
             buffer.data = fetch(name).to(dtype)
-
-
-def _fill(module: torch.nn.Module, prefix: str, fetch: Fetch, dtype: torch.dtype) -> None:
-    for path, part in module.named_modules():
-        for leaf, parameter in part._parameters.items():
-            if parameter is not None:
-                name = f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}"
-                part._parameters[leaf] = _loaded(fetch(name), parameter, dtype)
-
-
-def _empty(module: torch.nn.Module) -> None:
-    for part in module.modules():
-        for leaf, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[leaf] = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-
-
-def _loaded(tensor: Tensor, hollow: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parameter:
-    if tensor.shape != hollow.shape:
-        raise UserError(f"The proof failed: a tensor of shape {tuple(tensor.shape)} for one of {tuple(hollow.shape)}.")
-    filled = torch.nn.Parameter(tensor.to(dtype), requires_grad=False)
-    filled.__dict__.update(hollow.__dict__)
-    return filled
+    return accelerate.cpu_offload(
+        model, torch.device("cpu"), state_dict=_Weights(names, fetch),
+        preload_module_classes=["TransformerLayer"],  # Megatron's: parts of it use each other's parameters
+    )  # fmt: skip
 
 
 # --- Megatron -------------------------------------------------------------------------------------------------------
@@ -225,16 +219,37 @@ def build_megatron(
         gradient_accumulation_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=dtype,
     )  # fmt: skip
+    if arch.yarn is not None:  # what Megatron sets where it makes a config of its arguments; attention reads it too
+        for name, value in arch.yarn.to_megatron().items():
+            setattr(config, name if name.startswith("yarn_") else f"yarn_{name}", value)
     norms = NormLayout(arch.norm_placement, arch.output_norm_scope, arch.qk_norm or "head")
     return RecursiveGPTModel(
         config, local_block_spec(config, norms=norms), arch.padded_vocab_size, arch.max_positions,
-        position_embedding_type={"learned": "learned_absolute"}.get(arch.positions, arch.positions),
+        position_embedding_type=arch.position_embedding_type,
         rotary_percent=arch.rotary_percent, rotary_base=arch.rotary_base,
         rope_scaling=arch.llama3_factor is not None, rope_scaling_factor=arch.llama3_factor or 8.0,
         seq_len_interpolation_factor=arch.linear_factor, share_embeddings_and_output_weights=arch.tied,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
         recursion=recursion,
     )  # fmt: skip
+
+
+def _rotate_at(model: Any, positions_BS: Tensor) -> None:
+    """Megatron rotates by the place in the row, whatever positions it is given; hand it the angles of these."""
+
+    def replace(rotary: Any, _: Any, found: Any) -> Any:
+        is_pair = isinstance(found, tuple)  # YaRN's comes with a factor
+
+        def at(position: int) -> Tensor:
+            angles = rotary.forward(1, offset=position)
+            return angles[0] if is_pair else angles
+
+        rows = [torch.cat([at(position) for position in row]) for row in positions_BS.tolist()]
+        angles_SB1D = torch.cat(rows, dim=1)
+        return (angles_SB1D, *found[1:]) if is_pair else angles_SB1D
+
+    if getattr(model, "rotary_pos_emb", None) is not None:
+        model.rotary_pos_emb.register_forward_hook(replace)
 
 
 def _give_tied_weight(model: Any, fetch: Fetch, dtype: torch.dtype) -> None:

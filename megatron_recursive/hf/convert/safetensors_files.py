@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,13 +31,14 @@ class SafetensorsFolder:
 
     Attributes:
         shapes, dtypes: by tensor name; a dtype is safetensors' own name for it.
-        nbytes: of all tensors together.
+        nbytes: of all files together; bytes_read: of tensors, so far.
     """
 
     folder: Path
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     nbytes: int = 0
+    bytes_read: int = 0
     _files: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
@@ -54,11 +56,11 @@ class SafetensorsFolder:
         return found
 
     def _add(self, file: Path) -> None:
-        for name, (dtype, shape, size) in read_header(file).items():
+        self.nbytes += file.stat().st_size
+        for name, (dtype, shape) in read_header(file).items():
             if name in self._files:
                 raise UserError(f"{name} is in both {self._files[name].name} and {file.name} of {self.folder}.")
             self._files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
-            self.nbytes += size
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -66,25 +68,20 @@ class SafetensorsFolder:
     def get(self, name: str) -> Tensor:
         # Opened anew each time: pages of a file that stays mapped would count as this process's memory.
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        self.bytes_read += tensor.nbytes
+        return tensor
 
 
-def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Tensor name to (dtype, shape, bytes); the file's length is held against the header's offsets."""
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name to (dtype, shape); the library holds the file's length against the header's offsets."""
     try:
-        with safe_open(file, framework="pt"):
-            pass  # the library's own check of header, offsets and length
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+    except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{file} is damaged or no safetensors file ({reason}); fetch it again.") from error
-    header.pop("__metadata__", None)
-    return {
-        name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -130,59 +127,56 @@ def _files_of(folder: Path, index: dict[str, str] | None) -> list[Path]:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Promise:
-    """A tensor that is going to be written."""
+class FolderWriter:
+    """Writes the promised tensors one at a time, in any order: the library's own writer wants a whole shard in memory.
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    Args:
+        promised: what will be written, on the meta device.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+    def __init__(self, folder: Path, promised: dict[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._missing = folder, dict(promised)
+        self._split = split_torch_state_dict_into_shards(promised, max_shard_size=shard_bytes)
+        self._starts: dict[str, int] = {}
+        for file, names in self._split.filename_to_tensors.items():
+            header = _header({name: promised[name] for name in names})
+            (folder / file).write_bytes(header)
+            start = len(header)
+            for name in names:
+                self._starts[name] = start
+                start += promised[name].nbytes
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        promised = self._missing.pop(name)
+        assert (tensor.shape, tensor.dtype) == (promised.shape, promised.dtype), name
+        with open(self._folder / self._split.tensor_to_filename[name], "r+b") as shard:
+            shard.seek(self._starts[name])
+            shard.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        assert not self._missing, [*self._missing]
+        if self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_folder(
-    folder: Path, promises: list[Promise], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+    folder: Path, promised: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the promised tensors, which must come in the promised order, one at a time."""
-    shards: list[list[Promise]] = [[]]
-    for promise in promises:
-        if shards[-1] and sum(p.nbytes for p in shards[-1]) + promise.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(promise)
-    single = len(shards) == 1
-    given, weight_map = iter(tensors), {}
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard, given)
-        weight_map.update({promise.name: name for promise in shard})
-    if next(given, None) is not None:
-        raise AssertionError("more tensors than promised")
-    if not single:
-        total = sum(p.nbytes for p in promises)
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+    """Write a whole folder."""
+    writer = FolderWriter(folder, promised, shard_bytes)
+    for name, tensor in tensors:
+        writer.add(name, tensor)
+    writer.close()
 
 
-def _write_file(path: Path, promises: list[Promise], given: Iterator[tuple[str, Tensor]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for promise in promises:
-        end = offset + promise.nbytes
-        header[promise.name] = {"dtype": NAMES[promise.dtype], "shape": list(promise.shape),
-                                "data_offsets": [offset, end]}  # fmt: skip
-        offset = end
-    text = json.dumps(header).encode()
+def _header(promised: dict[str, Tensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in promised.items():
+        offsets = [start, start + tensor.nbytes]
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets}
+        start = offsets[1]
+    text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    with open(path, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for promise in promises:
-            name, tensor = next(given)
-            if (name, tuple(tensor.shape), tensor.dtype) != (promise.name, promise.shape, promise.dtype):
-                raise AssertionError(f"{name} {tuple(tensor.shape)} {tensor.dtype} is not the promised {promise}")
-            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return struct.pack("<Q", len(text)) + text

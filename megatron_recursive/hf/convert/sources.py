@@ -11,21 +11,20 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_recursive.command_line import missing_package
 from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import (
-    FAMILIES,
-    HALTING_ROWS,
-    INITIAL_STATE_ROWS,
+    OWN,
     Family,
     Row,
     family_of,
     items,
     read_config,
+    recursive_rows,
 )
-from megatron_recursive.hf.convert.safetensors_files import DTYPES, NAMES, SafetensorsFolder
+from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
+from megatron_recursive.plan import RecursionPlan
 
 # Buffers that old checkpoints carry; every model computes them anew.
 COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
@@ -35,7 +34,8 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
 
 SIZES = ("num_hidden_layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
-FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor")
+FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor",
+           "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")  # fmt: skip
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Source:
     Attributes:
         config: transformers' config object.
         shapes, dtypes: of every tensor there is, by name; a dtype is safetensors' own name.
-        get: reads one tensor.
+        get: reads one tensor; bytes_read: how many were read so far.
         origin: how the weights were stored, for the report.
         folder: of a safetensors model; gguf: the file, of a GGUF model.
     """
@@ -57,19 +57,20 @@ class Source:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     get: Callable[[str], Tensor]
+    bytes_read: Callable[[], int]
     nbytes: int
     origin: str
     folder: Path | None = None
     gguf: Path | None = None
     dropped: dict[str, str] = field(default_factory=dict)  # tensors that no row takes, and why that is right
 
+    @property
+    def plan(self) -> RecursionPlan:
+        return getattr(self.config, "recursion_plan", None) or RecursionPlan.plain()
+
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
-        if self.family.model_type != "recursive_gpt":
-            return ()
-        rows = HALTING_ROWS if any(p.get("halt_weight") for p in self.config.plan["passes"]) else ()
-        initial = self.config.plan.get("state_init", "zeros") != "zeros"
-        return (*rows, *(INITIAL_STATE_ROWS if initial else ()))
+        return recursive_rows(self.plan)
 
     def weight(self, name: str) -> Tensor:
         """A tensor by name; a tied head is the embedding."""
@@ -133,7 +134,7 @@ def _open_folder(folder: Path, name: str) -> Source:
     config = config_object(family, values, name)
     return Source(
         name, family, config, read_config(family, config, name), tensors.shapes, tensors.dtypes, tensors.get,
-        tensors.nbytes, "safetensors", folder,
+        lambda: tensors.bytes_read, tensors.nbytes, "safetensors", folder,
     )  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
     _check_numbers(values, where)
     values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
     try:
-        if family.model_type == "recursive_gpt":
+        if family is OWN:
             from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
             return RecursiveGPTConfig.from_dict(values)
@@ -169,27 +170,21 @@ def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
 
 
 def _open_gguf(path: Path) -> Source:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from megatron_recursive.hf.convert.gguf_file import GgufFile
 
     try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise missing_package("gguf") from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"transformers cannot read the GGUF file {path} ({reason}).") from error
-    config = model.config
     family = family_of({"model_type": config.model_type}, str(path))
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     arch = read_config(family, config, str(path))
-    if arch.tied:
-        tensors.pop("lm_head.weight", None)  # the same storage as the embedding
+    file = GgufFile(path, (name for item in items(family, arch) for name in item.hf), arch)
     return Source(
-        str(path), family, config, arch, {k: tuple(v.shape) for k, v in tensors.items()},
-        {k: NAMES[v.dtype] for k, v in tensors.items()}, tensors.__getitem__,
-        sum(t.nbytes for t in tensors.values()), "GGUF, dequantised by transformers", gguf=path,
+        str(path), family, config, arch, file.shapes, dict.fromkeys(file.shapes, "F32"), file.get,
+        lambda: file.bytes_read, file.nbytes, "GGUF, dequantised", gguf=path,
     )  # fmt: skip
 
 
@@ -274,4 +269,4 @@ def choose_layers(total: int, selection: str | None, count: int | None, explicit
     return [math.ceil(index * (total - 1) / (count - 1)) if count > 1 else 0 for index in range(count)]
 
 
-__all__ = ["FAMILIES", "Source", "choose_layers", "config_object", "open_source", "read_json"]
+__all__ = ["Source", "choose_layers", "config_object", "open_source", "read_json"]

@@ -21,6 +21,7 @@ from megatron_recursive.hf.convert.files import check_settings
 PATTERNS = (
     "*token*", "*vocab*", "*merges*", "*.model", "*.model.v*", "*.tiktoken", "*.jinja", "chat_template.json",
     "tekken.json", "generation_config.json", "additional_chat_templates/*.jinja",
+    "LICEN[CS]E*", "NOTICE*",  # what comes with the donor's weights must go on with them
 )  # fmt: skip
 OTHERS = (".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf")  # code and weights, whatever they are called
 SETTINGS, CONFIG = "generation_config.json", "tokenizer_config.json"

@@ -3,15 +3,17 @@
 The format is torch's distributed checkpoint: files of ``torch.save``d pieces, and an index ``.metadata`` that says
 which piece lies where. Layers are stacked: ``decoder.layers.mlp.linear_fc2.weight`` is [L, H, F]. How many ranks wrote
 the checkpoint shows only in the number of pieces. The index is a pickle; it is read by an unpickler that knows the
-dozen record types of the format and nothing else, and the pieces are read with ``weights_only=True``.
+dozen record types of the format and nothing else, and the pieces are read with ``weights_only=True``. Megatron-Core
+before 0.19 keeps what is no tensor in a file of its own, ``common.pt``, which is read so too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -25,11 +27,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.models.stored_arguments import name_as_today
 
 LAYERS = "decoder.layers."
 COMMON = "common_state/shard_0_1"  # a sharded object's key in the index: name, number, of how many
+COMMON_FILE = "common.pt"  # the same, before Megatron-Core 0.19
 DATA_FILE = "__0_0.distcp"
 PIECE_BYTES = 64 * 2**20  # larger tensors are written in pieces of rows, so that a reader need not hold them whole
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -37,17 +42,25 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": None,
     "torch.distributed.checkpoint.planner": None,
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
 }
+# What Megatron-Core before 0.19 derived from torch's records, and a path, which torch keeps in one of them.
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_READ_AS = {
+    (_MEGATRON, "MCoreMetadata"): Metadata, (_MEGATRON, "MCoreSavePlan"): SavePlan,
+    ("pathlib", "PosixPath"): PurePosixPath, ("pathlib._local", "PosixPath"): PurePosixPath,
+}  # fmt: skip
 
 
 class _IndexUnpickler(pickle.Unpickler):
     """Knows the record types of a checkpoint's index, dtypes and layouts; anything else is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _READ_AS:
+            return _READ_AS[module, name]
         if module in _RECORDS and "." not in name:
             allowed = _RECORDS[module]
             found = getattr(__import__(module, fromlist=[name]), name, None)
@@ -64,10 +77,11 @@ class TorchDistCheckpoint:
 
     Attributes:
         shapes, dtypes: of the model's tensors by key; optimizer and random states are left out.
+        bytes_read: of the files behind the index, so far.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.bytes_read = folder, 0
         try:
             with open(folder / ".metadata", "rb") as stream:
                 self._index: Metadata = _IndexUnpickler(stream).load()
@@ -87,13 +101,16 @@ class TorchDistCheckpoint:
         from megatron.core.safe_globals import register_safe_globals
 
         register_safe_globals()
-        info = self._index.storage_data.get(MetadataIndex(COMMON))
-        if info is None:
-            raise UserError(f"The checkpoint {self.folder} stores no arguments, so that its architecture is unknown.")
-        (common,) = self._load(info)
+        info, file = self._index.storage_data.get(MetadataIndex(COMMON)), self.folder / COMMON_FILE
+        common: dict[str, Any] = {}
+        if file.is_file():  # comes first, as Megatron has it
+            common = self._unpickled(file, file.read_bytes())
+        elif info is not None:
+            (common,) = self._load(info)
         args = common.get("args")
         if args is None:
             raise UserError(f"The checkpoint {self.folder} stores no arguments, so that its architecture is unknown.")
+        name_as_today(args)
         return dict(vars(args))
 
     def get(self, key: str, layer: int | None = None) -> Tensor:
@@ -119,18 +136,24 @@ class TorchDistCheckpoint:
         return result if layer is None else result[0]
 
     def _load(self, info: _StorageInfo) -> Any:
+        path = self.folder / info.relative_path
         try:
-            with open(self.folder / info.relative_path, "rb") as stream:
+            with open(path, "rb") as stream:
                 stream.seek(info.offset)
                 data = stream.read(info.length)
+            self.bytes_read += len(data)
             if len(data) != info.length:
                 raise ValueError("the file is too short")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+        return self._unpickled(path, data)
+
+    def _unpickled(self, path: Path, data: bytes) -> Any:
+        try:
             return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{self.folder / info.relative_path} is damaged ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:120]})."
-            ) from error
+            why = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())  # torch leads with an essay
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {why[:120]}).") from error
 
 
 def iteration_folder(path: Path) -> Path:
@@ -147,12 +170,16 @@ def iteration_folder(path: Path) -> Path:
 
 
 class TorchDistWriter:
-    """Writes a checkpoint tensor by tensor; :meth:`close` writes the index, without which the folder is none."""
+    """Writes a checkpoint tensor by tensor; :meth:`close` writes the index, without which the folder is none.
+
+    Attributes:
+        sha256: of the file of tensors, so far.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        self._stream = open(folder / DATA_FILE, "wb")
+        self._stream, self.sha256 = open(folder / DATA_FILE, "wb"), hashlib.sha256()
         self._entries: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
@@ -186,6 +213,7 @@ class TorchDistWriter:
         torch.save(data, buffer)
         offset = self._stream.tell()
         self._stream.write(buffer.getbuffer())
+        self.sha256.update(buffer.getbuffer())
         self._places[index] = _StorageInfo(DATA_FILE, offset, len(buffer.getbuffer()))
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ from megatron_recursive.hf.convert.mappings import Item, items
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
-from megatron_recursive.hf.convert.torch_dist import LAYERS, TRACKER
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.hf.convert.torch_dist import TRACKER
+from megatron_recursive.plan import RecursionPlan
 
-PLAIN = build_plan(RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0))
 VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -33,7 +31,7 @@ class Side:
 
     Attributes:
         tensors: reads one tensor, by its key (a layer's with its number in brackets).
-        logits: of the model's own class on tokens [1, S], computed in a dtype, as [S, true V]; with another dtype, of
+        logits: of the model's own class on the text, computed in a dtype, as [3, S, true V]; with another dtype, of
             weights rounded to it.
     """
 
@@ -41,7 +39,7 @@ class Side:
     arch: Architecture
     plan: RecursionPlan
     tensors: dict[str, Callable[[], Tensor]]
-    logits: Callable[[Tensor, torch.dtype, torch.dtype | None], Tensor]
+    logits: Callable[[proof.Text, torch.dtype, torch.dtype | None], Tensor]
     tokenizer: Path
 
 
@@ -76,9 +74,9 @@ def verify(
     if proof_dtype is not None and left.arch.vocab_size == right.arch.vocab_size:
         positions = min(left.arch.max_positions, right.arch.max_positions)
         tokenizer = tokenizer_of(left.tokenizer) or tokenizer_of(right.tokenizer)
-        tokens_BS = proof.proof_tokens(left.arch.vocab_size, tokenizer, positions)
+        text = proof.proof_text(left.arch.vocab_size, tokenizer, positions)
         coarse = functools.reduce(_coarser, (dtype for pair in pairs for dtype in pair)) if pairs else None
-        error = proof.relative_error(*(side.logits(tokens_BS, proof_dtype, coarse) for side in (left, right)))
+        error = proof.relative_error(*(side.logits(text, proof_dtype, coarse) for side in (left, right)))
         report.max_logit_error = error
     for (mine_dtype, other_dtype), count in pairs.items():
         say(f"{count} tensors are {_said(mine_dtype)} in {a} and {_said(other_dtype)} in {b}; they are compared at "
@@ -120,10 +118,6 @@ def _open(given: str) -> Side:
     return _open_hf(given)
 
 
-def _name(key: str, layer: int | None) -> str:
-    return key if layer is None else f"{LAYERS}{layer}.{key.removeprefix(LAYERS)}"
-
-
 def _open_megatron(given: str) -> Side:
     model = open_checkpoint(given)
     rows = model.arch.vocab_size
@@ -131,11 +125,11 @@ def _open_megatron(given: str) -> Side:
     def reader(key: str, layer: int | None) -> Callable[[], Tensor]:
         return lambda: model.checkpoint.get(key, layer)[: rows if key in VOCABULARY_KEYS else None]
 
-    tensors = {_name(item.key, item.layer): reader(item.key, item.layer) for item in model.items()}
+    tensors = {item.name: reader(item.key, item.layer) for item in model.items()}
     fetch = checkpoint_fetch(model.checkpoint)
 
-    def logits(tokens_BS: Tensor, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
-        return proof.megatron_logits(model.arch, model.recursion, _rounded(fetch, coarse), tokens_BS, dtype)
+    def logits(text: proof.Text, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
+        return proof.megatron_logits(model.arch, model.recursion, _rounded(fetch, coarse), text, dtype)
 
     folder = Path(given) / TOKENIZER
     place = folder if folder.is_dir() else model.checkpoint.folder.parent / TOKENIZER
@@ -154,11 +148,9 @@ def _open_hf(given: str) -> Side:
         return read
 
     for item in items(source.family, source.arch, extra=source.extra_rows()):
-        tensors[_name(item.key, item.layer)] = reader(item)
-    ours = source.family.model_type == "recursive_gpt"
-    plan = RecursionPlan.from_json(json.dumps(source.config.plan)) if ours else PLAIN
+        tensors[item.name] = reader(item)
 
-    def logits(tokens_BS: Tensor, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
-        return proof.hf_logits(source.family, source.config, _rounded(source.weight, coarse), tokens_BS, dtype)
+    def logits(text: proof.Text, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
+        return proof.hf_logits(source.family, source.config, _rounded(source.weight, coarse), text, dtype)
 
-    return Side(given, source.arch, plan, tensors, logits, source.folder or Path(given))
+    return Side(given, source.arch, source.plan, tensors, logits, source.folder or Path(given))

@@ -1,20 +1,22 @@
-"""Configuration of recursive GPTs in transformers. Ships inside an export: it imports transformers alone."""
+"""Configuration of recursive GPTs in transformers. Ships inside an export, beside the plan."""
 
 from __future__ import annotations
 
-from copy import deepcopy
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
 
-OLDEST = (5, 21)  # of transformers, for what this file and its neighbours import; transformers loads this file first
+from .recursion_plan import RecursionPlan
+
+OLDEST = (5, 18)  # of transformers, for what this file and its neighbours import; transformers loads this file first
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
     raise ImportError(
         f"This model needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, but {transformers.__version__} is installed; "
         "run pip install --upgrade transformers."
     )
 
-_PLAIN_PASS = {"index": 0, "block": 0, "target": "output", "reads": ["input"], "grad": True, "supervised_weight": 1.0}
 _CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
     "qk_norm": (None, "head", "full"),
@@ -22,8 +24,6 @@ _CHOICES = {
     "output_norm_scope": ("branch", "residual"),
     "position_embedding": ("rope", "learned", "none"),
 }
-_PLAN_CHOICES = {"state_init": ("zeros", "trunc-normal"), "state_norm": ("final", "none")}
-_PASS_KEYS = {"index", "block", "target", "reads", "grad", "cuts_states", "supervised_weight", "halt_weight"}
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -33,9 +33,9 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
     Llama's names where Llama has one, and:
 
     Args:
-        num_hidden_layers: layers held, when a config is first made. It is then remembered as ``num_layers``, and
-            ``num_hidden_layers`` becomes ``num_layers`` times the number of passes, so that caches have a layer per
-            pass and layer (as HRM-Text does in transformers).
+        num_layers: layers held; 12, where it follows from nothing.
+        num_hidden_layers: layers applied, that is ``num_layers`` times the number of passes. Caches and serving engines
+            count by it. It follows from ``num_layers``, and is read only where that is not given.
         norm_type: ``rmsnorm`` or ``layernorm``; norm_eps; layernorm_one_centered: the stored weight is added to 1.
         norm_placement: ``pre``, ``post`` (on what attention and MLP give) or ``sandwich`` (both); output_norm_scope:
             ``branch``, before it is added to the residual stream, or ``residual``, of their sum.
@@ -65,8 +65,8 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
     vocab_size: int = 32000
     hidden_size: int = 768
     intermediate_size: int = 2048
-    num_hidden_layers: int = 12
     num_layers: Any = None
+    num_hidden_layers: Any = None
     num_attention_heads: int = 12
     num_key_value_heads: Any = None
     head_dim: Any = None
@@ -99,8 +99,6 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_layers is None:
-            self.num_layers = self.num_hidden_layers
         self.recursion = dict(self.recursion or {})
         self.set_plan(self.plan)
         super().__post_init__(**kwargs)
@@ -109,45 +107,33 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
 
     # -- the plan ------------------------------------------------------------------------------------------------
 
-    def set_plan(self, plan: dict | None) -> None:
+    def set_plan(self, plan: RecursionPlan | Mapping[str, Any] | None) -> None:
         """Take another plan, and size caches for it."""
-        plan = {"family": "plain", "passes": [_PLAIN_PASS]} if plan is None else plan
-        unknown = set(plan) - {"family", "passes", "embedding_multiplier", *_PLAN_CHOICES}
-        for each in plan.get("passes", ()):
-            unknown |= set(each) - _PASS_KEYS
-        if unknown:
-            raise ValueError(f"The plan holds '{sorted(unknown)[0]}', which this version of the model does not know.")
-        if not plan.get("passes"):
-            raise ValueError("A plan needs at least one pass.")
-        for name, choices in _PLAN_CHOICES.items():
-            if plan.get(name, choices[0]) not in choices:
-                raise ValueError(f"{name} of the plan must be one of {', '.join(choices)}, but is {plan[name]}.")
-        self.plan = deepcopy(plan)
-        self.num_hidden_layers = self.num_layers * len(plan["passes"])
+        if not isinstance(plan, RecursionPlan):
+            plan = RecursionPlan.plain() if plan is None else RecursionPlan.from_dict(plan)
+        self.plan = json.loads(plan.to_json())
+        if self.num_layers is None:
+            applied = 12 * plan.num_passes if self.num_hidden_layers is None else self.num_hidden_layers
+            self.num_layers, rest = divmod(applied, plan.num_passes)
+            if rest:
+                raise ValueError(
+                    f"num_hidden_layers ({applied}) counts layers times passes and must be a multiple of the plan's "
+                    f"{plan.num_passes} passes; give num_layers, the layers held."
+                )
+        self.num_hidden_layers = self.num_layers * plan.num_passes
+
+    @property
+    def recursion_plan(self) -> RecursionPlan:
+        """The plan, read anew each time: what a config holds is what its file will."""
+        return RecursionPlan.from_dict(self.plan)
 
     @property
     def num_refinement_blocks(self) -> int:
-        return self.plan["passes"][-1]["block"] + 1
+        return self.recursion_plan.num_blocks
 
     @property
     def has_halting(self) -> bool:
-        return any(each.get("halt_weight") for each in self.plan["passes"])
-
-    def with_refinement_blocks(self, count: int) -> dict:
-        """The plan with another number of blocks: inner blocks are dropped or repeated, first and last one stay."""
-        if count < 1:
-            raise ValueError(f"The number of refinement blocks must be at least 1, but is {count}.")
-        held = self.num_refinement_blocks
-        blocks = [[p for p in self.plan["passes"] if p["block"] == block] for block in range(held)]
-        inner = blocks[-2] if held > 1 else [{**p, "supervised_weight": 0.0} for p in blocks[-1]]
-        chosen = [blocks[b] if b < held - 1 else inner for b in range(count - 1)] + [blocks[-1]]
-        passes = [{**p, "block": block} for block, members in enumerate(chosen) for p in members]
-        total = [sum(p.get("halt_weight", 0.0) for p in each) for each in (self.plan["passes"], passes)]
-        for index, each in enumerate(passes):
-            each["index"] = index
-            if each.get("halt_weight"):
-                each["halt_weight"] *= total[0] / total[1]
-        return {**self.plan, "passes": passes}
+        return self.recursion_plan.has_halting
 
     # -- checks --------------------------------------------------------------------------------------------------
 

@@ -65,10 +65,11 @@ class ExitOptions:
             return None
         if exit not in EXITS:
             raise ValueError(f"exit must be one of {', '.join(EXITS)}, but is {exit}.")
-        blocks = _blocks_of(config)
-        if config.plan.get("family") == "plain" or any(block != blocks[0] for block in blocks):
+        plan = config.recursion_plan
+        blocks = [[(p.target, p.reads) for p in plan.passes if p.block == block] for block in range(plan.num_blocks)]
+        if plan.is_plain or any(block != blocks[0] for block in blocks):
             raise ValueError(f"exit={exit} needs a plan of refinement blocks that are alike, which this model has not.")
-        if exit == "halting" and not config.has_halting:
+        if exit == "halting" and not plan.has_halting:
             raise ValueError("exit=halting needs a halting head, which this model was trained without.")
         knobs, trained = config.recursion, len(blocks)
         threshold = knobs.get("halt_threshold", 0.5) if halt_threshold is None else halt_threshold
@@ -88,14 +89,6 @@ class ExitOptions:
                 f"max_inference_refinement_steps {cap} is beyond the {trained} blocks that the model was trained with."
             )
         return cls(exit, threshold, change, stable, cap, trained)
-
-
-def _blocks_of(config: RecursiveGPTConfig) -> list[list[tuple[str, tuple[str, ...]]]]:
-    """What the passes of each block do."""
-    blocks: list[list[tuple[str, tuple[str, ...]]]] = [[] for _ in range(config.num_refinement_blocks)]
-    for each in config.plan["passes"]:
-        blocks[each["block"]].append((each["target"], tuple(each["reads"])))
-    return blocks
 
 
 @dataclass

@@ -7,6 +7,8 @@ package that trained the model; it imports torch, transformers and its neighbour
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -31,10 +33,22 @@ from .layers_recursive_gpt import (
     RecursiveGPTRotaryEmbedding,
     make_norm,
 )
-from .passes_recursive_gpt import PlanPass, RecursiveGPTModelOutput, RecursiveGPTOutput, read_passes
+from .outputs_recursive_gpt import RecursiveGPTModelOutput, RecursiveGPTOutput
+from .recursion_plan import DecoderPass
 
 INITIAL_STATES = ("initial_output", "initial_latent")
 INITIAL_STATE_SEED = 20251006  # the states that training starts from when they are not zeros
+
+
+def slice_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """As ``slice_logits_to_keep`` of transformers 5.21, which engines that need an older one lack."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:] if keep else hidden
+    if keep.ndim == 1:
+        return hidden[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden[keep]
+    return hidden.gather(1, keep[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -53,6 +67,15 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": RecursiveGPTDecoderLayer, "attentions": RecursiveGPTAttention}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As everywhere; the card and the code of the folder that the model was loaded from go along."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        source, target = Path(self.name_or_path), Path(save_directory)
+        if self.name_or_path and source.is_dir() and kwargs.get("is_main_process", True):
+            for file in (source / "README.md", *source.glob("*.py")):
+                if file.is_file() and not (target / file.name).exists():
+                    shutil.copyfile(file, target / file.name)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -85,7 +108,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.layers = nn.ModuleList(RecursiveGPTDecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = RecursiveGPTRotaryEmbedding(config) if config.position_embedding == "rope" else None
-        if config.plan.get("state_init") == "trunc-normal":
+        if config.recursion_plan.state_init == "trunc-normal":
             for name in INITIAL_STATES:
                 # A parameter, since engines that load weights by name know no buffers.
                 setattr(self, name, nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False))
@@ -101,9 +124,11 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         return super().train(mode)
 
     def _read_plan(self) -> None:
-        self.passes = read_passes(self.config)
-        self.embedding_multiplier = float(self.config.plan.get("embedding_multiplier", 1.0))
-        self.norm_closes_passes = self.config.plan.get("state_norm", "final") == "final"
+        plan = self.config.recursion_plan
+        self.passes = plan.passes
+        self.block_ends = {each.index: each for each in plan.block_ends}
+        self.embedding_multiplier = float(plan.embedding_multiplier)
+        self.norm_closes_passes = plan.state_norm == "final"
 
     def ensure_passes(self, count: int) -> None:
         """Have attention modules for at least so many passes."""
@@ -212,12 +237,12 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             else:
                 with torch.no_grad():
                     states[each.target] = self.run_pass(index, self.gather(each, states), **shared)
-            if each.ends_block and keeps_states:
+            if index in self.block_ends and keeps_states:
                 kept.append(states["output"])
         return kept
 
     @staticmethod
-    def gather(each: PlanPass, states: dict[str, Tensor]) -> Tensor:
+    def gather(each: DecoderPass, states: dict[str, Tensor]) -> Tensor:
         total = states[each.reads[0]]
         for name in each.reads[1:]:
             total = total + states[name]
@@ -244,7 +269,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.halting_head = RecursiveGPTHaltingHead(config.hidden_size, 1) if config.has_halting else None
         if self.halting_head is not None:
-            self._keep_in_fp32_modules_strict = ["halting_head"]  # which quantisation then leaves alone, too
+            self._keep_in_fp32_modules_strict = ["halting_head"]
+            self._keep_in_fp32_modules = ["halting_head"]  # what quantisation leaves alone
         self.last_exit_report: ExitReport | None = None
         self._open_report: ExitReport | None = None
         self.post_init()
@@ -252,10 +278,10 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
 
     def set_num_refinement_blocks(self, count: int) -> None:
         """Run so many blocks from now on; inner blocks are dropped or repeated."""
-        plan = self.config.with_refinement_blocks(count)
-        if self.config.plan.get("family") == "plain":
+        plan = self.config.recursion_plan
+        if plan.is_plain:
             raise ValueError("This model is a plain GPT; it has no refinement blocks.")
-        self.config.set_plan(plan)
+        self.config.set_plan(plan.with_blocks(count))
         self.model._read_plan()
         self.model.ensure_passes(len(self.model.passes))
 
@@ -314,15 +340,15 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         hidden = outputs.last_hidden_state
         found: dict[str, Any] = {}  # a ModelOutput's fields have the order in which they are set: all of them at once
         if not wanted:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            logits = self.lm_head(slice_positions(hidden, logits_to_keep))
         else:
             logits = self.lm_head(hidden)
             if shift_labels is None:
                 assert labels is not None
                 shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
             states = outputs.block_states if options is None else ()
-            found |= self._read_losses(states, hidden, logits, shift_labels.to(logits.device), num_items_in_batch)
-            logits = slice_logits_to_keep(logits, logits_to_keep)
+            found |= self._read_losses(states, hidden, logits, shift_labels, num_items_in_batch)
+            logits = slice_positions(logits, logits_to_keep)
         if output_blocks:
             found |= self._read_blocks(outputs.block_states, logits_to_keep)
         if rule is not None:
@@ -337,7 +363,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
 
     @torch.no_grad()
     def _read_blocks(self, states: tuple[Tensor, ...], keep: int | Tensor) -> dict[str, Tensor]:
-        hidden = [self.model.read_state(slice_logits_to_keep(state, keep)) for state in states]
+        hidden = [self.model.read_state(slice_positions(state, keep)) for state in states]
         found = {"block_logits": torch.stack([self.lm_head(each) for each in hidden])}
         if self.halting_head is not None:
             found["block_halting"] = torch.stack([torch.sigmoid(self.halting_logits(each)) for each in hidden])
@@ -347,20 +373,17 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self, states: tuple[Tensor, ...], hidden: Tensor, logits: Tensor, labels: Tensor, count: int | Tensor | None
     ) -> dict[str, Tensor]:
         """The training objective, as the plan weighs the blocks; without states (an exit), the loss of the answers."""
+        labels = labels.to(logits.device).contiguous()
         valid = (labels != -100).float()
         count = valid.sum().clamp(min=1) if count is None else count
 
-        def mean(values: Tensor) -> Tensor:
-            return (values * valid).sum() / count
-
         def cross_entropy(block_logits: Tensor) -> Tensor:
-            flat = F.cross_entropy(block_logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
-            return flat.view_as(labels)
+            return self.loss_function(block_logits, None, self.config.vocab_size, count, shift_labels=labels)
 
-        lm_loss = mean(cross_entropy(logits))
+        lm_loss = cross_entropy(logits)
         if not states:
             return {"loss": lm_loss, "lm_loss": lm_loss.detach()}
-        ends = [each for each in self.model.passes if each.ends_block]
+        ends = list(self.model.block_ends.values())
         loss = ends[-1].supervised_weight * lm_loss
         halt_loss = torch.zeros_like(lm_loss)
         last_choice = logits.detach().argmax(-1)
@@ -369,7 +392,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
             if not is_last and each.supervised_weight:
                 seen = self.model.read_state(state)
                 block_logits = self.lm_head(seen)
-                loss = loss + each.supervised_weight * mean(cross_entropy(block_logits))
+                loss = loss + each.supervised_weight * cross_entropy(block_logits)
             elif not is_last and each.halt_weight:
                 with torch.no_grad():
                     seen = self.model.read_state(state)
@@ -380,7 +403,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
                 goal = choice.eq(labels if correct else last_choice).float()
                 asked = self.halting_logits(seen if is_last else seen.detach()).to(goal.device)
                 losses = F.binary_cross_entropy_with_logits(asked, goal, reduction="none")
-                halt_loss = halt_loss + each.halt_weight * mean(losses)
+                halt_loss = halt_loss + each.halt_weight * (losses * valid).sum() / count
         found = {"lm_loss": lm_loss.detach()}
         if self.halting_head is not None:
             found["halt_loss"] = halt_loss.detach()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.plan import build_plan
@@ -164,11 +167,11 @@ def all_saved_bytes(request: pytest.FixtureRequest) -> dict[str, list[int]]:
     return found
 
 
-def predicted(measured: Measured) -> list[StageMemory]:
+def predicted(measured: Measured, vocabulary: int | None = None) -> list[StageMemory]:
     recording = replace(Recording(micro_batch=MICRO_BATCH, element=4), **measured.recording)
     plan = build_plan(measured.case.resolved_recursion())
     stages, live = measured.layout.pp, ()
-    shape = measured.shape
+    shape = measured.shape if vocabulary is None else replace(measured.shape, vocab_size=vocabulary)
     if stages > 1:
         from megatron_recursive.pipeline.pass_costs import equal_costs
         from megatron_recursive.pipeline.timeline import simulate
@@ -192,6 +195,70 @@ def test_activations_are_what_autograd_saves(all_saved_bytes: dict[str, list[int
     for stage, (memory, measured) in enumerate(zip(stages, all_saved_bytes[name], strict=True)):
         expected = memory.activations - memory.states
         assert measured == pytest.approx(expected, rel=TOLERANCE), (stage, memory, measured / expected)
+
+
+# --- all that is there at the peak, kept by autograd or not ----------------------------------------------------------
+
+WIDE_VOCABULARY = 2048  # logits as large as what several layers keep, as in a real model
+LIVE = {
+    "heads": Measured(transformer={"bf16": True}),
+    "heads, full gradient": Measured(FULL, {"bf16": True}),
+    "heads, replay passes": Measured(FULL, {"bf16": True}, Layout(recompute_passes=True), {"recompute_passes": True}),
+    "a replay": Measured(
+        FULL, {"bf16": True, "num_layers": 12}, Layout(recompute_passes=True), {"recompute_passes": True}
+    ),
+}  # fmt: skip
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that a step makes, and their peak; those of ``known`` do not count."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def forget(self, key: int, nbytes: int) -> None:
+        self.seen.discard(key)
+        self.bytes -= nbytes
+
+
+def live_bytes() -> dict[str, int]:
+    """The peak of each case in the second of two steps."""
+    import tests.models as models
+
+    found, usual = {}, (models.SEQ, models.MICRO_BATCH, models.VOCAB)
+    models.SEQ, models.MICRO_BATCH, models.VOCAB = SEQ, MICRO_BATCH, WIDE_VOCABULARY
+    try:
+        for name, measured in LIVE.items():
+            wrapped = build_wrapped(measured.case, measured.layout)
+            run_schedule(wrapped, measured.case)
+            known = [*wrapped.parameters(), *wrapped.module.buffers(), *(each.grad_data for each in wrapped.buffers)]
+            with Live(known) as live:
+                run_schedule(wrapped, measured.case, 1)
+            found[name] = live.peak
+    finally:
+        models.SEQ, models.MICRO_BATCH, models.VOCAB = usual
+    return found
+
+
+def test_the_peak_of_a_step_is_what_is_counted() -> None:
+    """Logits in bf16 beside their fp32 copy, and neither while a pass is replayed."""
+    for name, peak in run_distributed(live_bytes, 1, timeout=120)[0].items():
+        (memory,) = predicted(replace(LIVE[name], recording={"element": 2, **LIVE[name].recording}), WIDE_VOCABULARY)
+        assert (memory.replay > memory.heads) == (name == "a replay")
+        assert peak == pytest.approx(memory.activations, rel=TOLERANCE / 2), (name, memory, peak / memory.activations)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

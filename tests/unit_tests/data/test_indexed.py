@@ -2,15 +2,16 @@ import struct
 
 import numpy
 import pytest
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megatron_recursive.data.indexed import check_indexed_dataset, largest_sampled_id, megatron_indexed_dataset
+from megatron_recursive.data.indexed import check_indexed_dataset, largest_sampled_id, token_type, write_index
 from megatron_recursive.errors import UserError
 
 
 @pytest.fixture
 def copy(tmp_path):
     """A dataset of three documents."""
-    builder = megatron_indexed_dataset().IndexedDatasetBuilder(str(tmp_path / "train.bin"), dtype=numpy.uint16)
+    builder = IndexedDatasetBuilder(str(tmp_path / "train.bin"), dtype=numpy.uint16)
     for ids in ([5, 6, 7], [8], [9, 10]):
         builder.add_document(ids, [len(ids)])
     builder.finalize(str(tmp_path / "train.idx"))
@@ -61,3 +62,17 @@ def test_the_largest_id_is_looked_for_at_both_ends(copy):
 def test_a_prefix_with_its_suffix_is_explained(copy):
     with pytest.raises(UserError, match="give the prefix without .bin"):
         check_indexed_dataset(f"{copy}.bin")
+
+
+@pytest.mark.parametrize("documents", [0, 1, 1000])
+@pytest.mark.parametrize("id_range", [65499, 65500])
+def test_the_index_is_the_one_that_megatron_writes(tmp_path, documents, id_range):
+    token = token_type(id_range)
+    assert numpy.dtype(token) == DType.optimal_dtype(id_range)
+    lengths = numpy.random.default_rng(1).integers(1, 2**20, documents)
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=DType.optimal_dtype(id_range))
+    for length in lengths:
+        builder.add_document([], [length])
+    builder.finalize(str(tmp_path / "a.idx"))
+    write_index(tmp_path / "b.idx", token, lambda: [piece for piece in numpy.split(lengths, [300, 301]) if len(piece)])
+    assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()

@@ -14,12 +14,13 @@ import numpy
 import pytest
 import sentencepiece
 from datatrove.pipeline.base import PipelineStep
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_recursive.data import preprocess as preprocess_module
 from megatron_recursive.data.executors import LocalExecutor, build_executor
-from megatron_recursive.data.indexed import check_indexed_dataset, megatron_indexed_dataset
+from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.data.preparation import read_preparation, vocabulary_digest
-from megatron_recursive.data.preprocess import preprocess
+from megatron_recursive.data.preprocess import Options, preprocess
 from megatron_recursive.data.tokenizer import TokenizerChoice, load_encoder, load_tokenizer, store_tokenizer
 from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.data.work_folder import WorkFolder
@@ -60,13 +61,13 @@ def names(folder):
 
 
 def read(prefix):
-    dataset = megatron_indexed_dataset().IndexedDataset(str(prefix))
+    dataset = IndexedDataset(str(prefix))
     return [dataset[i].tolist() for i in range(len(dataset))]
 
 
 def test_megatron_reads_the_tokens_back(corpus, written):
     tokenizer = load_tokenizer(corpus / "tok")
-    dataset = megatron_indexed_dataset().IndexedDataset(str(written))
+    dataset = IndexedDataset(str(written))
     assert dataset.index.dtype == numpy.uint16
     assert dataset.document_indices.tolist() == list(range(len(TEXTS) + 1))
     assert read(written) == [
@@ -79,11 +80,10 @@ def test_megatron_reads_the_tokens_back(corpus, written):
     pytest.param(1, 2500, marks=pytest.mark.grid), pytest.param(2, 4000, marks=pytest.mark.grid), (3, None)
 ])  # fmt: skip
 def test_the_files_do_not_depend_on_workers_and_parts(corpus, written, tmp_path, many_processes, workers, part_bytes):
-    summary = preprocess(
-        [corpus / "train.jsonl"], tmp_path / "two", corpus / "tok", workers=workers, part_bytes=part_bytes
-    )
+    options = Options(part_bytes=part_bytes)
+    summary = preprocess([corpus / "train.jsonl"], tmp_path / "two", corpus / "tok", workers=workers, options=options)
     assert summary.documents == len(TEXTS)
-    assert summary.tokens * 2 == summary.bin_file.stat().st_size
+    assert summary.tokens * 2 == summary.files[0].stat().st_size
     assert contents(tmp_path / "two") == contents(written)
     assert names(tmp_path) == ["two.bin", "two.idx", "two.idx.json"]
 
@@ -91,8 +91,8 @@ def test_the_files_do_not_depend_on_workers_and_parts(corpus, written, tmp_path,
 def test_no_append_eod_and_another_key(corpus, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "ab"}\n')
     with_eod = preprocess([tmp_path], tmp_path / "x", corpus / "tok", json_key="body")
-    without = preprocess([tmp_path], tmp_path / "x", corpus / "tok", json_key="body", append_eod=False,
-                         overwrite=True)  # fmt: skip
+    without = preprocess([tmp_path], tmp_path / "x", corpus / "tok", json_key="body", overwrite=True,
+                         options=Options(append_eod=False))  # fmt: skip
     assert without.tokens == with_eod.tokens - 1
     check_indexed_dataset(tmp_path / "x")
 
@@ -137,8 +137,8 @@ def test_sentencepiece(corpus, tmp_path, many_processes, workers):
     model = trained.folder / "tokenizer.model"
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     for tokenizer in (model, trained.folder):
-        preprocess([corpus / "train.jsonl"], tmp_path / "x", tokenizer, workers=workers, part_bytes=3000,
-                   overwrite=True)  # fmt: skip
+        preprocess([corpus / "train.jsonl"], tmp_path / "x", tokenizer, workers=workers, overwrite=True,
+                   options=Options(part_bytes=3000))  # fmt: skip
         assert read(tmp_path / "x") == [[*processor.encode(text), processor.eos_id()] for text in TEXTS]
 
 
@@ -159,7 +159,8 @@ def test_what_is_there_is_only_overwritten_on_request(corpus, tmp_path, capsys):
     before = contents(tmp_path / "x")
     assert preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok") == first
     assert "was made by this command already" in capsys.readouterr().err
-    for inputs, more in (([corpus / "train.jsonl"], {}), ([tmp_path / "a.jsonl"], {"append_eod": False})):
+    other = {"options": Options(append_eod=False)}
+    for inputs, more in (([corpus / "train.jsonl"], {}), ([tmp_path / "a.jsonl"], other)):
         with pytest.raises(UserError, match="is there already, made of other documents.* add --overwrite"):
             preprocess(inputs, tmp_path / "x", corpus / "tok", **more)
     assert contents(tmp_path / "x") == before
@@ -189,7 +190,7 @@ def test_skipped_documents_are_counted_and_complete_parts_kept(corpus, written, 
     broken = [*LINES[:100], "{", *LINES[100:], '{"text": 3}']
     (tmp_path / "bad.jsonl").write_text("\n".join(broken))
     arguments = {"inputs": [tmp_path / "bad.jsonl"], "prefix": tmp_path / "x", "tokenizer": corpus / "tok",
-                 "part_bytes": 1000}  # fmt: skip
+                 "options": Options(part_bytes=1000)}  # fmt: skip
     with pytest.raises(UserError, match="bad.jsonl:101 is not valid JSON"):
         preprocess(**arguments)
     work = WorkFolder(tmp_path / "x.partial")
@@ -198,7 +199,8 @@ def test_skipped_documents_are_counted_and_complete_parts_kept(corpus, written, 
     with pytest.raises(UserError, match="bad.jsonl:101 is not valid JSON"):
         preprocess(**arguments)
     assert {rank: work.part(rank).with_suffix(".bin").stat().st_mtime_ns for rank in kept} == kept
-    summary = preprocess(**arguments, on_error="skip", workers=2)
+    arguments["options"] = Options(part_bytes=1000, on_error="skip")
+    summary = preprocess(**arguments, workers=2)
     assert contents(tmp_path / "x") == contents(written)
     assert summary.skipped == 2
     assert [reason.split(" ")[0] for reason in summary.reasons] == [
@@ -211,9 +213,9 @@ def test_skipped_documents_are_counted_and_complete_parts_kept(corpus, written, 
 def test_parts_of_other_inputs_are_not_taken(corpus, tmp_path, capfd):
     (tmp_path / "a.jsonl").write_text("\n".join([*LINES, "{"]))
     with pytest.raises(UserError, match="is not valid JSON"):
-        preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok", part_bytes=1000)
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok", options=Options(part_bytes=1000))
     (tmp_path / "a.jsonl").write_text("\n".join(LINES[:50]))
-    preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok", part_bytes=1000)
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok", options=Options(part_bytes=1000))
     assert "starting anew" in capfd.readouterr().err
     assert len(read(tmp_path / "x")) == 50
 
@@ -247,7 +249,7 @@ def test_two_runs_with_one_output_are_refused(corpus, tmp_path):
 def _preprocess_with_little_room(bytes_a_file, folder, prefix):
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
     try:
-        preprocess([folder / "train.jsonl"], prefix, folder / "tok", part_bytes=4000)
+        preprocess([folder / "train.jsonl"], prefix, folder / "tok", options=Options(part_bytes=4000))
     except UserError as error:
         os._exit(7 if "cannot write" in str(error) else 1)
     os._exit(0)
@@ -269,7 +271,7 @@ def test_no_room_leaves_nothing_under_a_final_name(corpus, written, tmp_path, by
     child.join(60)
     assert child.exitcode == 7
     assert not (tmp_path / "x.bin").exists() and not (tmp_path / "x.idx").exists()
-    preprocess([small / "train.jsonl"], tmp_path / "x", small / "tok", part_bytes=4000)
+    preprocess([small / "train.jsonl"], tmp_path / "x", small / "tok", options=Options(part_bytes=4000))
     assert contents(tmp_path / "x") == contents(written)
     assert names(tmp_path) == ["corpus", "x.bin", "x.idx", "x.idx.json"]
 
@@ -361,7 +363,8 @@ def test_slurm_jobs_make_the_same_files(corpus, written, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     options = {"partition": "cpu", "time": "01:00:00", "mem_per_cpu_gb": "4", "qos": "low"}
     arguments = {"inputs": [corpus / "train.jsonl"], "prefix": tmp_path / "x", "tokenizer": corpus / "tok",
-                 "workers": 3, "part_bytes": 3000, "executor": "slurm", "executor_options": options}  # fmt: skip
+                 "workers": 3, "options": Options(part_bytes=3000), "executor": "slurm",
+                 "executor_options": options}  # fmt: skip
     assert preprocess(**arguments) is None
     work = WorkFolder(tmp_path / "x.partial")
     tasks = work.count_parts()

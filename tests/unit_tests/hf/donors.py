@@ -12,6 +12,9 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
 }  # fmt: skip
+# The context is four times the original one, so that the frequencies below, within and above the blend all count.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0,
+        "beta_fast": 4.0, "beta_slow": 0.2, "mscale": 1.5, "mscale_all_dim": 0.5}  # fmt: skip
 BASE = {
     "hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 100,
     "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT,
@@ -26,6 +29,8 @@ DONORS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": False}),
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 3}),
     "qwen3": ("qwen3", {"head_dim": 14}),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3, yarn": ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.25, "truncate": False}}),
     "olmo2": ("olmo2", {"num_key_value_heads": 3}),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ def make_config(blocks: int = 3, latents: int = 2, recursion: dict[str, Any] | N
     knobs = {"num_refinement_blocks": blocks, "num_latent_refinements": latents, **(recursion or {})}
     resolved = RecursionConfig(**knobs).resolved(embedding_init_std=0.15)
     values = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_layers": LAYERS,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15,
         **shape,
     }  # fmt: skip

@@ -172,3 +172,31 @@ def test_a_cache_can_be_cropped_repeated_and_selected() -> None:
         cache.reset()
         assert len(cache) == 0 and cache.get_seq_length() == 0
         assert relative_error(model(tokens, past_key_values=cache).logits, expected) < 1e-5
+
+
+def _said_with(model: Any, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits at once, logits over a cache filled in three pieces, and generated tokens."""
+    with torch.no_grad():
+        cache, parts = None, []
+        for start, end in ((0, 9), (9, 10), (10, tokens.shape[1])):
+            said = model(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            cache = said.past_key_values
+            parts.append(said.logits)
+        generated = model.generate(tokens, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        return model(tokens, attention_mask=mask).logits, torch.cat(parts, 1), generated
+
+
+@pytest.mark.grid
+def test_every_attention_implementation_says_the_same() -> None:
+    tokens, mask = left_padded(make_tokens(2, 14), [0, 3])
+    model, seen = make_model(**SHAPES["odd heads"]), mask.bool()
+    model.set_attn_implementation("eager")
+    expected, _, generated = _said_with(model, tokens, mask)
+    # Without compiling flex_attention: torch 2.14 writes C++ that does not compile for lengths that change on CPUs.
+    with torch.compiler.set_stance("force_eager"):
+        for name in ("eager", "sdpa", "flex_attention"):
+            model.set_attn_implementation(name)
+            full, cached, tokens_of = _said_with(model, tokens, mask)
+            assert relative_error(full[seen], expected[seen]) < 5e-6, name
+            assert relative_error(cached[seen], expected[seen]) < 5e-6, name
+            assert torch.equal(tokens_of, generated), name

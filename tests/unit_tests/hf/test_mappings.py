@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import FAMILIES, donor_config, donor_family, items, read_config
-from megatron_recursive.hf.convert.safetensors_files import Promise, SafetensorsFolder, write_folder
+from megatron_recursive.hf.convert.mappings import FAMILIES, config_values, donor_family, items, read_config
+from megatron_recursive.hf.convert.safetensors_files import INDEX, SafetensorsFolder, write_folder
 from megatron_recursive.hf.convert.sources import choose_layers, config_object, open_source
 from megatron_recursive.hf.convert.tokenizer_files import copy_tokenizer
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, TorchDistWriter
 from megatron_recursive.hf.convert.transforms import QKV
 from tests.distributed import run_command
-from tests.unit_tests.hf.donors import BASE, DONORS, LLAMA3_ROPE, save_donor
+from tests.unit_tests.hf.donors import BASE, DONORS, LLAMA3_ROPE, YARN, save_donor
 
 
 def architecture(kind: str, **changes: Any) -> Architecture:
@@ -59,8 +59,21 @@ def test_arguments_and_config_give_the_architecture_back(kind: str) -> None:
     assert Architecture.from_megatron(arch.to_megatron(), "here") == arch
     family = donor_family(arch)
     assert family is not None
-    values = donor_config(family, arch)
+    values = config_values(family, arch)
     assert read_config(family, config_object(family, values, "here"), "here") == arch
+    assert family.model_type == DONORS[kind][0]
+
+
+def test_a_donors_config_also_spells_its_positions_as_transformers_4_does() -> None:
+    """transformers 4 knows no ``rope_parameters``: it would take a base of 10000 and no scaling, and say nothing."""
+    for kind, base, scaling in (("llama3, head_dim", 500000.0, "llama3"), ("llama1, biases", 10000.0, "linear"),
+                                ("mistral, one key head", 10000.0, None)):  # fmt: skip
+        arch = architecture(kind)
+        values = config_values(FAMILIES[DONORS[kind][0]], arch)
+        assert values["rope_theta"] == base and (values["rope_scaling"] or {}).get("rope_type") == scaling
+        both = {**values["rope_parameters"], **(values["rope_scaling"] or {}), "rope_theta": values["rope_theta"]}
+        assert both == values["rope_parameters"]
+        assert values.get("sliding_window", "no") == ("no" if scaling else None)
 
 
 def test_a_sliding_window_that_no_layer_uses_is_none() -> None:
@@ -126,11 +139,11 @@ def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_safetensors_shards_are_what_the_library_reads(tmp_path: Path) -> None:
-    state = {"a": torch.randn(3, 4), "b": torch.randn(5, dtype=torch.bfloat16), "c": torch.randn(2, 2).half()}
-    promises = [Promise(k, tuple(v.shape), v.dtype) for k, v in state.items()]
-    write_folder(tmp_path, promises, state.items(), shard_bytes=60)
+    state = {"a": torch.randn(3, 3), "larger than a shard": torch.randn(16), "b": torch.randn(5, dtype=torch.bfloat16),
+             "c": torch.randn(2, 2).half()}  # fmt: skip
+    write_folder(tmp_path, {name: tensor.to("meta") for name, tensor in state.items()}, state.items(), shard_bytes=60)
     files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) == 2
+    assert len(files) == 2 and {*json.loads((tmp_path / INDEX).read_text())["weight_map"]} == {*state}
     read = {k: v for file in files for k, v in load_file(file).items()}
     assert read.keys() == state.keys() and all(torch.equal(read[k], v) for k, v in state.items())
     assert torch.equal(SafetensorsFolder.open(tmp_path).get("c"), state["c"])
@@ -205,7 +218,9 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
     "activation": (_config(hidden_act="gelu"), "hidden_act gelu"),
     "sliding window": (_config(**WINDOW, layer_types=SLIDING), "sliding window of 16"),
     "linear attention": (_config(layer_types=["linear_attention"] * 4), "layers of the type linear_attention"),
-    "yarn": (_config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "type yarn"),
+    "dynamic": (_config(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}), "type dynamic"),
+    "half yarn": (_config(rope_parameters=YARN, partial_rotary_factor=0.5), "rotates 0.5 of each head under YaRN"),
+    "yarn of no turns": (_config(rope_parameters={**YARN, "beta_fast": -1}), "beta_fast -1; it must be a number"),
     "rope factors": (_config(rope_parameters={**LLAMA3_ROPE, "low_freq_factor": 2.0}), "low_freq_factor 2.0.*fixed"),
     "no head": (_config(head_dim=0), "head_dim 0; it must be a whole number above 0"),
     "no positions": (_config(max_position_embeddings=-1), "max_position_embeddings -1"),

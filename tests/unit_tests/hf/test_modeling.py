@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.distributed import DistributedConfig
 
+from megatron_recursive.errors import UserError
 from megatron_recursive.hf import model as shipped
 from megatron_recursive.hf.convert.export import AUTO_MAP
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
@@ -96,6 +98,10 @@ def test_labels_are_shifted_and_items_counted() -> None:
     count = int((shifted != -100).sum())
     torch.testing.assert_close(model(tokens, labels=labels, num_items_in_batch=2 * count).loss, output.loss / 2)
     assert model(tokens, labels=labels, logits_to_keep=1).logits.shape == (2, 1, VOCAB)
+    assert model(tokens, labels=torch.full_like(tokens, -100)).loss == 0
+    model.loss_function = lambda *_, **__: torch.tensor(7.0)  # as users of transformers replace it
+    replaced = model(tokens, labels=labels)
+    assert replaced.lm_loss == 7 and replaced.loss == 7 + output.halt_loss
 
 
 def test_blocks_are_what_a_model_of_fewer_blocks_says() -> None:
@@ -139,7 +145,7 @@ def test_gradient_checkpointing_changes_no_gradient(detach: bool) -> None:
 
 # --- compilation ----------------------------------------------------------------------------------------------------
 
-FEW = {"blocks": 2, "latents": 1, "num_hidden_layers": 1}  # tracing takes a second a layer and pass
+FEW = {"blocks": 2, "latents": 1, "num_layers": 1}  # tracing takes a second a layer and pass
 
 
 @pytest.mark.grid
@@ -184,7 +190,11 @@ def test_there_is_a_cache_slot_for_every_pass_and_layer() -> None:
     config = make_config(blocks=3, latents=2)
     assert (config.num_layers, config.num_hidden_layers) == (LAYERS, 9 * LAYERS)
     assert len(DynamicCache(config=config)) == len(StaticCache(config=config, max_cache_len=4)) == 9 * LAYERS
-    assert len(RecursiveGPTConfig(num_hidden_layers=5).per_layer_config) == 5
+    assert len(RecursiveGPTConfig(num_hidden_layers=5).per_layer_config) == RecursiveGPTConfig(num_layers=5).num_layers
+    stored = RecursiveGPTConfig.from_dict(json.loads(config.to_json_string()))
+    assert (stored.num_layers, stored.num_hidden_layers) == (LAYERS, 9 * LAYERS)
+    with pytest.raises(ValueError, match="counts layers times passes .* 9 passes; give num_layers"):
+        make_config(blocks=3, latents=2, num_layers=None, num_hidden_layers=LAYERS)
 
 
 def test_attention_modules_are_bare_and_numbered() -> None:
@@ -273,6 +283,10 @@ torch.save([model(tokens).logits.detach(), model.generate(tokens, max_new_tokens
             model.model.initial_output], sys.argv[2])
 base = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert torch.equal(model.lm_head(base(tokens).last_hidden_state), model(tokens).logits)
+model.save_pretrained(sys.argv[1] + "-again")
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "-again", trust_remote_code=True)
+assert torch.equal(again(tokens).logits, model(tokens).logits)
+AutoModel.from_pretrained(sys.argv[1] + "-again", trust_remote_code=True)
 print(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="bfloat16").dtype)
 """
 
@@ -287,10 +301,14 @@ def test_a_saved_folder_loads_without_this_package(tmp_path: Path) -> None:
     assert config["auto_map"].items() <= AUTO_MAP.items()
     (tmp_path / "saved" / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
     assert set(shipped.REMOTE_CODE_FILES) <= {path.name for path in (tmp_path / "saved").iterdir()}
+    shipped.write_remote_code(tmp_path / "saved")
+    (tmp_path / "saved" / "README.md").write_text("# saved")
     command = [sys.executable, "-c", LOAD_ELSEWHERE, str(tmp_path / "saved"), str(tmp_path / "answer.pt")]
     done = run_command(command, timeout=240, env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "torch.bfloat16"
+    again = {path.name for path in (tmp_path / "saved-again").iterdir()}
+    assert {"README.md", "generation_config.json", *shipped.REMOTE_CODE_FILES} <= again
     logits, generated, initial = torch.load(tmp_path / "answer.pt", weights_only=True)
     tokens = torch.arange(12).view(2, 6)
     assert torch.equal(logits, model(tokens).logits)
@@ -308,9 +326,10 @@ def test_initial_states_of_a_fresh_model_are_those_of_training() -> None:
         assert torch.equal(getattr(model, f"initial_{name}"), vector)
 
 
-def test_what_ships_imports_torch_and_transformers_alone() -> None:
+def test_what_ships_imports_torch_and_transformers_alone(tmp_path: Path) -> None:
+    shipped.write_remote_code(tmp_path)
     for name in shipped.REMOTE_CODE_FILES:
-        for node in ast.walk(ast.parse((HF / name).read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse((tmp_path / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -322,14 +341,15 @@ def test_what_ships_imports_torch_and_transformers_alone() -> None:
             assert tops - set(sys.stdlib_module_names) <= {"torch", "transformers"}, name
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.20.0.dev0"])
+@pytest.mark.parametrize("version", ["4.57.6", "5.17.0.dev0"])
 def test_an_older_transformers_is_said(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     older = types.ModuleType("transformers")
     older.__version__ = version  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformers", older)
     source = (HF / "configuration_recursive_gpt.py").read_text(encoding="utf-8")
-    with pytest.raises(ImportError, match=f"needs transformers 5.21 or newer, but {version} is installed"):
-        exec(compile(source, "configuration_recursive_gpt.py", "exec"), {"__name__": "loaded"})
+    with pytest.raises(ImportError, match=f"needs transformers 5.18 or newer, but {version} is installed"):
+        names = {"__name__": "loaded", "__package__": shipped.__name__}
+        exec(compile(source, "configuration_recursive_gpt.py", "exec"), names)
 
 
 WRONG = [
@@ -356,14 +376,31 @@ def test_a_config_that_was_changed_is_refused_by_the_model() -> None:
 
 def test_a_plan_that_the_model_does_not_know_is_refused() -> None:
     plan = make_config().plan
-    with pytest.raises(ValueError, match="'window', which this version of the model does not know"):
+    with pytest.raises(UserError, match="'window', which this version does not know"):
         RecursiveGPTConfig(plan={**plan, "window": 3})
-    with pytest.raises(ValueError, match="'adapter'"):
+    with pytest.raises(UserError, match="'adapter'"):
         RecursiveGPTConfig(plan={**plan, "passes": [{**plan["passes"][0], "adapter": 1}]})
-    with pytest.raises(ValueError, match="at least one pass"):
+    with pytest.raises(UserError, match="at least one pass"):
         RecursiveGPTConfig(plan={**plan, "passes": []})
-    with pytest.raises(ValueError, match="state_norm of the plan must be one of final, none, but is rms"):
+    with pytest.raises(UserError, match="state_norm of a plan must be one of final, none, but is rms"):
         RecursiveGPTConfig(plan={**plan, "state_norm": "rms"})
+
+
+def test_what_ships_reads_the_plan_without_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's own file, but for its error: a plan of an older export is read, and a wrong one is a ValueError."""
+    shipped.write_remote_code(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loaded = importlib.import_module("recursion_plan").RecursionPlan
+    del sys.modules["recursion_plan"]
+    plan = make_config().recursion_plan
+    assert loaded is not RecursionPlan and loaded.from_json(plan.to_json()).to_json() == plan.to_json()
+    told = ("index", "block", "target", "reads", "grad")
+    older = {"family": "core", "passes": [{name: getattr(p, name) for name in told} for p in plan.passes]}
+    older["passes"][-1]["supervised_weight"] = 1.0
+    read = RecursiveGPTConfig(**{**SIZES, "num_hidden_layers": 27}, plan=older).recursion_plan
+    assert (read.num_passes, read.has_halting, read.state_init) == (plan.num_passes, False, "zeros")
+    with pytest.raises(ValueError, match="does not know"):
+        loaded.from_dict({**json.loads(plan.to_json()), "window": 3})
 
 
 def test_too_many_tokens_for_learned_positions_are_refused() -> None:

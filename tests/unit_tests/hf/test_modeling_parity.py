@@ -74,7 +74,7 @@ def make_config(case: Case, model: Any, norms: dict[str, str]) -> Any:
                     high_freq_factor=4.0, original_max_position_embeddings=8192)  # fmt: skip
     return RecursiveGPTConfig(
         vocab_size=VOCAB, hidden_size=theirs.hidden_size, intermediate_size=theirs.ffn_hidden_size,
-        num_hidden_layers=theirs.num_layers, num_attention_heads=theirs.num_attention_heads,
+        num_layers=theirs.num_layers, num_attention_heads=theirs.num_attention_heads,
         num_key_value_heads=theirs.num_query_groups, head_dim=theirs.kv_channels,
         hidden_act="silu" if theirs.gated_linear_unit else "gelu", mlp_gated=theirs.gated_linear_unit,
         mlp_bias=theirs.add_bias_linear, attention_out_bias=theirs.add_bias_linear,

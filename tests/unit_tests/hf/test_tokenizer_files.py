@@ -131,11 +131,11 @@ def test_a_tokenizer_that_says_otherwise_is_refused(tmp_path: Path) -> None:
 
 def _taught(folder: Path) -> Path:
     """A donor that knows the text of the proof; its vocabulary lacks the tokenizer's last ids."""
-    from megatron_recursive.hf.convert.proof import proof_tokens
+    from megatron_recursive.hf.convert.proof import proof_text
     from tests.unit_tests.hf.donors import make_donor
 
     model = make_donor("llama3, head_dim", initializer_range=0.2).train()
-    ids = proof_tokens(VOCAB, write_tokenizer(folder), 64)
+    ids = proof_text(VOCAB, write_tokenizer(folder), 64).tokens_BS[:1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()

@@ -67,7 +67,7 @@ class CommonTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
 
-    @unittest.skip("num_hidden_layers counts slots of a cache, a pass and layer each")
+    @unittest.skip("num_hidden_layers counts layers applied, a pass and layer each")
     def test_num_layers_is_small(self) -> None: ...
 
     @unittest.skip("its dynamic part: frequencies that depend on the length are refused; yarn: test_modeling.py")

@@ -37,7 +37,7 @@ def write_recursive(folder: Path, template: str | None = None, **knobs: Any) -> 
     recursion = RecursionConfig(num_refinement_blocks=3, num_latent_refinements=1, **knobs)
     recursion = recursion.resolved(embedding_init_std=0.02)
     config = RecursiveGPTConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_layers=2, num_attention_heads=4,
         max_position_embeddings=POSITIONS, eos_token_id=0, plan=json.loads(build_plan(recursion).to_json()),
         recursion=recursion.to_dict(), initializer_range=0.2,
     )  # fmt: skip

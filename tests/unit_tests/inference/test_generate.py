@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -58,6 +59,20 @@ def test_greedy_is_the_arg_max_of_full_forwards(recursive: Path, plain: Path, ca
             assert loaded.text.decode(tokens) == "hello" + record["text"]
         assert record["prompt_tokens"] == 5 and record["prompt"] == "hello"
         assert record["finish_reason"] == ("stop" if record["tokens"][-1] == 0 else "length")
+
+
+def test_the_device_is_the_one_that_is_asked_for(recursive: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--model", recursive, "--prompt", "ab", "--max-tokens", 2, "--json"]
+    without_gpu = r"cannot use its .*CUDA device: .*; mend that, or give --device cpu to run on CPUs\.$"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert re.search(without_gpu, refusal(*flags, "--device", "cuda"))
+    monkeypatch.setenv("MEGATRON_RECURSIVE_DEVICE", "cuda")
+    assert re.search(without_gpu, refusal(*flags))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that is listed and runs nothing
+    assert "CUDA device 0: " in refusal(*flags, "--device", "auto")
+    (record,) = records(capsys, *flags, "--device", "cpu")
+    assert len(record["tokens"]) == 2
 
 
 def test_sampling_repeats_with_the_seed_alone(recursive: Path, capsys: Any) -> None:
@@ -180,8 +195,8 @@ def test_a_batch_says_what_its_prompts_say_one_by_one(way: str, recursive: Path,
 def test_a_model_spread_over_devices_says_the_same(recursive: Path, capsys: Any) -> None:
     flags = ["--model", recursive, "--prompt", "abc", "--prompt", "a", "--batch-size", 2, "--exit", "kl", "--json"]
     expected = [record["tokens"] for record in records(capsys, *flags)]
-    for device_map in ("auto", "cpu"):
-        assert [r["tokens"] for r in records(capsys, *flags, "--device-map", device_map)] == expected
+    assert [record["tokens"] for record in records(capsys, *flags, "--device-map", "auto")] == expected
+    assert "leave out --device cpu" in refusal(*flags, "--device-map", "auto", "--device", "cpu")
 
 
 def test_names_in_the_hubs_cache(recursive: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

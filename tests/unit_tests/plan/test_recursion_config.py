@@ -11,7 +11,7 @@ import pytest
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
-from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of
+from megatron_recursive.plan.recursion_config import PARTS, HeadKnobs, add_recursion_arguments, flag_of, knobs_in
 
 KNOBS = {knob.name: knob for knob in dataclasses.fields(RecursionConfig)}
 SWITCHES = {
@@ -23,13 +23,13 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "enable_recursive_refinement": (False, []),
     "num_refinement_blocks": (5, [0, -1]),
     "num_latent_refinements": (2, [0, -3]),
-    "detach_between_refinements": (False, []),
     "state_init": ("trunc-normal", ["learned", ""]),
     "state_norm": ("none", ["each"]),
     "embedding_multiplier": (2.5, [0.0, -1.0, math.nan, math.inf]),
-    "init_depth_scaling": ("unrolled", ["both"]),
     "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
     "halt_bias": (-2.0, [math.nan, -math.inf]),
+    "detach_between_refinements": (False, []),
+    "init_depth_scaling": ("unrolled", ["both"]),
     "halt_supervision": ("last", ["first"]),
     "halt_target": ("agrees-with-last", ["wrong"]),
     "halt_threshold": (0.9, [0.0, 1.0, -1.0, 2.0, math.nan]),
@@ -119,11 +119,13 @@ def test_frozen_hashable_and_made_of_primitives() -> None:
 
 def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
     config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()})
-    assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == config
+    kept = dataclasses.replace(config, recursion_alarm_after=None)  # what only observes is not kept with weights
+    assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == kept != config
+    assert RecursionConfig.from_mapping(vars(config)) == config
     assert RecursionConfig.from_mapping({}) == RecursionConfig()
 
 
-@pytest.mark.parametrize("name", [name for name in KNOBS if name != "enable_recursive_refinement"])
+@pytest.mark.parametrize("name", list(RecursionConfig().to_dict())[1:])
 def test_one_difference(name: str) -> None:
     mine, theirs = RecursionConfig(), RecursionConfig(**{name: OTHER[name][0]})
     (found,) = mine.differences(theirs)
@@ -131,7 +133,16 @@ def test_one_difference(name: str) -> None:
     assert found.is_depth == (name in ("num_refinement_blocks", "num_latent_refinements"))
     shapes_the_function = ("num_refinement_blocks", "num_latent_refinements", "state_init", "state_norm")
     assert found.binds == (name in (*shapes_the_function, "embedding_multiplier"))
-    assert mine.differences(mine) == []
+    assert mine.differences(mine) == [] == mine.differences(RecursionConfig(recursion_alarm_after=3))
+
+
+def test_the_parts_hold_every_knob_once_and_a_command_takes_the_parts_it_reads() -> None:
+    assert [knob.name for part in PARTS for knob in dataclasses.fields(part)] == list(KNOBS)
+    parser = add_recursion_arguments(argparse.ArgumentParser(), [HeadKnobs], only_given=True)
+    assert vars(parser.parse_args([])) == {}
+    assert knobs_in(vars(parser.parse_args(["--halt-bias", "-1"]))) == {"halt_bias": -1.0}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--num-refinement-blocks", "2"])
 
 
 def test_once_recursion_is_off_only_that_counts() -> None:

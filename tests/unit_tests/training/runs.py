@@ -25,7 +25,7 @@ PLAIN = ["--disable-recursive-refinement"]
 TIMES = ("time", "seconds", "tokens per second")
 PATCHED = (
     "training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint", "save_checkpoint", "train",
-    "report_theoretical_memory", "num_floating_point_operations", "build_train_valid_test_data_iterators",
+    "report_theoretical_memory", "num_floating_point_operations",
 )  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def stock_gpt_in_worker(argv: list[str], our_layers: bool = False) -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_recursive.training import wheel
     from megatron_recursive.training.forward_step import datasets_provider, forward_step
+    from megatron_recursive.training.patches import wheel
 
     for name in PATCHED:
         function = getattr(training, name)  # an earlier job on this worker wrapped it

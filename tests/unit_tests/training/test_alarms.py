@@ -1,7 +1,8 @@
 """The health alarms against two recorded runs of 300 iterations, and the measured line at a start.
 
 ``recorded_runs.json``: 2 layers of width 128, T = 2, n = 1, full gradient, CPython's English. ``collapsed``: std 0.02,
-rate 2e-3 (held-out loss 6.517, the unigram loss); ``learning``: std 0.088, rate 4e-3 (5.447).
+rate 2e-3 (held-out loss 6.517, the unigram loss); ``learning``: std 0.088, rate 4e-3 (5.447). Two more that learn, of
+which every 10th and 25th iteration was recorded: width 256 (5.434), and one to six hops, detached (95.9% right).
 """
 
 from __future__ import annotations
@@ -33,19 +34,21 @@ def alarms_of(gains: list[float], cosines: list[float], **knobs: int | None) -> 
     return said
 
 
-def recorded(name: str) -> dict[int, list[str]]:
-    return alarms_of(RECORDED[name]["gain"], RECORDED[name]["cosine"])
+def recorded(name: str, every: int = 1) -> dict[int, list[str]]:
+    gains, cosines = ([value for value in RECORDED[name][what] for _ in range(every)] for what in ("gain", "cosine"))
+    return alarms_of(gains, cosines)
 
 
 def test_a_collapse_is_told_within_a_quarter_of_the_run_and_a_good_run_is_left_alone() -> None:
-    (collapsed, learning) = run_distributed(both_recorded, 1)[0]
+    collapsed, *learning = run_distributed(all_recorded, 1)[0]
     assert min(collapsed) <= 75 and all("tokens have collapsed" in kinds for kinds in collapsed.values())
     assert any("the state is ignored" in kinds for kinds in collapsed.values())
-    assert learning == {}
+    assert learning == [{}, {}, {}]
 
 
-def both_recorded() -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    return recorded("collapsed"), recorded("learning")
+def all_recorded() -> list[dict[int, list[str]]]:
+    more = [recorded("width 256, every 10th", 10), recorded("hops, every 25th", 25)]
+    return [recorded("collapsed"), recorded("learning"), *more]
 
 
 def when_they_speak() -> list[dict[int, list[str]]]:
@@ -55,7 +58,7 @@ def when_they_speak() -> list[dict[int, list[str]]]:
         alarms_of(flat, apart),  # never later than 500
         alarms_of(flat[:600], apart[:600], recursion_alarm_after=0),
         alarms_of([-0.05] * 300, apart[:300]),  # harm: from half of the run on
-        alarms_of([0.05] * 300, [0.95] * 250 + [0.5] * 50),
+        alarms_of([0.05] * 300, [0.98] * 250 + [0.5] * 50),
     ]
 
 

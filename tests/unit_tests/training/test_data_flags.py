@@ -59,8 +59,8 @@ def parse(argv: list[str]) -> Any:
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training.global_vars import destroy_global_vars
 
-    from megatron_recursive.training import wheel
     from megatron_recursive.training.arguments import parse_arguments
+    from megatron_recursive.training.patches import wheel
 
     destroy_global_vars()
     destroy_num_microbatches_calculator()

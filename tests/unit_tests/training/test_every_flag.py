@@ -1,131 +1,24 @@
-"""Every flag of Megatron's parser is tried by a test, refused, or said to be harmless here: a new one is seen."""
+"""Every flag of Megatron's parser is tried, refused or said to be harmless in ``megatron_flags``: a new one is seen."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.distributed import REPOSITORY, run_distributed
+from tests.unit_tests.training import megatron_flags as lists
+from tests.unit_tests.training.runs import FLAGS, RECURSION
+from tests.unit_tests.training.test_bad_flags import forget, write_dataset
 
 FLAG = re.compile(r"--[a-z0-9][a-z0-9_-]*")
-ALL = 808  # a new flag of a family below is seen by this alone
-
-# Whole groups and families (prefixes) of flags that nothing reads unless another flag is given | why.
-INERT: dict[str, str] = {
-    "group:rl": "--perform-rl-step is refused",
-    "group:biencoder": "read by Megatron's BERT retrieval scripts",
-    "group:vision": "read by Megatron's vision scripts",
-    "group:inference": "read by Megatron's inference engines, which nothing here starts",
-    "group:mla": "--multi-latent-attention is refused",
-    "group:experimental_attention_variant": "--experimental-attention-variant is refused",
-    "group:Logits Distillation": "--logits-save-dir and --logits-load-dir are refused",
-    "group:In-process restart": "--inprocess-restart is refused",
-    "group:fault injector": "breaks a run on purpose, whatever the model",
-    "group:one logger": "telemetry of the run's times, from outside of the model",
-    "group:autoresume": "asks NVIDIA's cluster whether to stop, between steps",
-    "group:straggler": "of --log-straggler, which times forward_step",
-    "group:workload inspector": "a server beside the run",
-    "group:ft_package": "of --enable-ft-package",
-    "--moe- --expert- --use-grouped-gemm-for-shared-expert --overlap-moe --overlap-dispatch --ep-overlap "
-    "--high-priority-a2a --save-tokens-per-expert": "--num-experts is refused",
-    "--tp-comm- --disable-tp-comm-": "--tp-comm-overlap is refused",
-    "--mtp-": "--mtp-num-layers is refused",
-    "--dsa- --disable-dsa- --linear-": "--experimental-attention-variant is refused",
-    "--mup-": "--use-mup is refused",
-    "--fp8- --disable-fp8- --keep-fp8 --reuse-grad-buf-for-mxfp8 --first-last-layers-bf16 --num-layers-at-": (
-        "--fp8-format is refused"),
-    "--fp4-": "--fp4-format is refused",
-    "--mamba- --disable-mamba-": "--hybrid-layer-pattern is refused",
-    "--cuda-graph- --inference- --nccl-all-reduce-for-prefill --mlp-chunks-for-prefill --flash-decode": (
-        "read by inference engines or CUDA graphs"),
-    "--offload-modules --min-offloaded --delay-offload --delta-offload --activation-offload --fine-grained-off "
-    "--cpu-offloading-": "offloading is refused",
-    "--hierarchical-context --max-seqlen-per-dp --hybrid-context --cp-comm": "--context-parallel-size is refused",
-    "--kitchen- --use-kitchen": "the package kitchen is not installed with this one, and its recipes are refused",
-    "--muon- --lion-": "their optimizers need a package, and are refused without",
-    "--megatron-fsdp- --fsdp- --torch-fsdp2- --outer-dp --data-parallel-sharding --enable-full-sharding "
-    "--suggested-communication --create-all-gather --disable-strict-fsdp": "FSDP is refused",
-    "--fim-": "--fim-data is refused",
-    "--wgrad-deferral": "--defer-embedding-wgrad-compute is refused",
-    "--microbatch-group": "virtual stages are refused",
-    "--distrib-optim- --dist-ckpt --ckpt- --no-ckpt- --async- --use-persistent-ckpt --non-persistent --replication "
-    "--use-dist-ckpt --disable-ckpt --disable-stream-ckpt --auto-detect-ckpt": "how a checkpoint is written and read",
-    "--yarn- --no-yarn- --relative-attention- --rotary- --mrope": "positions: the same in every pass",
-    "--flight-recorder --disable-flight-recorder": "records collectives",
-}  # fmt: skip
-
-# Single flags of mixed groups | why they are harmless.
-SINGLE: dict[str, str] = {
-    """--no-initialization --use-cpu-initialization --embedding-init-method-std --init-model-with-meta-device
-    --data-parallel-random-init --te-rng-tracker --disable-jit-fuser --deterministic-mode --batch-invariant-mode
-    --disable-bf16-reduced-precision-matmul --enable-experimental""":
-        "how a model is made or its kernels chosen, once",
-    """--cross-entropy-loss-fusion --cross-entropy-fusion-impl --flash-attention-version --fp32-residual-connection
-    --apply-residual-connection-post-layernorm --norm-epsilon --apply-layernorm-1p --add-qkv-bias
-    --activation-func-clamp-value --qk-clip-alpha --qk-clip-threshold --attention-output-gate
-    --calculate-per-token-loss --apply-query-key-layer-scaling --use-fused-weighted-squared-relu
-    --fused-residual-rmsnorm --use-transformer-engine-op-fuser --use-grouped-gemm-for-dense-mlp
-    --use-te-activation-func --symmetric-ar-type --mlp-chunks-for-training --distribute-saved-activations
-    --disable-clone-scatter-output-in-embedding --window-attn-skip-freq --use-rotary-position-embeddings
-    --use-rope-scaling --rope-scaling-factor --no-rope-freq --rope-type --no-position-embedding --openai-gelu
-    --squared-relu --quick-geglu --no-bias-swiglu-fusion --no-bias-dropout-fusion --attention-softmax-in-fp32
-    --fp16-lm-cross-entropy""":
-        "what one layer or the loss computes: the same in every pass",
-    """--pipeline-model-parallel-comm-backend --use-ring-exchange-p2p --overlap-p2p-communication-warmup-flush
-    --no-overlap-p2p-communication --account-for-embedding-in-pipeline-split
-    --account-for-loss-in-pipeline-split --distributed-timeout-minutes --distributed-timeout-seconds-after-init
-    --disable-align-grad-reduce --local-rank --lazy-mpu-init --nccl-communicator-config-path
-    --use-tp-pp-dp-mapping --disable-gloo-process-groups --use-sharp --sharp-enabled-group
-    --high-priority-stream-groups --use-nccl-ub --disable-symmetric-registration --fake-process-group""":
-        "how ranks are laid out and talk; the ring sets its own point-to-point options",
-    """--ddp-num-buckets --ddp-bucket-size --ddp-pad-buckets-for-high-nccl-busbw
-    --ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-for-fp32-local-accumulation
-    --ddp-average-in-collective --overlap-param-gather-with-optimizer-step --no-align-param-gather
-    --no-use-layer-wise-param-layout --no-gradient-reduce-div-fusion --grad-reduce-in-bf16
-    --accumulate-allreduce-grads-in-fp32""":
-        "what DDP does with a bucket once it is ready (pipeline/readiness.py)",
-    """--initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis --adam-beta1 --adam-eps
-    --sgd-momentum --no-weight-decay-cond-type --lr-wsd-decay-style --lr-decay-samples --lr-wsd-decay-samples
-    --lr-warmup-samples --lr-warmup-init --override-opt-param-scheduler --use-checkpoint-opt-param-scheduler
-    --start-weight-decay --end-weight-decay --weight-decay-incr-style --decoupled-lr --decoupled-min-lr
-    --freeze-all-layers --optimizer-cpu-offload --optimizer-cuda-graph --optimizer-offload-fraction
-    --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --dump-param-to-param-group-map
-    --no-pin-cpu-grads --no-pin-cpu-params --use-precision-aware-optimizer --main-grads-dtype
-    --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype""":
-        "of the optimizer and its schedule, which meet parameters and not passes",
-    """--batch-size --model-parallel-size --warmup --checkpoint-activations --use-mcore-models --encoder-num-layers
-    --decoder-num-layers --encoder-seq-length --decoder-seq-length --onnx-safe --bert-no-binary-head
-    --sample-rate --mask-prob --short-seq-prob""":
-        "retired or of other models: Megatron refuses it or reads it nowhere on the way of a GPT",
-    """--rampup-batch-size --step-batch-size-schedule --decrease-batch-size-if-needed --empty-unused-memory-level
-    --check-weight-hash-across-dp-replicas-interval --gpu-sniff-test-interval --train-sync-interval
-    --exit-duration-in-mins --exit-signal --exit-signal-handler-for-dataloader
-    --exit-signal-handler-for-training --manual-gc --manual-gc-interval --disable-manual-gc-eval
-    --iterations-to-skip --no-check-for-nan-in-loss-and-grad --check-for-large-grads
-    --result-rejected-tracker-filename --start-eval-at-iter --skip-train --test-mode --full-validation
-    --multiple-validation-sets --validation-set-names --error-injection-rate --error-injection-type
-    --check-for-spiky-loss --phase-transition-iterations""":
-        "between steps, or of the number of micro-batches, which the schedule is given",
-    """--persistent-save-interval --save-params-interval --save-wgrads-interval --save-retain-interval
-    --load-main-params-from-ckpt --finetune --use-mp-args-from-checkpoint-args
-    --disable-use-tokenizer-model-from-checkpoint-args --no-save-optim --no-save-rng --no-load-optim
-    --override-ckpt-iteration --disable-msc""":
-        "when a checkpoint is written, or what is read of it",
-    """--pytorch-profiler-collect-shapes --pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra
-    --record-memory-history --memory-snapshot-path --record-shapes --nvtx-ranges --log-params-norm
-    --log-progress --timing-log-option --tensorboard-queue-size --disable-log-loss-scale-to-tensorboard
-    --log-validation-ppl-to-tensorboard --log-memory-interval --log-device-memory-used --log-num-zeros-in-grad
-    --no-barrier-with-level-1-timing --log-world-size-to-tensorboard --wandb-exp-name --wandb-entity
-    --logging-level --log-energy""":
-        "observes",
-    """--no-mmap-bin-files --num-dataset-builder-threads --object-storage-cache-path --mid-level-dataset-surplus
-    --allow-ambiguous-pad-tokens --disable-pad-vocab-size --vocab-extra-ids --tokenizer-metadata
-    --tokenizer-special-tokens --tiktoken-pattern --tiktoken-num-special-tokens --tokenizer-sentencepiece-legacy
-    --disable-tokenizer-sentencepiece-ignore-extra-whitespaces --tokenizer-hf-no-use-fast
-    --tokenizer-hf-no-include-special-tokens --trust-remote-code --null-tokenizer-eod-id --chat-template
-    --sft-tokenizer-prompt-format""":
-        "of the data and its tokens, before the model",
-}  # fmt: skip
+RANKS = 4  # of the runs whose flags are read; none is started
+BASE = [*FLAGS, *RECURSION, "--global-batch-size", "16", "--transformer-impl", "local"]
 
 
 def groups_of_the_parser() -> list[tuple[str, list[list[str]]]]:
@@ -139,23 +32,122 @@ def groups_of_the_parser() -> list[tuple[str, list[list[str]]]]:
             for group in parser._action_groups]  # fmt: skip
 
 
-def words_in(files: list[Path]) -> set[str]:
-    return {word for file in files for word in FLAG.findall(file.read_text(encoding="utf-8"))}
+def flags_in(text: str) -> set[str]:
+    return set(FLAG.findall(text))
+
+
+def first_flags(lines: str) -> set[str]:
+    return {line.split()[0] for line in lines.split("\n") if line}
 
 
 def test_no_flag_of_megatron_is_new() -> None:
+    """Each is in one list: a new release cannot add one, or move one to a group of which nothing is read."""
     (groups,) = run_distributed(groups_of_the_parser, 1)
-    tests = [file for file in (REPOSITORY / "tests").rglob("*.py") if file != Path(__file__).resolve()]
-    tried = words_in(tests + list((REPOSITORY / "examples").rglob("*.sh")))
-    refused = words_in([REPOSITORY / "megatron_recursive" / "training" / "refusals.py"])
-    single = {flag for flags in SINGLE for flag in flags.split()}
-    families = tuple(prefix for prefixes in INERT if not prefixes.startswith("group:") for prefix in prefixes.split())
+    refused, tried = first_flags(lists.REFUSED), first_flags(lists.TRIED) | flags_in(lists.TRIED_ELSEWHERE)
+    single = {flag for flags in lists.SINGLE for flag in flags.split()}
+    families = tuple(prefix for prefixes in lists.FAMILIES for prefix in prefixes.split())
     actions = [(title, names) for title, flags in groups for names in flags]
     unseen = [(title, names[0]) for title, names in actions
-              if f"group:{title}" not in INERT and not {*names} & (tried | refused | single)
+              if title not in lists.GROUPS and not {*names} & (tried | refused | single)
               and not any(name.startswith(families) for name in names)]  # fmt: skip
     assert not unseen, "try them in a test, refuse them, or say why they are harmless"
-    assert len(actions) == ALL
+    assert len(actions) == lists.ALL
     known = {name for _, names in actions for name in names}
-    titles = {f"group:{title}" for title, _ in groups}
-    assert not single - known and not {key for key in INERT if key.startswith("group:")} - titles, "flags that are gone"
+    assert not (single | refused | tried) - known and not lists.GROUPS.keys() - {title for title, _ in groups}, "gone"
+    assert not [prefix for prefix in families if not any(name.startswith(prefix) for name in known)], "gone"
+    assert not (tried & refused) | (tried & single) | (refused & single), "one list each"
+
+
+def test_what_others_rest_on_is_refused() -> None:
+    reasons = [reason for table in (lists.GROUPS, lists.FAMILIES) for reason in table.values() if "refused" in reason]
+    named = {flag for reason in reasons for flag in flags_in(reason)}
+    assert named and not named - first_flags(lists.REFUSED)
+
+
+def test_every_tried_flag_is_trained_with() -> None:
+    files = [*(REPOSITORY / "tests").rglob("*.py"), *(REPOSITORY / "examples").rglob("*.sh")]
+    lists_of_flags = ("megatron_flags", "test_every_flag")
+    texts = [file.read_text(encoding="utf-8") for file in files if file.stem not in lists_of_flags]
+    missing = (first_flags(lists.TRIED) | flags_in(lists.TRIED_ELSEWHERE)) - flags_in("\n".join(texts))
+    assert not missing, "move them to those that are harmless, or train with them"
+
+
+def command_line(line: str) -> list[str]:
+    """The line behind the base; ``!--flag`` takes one out of it, and a dataset takes the made-up one's place."""
+    words, base = line.split(), list(BASE)
+    without = [word.removeprefix("!") for word in words if word.startswith("!")]
+    for flag in without:
+        place = base.index(flag)
+        del base[place : place + 2]
+    if any("data" in word and "-path" in word and "cache" not in word for word in words):
+        base.remove("--mock-data")
+    return [*base, *(word for word in words if not word.startswith("!"))]
+
+
+def answers(lines: list[str]) -> list[str]:
+    """The sentence that refuses each, or "". Read as rank 0 of a run would, up to the model's config."""
+    from megatron_recursive.errors import UserError
+    from megatron_recursive.training.arguments import megatron_speaks_in_sentences, parse_arguments
+    from megatron_recursive.training.model_provider import model_config_from_args
+
+    said, before = [], dict(os.environ)
+    os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "RANK": "0", "LOCAL_RANK": "0"}
+    with helps_read_once(), contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all 800 arguments
+        for line in lines:
+            sys.argv = ["pretrain", *command_line(line)]
+            try:
+                args, recursion = parse_arguments()
+                with megatron_speaks_in_sentences(args):
+                    model_config_from_args(args, recursion)
+                said.append("")
+            except UserError as error:
+                said.append(str(error))
+            except (Exception, SystemExit) as error:  # a flag that is refused otherwise
+                said.append(f"{type(error).__name__}: {error}")
+            forget()
+    os.environ.clear()
+    os.environ |= before
+    return said
+
+
+@contextlib.contextmanager
+def helps_read_once() -> Iterator[None]:
+    """Megatron parses the source of its configs for the help of their flags, which is most of what a parser costs."""
+    from megatron.training.argument_utils import ArgumentGroupFactory as Factory
+
+    original, read = Factory._get_field_docstrings, {}
+
+    def once(self: Any, config: type) -> dict[str, str]:
+        if config not in read:
+            read[config] = original(self, config)
+        return dict(read[config])
+
+    Factory._get_field_docstrings = once
+    try:
+        yield
+    finally:
+        Factory._get_field_docstrings = original
+
+
+def test_refused_flags_are_refused_and_tried_flags_taken(tmp_path: Path) -> None:
+    data, folder = tmp_path / "data", tmp_path / "folder"
+    folder.mkdir()
+    write_dataset(data, [40] * 30)
+    files = {"blend": str(data), "blends": f'{{"train": ["{data}"], "valid": ["{data}"], "test": ["{data}"]}}',
+             "sequences": f'{{"{data}": 30}}'}  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    places = {"{data}": data, "{folder}": folder, **{f"{{{name}}}": tmp_path / name for name in files}}
+
+    def filled(lines: str) -> list[str]:
+        return [re.sub(r"\{\w+\}", lambda found: str(places[found[0]]), line) for line in lines.split("\n") if line]
+
+    refused, tried = filled(lists.REFUSED), filled(lists.TRIED)
+    (said,) = run_distributed(answers, 1, ["", *refused, *tried], timeout=120)
+    assert said[0] == "", "the base"
+    wrong = []
+    for line, sentence in zip([*refused, *tried], said[1:], strict=True):
+        flag = line.split()[0]
+        if line in tried and sentence or line in refused and not (flag in sentence and sentence.endswith(".")):
+            wrong.append(f"{line}: {sentence!r}")
+    assert not wrong, "\n".join(wrong)

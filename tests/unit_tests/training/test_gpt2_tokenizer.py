@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_recursive.data.preprocess import preprocess
+from megatron_recursive.data.preprocess import Options, preprocess
 from megatron_recursive.data.tokenizer import TokenizerChoice
 from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.errors import UserError
@@ -46,7 +46,7 @@ def test_ids_are_those_of_hugging_face_and_of_the_data(folder: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from transformers import GPT2Tokenizer
 
-    from megatron_recursive.training import gpt2_tokenizer
+    from megatron_recursive.training.patches import gpt2_tokenizer
 
     (folder / "hf").mkdir()
     for name in ("vocab.json", "merges.txt"):
@@ -64,7 +64,7 @@ def test_ids_are_those_of_hugging_face_and_of_the_data(folder: Path) -> None:
 
 
 def test_the_index_files_of_the_data_do_not_depend_on_where_the_files_lie(folder: Path, tmp_path: Path) -> None:
-    from megatron_recursive.training import gpt2_tokenizer
+    from megatron_recursive.training.patches import gpt2_tokenizer
 
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -87,7 +87,7 @@ def test_a_run_trains_and_resumes_with_the_two_files(folder: Path, tmp_path: Pat
 
 
 def test_half_of_the_pair_or_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
-    from megatron_recursive.training import gpt2_tokenizer
+    from megatron_recursive.training.patches import gpt2_tokenizer
 
     said = train("--tokenizer-type", "GPT2BPETokenizer", "--mock-data", flags=WITHOUT_TOKENIZER)
     assert said == "--tokenizer-type GPT2BPETokenizer needs --vocab-file and --merge-file."
@@ -95,3 +95,20 @@ def test_half_of_the_pair_or_something_else_is_refused(folder: Path, tmp_path: P
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(UserError, match="vocab.json and --merge-file .* are no GPT-2 tokenizer"):
         gpt2_tokenizer.build(arguments(tmp_path))
+
+
+def test_a_run_trains_on_parts_that_were_not_joined(folder: Path, tmp_path: Path) -> None:
+    """Their list is for --data-args-path; the tokenizer of each is compared with the run's."""
+    choice = TokenizerChoice(vocab_file=str(folder / "vocab.json"), merge_file=str(folder / "merges.txt"))
+    preprocess([folder / "corpus.jsonl"], tmp_path / "x", choice, options=Options(join=False, part_bytes=1500))
+    assert len(list(tmp_path.glob("x_*.idx"))) > 2
+    data = ["--data-args-path", tmp_path / "x.data_args", "--data-cache-path", tmp_path / "cache"]
+    flags = [*WITHOUT_TOKENIZER, "--split", "1"]
+    assert train(*data, *files_of(folder), *save_to(tmp_path / "run"), flags=flags) is None
+    losses = losses_of(tmp_path / "run")
+    assert len(losses) == 6 and losses[6] < losses[1]
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": f"{n * n} other"}) + "\n" for n in range(900)))
+    train_tokenizer([tmp_path / "other.jsonl"], tmp_path / "tok", 400)
+    refused = train(*data, *files_of(tmp_path / "tok"), flags=flags)
+    assert refused is not None and f"{tmp_path}/x_00000 was prepared with" in refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -176,11 +177,12 @@ def test_a_defect_keeps_its_traceback_in_the_file_that_the_last_line_names(ended
     assert "Traceback" in recorded["extraInfo"]["py_callstack"]
 
 
-def test_ctrl_c_says_what_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_says_what_goes_on_and_leaves_the_trace(tmp_path: Path) -> None:
     server = RunServer(tmp_path)
     try:
         saves = save_to(tmp_path / "run", 2)
-        run = server.start([*FLAGS, *RECURSION, "--train-iters", "5000", *saves], world_size=2)
+        profile = ["--profile", "--profile-step-start", "1", "--profile-step-end", "5000"]
+        run = server.start([*FLAGS, *RECURSION, "--train-iters", "5000", *saves, *profile], world_size=2)
         tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
         wait_until(lambda: tracker.exists() and int(tracker.read_text() or 0) >= 2, run)
         for pid in run.pids:
@@ -190,5 +192,7 @@ def test_ctrl_c_says_what_goes_on(tmp_path: Path) -> None:
         assert len(said) == 1 and re.search(r"stopped by Ctrl-C at iteration \d+; the last checkpoint is iter", said[0])
         assert said[0].endswith("and the same command goes on from there.")
         assert not any("Traceback" in log.read_text() for log in run.logs)
+        trace = json.loads(gzip.decompress((tmp_path / "run" / "torch_profile" / "rank-0.json.gz").read_bytes()))
+        assert any("scaled_dot_product" in str(event.get("name")) for event in trace["traceEvents"])
     finally:
         server.close()

@@ -1,38 +1,11 @@
-"""What the model reads of its plan, and what it returns."""
+"""What recursive GPTs return. Ships inside an export: it imports torch and transformers alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-
-from .configuration_recursive_gpt import RecursiveGPTConfig
-
-
-class PlanPass(NamedTuple):
-    """One application of all layers: ``state[target] = layers(sum of what it reads)``. Fields as in the plan."""
-
-    block: int
-    target: str
-    reads: tuple[str, ...]
-    grad: bool
-    cuts_states: bool
-    supervised_weight: float
-    halt_weight: float
-    ends_block: bool
-
-
-def read_passes(config: RecursiveGPTConfig) -> list[PlanPass]:
-    found, passes = [], config.plan["passes"]
-    for each, after in zip(passes, [*passes[1:], None], strict=True):
-        ends_block = after is None or after["block"] != each["block"]
-        found.append(PlanPass(
-            each["block"], each["target"], tuple(each["reads"]), each["grad"], each.get("cuts_states", False),
-            each.get("supervised_weight", 0.0), each.get("halt_weight", 0.0), ends_block,
-        ))  # fmt: skip
-    return found
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer from ``--vocab-file`` and ``--merge-file``.
+"""Patch of megatron-core 0.19: GPT-2's tokenizer from ``--vocab-file`` and ``--merge-file``.
 
 Megatron 0.19.2's ``GPT2BPETokenizer`` asks the Hugging Face hub for the model ``gpt2`` even when both files are given,
 so that it needs a network. Here Megatron's own wrapper is built from the two files alone.

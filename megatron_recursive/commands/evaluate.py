@@ -1,0 +1,58 @@
+"""``megatron-recursive evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+from megatron_recursive.command_line import example, nearest_flag, nearest_flag_sentence
+from megatron_recursive.errors import UserError
+
+SUMMARY = "Score a model or a checkpoint on the tasks of lm-eval, at one depth or several."
+
+
+def add_passed_on(parser: argparse.ArgumentParser) -> None:
+    """The harness's own flags, where it is installed."""
+    try:
+        from lm_eval._cli import HarnessCLI
+    except ModuleNotFoundError:
+        return
+    group = parser.add_argument_group("of lm-eval run, to which all that is not above is passed on")
+    for action in HarnessCLI()._subparsers.choices["run"]._actions:
+        if "--help" not in action.option_strings:
+            group._add_action(action)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} [options] LM-EVAL'S COMMAND LINE"
+    parser.description = (
+        "The command line of lm-eval, the evaluation harness, which knows one more model here: --model recursive takes "
+        "an export, any causal model of transformers or a Megatron checkpoint, and beside the arguments of --model hf "
+        "num_refinement_blocks, exit, halt_threshold, exit_threshold, exit_stable_blocks and "
+        "max_inference_refinement_steps. Mean blocks and FLOPs saved are written with the results. In a clone, "
+        "--include_path examples/evaluation --tasks cpython needs no network."
+    )
+    depth = parser.add_argument_group("depth")
+    depth.add_argument("--depths", type=_depths, default=(), metavar="T,T,...",
+                       help="run the tasks with each of these numbers of refinement blocks, print one table and write "
+                       "it beside the results of --output_path (default there: results)")  # fmt: skip
+    words = "--model recursive --model_args pretrained=DIR_OR_CKPT --tasks hellaswag --batch_size 8 --depths 1,2,4"
+    parser.epilog = example("evaluate", *words.split(), "--output_path", "results")
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers like 1,2,4")
+    return tuple(dict.fromkeys(int(each) for each in text.split(",")))
+
+
+def run(args: argparse.Namespace) -> None:
+    for word in args.others:
+        near = nearest_flag(word, ["--depths"], likeness=0.85) if len(word) > 4 and word.startswith("--") else None
+        if near is not None:
+            raise UserError(nearest_flag_sentence(word, [near]))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from megatron_recursive.evaluation import command
+
+    command.run(args.others, args.depths)

@@ -1,0 +1,1 @@
+"""Evaluation by lm-eval, the language model evaluation harness."""

@@ -1,0 +1,19 @@
+"""Arguments as checkpoints store them: the names that have changed, and one of our own. Imports no Megatron."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+DONOR = "donor_model_type"
+"""Of the Hugging Face model that the weights came from, where it is known; runs hand it on."""
+
+# By the names of before Megatron 0.16 (the last one: 0.17), and of today.
+_RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+            "hybrid_override_pattern": "hybrid_layer_pattern"}  # fmt: skip
+
+
+def name_as_today(args: Namespace) -> None:
+    """Give the arguments that an earlier Megatron stored today's names too; what has them already keeps its values."""
+    for before, now in _RENAMED.items():
+        if hasattr(args, before) and not hasattr(args, now):
+            setattr(args, now, getattr(args, before))

@@ -1,0 +1,151 @@
+"""Patch of megatron-core 0.19: checkpoints of another model are refused in words, and faults leave the last good one.
+
+``megatron.training.training`` calls ``load_checkpoint`` and ``save_checkpoint`` as globals of its own, without a hook.
+Before any weight is read, the first wrapper checks the checkpoint (``training/checkpointing.py``) and tells the model
+that one is being read (``models/checkpoint_keys.py``). The second leaves run.json beside it
+(``training/run_record.py``) and tells the reader. Both turn what goes wrong into one sentence that names the last good
+checkpoint. Megatron writes its tracker file in place, so that a kill at the wrong moment would leave it empty; here it
+is written beside and renamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_recursive.accounting import count_parameters
+from megatron_recursive.errors import UserError
+from megatron_recursive.models.checkpoint_integrity import (
+    COMPLETE,
+    LIMIT_BYTES,
+    MANIFEST,
+    TRACKER,
+    advise_other,
+    check_integrity,
+)
+from megatron_recursive.models.checkpoint_keys import reading_checkpoint
+from megatron_recursive.training import run_record
+from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
+from megatron_recursive.training.checkpointing import check_checkpoint, reason_of
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.optimizer_state import choose_format
+from megatron_recursive.training.patches import wrap
+from megatron_recursive.training.patches.adam import torch_adam_mended
+from megatron_recursive.training.progress import Progress
+from megatron_recursive.training.schedule_check import groups_of_the_checkpoint
+
+STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
+
+
+def install(args: argparse.Namespace, config: RecursiveGPTModelConfig, progress: Progress) -> None:
+    """Wrap the ``load_checkpoint`` and ``save_checkpoint`` that ``pretrain`` calls, and the writing of the tracker."""
+    from megatron.training import checkpointing, get_args, training
+
+    asked, parameters = args.verify_integrity, count_parameters(model_shape(config, args.seq_length), config.plan).held
+    choose_format(args, parameters)
+    if asked is None:  # the same answer on every rank, before there is a file to measure
+        args.verify_integrity = parameters * STATE_BYTES <= LIMIT_BYTES
+    record = run_record.record_of(args, config) if args.save is not None else {}
+
+    def load(call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        return _load(call, given, get_args(), config, asked)
+
+    def save(call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        return _save(call, given, get_args(), record, progress)
+
+    wrap(training, "load_checkpoint", load)
+    wrap(training, "save_checkpoint", save)
+    original = checkpointing.maybe_msc
+    checkpointing.maybe_msc = FilesWithAtomicTracker(getattr(original, "__wrapped__", original))
+
+
+def _load(
+    call: Callable[[], Any], given: dict[str, Any], run: argparse.Namespace, config: RecursiveGPTModelConfig,
+    verify: bool | None,
+) -> Any:  # fmt: skip
+    """``verify`` is what the flags say: True needs a manifest, None checks one that is there, False does not look."""
+    optimizer, scheduler = given["optimizer"], given["opt_param_scheduler"]
+    writes_manifest = run.verify_integrity
+    folder, from_plain_gpt = checkpoint_to_read(run)
+    common: dict[str, Any] = {}
+    if folder is not None:
+        if verify is not False:
+            check_integrity(folder, needed=verify is True)
+        common = check_checkpoint(folder, config.recursion, scheduler, run, from_plain_gpt=from_plain_gpt)
+    try:
+        run.verify_integrity = False  # it is done, where there was a manifest
+        with (
+            reading_only(run, folder, from_plain_gpt=from_plain_gpt),
+            reading_checkpoint(from_plain_gpt=from_plain_gpt),
+            torch_adam_mended(optimizer, reading=folder is not None),
+            groups_of_the_checkpoint({} if from_plain_gpt else common, optimizer, scheduler, run),
+        ):
+            return call()
+    except (Exception, CheckpointException) as error:
+        if folder is None:
+            raise
+        raise UserError(
+            f"The checkpoint {folder} cannot be loaded into this model ({reason_of(error)}); "
+            f"check that the architecture flags are those it was trained with and that no file is damaged; "
+            f"{advise_other(folder)}."
+        ) from error
+    finally:
+        run.verify_integrity = writes_manifest
+
+
+def _save(
+    call: Callable[[], Any], given: dict[str, Any], run: argparse.Namespace, record: dict[str, Any], progress: Progress
+) -> Any:
+    if run.save is None:  # Megatron saves before it stops for a bad result, asked to or not
+        return None
+    iteration = given["iteration"]
+    root = saving_root(run, passing=given.get("non_persistent_ckpt", False))
+    folder = root / f"iter_{iteration:07d}"
+    try:
+        with progress.saving(iteration, folder, tell=run.rank == 0 and not run.async_save):
+            if run.rank == 0:  # a folder that is written again is not complete meanwhile; the manifest names all files
+                for name in (COMPLETE, MANIFEST, run_record.FILE):
+                    (folder / name).unlink(missing_ok=True)
+            result = call()
+            if run.rank == 0:
+                run_record.write(record, iteration, folder, root)
+        return result
+    except (OSError, CheckpointException) as error:
+        free = shutil.disk_usage(root).free if root.is_dir() else 0
+        raise UserError(
+            f"The checkpoint of iteration {iteration} cannot be written to {root}, where {free / 1e6:,.1f} MB are "
+            f"free ({reason_of(error)}); make room and start the same command again, since "
+            f"{last_complete(root, Path(run.save))}."
+        ) from error
+
+
+class FilesWithAtomicTracker:
+    """Megatron's door to files, but the tracker changes from one iteration to the next in one step."""
+
+    def __init__(self, original: Any) -> None:
+        self.__wrapped__ = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__wrapped__, name)
+
+    def open(self, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "w" and os.path.basename(file) == TRACKER and "://" not in str(file):
+            return _replacing(Path(file))
+        return self.__wrapped__.open(file, mode, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[IO[str]]:
+    partial = target.with_name(f"{target.name}.partial")
+    with open(partial, "w") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, target)
