@@ -143,8 +143,8 @@ class RecursiveLM(HFLM):
         config, length = self.model.config, len(blocks_S)
         active = [int((blocks_S > block).sum()) for block in range(int(blocks_S.max()))]
         layers = config.num_layers * (len(config.plan["passes"]) // options.trained_blocks)
-        return Work(layers * sum(active), layers * len(active) * length**2, sum(active[: options.max_blocks - 1]), length,
-                    (length, length**2))  # fmt: skip
+        asked = sum(active[: options.max_blocks - 1])
+        return Work(layers * sum(active), layers * len(active) * length**2, asked, length, (length, length**2))
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         tokens = super()._model_generate(context, max_length, stop, **self._exit, **kwargs)
