@@ -7,7 +7,10 @@ are medians of paired ratios. (1) With a cache against without, up to 256 tokens
 transformers' Llama of V * L layers of the same width. (3) Exits that are forced to known blocks (uniform over 1 to T,
 drawn for each step) against all T blocks, beside what the counted FLOPs predict, heads included. At batch 8 also with a
 block drawn for each sequence of a step: that saves FLOPs, but hardly time where 2 rows of a matrix product take as long
-as 8, as on a CPU. Writes generate.json and generate.md beside this file; the last line is JSON.
+as 8, as on a CPU. So the layers are timed at every number of rows, without attention, heads or exits: what these times
+allow those draws to save is the limit of everything that decodes in step. Times are CPU time (user and system) of the
+process, since others may share the machine. Writes generate.json and generate.md beside this file; the last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -114,18 +117,18 @@ class ForcedExits:
 
 
 def seconds(model: Any, size: Size, batch: int = 1, prompt: int = 0, new: int = 0, **options: Any) -> float:
-    """The time of one ``generate`` of ``new`` tokens behind ``prompt`` fixed ones."""
+    """The CPU time of one ``generate`` of ``new`` tokens behind ``prompt`` fixed ones."""
     import torch
 
     prompt, new = prompt or size.prompt, new or size.new
     generator = torch.Generator().manual_seed(prompt + batch)
     tokens = torch.randint(1, size.vocabulary, (batch, prompt), generator=generator)
-    start = time.perf_counter()
+    start = time.process_time()
     output = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False, **options
     )
     assert output.shape[1] == prompt + new
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def paired(arms: dict[str, Callable[[], float]], rounds: int, what: str) -> dict[str, list[float]]:
@@ -167,7 +170,33 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
         measured[name] = _measure_halting(ours, size, batch, mixed, rounds)
     measured["halting_efficiency"] = min(measured[name]["efficiency"] for name in ("batch_1", "batch_8"))
     measured["halting_efficiency_mixed"] = measured["batch_8_mixed"]["efficiency"]
+    measured |= _limit_in_step(ours, size, 8, rounds, measured["batch_8_mixed"]["predicted"])
     return measured
+
+
+def _limit_in_step(model: Any, size: Size, batch: int, rounds: int, predicted: float) -> dict[str, Any]:
+    """What a block takes by the rows that are left, and the share of the FLOPs' prediction that this allows."""
+    import torch
+
+    @torch.no_grad()
+    def block(rows: int) -> float:
+        hidden, start = torch.randn(rows, 1, size.hidden), time.process_time()
+        for _ in range(5):
+            for index in range(size.latents + 1):
+                model.model.run_pass(index, hidden)
+        return (time.process_time() - start) / 5
+
+    every = [*range(1, batch + 1), batch * size.prompt]
+    times = paired({f"{rows} rows": partial(block, rows) for rows in every}, 2 * rounds, "a block")
+    took = {rows: statistics.median(times[f"{rows} rows"]) for rows in every}
+    forced, in_step = ForcedExits(size.blocks, batch, mixed=True), size.blocks * took[batch * size.prompt]
+    everything = in_step + (size.new - 1) * size.blocks * took[batch]
+    for _ in range(size.new - 1):
+        forced.begin(None, (), {"input_ids": torch.zeros(batch, 1)})
+        for number in range(size.blocks):
+            in_step += took.get(int((forced.wanted > number).sum()), 0.0)
+    shown = {rows: 1e3 * each for rows, each in took.items()}
+    return {"block_ms_by_rows": shown, "limit_in_step": everything / in_step / predicted}
 
 
 HALTING = {"batch_1": (1, False), "batch_8": (8, False), "batch_8_mixed": (8, True)}
@@ -206,7 +235,7 @@ def report_lines(size: Size, measured: dict[str, Any], rounds: int, commit: str)
         "# Generation",
         "",
         f"`python benchmarks/generate.py --rounds {rounds}` at commit {commit}: {size}, float32 on one CPU thread, "
-        "random weights, greedy; medians, and medians of paired ratios. Time includes reading the prompt.",
+        "random weights, greedy; medians of CPU times, and of paired ratios. Time includes reading the prompt.",
         "",
         "| what | against | time | time | ratio |",
         "|---|---|---|---|---|",
@@ -225,7 +254,12 @@ def report_lines(size: Size, measured: dict[str, Any], rounds: int, commit: str)
             f"| {row['exits_seconds']:.2f} s | {row['all_seconds']:.2f} s | {row['speedup']:.2f} times as fast; FLOPs "
             f"predict {row['predicted']:.2f}; efficiency {row['efficiency']:.3f} |"
         )
-    return lines
+    shown = ", ".join(f"{rows}: {each:.1f}" for rows, each in measured["block_ms_by_rows"].items())
+    return [
+        *lines, "",
+        f"A block of so many rows takes, layers alone, in ms: {shown}. With these times no decoding that goes in step "
+        f"reaches more than {measured['limit_in_step']:.3f} of what FLOPs predict for each sequence its own block.",
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -242,7 +276,7 @@ def main() -> None:
     print("\n".join(lines))
     (HERE / "generate.md").write_text("\n".join([*lines, ""]))
     (HERE / "generate.json").write_text(json.dumps({**measured, "commit": shown.strip()}, indent=1) + "\n")
-    names = ("cache_speedup", "vs_plain_ratio", "halting_efficiency", "halting_efficiency_mixed")
+    names = ("cache_speedup", "vs_plain_ratio", "halting_efficiency", "halting_efficiency_mixed", "limit_in_step")
     print(json.dumps({name: round(measured[name], 4) for name in names}))
 
 

@@ -12,6 +12,7 @@ SUMMARY = "Generate text with an exported model, any causal model of transformer
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cuda", "cpu")
 DEVICE_HELP = "default: MEGATRON_RECURSIVE_DEVICE of the environment, or auto: a GPU where there is one"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 EXITS = ("halting", "output-change", "kl", "argmax")
 
 
@@ -20,13 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model, which is required")
     model.add_argument("--model", required=True, metavar="DIR_OR_CKPT",
                        help="a Hugging Face folder, a name in the hub's cache, or a Megatron checkpoint")
-    model.add_argument("--tokenizer", metavar="DIR", help="default: that of the model")
+    model.add_argument("--tokenizer", metavar="DIR", help="a folder, or a hub name (default: the model's)")
+    model.add_argument("--device-map", choices=DEVICE_MAPS,
+                       help="how accelerate spreads a Hugging Face folder over devices (default: on the first)")
     model.add_argument("--dtype", choices=DTYPES, default="auto",
                        help="of the weights (default: auto, as they are stored)")
     model.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
     asked = parser.add_argument_group("prompts and output: one of --prompt, --prompt-file and --interactive")
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     asked.add_argument("--prompt-file", metavar="FILE", help='a prompt a line, or .jsonl with "prompt"')
+    asked.add_argument("--batch-size", type=int, default=1, metavar="N",
+                       help="prompts at a time, padded on the left: the same answers, unless tokens are sampled; times "
+                       "and blocks are those of the batch")
     asked.add_argument("--interactive", action="store_true", help="a conversation, with the tokenizer's chat template")
     asked.add_argument("--json", action="store_true", help="a JSON line per result, and nothing else on stdout")
     asked.add_argument("--show-recursive-steps", action="store_true",

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_recursive.command_line import command
 from megatron_recursive.data.preparation import vocabulary_digest
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Encode = Callable[[list[str]], list[list[int]]]
 """Token ids of each text, with the special tokens that the stored tokenizer puts around it; none of an empty text."""
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "*.model", "*.model.v*", "*.tiktoken")
 _MAKE = f"make one with {command('tokenizer')}"
 
 
@@ -70,30 +71,42 @@ class StoredTokenizer:
     special: bool = False
 
 
-def load_tokenizer(path: str | Path, mend: str = _MAKE) -> PreTrainedTokenizerBase:
+def is_hub_name(given: str | Path) -> bool:
+    """Whether it can only be a name of the hub: MODEL, or ORG/MODEL where no folder here is called ORG."""
+    path, text = Path(given), str(given)
+    local = path.exists() or text[:1] in (".", "~", "/") or text.count("/") > 1 or text.endswith((".gguf", ".model"))
+    return not local and ("/" not in text or not path.parent.is_dir())
+
+
+def load_tokenizer(path: str | Path, mend: str = _MAKE, **options: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder of Hugging Face's, or GPT-2's ``vocab.json`` and ``merges.txt``; or by a hub name.
 
-    Nothing is downloaded for a folder, and no code of it is run. ``mend`` is what the user is told to do without one: a
-    trained model needs its own.
+    ORG/MODEL alone is downloaded: MODEL, which may be a mistyped folder, must be in the hub's cache. No code of a
+    tokenizer is run. ``mend`` is what the user is told to do without one: a trained model needs its own. ``options``
+    are those of ``AutoTokenizer.from_pretrained``.
 
     Raises:
         UserError: the folder is missing or holds no tokenizer that ``transformers`` can load.
     """
-    folder = Path(path)
-    is_local = folder.exists() or folder.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")
-    if is_local and not folder.is_dir():
+    folder, is_name = Path(path), is_hub_name(path)
+    cached = not is_name or "/" not in str(path)
+    if not is_name and not folder.is_dir():
         raise UserError(f"tokenizer folder {path} does not exist; {mend}")
-    if is_local and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    named = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        if not any((folder / name).is_file() for name in named):
             return gpt2_tokenizer(folder / "vocab.json", folder / "merges.txt")
-        if not (folder / "tokenizer.model").is_file():
-            raise UserError(f"{folder} holds no tokenizer (no tokenizer.json); {mend}")
+    elif not is_name and not options and not any(any(folder.glob(name)) for name in (*VOCABULARIES, named[1])):
+        raise UserError(f"{folder} holds no tokenizer (no tokenizer.json); {mend}")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=is_local, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=cached, trust_remote_code=False, **options)
     # transformers and the Rust tokenizers raise bare Exception, ValueError, KeyError and OSError for a broken folder.
     except Exception as error:
+        if is_name and isinstance(error, OSError):
+            raise UserError(f"tokenizer {path} is neither a folder nor in the hub's cache; fetch it with hf download "
+                            f"{path}, or {mend}") from error  # fmt: skip
         raise UserError(f"cannot load the tokenizer {path} ({_reason(error)}); check the name, or {mend}") from error
 
 

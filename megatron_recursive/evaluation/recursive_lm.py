@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_recursive.command_line import nearest_flag
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.tokenizer_files import load_tokenizer
+from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
-from megatron_recursive.hf.model.exits_recursive_gpt import EXIT_ARGUMENTS, ExitOptions, ExitReport
+from megatron_recursive.hf.model.exits_recursive_gpt import EXIT_ARGUMENTS, ExitOptions, ExitReport, Work
 from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
 # Exports load with the package's own classes, so that no code of a folder is run.
@@ -64,7 +64,7 @@ def _find(pretrained: str, tokenizer: Any) -> tuple[str, Any]:
         raise UserError(f"pretrained={pretrained} does not exist; name a Hugging Face folder or a Megatron checkpoint.")
     if path.is_dir() and not (path / "config.json").is_file():
         source, tokenizer = exported(pretrained, tokenizer), None  # the export holds it
-    if path.is_dir() and tokenizer is None and load_tokenizer(Path(source)) is None:
+    if path.is_dir() and tokenizer is None and tokenizer_of(Path(source)) is None:
         raise UserError(f"{pretrained} holds no tokenizer; give its folder with --model_args tokenizer=DIR.")
     return source, tokenizer
 
@@ -133,10 +133,18 @@ class RecursiveLM(HFLM):
         """Called for each row of the last call in turn, with its length without padding."""
         if self._options is not None:
             assert inplen is not None
-            report, seen = ExitReport(self.model.config), torch.arange(1, inplen + 1).unsqueeze(0)
-            report.add(self._options, next(self._rows)[None, :inplen], seen, decoded=False, logits=inplen)
+            report, blocks_S = ExitReport(self.model.config), next(self._rows)[:inplen]
+            report.add(self._options, blocks_S[None], self._work_alone(self._options, blocks_S), decoded=False)
             self._spend(report)
         return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
+    def _work_alone(self, options: ExitOptions, blocks_S: Tensor) -> Work:
+        """What a text would have cost by itself, so that the results do not depend on its batch."""
+        config, length = self.model.config, len(blocks_S)
+        active = [int((blocks_S > block).sum()) for block in range(int(blocks_S.max()))]
+        layers = config.num_layers * (len(config.plan["passes"]) // options.trained_blocks)
+        asked = sum(active[: options.max_blocks - 1])
+        return Work(layers * sum(active), layers * len(active) * length**2, asked, length, (length, length**2))
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         tokens = super()._model_generate(context, max_length, stop, **self._exit, **kwargs)

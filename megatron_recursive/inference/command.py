@@ -1,4 +1,4 @@
-"""What the command ``generate`` does: prompts one after the other, or a conversation."""
+"""What the command ``generate`` does: prompts in batches, or a conversation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import batched, groupby
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.inference import output
@@ -16,6 +17,7 @@ from megatron_recursive.inference.generation import (
     check_length,
     encode_prompt,
     generate,
+    room_for,
 )
 from megatron_recursive.inference.loading import Loaded, open_model
 from megatron_recursive.inference.prompts import read_prompts
@@ -33,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompt_file)
     with open_model(
         args.model, tokenizer=args.tokenizer, dtype=args.dtype, num_refinement_blocks=args.num_refinement_blocks,
-        device=args.device,
-    ) as loaded:
+        device=args.device, device_map=args.device_map,
+    ) as loaded:  # fmt: skip
         settings.check(loaded)
         if args.show_recursive_steps and not loaded.recursive:
             raise UserError(f"--show-recursive-steps needs a recursive model, but {args.model} is a plain one.")
@@ -49,6 +51,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError("--interactive reads what you type; leave out --prompt, --prompt-file and --json.")
     if not args.interactive and not args.prompt and args.prompt_file is None:
         raise UserError("There is nothing to answer; give --prompt, --prompt-file or --interactive.")
+    if args.device_map is not None and args.device == "cpu":
+        raise UserError("--device-map spreads a model over GPUs; leave out --device cpu.")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, but is {args.batch_size}.")
+    if args.batch_size > 1 and (args.interactive or args.show_recursive_steps):
+        raise UserError("--interactive and --show-recursive-steps follow one sequence; leave out --batch-size.")
     if args.show_recursive_steps and args.num_beams > 1:
         raise UserError("--show-recursive-steps follows one sequence; leave out --num-beams.")
 
@@ -60,24 +68,27 @@ def _answer_all(
     loaded: Loaded, prompts: list[tuple[str, str]], settings: Settings, args: argparse.Namespace
 ) -> None:
     encoded = [encode_prompt(loaded, prompt, name) for name, prompt in prompts]
-    for number, ((name, prompt), ids) in enumerate(zip(prompts, encoded, strict=True)):
-        _warn_of_cut(loaded, ids, settings, name)
-        shows_text = not args.json and not args.show_recursive_steps
-        streams = shows_text and sys.stdout.isatty() and settings.num_beams == 1
-        if shows_text:
-            print(prompt, end="", flush=True)
-        on_token = _step_printer(loaded, number, args) if args.show_recursive_steps else None
-        answer = generate(loaded, ids, settings, _write if streams else None, on_token)
-        if args.json:
-            output.print_json(output.answer_record(prompt, answer))
-        elif shows_text:
-            print("" if streams else answer.text, flush=True)
-        elif sys.stdout.isatty():
-            print(f"{prompt}{answer.text}", flush=True)
-        else:
-            output.print_json(output.answer_record(prompt, answer))
-        if not args.json:
-            output.say(f"[{number + 1} of {len(prompts)}: {output.summary(answer)}]")
+    shows_text = not args.json and not args.show_recursive_steps
+    streams = shows_text and sys.stdout.isatty() and settings.num_beams == 1 and args.batch_size == 1
+    for _, group in groupby(range(len(prompts)), lambda number: room_for(loaded, encoded[number], settings)):
+        for batch in batched(group, args.batch_size):
+            for number in batch:
+                _warn_of_cut(loaded, encoded[number], settings, prompts[number][0])
+            if streams:
+                print(prompts[batch[0]][1], end="", flush=True)
+            on_token = _step_printer(loaded, batch[0], args) if args.show_recursive_steps else None
+            ids = [encoded[number] for number in batch]
+            answers = generate(loaded, ids, settings, _write if streams else None, on_token)
+            for number, answer in zip(batch, answers, strict=True):
+                prompt = prompts[number][1]
+                if streams:
+                    print(flush=True)
+                elif shows_text or (sys.stdout.isatty() and not args.json):
+                    print(f"{prompt}{answer.text}", flush=True)
+                else:
+                    output.print_json(output.answer_record(prompt, answer))
+                if not args.json:
+                    output.say(f"[{number + 1} of {len(prompts)}: {output.summary(answer)}]")
 
 
 def _warn_of_cut(loaded: Loaded, ids: list[int], settings: Settings, name: str) -> None:
@@ -146,6 +157,6 @@ def _reply(loaded: Loaded, messages: Messages, settings: Settings, args: argpars
     _warn_of_cut(loaded, ids, settings, "the conversation")
     on_token = _step_printer(loaded, len(messages) // 2, args) if args.show_recursive_steps else None
     streams = settings.num_beams == 1 and not args.show_recursive_steps
-    answer = generate(loaded, ids, settings, _write if streams else None, on_token)
+    (answer,) = generate(loaded, [ids], settings, _write if streams else None, on_token)
     print("" if streams else answer.text, flush=True)
     return answer

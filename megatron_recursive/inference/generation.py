@@ -1,9 +1,9 @@
-"""One prompt to one answer: what may be asked for, and transformers' ``generate`` behind it."""
+"""Prompts to answers: what may be asked for, and transformers' ``generate`` behind it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +105,7 @@ class BlockReading:
 
 @dataclass
 class Answer:
-    """What came of a prompt; ``report`` is an ``ExitReport`` where there was an exit."""
+    """What came of a prompt; ``seconds`` and ``report``, an ``ExitReport`` under an exit, are of its whole batch."""
 
     text: str
     tokens: list[int]
@@ -113,6 +113,7 @@ class Answer:
     finish_reason: str
     seconds: float
     report: Any = None
+    batch_size: int = 1
 
 
 def encode_prompt(loaded: Loaded, prompt: str, name: str = "The prompt") -> list[int]:
@@ -145,41 +146,47 @@ def check_length(loaded: Loaded, ids: list[int], name: str) -> None:
         )
 
 
+def room_for(loaded: Loaded, ids: list[int], settings: Settings) -> int:
+    """The new tokens that a prompt may get."""
+    room = settings.max_tokens
+    return room if loaded.max_positions is None else min(room, loaded.max_positions - len(ids))
+
+
 def generate(
     loaded: Loaded,
-    ids: list[int],
+    prompts: Sequence[list[int]],
     settings: Settings,
     on_text: Callable[[str], None] | None = None,
     on_token: Callable[[int, list[BlockReading]], None] | None = None,
-) -> Answer:
-    """Go on from ``ids``; the same seed gives the same answer, whatever was generated before.
+) -> list[Answer]:
+    """Go on from prompts that have the same :func:`room_for`, as one batch that is padded on the left.
+
+    The same seed gives the same answers to the same batch, whatever was generated before; without sampling, any batch.
 
     Args:
-        on_text: called with each piece of the answer as soon as it is known; not with beams.
-        on_token: called with each new token and what every block would have said; not with beams.
+        on_text: called with each piece of the answer as soon as it is known; of one prompt, without beams.
+        on_token: called with each new token and what every block would have said; of one prompt, without beams.
     """
-    device, room = loaded.model.device, settings.max_tokens
-    if loaded.max_positions is not None:
-        room = min(room, loaded.max_positions - len(ids))
-    input_ids = torch.tensor([ids], device=device)
+    room, width = room_for(loaded, prompts[0], settings), max(map(len, prompts))
+    padded = [[prompts[0][0]] * (width - len(ids)) + ids for ids in prompts]
+    input_ids = torch.tensor(padded, device=loaded.model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=input_ids.device)
     torch.manual_seed(settings.seed)
-    listener = _Listener(loaded, ids, on_text, on_token) if on_text or on_token else None
+    listener = _Listener(loaded, prompts[0], on_text, on_token) if on_text or on_token else None
     extra: dict[str, Any] = {"streamer": listener} if listener is not None else {}
     if on_token is not None:
         extra["output_blocks"] = True
     start = time.perf_counter()
     with _generation_config(loaded, settings, room), _listening(loaded.model, listener, on_token is not None):
-        output = loaded.model.generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), **settings.exit_arguments, **extra
-        )
-    seconds = time.perf_counter() - start
-    tokens = output[0, len(ids) :].tolist()
-    while len(tokens) > 1 and tokens[-1] in _end_ids(loaded) and tokens[-2] in _end_ids(loaded):
-        tokens.pop()  # padding of a shorter beam
-    ended = bool(tokens) and tokens[-1] in _end_ids(loaded)
-    report = loaded.model.last_exit_report if settings.exit is not None else None
-    text = _text_after(loaded, ids, tokens)
-    return Answer(text, tokens, len(ids), "stop" if ended else "length", seconds, report)
+        output = loaded.model.generate(input_ids, attention_mask=mask, **settings.exit_arguments, **extra)
+    seconds, answers = time.perf_counter() - start, []
+    for ids, tokens in zip(prompts, output[:, width:].tolist(), strict=True):
+        end = next((number for number, token in enumerate(tokens) if token in _end_ids(loaded)), None)
+        tokens = tokens if end is None else tokens[: end + 1]  # behind it lies padding
+        reason, text = "length" if end is None else "stop", _text_after(loaded, ids, tokens)
+        report = loaded.model.last_exit_report if settings.exit is not None else None
+        answers.append(Answer(text, tokens, len(ids), reason, seconds, report, len(prompts)))
+    return answers
 
 
 def _text_after(loaded: Loaded, ids: list[int], tokens: list[int]) -> str:

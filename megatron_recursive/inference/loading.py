@@ -16,9 +16,10 @@ from megatron_recursive.backends import cpu
 from megatron_recursive.backends.device import of_this_process
 from megatron_recursive.command_line import command
 from megatron_recursive.data.preparation import vocabulary_digest
-from megatron_recursive.data.tokenizer import gpt2_tokenizer, load_tokenizer
+from megatron_recursive.data.tokenizer import gpt2_tokenizer, is_hub_name, load_tokenizer
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.files import check_generation_settings
+from megatron_recursive.hf.convert.sources import cached_folder
 from megatron_recursive.inference.text import NumberText, Text, TokenizerText
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,12 +47,14 @@ class Loaded:
 @contextlib.contextmanager
 def open_model(
     given: str, *, tokenizer: str | None = None, dtype: str = "auto", num_refinement_blocks: int | None = None,
-    numbers: bool = False, device: str | None = None,
+    numbers: bool = False, device: str | None = None, device_map: str | None = None,
 ) -> Iterator[Loaded]:  # fmt: skip
     """Load a model and its tokenizer; a Megatron checkpoint keeps its process groups while the context lasts.
 
-    ``numbers``: a folder's texts are token ids, as those of a checkpoint without a tokenizer are in any case.
-    ``device``: ``auto``, ``cuda`` or ``cpu``; None asks the environment.
+    Args:
+        numbers: a folder's texts are token ids, as those of a checkpoint without a tokenizer are in any case.
+        device: ``auto``, ``cuda`` or ``cpu``; None asks the environment.
+        device_map: how accelerate spreads a folder's model over devices; None leaves it on one.
 
     Raises:
         UserError: there is no such model, it cannot be read, it has no blocks to change, or the GPU does not work.
@@ -64,9 +67,12 @@ def open_model(
                     f"--model {given} is neither a Hugging Face folder (config.json) nor a Megatron checkpoint "
                     f"({TRACKER} or .metadata); name one of these."
                 )
+            if device_map is not None:
+                raise UserError(f"--device-map spreads Hugging Face folders, but {given} is a Megatron checkpoint; "
+                                "leave it out, or export the checkpoint.")  # fmt: skip
             loaded = _open_checkpoint(stack, given, tokenizer, DTYPES.get(dtype), device)
         else:
-            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"), numbers, device)
+            loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"), numbers, device, device_map)
         if num_refinement_blocks is not None:
             _set_blocks(loaded, num_refinement_blocks)
         yield loaded
@@ -83,32 +89,36 @@ def _set_blocks(loaded: Loaded, count: int) -> None:
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
 
 
-def _open_folder(given: str, tokenizer: str | None, dtype: Any, numbers: bool, device: str) -> Loaded:
+def _open_folder(
+    given: str, tokenizer: str | None, dtype: Any, numbers: bool, device: str, device_map: str | None
+) -> Loaded:
     path = Path(given)
-    is_name = not path.exists() and not path.is_absolute() and not given.startswith(".") and given.count("/") <= 1
     if path.suffix == ".gguf" and path.is_file():
         line = command("convert", "import", "--hf", given, "--out", "CKPT")
         raise UserError(f"--model {given} is a GGUF file, which is imported first ({line}); then give --model CKPT.")
     if path.is_file():
         raise UserError(f"--model {given} is a file; name a Hugging Face folder or a Megatron checkpoint.")
+    if not path.is_dir():
+        if not is_hub_name(given):
+            raise UserError(f"--model {given} does not exist; name a Hugging Face folder or a Megatron checkpoint.")
+        path = cached_folder(given)
     check_generation_settings(path)
-    if not path.is_dir() and not is_name:
-        raise UserError(f"--model {given} does not exist; name a Hugging Face folder or a Megatron checkpoint.")
     try:
         from transformers import AutoConfig
 
         from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
         AutoConfig.register(RecursiveGPTConfig.model_type, RecursiveGPTConfig, exist_ok=True)
-        config = AutoConfig.from_pretrained(given, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model = _model_class(config).from_pretrained(
-            given, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
+            path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, device_map=device_map
         )
     # transformers and safetensors raise OSError, ValueError, KeyError, RuntimeError and their own for broken folders.
     except Exception as error:
         raise UserError(f"--model {given} cannot be loaded ({_reason(error)}); check the folder.") from error
-    model.to(device)
-    own = given if tokenizer is None else tokenizer
+    if device_map is None:
+        model.to(device)
+    own = path if tokenizer is None else tokenizer
     text = NumberText(config.vocab_size) if numbers else TokenizerText(load_tokenizer(own, NEEDS_ITS_OWN))
     recursive = getattr(config, "plan", None) is not None and config.plan.get("family") != "plain"
     return Loaded(given, model.eval(), text, getattr(config, "max_position_embeddings", None), recursive)

@@ -21,18 +21,18 @@ from megatron_recursive.hf.convert.export import MegatronModel, open_checkpoint
 from megatron_recursive.hf.convert.mappings import OWN, config_values
 from megatron_recursive.hf.convert.proof import build_megatron, checkpoint_key, one_process
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
-from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule
+from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, Work
 from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTOutput
 from megatron_recursive.inference.pass_contexts import PassContexts
-from megatron_recursive.models.recursion_state import run_plan
+from megatron_recursive.models.recursion_state import RecursionState, run_plan
 from megatron_recursive.plan import DecoderPass
 
 
 class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
     """A Megatron model of one process, with the interface of ``RecursiveGPTForCausalLM`` that generation needs.
 
-    Prompts are not padded: a batch holds one sequence or its beams. Under an exit a prompt is read token by token, so
-    that each token leaves after its own block.
+    Prompts of a batch are padded on the left. Under an exit a prompt is read token by token, so that each token leaves
+    after its own block; the others of its batch are computed on until the last has left.
     """
 
     config_class = RecursiveGPTConfig
@@ -73,8 +73,6 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
 
         Without ``past_key_values`` this is the full forward of the Megatron model.
         """
-        if attention_mask is not None and not bool(attention_mask.bool().all()):
-            raise ValueError("A Megatron checkpoint generates without padding; give sequences of the same length.")
         if input_ids.numel() and int(input_ids.max()) >= self.config.vocab_size:  # padding rows lie behind
             raise ValueError(f"The token id {int(input_ids.max())} is beyond the vocabulary of "
                              f"{self.config.vocab_size} tokens; tokenize with the model's own tokenizer.")  # fmt: skip
@@ -88,12 +86,16 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             contexts = PassContexts(length, self._passes_per_block)
         if contexts is not None:
             blocks = self.megatron.plan.num_blocks if options is None else options.max_blocks
-            contexts.hold_passes(blocks * self._passes_per_block, batch)
+            contexts.ensure_passes(blocks * self._passes_per_block, batch)
+        past = 0 if contexts is None else contexts.length
+        hidden_BK = None if attention_mask is None or bool(attention_mask.all()) else ~attention_mask.bool()
         if options is None:
-            states, taken_BS = self._run(input_ids, contexts), None
+            states, taken_BS = self._run(input_ids, contexts, hidden_BK), None
         else:
             assert contexts is not None
-            steps = [self._run_token(input_ids[:, s : s + 1], contexts, options) for s in range(length)]
+            work = Work(fixed_depth=(batch * length, batch * length * (past + length)))
+            steps = [self._run_token(input_ids[:, s : s + 1], contexts, hidden_BK, options, work)
+                     for s in range(length)]  # fmt: skip
             most = max(len(states) for states, _ in steps)
             padded = [states + states[-1:] * (most - len(states)) for states, _ in steps]
             states = [torch.cat(tokens) for tokens in zip(*padded, strict=True)]
@@ -107,9 +109,8 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
                 result.block_halting = torch.stack([torch.sigmoid(self._halting(state[kept])) for state in states])
         if options is not None and taken_BS is not None and contexts is not None:
             report = ExitReport(self.config) if self._open_report is None else self._open_report
-            seen_S = torch.arange(contexts.length - length, contexts.length, device=input_ids.device) + 1
-            report.add(options, taken_BS, seen_S.expand(batch, -1), decoded=contexts.length > length,
-                       logits=result.logits.shape[:2].numel())  # fmt: skip
+            work.logits = result.logits.shape[:2].numel()
+            report.add(options, taken_BS, work, decoded=past > 0)
             self.last_exit_report = report
         return result
 
@@ -117,17 +118,26 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
     def _passes_per_block(self) -> int:
         return self.megatron.plan.num_passes // self.megatron.plan.num_blocks
 
-    def _embed(self, input_ids: Tensor, start: int) -> Tensor:
-        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-        return self.megatron.embed(input_ids, positions[None].expand_as(input_ids))
+    def _start(
+        self, input_ids: Tensor, contexts: PassContexts | None, hidden_BK: Tensor | None
+    ) -> tuple[RecursionState, Tensor | None]:
+        """States and attention mask (True hides a key) of the next tokens; ``hidden_BK`` tells which are padding."""
+        start = 0 if contexts is None else contexts.length
+        stop = start + input_ids.shape[1]
+        positions, mask = torch.arange(start, stop, device=input_ids.device)[None].expand_as(input_ids), None
+        if hidden_BK is not None:
+            positions = ((~hidden_BK).long().cumsum(-1) - 1).clamp(min=0)[:, start:stop]
+            # Padding sees what stands before it: nothing at all would be a softmax over nothing.
+            mask = hidden_BK[:, None, None, :stop] & ~hidden_BK[:, None, start:stop, None]
+        return self.megatron.initial_state(self.megatron.embed(input_ids, positions)), mask
 
-    def _run(self, input_ids: Tensor, contexts: PassContexts | None) -> list[Tensor]:
+    def _run(self, input_ids: Tensor, contexts: PassContexts | None, hidden_BK: Tensor | None) -> list[Tensor]:
         """Every pass of the plan; the output state after each block, [S, B, H]."""
-        state = self.megatron.initial_state(self._embed(input_ids, 0 if contexts is None else contexts.length))
+        state, mask = self._start(input_ids, contexts, hidden_BK)
 
         def decode(each: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             return self.megatron.decode(
-                hidden_SBH, None, None if contexts is None else contexts.contexts[each.index], stack=each.stack
+                hidden_SBH, mask, None if contexts is None else contexts.contexts[each.index], stack=each.stack
             )
 
         states = [state.output for _ in run_plan(self.megatron.plan, state, decode)]
@@ -136,33 +146,39 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         return states
 
     def _run_token(
-        self, input_ids: Tensor, contexts: PassContexts, options: ExitOptions
+        self, input_ids: Tensor, contexts: PassContexts, hidden_BK: Tensor | None, options: ExitOptions, work: Work
     ) -> tuple[list[Tensor], Tensor]:
         """Blocks until every sequence's one token has left: output states [1, B, H] after each, and blocks [B, 1].
 
         A sequence that has left keeps its state; what is computed for it beside the others is thrown away.
         """
         plan, per_block = self.megatron.plan, self._passes_per_block
-        rule = ExitRule(options, self._halting_of_tokens, self._logits_of_tokens)
-        state = self.megatron.initial_state(self._embed(input_ids, contexts.length))
+        rule = ExitRule(options, self._halting_of_tokens, self._logits_of_tokens, work)
+        state, mask = self._start(input_ids, contexts, hidden_BK)
         final_BH = torch.empty_like(state.output[0])
         staying_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        real_B = staying_B if hidden_BK is None else ~hidden_BK[:, contexts.length]
         blocks_B = torch.zeros_like(staying_B, dtype=torch.long)
         states = []
         for block in range(options.max_blocks):
-            for place in range(per_block):
-                each = plan.passes[min(block, options.trained_blocks - 1) * per_block + place]
-                context = contexts.contexts[block * per_block + place]
-                state.update(each, self.megatron.decode(state.gather(each), None, context, stack=each.stack))
+            for number in range(per_block):
+                each = plan.passes[min(block, options.trained_blocks - 1) * per_block + number]
+                context = contexts.contexts[block * per_block + number]
+                state.update(each, self.megatron.decode(state.gather(each), mask, context, stack=each.stack))
+            layers, batch = self.config.num_hidden_layers // options.trained_blocks, len(input_ids)
+            work.add(layers * batch, layers * batch * (contexts.length + 1))
             final_BH = torch.where(staying_B[:, None], state.output[0], final_BH)
             states.append(final_BH[None])
             blocks_B += staying_B
-            staying_B = staying_B & ~rule(state.output[0], self.megatron._final_state(state.output, True)[0])
+            if block + 1 == options.max_blocks:
+                break
+            left_B = rule(state.output[0], self.megatron._final_state(state.output, True)[0])
+            staying_B = staying_B & real_B & ~left_B
             if not staying_B.any():
                 break
-        contexts.settle(blocks_B)
+        contexts.fill_skipped(blocks_B)
         contexts.advance(1)
-        return states, blocks_B[:, None]
+        return states, (blocks_B * real_B)[:, None]
 
     def _logits(self, state_SBH: Tensor) -> Tensor:
         """[B, S, V] over the true vocabulary: rows of padding say nothing."""

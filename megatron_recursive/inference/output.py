@@ -23,6 +23,8 @@ def answer_record(prompt: str, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason, "seconds": round(answer.seconds, 4),
         "tokens_per_second": round(len(answer.tokens) / answer.seconds, 2),
     }  # fmt: skip
+    if answer.batch_size > 1:
+        record["batch_size"] = answer.batch_size
     if answer.report is not None:
         record["mean_blocks"] = round(answer.report.mean_blocks, 4)
         record["flops_saved"] = round(answer.report.flops_saved, 4)

@@ -24,7 +24,7 @@ class PassContexts(Cache):
         self.length = 0
         self.contexts: list[StaticInferenceContext] = []
 
-    def hold_passes(self, count: int, batch_size: int) -> None:
+    def ensure_passes(self, count: int, batch_size: int) -> None:
         """Have contexts for at least so many passes; called before the first token."""
         while len(self.contexts) < count:
             self.contexts.append(StaticInferenceContext(batch_size, self.max_length))
@@ -36,16 +36,16 @@ class PassContexts(Cache):
             context.sequence_len_offset = self.length
             context.enable_decode_mode()
 
-    def settle(self, blocks_B: Tensor) -> None:
-        """Give the passes that a sequence skipped what it owes them; the last token has gone in, but not been counted.
+    def fill_skipped(self, blocks_B: Tensor) -> None:
+        """Give the passes that a sequence skipped its keys and values of the same pass in its last block.
 
-        The policy is that of ``hf/model/exits_recursive_gpt.py``: keys and values of the same place of its last block.
+        That is the policy of ``hf/model/exits_recursive_gpt.py``. The last token has gone in, but not been counted.
         """
         for block in range(1, len(self.contexts) // self.passes_per_block):
             late = (blocks_B <= block).nonzero().squeeze(1)
-            for place in range(self.passes_per_block if len(late) else 0):
-                mine = self.contexts[block * self.passes_per_block + place].key_value_memory_dict
-                before = self.contexts[(block - 1) * self.passes_per_block + place].key_value_memory_dict
+            for number in range(self.passes_per_block if len(late) else 0):
+                mine = self.contexts[block * self.passes_per_block + number].key_value_memory_dict
+                before = self.contexts[(block - 1) * self.passes_per_block + number].key_value_memory_dict
                 for layer, stores in before.items():
                     if layer not in mine:  # nobody has reached this block yet
                         mine[layer] = tuple(store.clone() for store in stores)

@@ -32,8 +32,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "models": (f"{OURS}.plan", f"{OURS}.losses", "torch", "megatron.core"),
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
-        *(f"{OURS}.{module}" for module in ("plan", "backends", "models", "data.progress")), "torch", "transformers",
-        "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
+        *(f"{OURS}.{module}" for module in ("plan", "backends", "models", "data.progress", "data.tokenizer")),
+        "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "pipeline")),

@@ -37,9 +37,9 @@ from megatron_recursive.hf.convert.tokenizer_files import (
     copy_tokenizer,
     keep_class,
     last_id,
-    load_tokenizer,
     prove_ids,
     token_ids,
+    tokenizer_of,
     write_settings,
 )
 from megatron_recursive.hf.convert.torch_dist import DATA_FILE, LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
@@ -392,8 +392,8 @@ class _Import:
 def _donor_tokenizer(source: Source) -> Any:
     """As transformers loads it beside the donor's config.json; None where it does not load."""
     if source.gguf is not None:
-        return load_tokenizer(source.gguf.parent, gguf_file=source.gguf.name)
-    return None if source.folder is None else load_tokenizer(source.folder)
+        return tokenizer_of(source.gguf.parent, gguf_file=source.gguf.name)
+    return None if source.folder is None else tokenizer_of(source.folder)
 
 
 def _final(partial: Path) -> Path:

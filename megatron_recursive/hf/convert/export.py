@@ -38,9 +38,9 @@ from megatron_recursive.hf.convert.tokenizer_files import (
     copy_tokenizer,
     difference,
     keep_class,
-    load_tokenizer,
     prove_ids,
     token_ids,
+    tokenizer_of,
     write_settings,
 )
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
@@ -143,13 +143,13 @@ def export_model(
     report, notes = Report(), []
     with new_folder(target, model.checkpoint.nbytes) as folder:
         found = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
-        before = None if found is None else load_tokenizer(found)
+        before = None if found is None else tokenizer_of(found)
         if found is not None:
             keep_class(before, folder)
         ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
         write_settings(folder, ids)
         _write_config(model, folder, ids)
-        if before is not None and difference(before, load_tokenizer(folder)) and model.plan.is_plain:
+        if before is not None and difference(before, tokenizer_of(folder)) and model.plan.is_plain:
             notes.append(f"transformers gives this tokenizer other ids beside a {model.family.architecture}, so that "
                          "the export is of our own class.")  # fmt: skip
             model = dataclasses.replace(model, own_class=True)
@@ -162,7 +162,7 @@ def export_model(
         report.facts["family"] = model.family.model_type
         if model.family is OWN:
             write_remote_code(folder)
-        text = proof.proof_text(model.arch.vocab_size, load_tokenizer(folder), model.arch.max_positions)
+        text = proof.proof_text(model.arch.vocab_size, tokenizer_of(folder), model.arch.max_positions)
         sums, logits = _write_weights(model, folder, report, text, proof_dtype, shard_bytes)
         report.facts["bytes_read"] = model.checkpoint.bytes_read
         _prove(model, folder, report, sums, logits, text, proof_dtype)
@@ -176,9 +176,23 @@ def export_model(
         say("WARNING: the proof was skipped (--no-proof); nothing shows that the export computes what the model does.")
     for note in notes:
         say(f"WARNING: {note}")
+    say(_cache_size(model, report))
     trust = ", trust_remote_code=True" if model.family is OWN else ""
     say(f"{target}: the model; load it with AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})")
     return report
+
+
+def _cache_size(model: MegatronModel, report: Report) -> str:
+    """What keys and values of a token take, which is easily taken for that of a plain model of so many layers."""
+    arch, dtype, passes = model.arch, _config(model)["dtype"], model.plan.num_passes
+    layers = arch.num_layers * passes
+    size = 2 * layers * arch.num_query_groups * arch.head_dim * getattr(torch, dtype).itemsize
+    report.facts["cache_bytes_per_token"] = size
+    line = f"cache: {size:,} bytes a token in {dtype}"
+    return line if model.plan.is_plain else (
+        f"{line}, since {passes} passes of {arch.num_layers} layers are {layers} cache layers; choose batch and "
+        f"context by that, not by {arch.num_layers} layers."
+    )
 
 
 def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import (
@@ -92,14 +93,18 @@ def open_source(given: str) -> Source:
     elif path.exists():
         raise UserError(f"{given} is a file; give a model folder, a .gguf file, or a name in the hub's cache.")
     else:
-        source = _open_folder(_cached(given), given)
+        source = _open_folder(cached_folder(given), given)
     _check_tensors(source)
     return source
 
 
-def _cached(name: str) -> Path:
-    # A name of the hub is ORG/MODEL or MODEL, and no folder here is called ORG.
-    if "/" in name and (name[0] in ".~/" or name.count("/") > 1 or Path(name).parent.is_dir()) or name[-5:] == ".gguf":
+def cached_folder(name: str) -> Path:
+    """Where the hub's cache has a model.
+
+    Raises:
+        UserError: that cannot be a name, or the cache does not have it.
+    """
+    if not is_hub_name(name):
         raise UserError(f"{name} does not exist; give a model folder, a .gguf file, or a name in the hub's cache.")
     from huggingface_hub import snapshot_download
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.data.tokenizer import VOCABULARIES, load_tokenizer
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.files import check_settings
 
@@ -23,7 +24,6 @@ PATTERNS = (
     "LICEN[CS]E*", "NOTICE*",  # what comes with the donor's weights must go on with them
 )  # fmt: skip
 OTHERS = (".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf")  # code and weights, whatever they are called
-VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "*.model", "*.model.v*", "*.tiktoken")
 SETTINGS, CONFIG = "generation_config.json", "tokenizer_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 AS_IT_IS = "PreTrainedTokenizerFast"  # known to transformers 4 and 5
@@ -52,18 +52,18 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     return True
 
 
-def load_tokenizer(folder: Path, **options: Any) -> Any:
-    """The tokenizer of a folder, as transformers loads it without running code; None where there is none that loads."""
+def tokenizer_of(folder: Path, **options: Any) -> Any:
+    """The tokenizer of a model's folder; None where there is none that loads."""
     if not options and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
         return None  # transformers may build one without a vocabulary
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
     AutoConfig.register(RecursiveGPTConfig.model_type, RecursiveGPTConfig, exist_ok=True)  # or it warns of the unknown
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
-    except Exception:  # transformers and the Rust tokenizers raise what they like for one that they cannot build
+        return load_tokenizer(folder, **options)
+    except UserError:
         return None
 
 
@@ -72,7 +72,7 @@ def keep_class(tokenizer: Any, folder: Path) -> None:
     if not hasattr(tokenizer, "backend_tokenizer"):
         return  # it is not made of a tokenizer.json
     _name_class(folder)
-    alone = load_tokenizer(folder)
+    alone = tokenizer_of(folder)
     if alone is None or reading(alone) != reading(tokenizer):
         tokenizer.save_pretrained(folder)
         _name_class(folder)
@@ -123,7 +123,7 @@ def prove_ids(before: Any, folder: Path, name: str) -> str | None:
     """
     if before is None:
         return f"the tokenizer of {name} does not load here, so that its ids are unproven."
-    found = difference(before, load_tokenizer(folder))
+    found = difference(before, tokenizer_of(folder))
     if found is not None:
         raise UserError(f"The tokenizer of {name} would change ({found}); nothing was written.")
     return None

@@ -18,7 +18,7 @@ from megatron_recursive.hf.convert.export import open_checkpoint
 from megatron_recursive.hf.convert.mappings import Item, items
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.sources import open_source
-from megatron_recursive.hf.convert.tokenizer_files import load_tokenizer
+from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
 from megatron_recursive.hf.convert.torch_dist import TRACKER
 from megatron_recursive.plan import RecursionPlan
 
@@ -73,7 +73,7 @@ def verify(
     report.facts["same_plan"] = left.plan == right.plan
     if proof_dtype is not None and left.arch.vocab_size == right.arch.vocab_size:
         positions = min(left.arch.max_positions, right.arch.max_positions)
-        tokenizer = load_tokenizer(left.tokenizer) or load_tokenizer(right.tokenizer)
+        tokenizer = tokenizer_of(left.tokenizer) or tokenizer_of(right.tokenizer)
         text = proof.proof_text(left.arch.vocab_size, tokenizer, positions)
         coarse = functools.reduce(_coarser, (dtype for pair in pairs for dtype in pair)) if pairs else None
         error = proof.relative_error(*(side.logits(text, proof_dtype, coarse) for side in (left, right)))

@@ -14,63 +14,52 @@ if TYPE_CHECKING:
 
 
 class RecursiveCache(Cache):
-    """Keys and values of all passes and layers, a tensor per block, in which skipped passes cost next to nothing.
+    """Keys and values of all passes and layers, a tensor per block, in which skipped passes cost nothing.
 
-    A slot is ``layer_idx = pass * layers + layer``. Space grows by half when it is full; blocks are added when a token
-    first reaches them, as copies of the block before, which is what earlier tokens owe them (exits_recursive_gpt.py).
-    It serves at fixed depth too. All of it lies on one device.
+    A cache layer is ``layer_idx = pass * layers + layer``. A block is added, grows by half when it is full, and takes
+    over what earlier tokens computed in the block before instead (exits_recursive_gpt.py) when a token reaches it, one
+    block after the other: beside what is held, growing needs room for one block. All of it lies on one device.
+    It serves at fixed depth too.
     """
 
     def __init__(self, config: RecursiveGPTConfig, reserve: int = 64) -> None:
         super().__init__(layers=[])
-        self.slots_per_block = config.num_hidden_layers // config.num_refinement_blocks
+        self.layers_per_block = config.num_hidden_layers // config.num_refinement_blocks
         self.length, self.reserve = 0, reserve
-        self.blocks: list[Tensor] = []  # each [slots, 2, B, heads, space, D]
-        self.views: list[list[tuple[Tensor, Tensor]]] = []  # of each block, by slot: keys and values
-        self.filled: list[int] = []  # tokens that each block holds
+        self.blocks: list[Tensor] = []  # each [layers, 2, B, heads, space, D]
+        self.views: list[list[tuple[Tensor, Tensor]]] = []  # of each block, by layer: keys and values
+        self.filled: list[int] = []  # of each block: the first so many tokens are in it
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
-        block, slot = divmod(layer_idx, self.slots_per_block)
+        block, layer = divmod(layer_idx, self.layers_per_block)
         added = key_states.shape[-2]
         if layer_idx == 0:
-            self.length += added  # the first slot of every forward
-            self._make_room()
-        if block == len(self.blocks):
-            self._add_block(key_states)
-        keys, values = self.views[block][slot]
+            self.length += added  # the first layer of every forward
+        if layer == 0:
+            self._reach(block, key_states)
+        keys, values = self.views[block][layer]
         keys.narrow(2, self.length - added, added).copy_(key_states)
         values.narrow(2, self.length - added, added).copy_(value_states)
-        if slot == self.slots_per_block - 1:
+        if layer == self.layers_per_block - 1:
             self.filled[block] = self.length
         return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
 
-    def _add_block(self, like: Tensor) -> None:
-        batch, heads, _, size = like.shape
-        if self.blocks:
-            added, filled = self.blocks[-1].clone(), self.filled[-1]
-        else:
-            space = max(self.reserve, self.length)
-            added, filled = like.new_zeros(self.slots_per_block, 2, batch, heads, space, size), 0
-        self.filled.append(filled)
-        self._hold([*self.blocks, added])
+    def _reach(self, block: int, like: Tensor) -> None:
+        """Have room for the new tokens in this block, and in it the earlier tokens that did not reach it."""
+        if block == len(self.blocks):
+            batch, heads, _, size = like.shape
+            space = max(self.reserve, self.length, self.blocks[-1].shape[-2] if self.blocks else 0)
+            self.filled.append(0)
+            self._set(block, like.new_zeros(self.layers_per_block, 2, batch, heads, space, size))
+        elif self.length > (space := self.blocks[block].shape[-2]):
+            self._set(block, F.pad(self.blocks[block], (0, 0, 0, max(self.length - space, space // 2))))
+        start, stop = self.filled[block], self.length - like.shape[-2]
+        if start < stop:
+            self.blocks[block][..., start:stop, :] = self.blocks[block - 1][..., start:stop, :]
 
-    def _make_room(self) -> None:
-        space = self.blocks[0].shape[-2] if self.blocks else self.length
-        if self.length > space:
-            more = max(self.length - space, space // 2)
-            self._hold([F.pad(store, (0, 0, 0, more)) for store in self.blocks])
-
-    def _hold(self, blocks: list[Tensor]) -> None:
-        self.blocks = blocks
-        self.views = [[(slot[0], slot[1]) for slot in store] for store in blocks]
-
-    def settle(self) -> None:
-        """Tokens that have not reached a block owe it what they gave to the block before."""
-        for block in range(1, len(self.blocks)):
-            start = self.filled[block]
-            if start < self.length:
-                self.blocks[block][..., start : self.length, :] = self.blocks[block - 1][..., start : self.length, :]
-                self.filled[block] = self.length
+    def _set(self, block: int, store: Tensor) -> None:
+        self.blocks[block : block + 1] = [store]
+        self.views[block : block + 1] = [[(layer[0], layer[1]) for layer in store]]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -82,7 +71,8 @@ class RecursiveCache(Cache):
         return -1
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._hold([change(store) for store in self.blocks])
+        for block, store in enumerate(self.blocks):
+            self._set(block, change(store))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda store: store.index_select(2, beam_idx.to(store.device)))
@@ -94,16 +84,14 @@ class RecursiveCache(Cache):
         self._map(lambda store: store[:, :, indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.settle()
         self.length -= min(abs(tokens_to_remove), self.length)
-        self.filled = [self.length] * len(self.blocks)
+        self.filled = [min(filled, self.length) for filled in self.filled]
 
     def reset(self) -> None:
-        self._hold([])
-        self.filled, self.length = [], 0
+        self.blocks, self.views, self.filled, self.length = [], [], [], 0
 
     def __len__(self) -> int:
-        return len(self.blocks) * self.slots_per_block
+        return len(self.blocks) * self.layers_per_block
 
     @property
     def batch_size(self) -> int:

@@ -1,16 +1,17 @@
-"""Leaving the recursion early at inference: when a token leaves, what it owes to later tokens, what it saves.
+"""Leaving the recursion early at inference: when a token leaves, what later tokens see of it, what it saves.
 
 Ships inside an export: it imports torch and transformers alone.
 
 **The policy for skipped passes.** A token that leaves after block b keeps its states, and for every pass of every later
-block it provides the keys and values that it computed in block b at the same place of the block (same layer, same pass
-counted from the block's start). This depends on the token and on earlier ones alone, so a prompt read at once, tokens
-decoded one by one and a forward without a cache agree. Later tokens attend to it in their deeper blocks as usual.
+block it provides the keys and values that it computed in block b in the same cache layer of the block (same layer, same
+pass counted from the block's start). This depends on the token and on earlier ones alone, so a prompt read at once,
+tokens decoded one by one and a forward without a cache agree. Later tokens attend to it in deeper blocks as usual.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,19 +93,46 @@ class ExitOptions:
         return cls(exit, threshold, change, stable, cap, trained)
 
 
+@dataclass
+class Work:
+    """What one forward computed, summed over its passes and layers.
+
+    Attributes:
+        tokens: through a layer each. scores: of attention, a query and a key each. asked: tokens of which the rule
+            asked a head. logits: positions of which logits were returned.
+        fixed_depth: tokens and scores of one pass through one layer where nobody has left.
+    """
+
+    tokens: int = 0
+    scores: int = 0
+    asked: int = 0
+    logits: int = 0
+    fixed_depth: tuple[int, int] = (0, 0)
+
+    def add(self, tokens: int, scores: int) -> None:
+        self.tokens, self.scores = self.tokens + tokens, self.scores + scores
+        self.fixed_depth = self.fixed_depth if any(self.fixed_depth) else (tokens, scores)
+
+
 class ExitRule:
-    """Asks the tokens that are still there after each block; for one forward."""
+    """Asks the active tokens, those that have not left, after each block; for one forward.
+
+    ``work``: what the forward computed.
+    """
 
     def __init__(
-        self, options: ExitOptions, halting_logits: Callable[[Tensor], Tensor], logits_of: Callable[[Tensor], Tensor]
-    ) -> None:
+        self, options: ExitOptions, halting_logits: Callable[[Tensor], Tensor], logits_of: Callable[[Tensor], Tensor],
+        work: Work | None = None,
+    ) -> None:  # fmt: skip
         self.options, self.halting_logits, self.logits_of = options, halting_logits, logits_of
-        self.before: Tensor | None = None  # [N, ...]: what the block before gave, for the tokens that are still there
+        self.work = Work() if work is None else work
+        self.before: Tensor | None = None  # [N, ...]: what the block before gave, for the active tokens
         self.stable_N: Tensor | None = None  # how many blocks in a row had the same arg-max
 
     def __call__(self, state_NH: Tensor, read_NH: Tensor) -> Tensor:
         """Which of the tokens leave, [N], given their output state (as the passes and as the heads see it)."""
         kind, before = self.options.exit, self.before
+        self.work.asked += len(state_NH)
         if kind == "halting":
             return torch.sigmoid(self.halting_logits(read_NH)) >= self.options.halt_threshold
         if kind == "output-change":
@@ -129,26 +157,26 @@ class ExitRule:
     def _nobody(state_NH: Tensor) -> Tensor:
         return torch.zeros(len(state_NH), dtype=torch.bool, device=state_NH.device)
 
-    def keep(self, index: Tensor) -> None:
+    def select(self, index: Tensor) -> None:
         """Go on with these of the tokens."""
         self.before = None if self.before is None else self.before[index]
         self.stable_N = None if self.stable_N is None else self.stable_N[index]
 
 
-class TokensOfPass:
+class ActiveTokens:
     """The tokens that a pass computes, and how they meet the keys and values of those that have left.
 
-    Hidden states hold the N tokens that are still there as [1, N, H] (all of them as [B, S, H] while nobody has left).
+    Hidden states have the N active tokens as [1, N, H] (all of them as [B, S, H] while nobody has left).
     Attention alone sees the whole batch: keys and values of those that have left come from the block before.
     """
 
-    def __init__(self, shape: tuple[int, int], slots_per_block: int) -> None:
-        self.shape, self.slots_per_block = shape, slots_per_block
+    def __init__(self, shape: tuple[int, int], layers_per_block: int, work: Work) -> None:
+        self.shape, self.layers_per_block, self.work = shape, layers_per_block, work
         self.index: Tensor | None = None  # [N] of B * S; None: all
-        self.rows: list[slice] | None = None  # runs of sequences that are still there, where each has one token
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}  # slot within a block -> keys, values [B, heads, S, D]
+        self.rows: list[slice] | None = None  # runs of active sequences, where each has one token
+        self.block_kv: dict[int, tuple[Tensor, Tensor]] = {}  # cache layer of a block -> keys, values [B, heads, S, D]
 
-    def keep(self, index: Tensor) -> None:
+    def select(self, index: Tensor) -> None:
         """Go on with these of the tokens, [N] of B * S."""
         self.index = index
         if self.shape[1] == 1:
@@ -159,36 +187,43 @@ class TokensOfPass:
                 else:
                     self.rows.append(slice(row, row + 1))
 
-    def place(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the tokens, as attention needs them; and remember keys and values."""
-        slot = layer_idx % self.slots_per_block
+    def whole_batch(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the active tokens, as attention needs them; keys and values are remembered."""
+        layer = layer_idx % self.layers_per_block
         if self.index is not None and self.rows is not None:  # [1, heads, N, D] -> [N, heads, 1, D]
             query, key, value = (each.transpose(0, 2) for each in (query, key, value))
-            old_key, old_value = self.new[slot]
+            old_key, old_value = self.block_kv[layer]
             index = self.index.to(key.device)
             key, value = old_key.index_copy(0, index, key), old_value.index_copy(0, index, value)
         elif self.index is not None:
-            old_key, old_value = self.new[slot]
-            nobody = query.new_zeros(self.shape[0], query.shape[1], self.shape[1], query.shape[3])
-            query, key, value = self._spread(nobody, query), self._spread(old_key, key), self._spread(old_value, value)
-        self.new[slot] = key, value
+            old_key, old_value = self.block_kv[layer]
+            zeros = query.new_zeros(self.shape[0], query.shape[1], self.shape[1], query.shape[3])
+            query, key, value = (
+                self._scatter(old, new) for old, new in ((zeros, query), (old_key, key), (old_value, value))
+            )
+        self.block_kv[layer] = key, value
         return query, key, value
 
-    def _spread(self, old: Tensor, new: Tensor) -> Tensor:
-        """``old`` [B, heads, S, D] with ``new`` [1, heads, N, D] in the tokens' places."""
+    def _scatter(self, old: Tensor, new: Tensor) -> Tensor:
+        """``old`` [B, heads, S, D] with ``new`` [1, heads, N, D] at the active tokens."""
         assert self.index is not None
         whole = old.transpose(1, 2).flatten(0, 1).index_copy(0, self.index.to(old.device), new[0].transpose(0, 1))
         return whole.unflatten(0, self.shape).transpose(1, 2)
 
-    def pick(self, result: Tensor) -> Tensor:
-        """Of attention's [B, S, heads, D], the tokens that are still there, [1, N, heads, D]."""
+    def active_only(self, result: Tensor) -> Tensor:
+        """Of attention's [B, S, heads, D], the active tokens, [1, N, heads, D]."""
         return result if self.index is None else result.flatten(0, 1)[self.index.to(result.device)].unsqueeze(0)
+
+    def count(self, query: Tensor, key: Tensor) -> None:
+        """Take note of a call of attention, [B, heads, S, D] each."""
+        tokens = math.prod(self.shape) if self.index is None else len(self.index)
+        self.work.add(tokens, query.shape[0] * query.shape[2] * key.shape[2])
 
     def attend_rows(
         self, attend: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor,
         mask: Tensor | None, settings: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        """Attention of the sequences that are still there, on views of the cache: nothing is copied for the others."""
+        """Attention of the active sequences, on views of the cache: nothing is copied for the others."""
         assert self.rows is not None
         results, start = [], 0
         for rows in self.rows:
@@ -201,7 +236,7 @@ class TokensOfPass:
 
 @torch.no_grad()
 def run_with_exits(
-    model: Any, states: dict[str, Tensor], attention_mask: Tensor | None, rule: ExitRule, keeps_states: bool,
+    model: Any, states: dict[str, Tensor], attention_mask: Tensor | None, rule: ExitRule, output_block_states: bool,
     shared: dict[str, Any],
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Run blocks until every token has left. ``states["output"]`` becomes the state that each token left with.
@@ -210,7 +245,7 @@ def run_with_exits(
         model: the base model. states: [B, S, H] each. shared: what every layer is given.
 
     Returns:
-        The output states after each block that ran (if they are to be kept), and [B, S] blocks run (0: padding).
+        The output states after each block that ran (if they are asked for), and [B, S] blocks run (0: padding).
     """
     if shared.get("output_attentions") or shared.get("output_hidden_states"):
         raise ValueError("output_attentions and output_hidden_states need all blocks; they do not go with an exit.")
@@ -219,21 +254,22 @@ def run_with_exits(
     config, passes, options = model.config, model.passes, rule.options
     per_block = len(passes) // options.trained_blocks
     batch, length = states["input"].shape[:2]
-    tokens = TokensOfPass((batch, length), config.num_hidden_layers // options.trained_blocks)
+    tokens = ActiveTokens((batch, length), config.num_hidden_layers // options.trained_blocks, rule.work)
     cache, rotary = shared["past_key_values"], shared["position_embeddings"]
-    _open_cache(cache, config, options, tokens.slots_per_block)
+    _open_cache(cache, options, tokens.layers_per_block)
     if rotary is not None:
         rotary = tuple(each.expand(batch, -1, -1) for each in rotary)
-    final, kept = states["output"], []
+    final, block_states = states["output"], []
     blocks_N = torch.zeros(batch * length, dtype=torch.long, device=final.device)
-    real_N = real_and_visible(attention_mask, blocks_N.view(batch, length), _seen(cache))[0].flatten()
+    past = 0 if cache is None else int(cache.get_seq_length())
+    real_N = real_tokens(attention_mask, blocks_N.view(batch, length), past).flatten()
     index = torch.arange(batch * length, device=final.device)
     now, shared = dict(states), {**shared, "tokens": tokens}
     for block in range(options.max_blocks):
-        model.hold_passes((block + 1) * per_block)
-        for place in range(per_block):
-            each = passes[min(block, options.trained_blocks - 1) * per_block + place]
-            result = model.run_pass(block * per_block + place, model.gather(each, now), **shared)
+        model.ensure_passes((block + 1) * per_block)
+        for number in range(per_block):
+            each = passes[min(block, options.trained_blocks - 1) * per_block + number]
+            result = model.run_pass(block * per_block + number, model.gather(each, now), **shared)
             now[each.target] = result
         output_NH = now["output"].flatten(0, 1)
         if len(index) == batch * length:  # nobody has left
@@ -242,8 +278,8 @@ def run_with_exits(
         else:
             final = final.flatten(0, 1).index_copy(0, index, output_NH).view_as(final)
             blocks_N.index_add_(0, index, torch.ones_like(index))
-        if keeps_states:
-            kept.append(final)
+        if output_block_states:
+            block_states.append(final)
         if block + 1 == options.max_blocks:
             break
         leaves_N = rule(output_NH, model.read_state(output_NH)).to(index.device) | ~real_N[index]
@@ -253,57 +289,48 @@ def run_with_exits(
         if len(stays) < len(index):
             index = index[stays]
             now = {name: value.flatten(0, 1)[stays].unsqueeze(0) for name, value in now.items()}
-            rule.keep(stays)
-            tokens.keep(index)
+            rule.select(stays)
+            tokens.select(index)
             if rotary is not None:
                 shared["position_embeddings"] = tuple(x.flatten(0, 1)[index].unsqueeze(0) for x in rotary)
     _close_cache(cache, tokens, block + 1, options)
     states["output"] = final
-    return kept, (blocks_N * real_N).view(batch, length)
+    return block_states, (blocks_N * real_N).view(batch, length)
 
 
-def _seen(cache: Cache | None) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def real_and_visible(attention_mask: Tensor | None, like_BS: Tensor, past: int) -> tuple[Tensor, Tensor]:
-    """Of the new tokens: which are no padding, and how many tokens each sees, itself included; [B, S] each.
+def real_tokens(attention_mask: Tensor | None, like_BS: Tensor, past: int) -> Tensor:
+    """Which of the new tokens are no padding, [B, S].
 
     ``attention_mask`` is one of [B, tokens], or [B, 1, S, K] as generate() makes for a static cache (boolean, or added
     to the scores); ``past``: earlier tokens in the cache.
     """
     (batch, length), device = like_BS.shape, like_BS.device
     if attention_mask is None:
-        visible = torch.arange(past + 1, past + length + 1, device=device).expand(batch, length)
-        return torch.ones_like(visible, dtype=torch.bool), visible
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
     mask = attention_mask.to(device)
     if mask.ndim == 2:
-        return mask[:, -length:].bool(), mask.long().cumsum(-1)[:, -length:]
+        return mask[:, -length:].bool()
     sees_BSK = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0].expand(batch, -1, -1)
-    return sees_BSK.diagonal(past, 1, 2)[:, :length], sees_BSK.sum(-1)
+    return sees_BSK.diagonal(past, 1, 2)[:, :length]
 
 
 # --- caches ---------------------------------------------------------------------------------------------------------
 
 
-def _open_cache(cache: Cache | None, config: RecursiveGPTConfig, options: ExitOptions, slots_per_block: int) -> None:
-    """Have every earlier token's keys and values in every block that may run."""
-    if isinstance(cache, RecursiveCache):
-        cache.settle()
-    elif cache is not None and len(cache.layers):
-        while len(cache.layers) < options.max_blocks * slots_per_block:
-            cache.layers.append(copy.deepcopy(cache.layers[-slots_per_block]))
+def _open_cache(cache: Cache | None, options: ExitOptions, layers_per_block: int) -> None:
+    """Have every earlier token's keys and values in every block that may run; a RecursiveCache does that by itself."""
+    if cache is not None and not isinstance(cache, RecursiveCache) and len(cache.layers):
+        while len(cache.layers) < options.max_blocks * layers_per_block:
+            cache.layers.append(copy.deepcopy(cache.layers[-layers_per_block]))
 
 
-def _close_cache(cache: Cache | None, tokens: TokensOfPass, blocks_run: int, options: ExitOptions) -> None:
-    """Give the blocks that nobody reached what the new tokens owe them."""
-    if isinstance(cache, RecursiveCache):
-        cache.settle()
-    elif cache is not None:
-        per_block = tokens.slots_per_block
-        slots = max(len(cache.layers), options.max_blocks * per_block, options.trained_blocks * per_block)
-        for slot in range(blocks_run * per_block, slots):
-            cache.update(*tokens.new[slot % per_block], slot)
+def _close_cache(cache: Cache | None, tokens: ActiveTokens, blocks_run: int, options: ExitOptions) -> None:
+    """Give the blocks that nobody reached the new tokens' keys and values of the last block."""
+    if cache is not None and not isinstance(cache, RecursiveCache):
+        per_block = tokens.layers_per_block
+        layers = max(len(cache.layers), options.max_blocks * per_block, options.trained_blocks * per_block)
+        for layer in range(blocks_run * per_block, layers):
+            cache.update(*tokens.block_kv[layer % per_block], layer)
 
 
 # --- what it saves --------------------------------------------------------------------------------------------------
@@ -312,36 +339,36 @@ def _close_cache(cache: Cache | None, tokens: TokensOfPass, blocks_run: int, opt
 class ExitReport:
     """Blocks that tokens took, and FLOPs (a multiply-add counts 2) against the plan's fixed depth.
 
-    Every token that was fed counts, padding does not. FLOPs are those of the layers, of attention over the tokens
-    that a token sees, and of each time that a head was asked; a lookup of the embedding costs none.
+    FLOPs are those that ran, prompts and padding included: of the layers, of every score that attention computed (also
+    those that a mask hides, as FLOP counters have it), and of each time that a head was asked; a lookup of the
+    embedding costs none. The fixed depth's are those of the same forwards at all T blocks.
 
     Attributes:
-        tokens, blocks: of all forwards together; decoded_tokens, decoded_blocks: of those that found earlier tokens in
-            a cache.
+        tokens, blocks: of all forwards together, without padding; decoded_tokens, decoded_blocks: of those that found
+            earlier tokens in a cache.
         histogram: blocks taken -> tokens.
     """
 
     def __init__(self, config: RecursiveGPTConfig) -> None:
         self.config = config
-        self._pending: list[tuple[ExitOptions, Tensor, Tensor, bool, int]] = []
+        self._pending: list[tuple[ExitOptions, Tensor, Work, bool]] = []
         self._tokens = self._blocks = self._decoded_tokens = self._decoded_blocks = 0
         self._flops = self._fixed_depth_flops = 0.0
         self._histogram: dict[int, int] = {}
 
-    def add(self, options: ExitOptions, blocks_BS: Tensor, visible_BS: Tensor, *, decoded: bool, logits: int) -> None:
+    def add(self, options: ExitOptions, blocks_BS: Tensor, work: Work, *, decoded: bool) -> None:
         """Take note of a forward; it is counted when the report is read.
 
         Args:
-            blocks_BS: blocks that each token took, 0 for padding. visible_BS: tokens that it saw, itself included.
-            decoded: whether earlier tokens lay in a cache. logits: positions of which logits were returned.
+            blocks_BS: blocks that each token took, 0 for padding. decoded: whether earlier tokens lay in a cache.
         """
-        self._pending.append((options, blocks_BS, visible_BS, decoded, logits))
+        self._pending.append((options, blocks_BS, work, decoded))
 
     def _count(self) -> ExitReport:
         pending, self._pending = self._pending, []
-        for options, blocks_BS, visible_BS, decoded, logits in pending:
-            config, real_BS = self.config, blocks_BS > 0
-            tokens, blocks = int(real_BS.sum()), int(blocks_BS.sum())
+        for options, blocks_BS, work, decoded in pending:
+            config = self.config
+            tokens, blocks = int((blocks_BS > 0).sum()), int(blocks_BS.sum())
             self._tokens, self._blocks = self._tokens + tokens, self._blocks + blocks
             if decoded:
                 self._decoded_tokens += tokens
@@ -349,12 +376,11 @@ class ExitReport:
             for taken, count in enumerate(blocks_BS.flatten().bincount().tolist()):
                 if taken and count:
                     self._histogram[taken] = self._histogram.get(taken, 0) + count
-            asked = int(blocks_BS.clamp(max=options.max_blocks - 1).sum())
             head, vocabulary = 2 * config.hidden_size, 2 * config.hidden_size * config.vocab_size
             asking = {"halting": head, "output-change": 0}.get(options.exit, vocabulary)
-            per_block_BS, always = _block_flops(config, options, visible_BS.double()), logits * vocabulary
-            self._flops += float((per_block_BS * blocks_BS).sum()) + asked * asking + always
-            self._fixed_depth_flops += float((per_block_BS * real_BS).sum()) * options.trained_blocks + always
+            always, layers = work.logits * vocabulary, config.num_hidden_layers
+            self._flops += _layer_flops(config, work.tokens, work.scores) + work.asked * asking + always
+            self._fixed_depth_flops += layers * _layer_flops(config, *work.fixed_depth) + always
         return self
 
     @property
@@ -405,10 +431,9 @@ class ExitReport:
         return {name: getattr(self, name) for name in names}
 
 
-def _block_flops(config: RecursiveGPTConfig, options: ExitOptions, visible_BS: Tensor) -> Tensor:
-    """Forward FLOPs of one block, by token."""
+def _layer_flops(config: RecursiveGPTConfig, tokens: int, scores: int) -> float:
+    """Forward FLOPs of so many tokens in one layer, with so many scores of attention (a query and a key each)."""
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     matrices = 2 * config.hidden_size * (queries + keys)
     matrices += config.hidden_size * config.intermediate_size * (3 if config.mlp_gated else 2)
-    layers = config.num_hidden_layers // options.trained_blocks
-    return layers * (2 * matrices + 4 * queries * visible_BS)
+    return float(2 * matrices * tokens + 4 * queries * scores)

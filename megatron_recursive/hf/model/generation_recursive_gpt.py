@@ -12,7 +12,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from .cache_recursive_gpt import RecursiveCache
-from .exits_recursive_gpt import EXIT_ARGUMENTS, ExitOptions, ExitReport, real_and_visible
+from .exits_recursive_gpt import EXIT_ARGUMENTS, ExitReport, ExitRule
 
 
 class RecursiveGenerationMixin(GenerationMixin):
@@ -21,13 +21,13 @@ class RecursiveGenerationMixin(GenerationMixin):
     last_exit_report: ExitReport | None
     _open_report: ExitReport | None
 
-    def _report(self, options: ExitOptions, outputs: Any, mask: Tensor | None, logits: int) -> None:
+    def _report(self, rule: ExitRule, outputs: Any, logits: int) -> None:
         blocks, cache = outputs.blocks, outputs.past_key_values
         assert blocks is not None
         past = 0 if cache is None else int(cache.get_seq_length()) - blocks.shape[1]
         report = ExitReport(self.config) if self._open_report is None else self._open_report
-        visible = real_and_visible(mask, blocks, past)[1]
-        report.add(options, blocks, visible, decoded=past > 0, logits=logits)
+        rule.work.logits = logits
+        report.add(rule.options, blocks, rule.work, decoded=past > 0)
         self.last_exit_report = report
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,8 @@ class RecursiveGenerationMixin(GenerationMixin):
         self, generation_config: Any, from_auto_class: bool, from_pipeline: Any, name: Any, **kwargs: Any
     ) -> None:
         """Read the folder's generation config, exits included: of a file that was once made from a model's config, as
-        those of donors are, transformers drops entries that it does not know."""
+        those of donors are, transformers drops entries that it does not know. Token ids that it lacks are the config's:
+        without an end, generation never stops."""
         super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, name, **kwargs)
         if generation_config is None and name is not None:
             names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -54,6 +55,9 @@ class RecursiveGenerationMixin(GenerationMixin):
                     entries = json.load(stream)
                 exits = {key: entries[key] for key in EXIT_ARGUMENTS if key in entries}
                 self.generation_config.update(allow_custom_entries=True, **exits)
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if getattr(self.generation_config, key) is None:
+                    setattr(self.generation_config, key, getattr(self.config, key))
         self.generation_config._from_model_config = None  # else the next to read what is saved would drop them again
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str | None, dict[str, Any]]:

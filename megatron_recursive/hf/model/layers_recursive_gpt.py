@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_recursive_gpt import RecursiveGPTConfig
-from .exits_recursive_gpt import TokensOfPass
+from .exits_recursive_gpt import ActiveTokens
 
 # --- norms and positions --------------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ def eager_attention_forward(
 
 
 class RecursiveGPTPassAttention(nn.Module):
-    """Attention of one layer in one pass: no parameters, but a cache slot of its own.
+    """Attention of one layer in one pass: no parameters, but a cache layer of its own.
 
     Engines that keep keys and values themselves (vLLM's Transformers backend) look for modules like this one, which
     call the attention interface and carry ``layer_idx``.
@@ -120,19 +120,21 @@ class RecursiveGPTPassAttention(nn.Module):
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        past_key_values: Cache | None = None, tokens: TokensOfPass | None = None, **kwargs: Any,
+        past_key_values: Cache | None = None, tokens: ActiveTokens | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Queries, keys and values [B, heads, S, D] to [B, S, heads, D], and the weights if there are any."""
         if tokens is not None:
-            query, key, value = tokens.place(self.layer_idx, query, key, value)
+            query, key, value = tokens.whole_batch(self.layer_idx, query, key, value)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if tokens is not None:
+            tokens.count(query, key)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         settings = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
         if tokens is not None and tokens.rows is not None:
             return tokens.attend_rows(attend, self, query, key, value, attention_mask, settings), None
         result, weights = attend(self, query, key, value, attention_mask, **settings)
-        return (result if tokens is None else tokens.pick(result)), weights
+        return (result if tokens is None else tokens.active_only(result)), weights
 
 
 class RecursiveGPTAttention(nn.Module):
@@ -149,9 +151,9 @@ class RecursiveGPTAttention(nn.Module):
             self.q_norm = make_norm(config, self.head_dim if self.norms_each_head else queries)
             self.k_norm = make_norm(config, self.head_dim if self.norms_each_head else keys)
         self.passes = nn.ModuleList()
-        self.hold_passes(len(config.plan["passes"]))
+        self.ensure_passes(len(config.plan["passes"]))
 
-    def hold_passes(self, count: int, *, renew: bool = False) -> None:
+    def ensure_passes(self, count: int, *, renew: bool = False) -> None:
         """Have attention modules for at least so many passes; ``renew``: with the slots of a plan that changed."""
         if count <= len(self.passes) and not renew:
             return

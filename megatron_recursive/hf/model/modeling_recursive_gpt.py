@@ -134,11 +134,11 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.layers_of_pass = [stacks[each.stack] for each in self.passes]
         self.passes_per_block = plan.num_passes // plan.num_blocks
 
-    def hold_passes(self, count: int, *, renew: bool = False) -> None:
+    def ensure_passes(self, count: int, *, renew: bool = False) -> None:
         """Have attention modules for at least so many passes."""
         layers: Any = self.layers
         for layer in layers:
-            layer.self_attn.hold_passes(count, renew=renew)
+            layer.self_attn.ensure_passes(count, renew=renew)
 
     def run_pass(self, index: int, state: Tensor, **kwargs: Any) -> Tensor:
         hidden_states = state
@@ -292,7 +292,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
             raise ValueError("This model is a plain GPT; it has no refinement blocks.")
         self.config.set_plan(plan.with_blocks(count))
         self.model._read_plan()
-        self.model.hold_passes(len(self.model.passes), renew=True)
+        self.model.ensure_passes(len(self.model.passes), renew=True)
 
     def halting_logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [...], in fp32: q = w . h + b of each token's own state."""
@@ -335,6 +335,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         )  # fmt: skip
         if options is not None and self.training:
             raise ValueError("An exit is for inference; call model.eval() first.")
+        rule = None if options is None else ExitRule(options, self.halting_logits, self._logits_of_state)
         shift_labels = kwargs.pop("shift_labels", None)
         wanted = labels is not None or shift_labels is not None
         if use_cache is None and self.training:
@@ -343,8 +344,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
             output_block_states=output_blocks or (wanted and options is None),
-            exit_rule=None if options is None else ExitRule(options, self.halting_logits, self._logits_of_state),
-            **kwargs,
+            exit_rule=rule, **kwargs,
         )  # fmt: skip
         hidden = outputs.last_hidden_state
         found: dict[str, Any] = {}  # a ModelOutput's fields have the order in which they are set: all of them at once
@@ -360,8 +360,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
             logits = slice_positions(logits, logits_to_keep)
         if output_blocks:
             found |= self._read_blocks(outputs.block_states, logits_to_keep)
-        if options is not None:
-            self._report(options, outputs, attention_mask, math.prod(logits.shape[:-1]))
+        if rule is not None:
+            self._report(rule, outputs, math.prod(logits.shape[:-1]))
         return RecursiveGPTOutput(
             logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
             attentions=outputs.attentions, blocks=outputs.blocks, **found,

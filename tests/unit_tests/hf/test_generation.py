@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -130,6 +131,29 @@ def test_nothing_before_a_changed_token_moves(kind: str | None) -> None:
         moved = (observe(changed) - before).abs()
         assert not moved[:, :token].any(), token
         assert (moved[:, token:] > 0).any(-1).all(), token
+
+
+def test_a_cache_grows_a_block_at_a_time() -> None:
+    """What it takes meanwhile is what it holds then, and one block; blocks that nobody reaches do not grow."""
+    model, space = make_model(blocks=12, latents=1), 64
+    cache, layers = RecursiveCache(model.config, reserve=space), model.config.num_hidden_layers
+
+    def feed(tokens: int, layers: int) -> None:
+        for layer in range(layers):
+            cache.update(torch.zeros(1, 2, tokens, 8), torch.zeros(1, 2, tokens, 8), layer)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        feed(space, layers)
+        feed(1, layers)
+    assert profiler.profiler is not None
+    sizes = [each.nbytes() for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+    held, block = sum(each.nbytes for each in cache.blocks), 4 * 2 * 2 * 8 * space * 4
+    assert held == 12 * block * 3 // 2 and held + block <= max(itertools.accumulate(sizes)) < held + 2 * block
+    for _ in range(40):
+        feed(1, layers // 12)  # an exit after the first block
+    assert [each.shape[-2] for each in cache.blocks] == [144, *[96] * 11] and cache.get_seq_length() == 105
+    feed(1, layers)
+    assert [each.shape[-2] for each in cache.blocks] == [144] * 12
 
 
 def test_a_cache_can_be_cropped_repeated_and_selected() -> None:

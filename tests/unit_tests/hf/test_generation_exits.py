@@ -231,28 +231,32 @@ def test_only_tokens_that_are_still_there_are_computed(name: str) -> None:
         assert sum(computed) == 2 * int(blocks.sum())  # two passes a block
 
 
-def counted_flops(model: Any, tokens: Tensor, **kwargs: Any) -> float:
-    with FlopCounterMode(display=False) as counter:
-        model.generate(tokens, max_new_tokens=20, do_sample=False, **kwargs)
-    return counter.get_total_flops()
+PROMPTS = {"one token": (make_tokens(1, 1), None), "a padded batch": left_padded(make_tokens(3, 12), PADS)}
 
 
 @functools.cache
-def flops_at_fixed_depth() -> float:
-    return counted_flops(make_deep(config=make_config(4, 1, attn_implementation="eager")), make_tokens(1, 1))
+def counted_flops(prompt: str, **kwargs: Any) -> tuple[float, Any]:
+    """Of one generation, with attention that computes every score; and the report."""
+    model, (tokens, mask) = make_deep(config=make_config(4, 1, attn_implementation="eager")), PROMPTS[prompt]
+    with FlopCounterMode(display=False) as counter:
+        model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, **kwargs)
+    return counter.get_total_flops(), model.last_exit_report
 
 
-@pytest.mark.parametrize("name", grid([name for name in EXITS if name != "output-change"], quick=["beyond T"]))
-def test_the_report_counts_the_flops_that_were_done(name: str) -> None:
-    """Token by token from a prompt of one, where attention does no work that causality hides."""
-    model = make_deep(config=make_config(4, 1, attn_implementation="eager"))
-    tokens = make_tokens(1, 1)
-    counted = counted_flops(model, tokens, **EXITS[name])
-    report = model.last_exit_report
-    assert report.flops == pytest.approx(counted, rel=1e-3)
-    assert report.fixed_depth_flops == pytest.approx(flops_at_fixed_depth(), rel=1e-3)
-    assert (report.flops_saved > 0) == (report.mean_blocks < 4)
+CASES = [("beyond T", "a padded batch", None), ("halting", "one token", "static"), ("kl", "a padded batch", "dynamic"),
+         ("argmax", "one token", None), ("capped", "a padded batch", "static")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "prompt", "cache"), grid(CASES, quick=CASES[:1]))
+def test_the_report_counts_the_flops_that_were_done(name: str, prompt: str, cache: str | None) -> None:
+    """Prompts included, also what was computed for padding and for tokens that had left."""
+    counted, report = counted_flops(prompt, cache_implementation=cache, **EXITS[name])
+    assert report.flops == pytest.approx(counted, rel=1e-6)
+    assert report.fixed_depth_flops == pytest.approx(counted_flops(prompt, cache_implementation=cache)[0], rel=1e-6)
+    assert report.flops < report.fixed_depth_flops or report.mean_blocks > 3
     assert report.to_dict()["mean_decoded_blocks"] == report.mean_decoded_blocks > 1
+    fed = PADS if prompt == "a padded batch" else [0]
+    assert report.tokens == sum(PROMPTS[prompt][0].shape[1] - pads + 5 for pads in fed)
 
 
 def test_the_loss_under_an_exit_is_that_of_the_answers() -> None:

@@ -114,13 +114,13 @@ def test_a_class_that_would_change_the_ids_is_not_exported_to(tmp_path: Path) ->
 
 
 def test_a_tokenizer_that_says_otherwise_is_refused(tmp_path: Path) -> None:
-    from megatron_recursive.hf.convert.tokenizer_files import load_tokenizer, prove_ids
+    from megatron_recursive.hf.convert.tokenizer_files import prove_ids, tokenizer_of
 
     (tmp_path / "a").mkdir()
     _write_tokenizer(tmp_path / "a", "PreTrainedTokenizerFast")
     write_tokenizer(tmp_path / "b")
     with pytest.raises(UserError, match="tokenizer of donor would change .*ids of a text are now"):
-        prove_ids(load_tokenizer(tmp_path / "a"), tmp_path / "b", "donor")
+        prove_ids(tokenizer_of(tmp_path / "a"), tmp_path / "b", "donor")
     assert prove_ids(None, tmp_path / "b", "donor") == (
         "the tokenizer of donor does not load here, so that its ids are unproven."
     )

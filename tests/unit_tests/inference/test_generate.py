@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,86 @@ def test_files_of_prompts(recursive: Path, tmp_path: Path, capsys: Any) -> None:
         assert capsys.readouterr().out == f"one{loaded.text.decode(found[0][0][1])}\n"
 
 
+BATCHES: dict[str, list[Any]] = {
+    "fixed depth": [],
+    "halting": ["--exit", "halting", "--halt-threshold", 0.45],
+    "argmax": ["--exit", "argmax"],
+    "beams": ["--num-beams", 2],
+}
+
+
+@pytest.mark.parametrize("way", BATCHES)
+def test_a_batch_says_what_its_prompts_say_one_by_one(way: str, recursive: Path, tmp_path: Path, capsys: Any) -> None:
+    """Also where a prompt leaves less room than the others, ends early, or is cut."""
+    file = tmp_path / "prompts.txt"
+    longest = "x" * (POSITIONS - 3)
+    file.write_text(f"a\nlonger than that\nof twelve\n{longest}\nbcd\nthe last of them, of 30 tokens\n")
+    flags = ["--model", recursive, "--prompt-file", file, "--max-tokens", 10, "--json", *BATCHES[way]]
+    alone = records(capsys, *flags)
+    for size in (4, 16):
+        together = records(capsys, *flags, "--batch-size", size)
+        for name in ("prompt", "text", "tokens", "prompt_tokens", "finish_reason"):
+            assert [record[name] for record in together] == [record[name] for record in alone], name
+        assert [record.get("batch_size", 1) for record in together] == [3, 3, 3, 1, 2, 2]
+    if way == "halting":
+        assert len({record["mean_blocks"] for record in alone}) > 1 and together[0]["mean_blocks"] > 1
+    capsys.readouterr()
+    run(*(flag for flag in flags if flag != "--json"), "--batch-size", 4)
+    heard = capsys.readouterr()
+    assert heard.out == "".join(record["prompt"] + record["text"] + "\n" for record in alone)
+    assert heard.err.count(" of 6: ") == 6
+
+
+def test_a_model_spread_over_devices_says_the_same(recursive: Path, capsys: Any) -> None:
+    flags = ["--model", recursive, "--prompt", "abc", "--prompt", "a", "--batch-size", 2, "--exit", "kl", "--json"]
+    expected = [record["tokens"] for record in records(capsys, *flags)]
+    assert [record["tokens"] for record in records(capsys, *flags, "--device-map", "auto")] == expected
+    assert "leave out --device cpu" in refusal(*flags, "--device-map", "auto", "--device", "cpu")
+
+
+def test_names_in_the_hubs_cache(recursive: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """With and without an organisation; of a model, of a tokenizer, and of neither."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    flags = ["--prompt", "abc", "--max-tokens", 4, "--json"]
+    expected = records(capsys, *flags, "--model", recursive)[0]["tokens"]
+    for name in ("tiny", "some/tiny"):
+        cached = tmp_path / f"models--{name.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(recursive, cached / "snapshots" / ("0" * 40))
+        assert records(capsys, *flags, "--model", name)[0]["tokens"] == expected
+        assert records(capsys, *flags, "--model", recursive, "--tokenizer", name)[0]["tokens"] == expected
+    said = refusal(*flags, "--model", "absent")
+    assert said == "absent is neither a folder nor complete in the hub's cache; fetch it with: hf download absent"
+    said = refusal(*flags, "--model", recursive, "--tokenizer", "absent")
+    assert said.startswith("tokenizer absent is neither a folder nor in the hub's cache; fetch it with hf download")
+
+
+def test_settings_without_an_end_leave_that_of_tokenizer_and_config(
+    recursive: Path, plain: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from transformers import AutoTokenizer
+
+    from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
+
+    flags = ["--prompt", "abc", "--max-tokens", 5, "--json"]
+    for source in (recursive, plain):
+        folder, tokens = tmp_path / source.name, records(capsys, *flags, "--model", source)[0]["tokens"]
+        shutil.copytree(source, folder)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokens[2])
+        tokenizer.save_pretrained(folder)
+        (folder / "generation_config.json").write_text('{"top_k": 7}')
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+        (record,) = records(capsys, *flags, "--model", folder)
+        assert record["tokens"] == tokens[: tokens.index(tokens[2]) + 1] and record["finish_reason"] == "stop"
+    (tmp_path / recursive.name / "config.json").write_text((recursive / "config.json").read_text())
+    model = RecursiveGPTForCausalLM.from_pretrained(tmp_path / recursive.name)
+    assert (model.generation_config.eos_token_id, model.generation_config.top_k) == (0, 7)
+
+
 def test_short_empty_and_long_prompts(recursive: Path, capsys: Any) -> None:
     empty, short = records(capsys, "--model", recursive, "--prompt", "", "--prompt", "a", "--max-tokens", 2, "--json")
     assert empty["prompt_tokens"] == short["prompt_tokens"] == 1  # an empty prompt starts from the end-of-text token
@@ -201,6 +282,8 @@ def test_a_conversation_uses_the_chat_template(tmp_path: Path, capsys: Any, monk
     (["--prompt", "a", "--interactive"], "--interactive reads what you type"),
     (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read"),
     (["--prompt", "a", "--tokenizer", "./missing"], "./missing"),
+    (["--prompt", "a", "--batch-size", 0], "--batch-size must be at least 1"),
+    (["--prompt", "a", "--batch-size", 2, "--show-recursive-steps"], "follow one sequence; leave out --batch-size"),
 ])  # fmt: skip
 def test_refusals(recursive: Path, flags: list[Any], sentence: str) -> None:
     said = refusal("--model", recursive, *flags)

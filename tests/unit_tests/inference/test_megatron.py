@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
+from tests.unit_tests.hf.recursive_models import left_padded
 from tests.unit_tests.training.runs import PLAIN, save_to, train
 
 SHAPE = ["--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "rope",
@@ -80,11 +81,15 @@ def _check_against_export(folder: str, target: str) -> list[dict[str, Any]]:
     from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
     from megatron_recursive.inference.megatron_model import open_megatron
 
-    export_model(folder, target, say=lambda _: None)
+    heard: list[str] = []
+    size = export_model(folder, target, say=heard.append).facts["cache_bytes_per_token"]
     found = []
     with open_megatron(folder) as (model, _), torch.no_grad():
         export = RecursiveGPTForCausalLM.from_pretrained(target).eval()
         tokens = torch.randint(0, 126, (2, 7), generator=torch.Generator().manual_seed(2))
+        kept = [each for layer in export(tokens).past_key_values.layers for each in (layer.keys, layer.values)]
+        assert size == sum(each.nbytes for each in kept) // tokens.numel()
+        assert any(f"{size:,} bytes a token" in line and "4 passes of 2 layers are 8 cache" in line for line in heard)
         _teach_halting(model, tokens)
         export.halting_head.weight.data = model.megatron.halting_head.weight.data[None]
         export.halting_head.bias.data = model.megatron.halting_head.bias.data
@@ -101,9 +106,36 @@ def _check_against_export(folder: str, target: str) -> list[dict[str, Any]]:
                 row["blocks"] = torch.equal(ours.blocks, theirs.blocks)
                 row["taken"] = ours.blocks.unique().tolist()
                 reports = [each.last_exit_report.to_dict() for each in (model, export)]
-                row["reports"] = reports[0] == reports[1]
+                same = ("tokens", "histogram", "decoded_tokens", "mean_decoded_blocks")
+                row["reports"] = all(reports[0][name] == reports[1][name] for name in same)
+            padded, mask = left_padded(torch.cat([tokens, tokens.flip(0)]), [0, 2, 3, 6])
+            greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+            together = [each.generate(padded, attention_mask=mask, **greedy) for each in (model, export)]
+            row["padded"] = torch.equal(*together)
+            for ids, real, answer in zip(padded, mask, together[0], strict=True):
+                alone = model.generate(ids[real == 1][None], **greedy)
+                row["padded"] &= torch.equal(answer[-6:], alone[0, -6:])
+            if options:
+                row["work"] = _counts_its_work(model, padded, mask, options)
             found.append(row)
     return found
+
+
+def _counts_its_work(model: Any, padded: Any, mask: Any, options: dict[str, Any]) -> bool:
+    """Whether the report has the tokens and scores that went through the layers of a prompt."""
+    from megatron_recursive.hf.model.exits_recursive_gpt import Work
+
+    seen, layers = Work(), model.megatron.decoder.layers
+    hooks = [layer.self_attention.core_attention.register_forward_pre_hook(
+        lambda _, given: seen.add(given[0].shape[:2].numel(), given[0].shape[:2].numel() * len(given[1]))
+    ) for layer in layers]  # fmt: skip
+    model(padded, attention_mask=mask, **options)
+    for hook in hooks:
+        hook.remove()
+    batch, length = padded.shape
+    work = model.last_exit_report._pending[-1][2]
+    at_once = (batch * length, batch * length**2)
+    return (work.tokens, work.scores, work.fixed_depth) == (seen.tokens, seen.scores, at_once)
 
 
 def test_a_checkpoint_says_what_its_export_says_also_under_exits(checkpoint: Path, tmp_path: Path) -> None:
@@ -146,6 +178,7 @@ def test_the_tool_reads_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     assert generate(checkpoint, "--prompt", "")[0][0]["prompt_tokens"] == 1
     for prompt, sentence in (("a", "must hold token ids"), ("127", "must hold token ids"), ("1 " * 16, "16 tokens")):
         assert sentence in generate(checkpoint, "--prompt", prompt)[1]
+    assert "--device-map spreads" in generate(checkpoint, "--prompt", "5", "--device-map", "auto")[1]
 
     shutil.copytree(checkpoint, tmp_path / "broken")
     next((tmp_path / "broken" / "iter_0000006").glob("*.distcp")).write_bytes(b"")
