@@ -190,6 +190,8 @@ def _no_compile(model: Any = None, **kwargs: Any) -> Any:
 
 
 def _patch_cuda_module() -> None:
+    from torch.utils import _triton
+
     properties = SimpleNamespace(major=8, minor=0, total_memory=0, multi_processor_count=1, name="cpu")
     answers: dict[str, Any] = {
         "is_available": lambda: True,
@@ -224,6 +226,8 @@ def _patch_cuda_module() -> None:
         setattr(torch.cuda, name, answer)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _answer(None), _answer(None)
+    # transformers imports torchao where it is installed, which asks; the question would look for a CUDA device's index.
+    _triton.has_triton = _answer(False)  # type: ignore[assignment]
 
 
 class _NoMemory(dict):

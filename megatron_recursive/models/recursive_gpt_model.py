@@ -49,19 +49,12 @@ class BlockReadout:
 
 @dataclass
 class RecursiveTransformerConfig(TransformerConfig):
-    """Megatron's, and how the passes of a recursion run. The fields are named as the flags.
+    """Megatron's, and how the passes of a recursion run. The fields are named as the flags."""
 
-    Attributes:
-        pipeline_phases: one, two, or whichever is faster (auto); read by pipeline/ring_schedule.py.
-        pipeline_window: the most micro-batches of a window of two phases; 0: a few a stage.
-        pipeline_costs: PassCosts by which the phases are chosen; None: all passes cost the same.
-        recompute_passes: keep the input of a pass only, and replay it in the backward.
-    """
-
-    pipeline_phases: str = "auto"
-    pipeline_window: int = 0
-    pipeline_costs: Any = None
-    recompute_passes: bool = False
+    pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
+    pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
+    pipeline_costs: Any = None  # PassCosts by which the phases are chosen; None: all passes cost the same
+    recompute_passes: bool = False  # keep the input of a pass only, and replay it in the backward
 
 
 class RecursiveGPTModel(GPTModel):

@@ -62,7 +62,7 @@ def chosen_windows(
 
 def possible_windows(plan: RecursionPlan, stages: int, micro_batches: int, window: int = 0) -> tuple[int, ...]:
     """The windows of two phases, each of which needs two passes, as the interleaved schedule does; none otherwise."""
-    runs = min(plan.first_grad_pass, plan.num_passes - plan.first_grad_pass) >= 2
+    runs = stages > 1 and min(plan.first_grad_pass, plan.num_passes - plan.first_grad_pass) >= 2
     return window_sizes(stages, micro_batches, window) if runs else ()
 
 

@@ -15,7 +15,7 @@ from megatron_recursive.errors import UserError
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, off: str | None = None,
           type: Any = None) -> Any:
     """A field with what its flag needs. ``off`` names the flag that turns a boolean off."""
-    meta = {"help": help, "choices": choices, "off": off, "type": type}
+    meta = {"help": help, "choices": choices, "off": off, "type": type or default.__class__}
     return field(default=default, metadata=meta)
 
 
@@ -97,8 +97,8 @@ class TrainingKnobs:
     backprop_depth: int = _knob(
         0, "The last so many passes of a recurrent core carry gradient; 0: all.")
     init_depth_scaling: str | None = _knob(
-        None, "Output projections are initialised with std / sqrt(2 L): L the layers held, or the layers unrolled "
-        "over all passes. Default: held, or unrolled where --state-norm is none.", choices=("held", "unrolled"))
+        None, "Output projections are initialised with std / sqrt(2 L): L the layers held, or the layers unrolled over "
+        "all passes. Default: held, or unrolled where --state-norm is none.", choices=("held", "unrolled"), type=str)
     halt_supervision: str = _knob(
         "all", "Blocks whose state teaches the halting head: all (earlier ones through their detached state), or last.",
         choices=("all", "last"))
@@ -188,11 +188,9 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         return 1.0 / self.num_recurrences if self.recurrence_step == "mean" else float(self.recurrence_step)
 
     def _check_type(self, knob: dataclasses.Field[Any]) -> None:
-        value, wanted = getattr(self, knob.name), knob.metadata["type"] or type(knob.default)
+        value, wanted = getattr(self, knob.name), knob.metadata["type"]
         if value is None and knob.default is None:
             return
-        if knob.default is None and wanted is type(None):
-            wanted = str
         holds = isinstance(value, int | float if wanted is float else wanted)
         if isinstance(value, bool):
             holds = wanted is bool
@@ -299,6 +297,5 @@ def add_recursion_arguments(
             continue
         suffix = "" if knob.default is None else f" (default: {knob.default})"
         group.add_argument(flag_of(knob.name), default=default, choices=knob.metadata["choices"],
-                           type=knob.metadata["type"] or (str if knob.default is None else type(knob.default)),
-                           help=text + suffix)
+                           type=knob.metadata["type"], help=text + suffix)
     return parser

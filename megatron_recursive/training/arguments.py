@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from megatron.training import arguments as megatron_arguments
+from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_global_variables
 
 from megatron_recursive.backends import cpu, device
@@ -187,17 +188,11 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
         raise UserError("--use-checkpoint-args needs a checkpoint in --load or --init-from-gpt.")
     saved = saved_arguments(folder)
     with megatron_speaks_in_sentences(args), reading_only(args, folder, from_plain_gpt=from_plain_gpt):
-        megatron_arguments_from_checkpoint(args, from_plain_gpt)
+        load_args_from_checkpoint(args, load_arg="init_from_gpt" if from_plain_gpt else "load")
     take_function(args, saved)
     if not from_plain_gpt:
         for name, value in RecursionConfig.from_mapping(saved).to_dict().items():
             setattr(args, name, value)
-
-
-def megatron_arguments_from_checkpoint(args: argparse.Namespace, from_plain_gpt: bool) -> None:
-    from megatron.training.checkpointing import load_args_from_checkpoint
-
-    load_args_from_checkpoint(args, load_arg="init_from_gpt" if from_plain_gpt else "load")
 
 
 def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:

@@ -32,7 +32,8 @@ def check_checkpoint(
         setattr(run, DONOR, saved[DONOR])
     check_architecture(folder, saved, run)
     if from_plain_gpt:
-        check_is_plain_gpt(folder, saved)
+        if saved.get("enable_recursive_refinement"):
+            raise UserError(f"--init-from-gpt: {folder} is of a recursive model; continue it with --load.")
         return common
     for note in check_recursion(folder, saved, recursion, run.override_recursion_depth):
         print_rank_0(f"> {note}")
@@ -123,11 +124,6 @@ def check_recursion(
             mend += ", or --override-recursion-depth to change the depth on purpose"
         raise UserError(f"The checkpoint {folder} was trained with {', '.join(map(_tell, binding))}; {mend}.")
     return [f"the checkpoint was trained with {_tell(d)}" for d in changed]
-
-
-def check_is_plain_gpt(folder: Path, saved: dict[str, Any]) -> None:
-    if saved.get("enable_recursive_refinement"):
-        raise UserError(f"--init-from-gpt: {folder} is of a recursive model; continue it with --load.")
 
 
 def _tell(difference: Difference) -> str:

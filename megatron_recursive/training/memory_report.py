@@ -56,10 +56,8 @@ def memory_of_run(
     plan, stages = config.plan, args.pipeline_model_parallel_size
     transformer: Any = config.transformer
     batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    windows: tuple[int, ...] = ()
-    if stages > 1:  # the choice that the run has made
-        windows = chosen_windows(plan, transformer.pipeline_costs, batches, transformer.pipeline_phases,
-                                 transformer.pipeline_window)  # fmt: skip
+    phases = transformer.pipeline_phases, transformer.pipeline_window
+    windows = chosen_windows(plan, transformer.pipeline_costs, batches, *phases)  # as the run has chosen them
     grad, interleaved = [p.grad for p in plan.passes], not plan.is_plain
     split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
     return stage_memory(

@@ -37,14 +37,14 @@ class MetricsLog:
 
     def start(self, run: argparse.Namespace) -> None:
         """Checkpoint and data are there: a start that was refused leaves no record."""
-        if self._description is not None and _is_last(run) and (run.skip_train or run.iteration < run.train_iters):
+        description, self._description = self._description, None
+        if description and run.rank == run.world_size - 1 and (run.skip_train or run.iteration < run.train_iters):
             start = {"kind": "run", "iteration": run.iteration, "time": time.time()}
-            append_metrics(run.metrics_file, {**start, **self._description})
-        self._description = None
+            append_metrics(run.metrics_file, {**start, **description})
 
     def trained(self, run: argparse.Namespace, given: Mapping[str, Any]) -> None:
         """An iteration is over; ``given`` are the arguments of Megatron's ``training_log``."""
-        if not given["loss_dict"] or not _is_last(run):
+        if not given["loss_dict"] or run.rank != run.world_size - 1:
             return
         iteration = self.progress.reached = given["iteration"]
         self._pending.append((iteration, given["loss_dict"]))
@@ -76,17 +76,13 @@ class MetricsLog:
         """The metrics of each set of an evaluation."""
         for number, values in enumerate(sets):
             metrics = {name: float(value) for name, value in values.items()}
-            if metrics and _is_last(run):
+            if metrics and run.rank == run.world_size - 1:
                 record = {"kind": kind, "iteration": iteration, "time": time.time(),
                           "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
                 if len(sets) > 1:
                     record["set"] = number
                 append_metrics(run.metrics_file, record)
                 self.progress.evaluated(kind, iteration, metrics, number if len(sets) > 1 else None)
-
-
-def _is_last(run: argparse.Namespace) -> bool:
-    return bool(run.rank == run.world_size - 1)
 
 
 def append_metrics(file: str | None, record: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from megatron_recursive.models import compiled_fusions
 from megatron_recursive.models.layer_specs import engine_layer_spec, local_block_spec
 from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
-from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
+from megatron_recursive.pipeline.pass_costs import price_passes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.training.norm_arguments import norm_layout
 
@@ -122,17 +122,10 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config.norms = norm_layout(vars(args))
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
-    transformer.pipeline_costs = pass_costs(config)
-    return config
-
-
-def pass_costs(config: RecursiveGPTModelConfig) -> PassCosts:
-    """What the passes of a run cost on its pipeline stages."""
-    transformer: Any = config.transformer
-    stages = transformer.pipeline_model_parallel_size
-    split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
+    split = [get_num_layers_to_build(transformer, None, stage) for stage in range(args.pipeline_model_parallel_size)]
     backward = 2.0 + transformer.recompute_passes + (transformer.recompute_granularity == "full")
-    return price_passes(config.plan, model_shape(config, config.seq_length), split, backward)
+    transformer.pipeline_costs = price_passes(plan, model_shape(config, config.seq_length), split, backward)
+    return config
 
 
 def model_shape(config: RecursiveGPTModelConfig, seq_length: int) -> ModelShape:

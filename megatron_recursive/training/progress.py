@@ -93,7 +93,7 @@ class Progress:
             lines = [f"stopped: iteration {self.reached} of {args.train_iters}, before the first --log-interval "
                      f"({args.log_interval}) was over"]  # fmt: skip
         elif not self._last:
-            lines = [f"nothing was trained: iteration {args.curr_iteration} of {args.train_iters} is the last one"]
+            lines = [f"nothing was trained: iteration {args.iteration} of {args.train_iters} is the last one"]
         else:
             tokens = self._tokens - (self._first - 1) * args.global_batch_size * args.seq_length
             end = "done" if self._last >= args.train_iters else "stopped"

@@ -38,9 +38,8 @@ def refuse_samples(args: argparse.Namespace) -> None:
     if args.generation_tokens < 1:
         raise UserError(f"--generation-tokens must be at least 1, but is {args.generation_tokens}.")
     if bool(args.generate_interval) != bool(args.generation_prompt):
-        given, other = ("--generate-interval", "--generation-prompt")
-        if args.generation_prompt:
-            given, other = other, given
+        flags = ("--generate-interval", "--generation-prompt")
+        given, other = flags if args.generate_interval else flags[::-1]
         raise UserError(f"{given} needs {other}; give both.")
 
 

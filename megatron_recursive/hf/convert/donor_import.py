@@ -29,7 +29,7 @@ from megatron_recursive.hf.convert.mappings import (
     recursive_rows,
 )
 from megatron_recursive.hf.convert.model_card import donor_facts
-from megatron_recursive.hf.convert.reading import Once, Sums, remembering, room_for_passes
+from megatron_recursive.hf.convert.reading import Fetch, Once, Sums, remembering, room_for_passes
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
@@ -174,8 +174,9 @@ class _Import:
         source, recursive = self.source, self.source.family is OWN
         self.whole = self.layers == list(range(source.arch.num_layers)) and not recursive
         again = 1 if self.whole or self.tokenizer is None else 1 + source.plan.num_passes  # its loss is computed too
-        tied = (EMBEDDING,) if source.arch.tied else ()
-        self.read = remembering(source.weight, room_for_passes(again), tied)
+        tied: dict[str, str] = {"lm_head.weight": EMBEDDING} if source.arch.tied else {}
+        read = remembering(source.get, room_for_passes(again), [*tied.values()])
+        self.read: Fetch = lambda name: read(tied.get(name, name))
         self.text = proof.proof_text(source.arch.vocab_size, self.tokenizer, self.arch.max_positions)
 
     # -- what is written -----------------------------------------------------------------------------------------

@@ -15,9 +15,11 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_recursive.accounting import count_parameters
@@ -46,32 +48,24 @@ STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
 
 def install(args: argparse.Namespace, config: RecursiveGPTModelConfig, progress: Progress) -> None:
     """Wrap the ``load_checkpoint`` and ``save_checkpoint`` that ``pretrain`` calls, and the writing of the tracker."""
-    from megatron.training import checkpointing, get_args, training
+    from megatron.training import checkpointing, training
 
     asked, parameters = args.verify_integrity, count_parameters(model_shape(config, args.seq_length), config.plan).held
     choose_format(args, parameters)
     if asked is None:  # the same answer on every rank, before there is a file to measure
         args.verify_integrity = parameters * STATE_BYTES <= LIMIT_BYTES
     record = run_record.record_of(args, config) if args.save is not None else {}
-
-    def load(call: Callable[[], Any], given: dict[str, Any]) -> Any:
-        return _load(call, given, get_args(), config, asked)
-
-    def save(call: Callable[[], Any], given: dict[str, Any]) -> Any:
-        return _save(call, given, get_args(), record, progress)
-
-    wrap(training, "load_checkpoint", load)
-    wrap(training, "save_checkpoint", save)
+    wrap(training, "load_checkpoint", partial(_load, config, asked))
+    wrap(training, "save_checkpoint", partial(_save, record, progress))
     original = checkpointing.maybe_msc
     checkpointing.maybe_msc = FilesWithAtomicTracker(getattr(original, "__wrapped__", original))
 
 
 def _load(
-    call: Callable[[], Any], given: dict[str, Any], run: argparse.Namespace, config: RecursiveGPTModelConfig,
-    verify: bool | None,
-) -> Any:  # fmt: skip
+    config: RecursiveGPTModelConfig, verify: bool | None, call: Callable[[], Any], given: dict[str, Any]
+) -> Any:
     """``verify`` is what the flags say: True needs a manifest, None checks one that is there, False does not look."""
-    optimizer, scheduler = given["optimizer"], given["opt_param_scheduler"]
+    run, optimizer, scheduler = get_args(), given["optimizer"], given["opt_param_scheduler"]
     writes_manifest = run.verify_integrity
     folder, from_plain_gpt = checkpoint_to_read(run)
     common: dict[str, Any] = {}
@@ -100,9 +94,8 @@ def _load(
         run.verify_integrity = writes_manifest
 
 
-def _save(
-    call: Callable[[], Any], given: dict[str, Any], run: argparse.Namespace, record: dict[str, Any], progress: Progress
-) -> Any:
+def _save(record: dict[str, Any], progress: Progress, call: Callable[[], Any], given: dict[str, Any]) -> Any:
+    run = get_args()
     if run.save is None:  # Megatron saves before it stops for a bad result, asked to or not
         return None
     iteration = given["iteration"]

@@ -63,6 +63,7 @@ result.update({
     "type": like.type(),
     "cast": str(like.type(torch.bfloat16).dtype),
     "compiled": [torch.compile(len)([1, 2]), torch.compile(dynamic=True)(len)([1, 2])],
+    "triton": __import__("torch.utils._triton").utils._triton.has_triton(),
 })
 """
 
@@ -105,7 +106,7 @@ def test_cuda_devices_mean_the_cpu() -> None:
     assert found["made"] == {"cpu": 8 * 11} and found["moved"] == ["cpu"]
     assert found["default"] == "cpu" and found["meta"] == found["context"] == "meta"
     assert found["moved dtype"] == found["cast"] == "torch.bfloat16" and found["type"] == "torch.cuda.FloatTensor"
-    assert found["compiled"] == [2, 2]
+    assert found["compiled"] == [2, 2] and found["triton"] is False
 
 
 def test_the_random_state_is_the_cpus() -> None:

@@ -98,7 +98,7 @@ def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path: Path) -> Non
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 PLAIN = {"enable_recursive_refinement": False}
-SIZES = {"hidden_size": 240, "vocab_size": 300, "intermediate_size": 512, "max_position_embeddings": 64}
+SIZES = {"hidden_size": 240, "vocab_size": 3000, "intermediate_size": 512, "max_position_embeddings": 64}
 ROUND = 1.03  # headers of the pieces of a file, which larger tensors do not notice
 
 

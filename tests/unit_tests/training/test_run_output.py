@@ -117,6 +117,11 @@ def test_a_terminal_gets_a_line_an_interval(tmp_path: Path) -> None:
     assert sum(line.startswith("held out at iteration") for line in lines) == 2
     assert sum(line.startswith("checkpoint of iteration") for line in lines) == 2
     assert not any("lm loss value" in line or "consumed samples" in line for line in lines)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    ((out, _),) = run_distributed(shown_in_worker, 1, [*flags, "--train-iters", "9", "--skip-train"], timeout=120)
+    assert "nothing was trained: iteration 6 of 9 is the last one" in out and "test set at iteration 6" in out
+    added = (tmp_path / "metrics.jsonl").read_text().removeprefix(before).splitlines()
+    assert [json.loads(line)["kind"] for line in added] == ["run", "valid", "test"]
 
 
 # --- how it ends ----------------------------------------------------------------------------------------------------
