@@ -37,8 +37,6 @@ def live_passes(
     without simulating: recorded forwards up to there less the backwards of as many slots earlier. It is most at the end
     of a pass; all groups but the first and the last are alike.
     """
-    if stages == 1:
-        return (sum(grad),)
     if not interleaved:
         return tuple(min(stages - stage, micro_batches) for stage in range(stages))
     if windows:
