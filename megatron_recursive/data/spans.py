@@ -53,7 +53,7 @@ def insist[Result](name: str, act: Callable[[], Result], mend: str = "mend it or
             if isinstance(error, UserError) or not (isinstance(error, OSError) or _is_foreign(error)):
                 raise
             status = getattr(getattr(error, "response", None), "status_code", 500)
-            lasting = isinstance(error, _LASTING) or (400 <= status < 500 and status not in (408, 429))
+            lasting = isinstance(error, (*_LASTING, ValueError)) or (400 <= status < 500 and status not in (408, 429))
             lasting = lasting or type(error).__name__ == "OfflineModeIsEnabled"  # the hub's, by the user's wish
             if lasting or attempt == ATTEMPTS:
                 tries = "" if lasting else f" at {ATTEMPTS} tries"

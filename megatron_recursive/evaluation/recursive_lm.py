@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_recursive.command_line import nearest_flag
+from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
@@ -60,7 +61,7 @@ def exported(checkpoint: str, tokenizer: str | None) -> str:
 def _find(pretrained: str, tokenizer: Any) -> tuple[str, Any]:
     """The folder (or the hub's name) to load, and the tokenizer where it is not the folder's own."""
     path, source = Path(pretrained), pretrained
-    if not path.exists() and (path.is_absolute() or pretrained.startswith(".") or pretrained.count("/") > 1):
+    if not path.exists() and not is_hub_name(pretrained):
         raise UserError(f"pretrained={pretrained} does not exist; name a Hugging Face folder or a Megatron checkpoint.")
     if path.is_dir() and not (path / "config.json").is_file():
         source, tokenizer = exported(pretrained, tokenizer), None  # the export holds it
@@ -142,7 +143,7 @@ class RecursiveLM(HFLM):
         """What a text would have cost by itself, so that the results do not depend on its batch."""
         config, length = self.model.config, len(blocks_S)
         active = [int((blocks_S > block).sum()) for block in range(int(blocks_S.max()))]
-        layers = config.num_layers * (len(config.plan["passes"]) // options.trained_blocks)
+        layers = config.num_hidden_layers // options.trained_blocks
         asked = sum(active[: options.max_blocks - 1])
         return Work(layers * sum(active), layers * len(active) * length**2, asked, length, (length, length**2))
 
@@ -168,7 +169,8 @@ class RecursiveLM(HFLM):
         """What the harness writes beside the results: in ``recursion`` mean blocks, and the share of FLOPs saved."""
         info, spent = super().get_model_info(), self.spent_by_all
         if self._is_recursive:
-            blocks = self.model.config.num_refinement_blocks
+            plan = self.model.config.recursion_plan
+            blocks = plan.depth
             found = {"num_refinement_blocks": blocks, "mean_blocks": float(blocks), "flops_saved": 0.0}
             if spent["tokens"]:
                 found |= self._exit | {key: value for key, value in sorted(spent.items()) if key.startswith("tokens")}

@@ -155,10 +155,13 @@ class RecursiveGPTModel(GPTModel):
         def layers(given_SBH: Tensor | None) -> Tensor:
             if not self.pre_process:
                 block.set_input_tensor(given_SBH)
-            return block(
+            result: Tensor = block(
                 hidden_states=given_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary,
                 inference_context=inference_context,
             )  # fmt: skip
+            if block is not self.decoder:  # the decoder's own is its caller's to clear
+                block.set_input_tensor(None)
+            return result
 
         # Given as an argument: what the decoder holds by the time of the replay belongs to another pass.
         given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor

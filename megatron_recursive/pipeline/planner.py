@@ -175,10 +175,11 @@ def messages(plan: RecursionPlan, micro_batches: int, *, two_phases: bool) -> di
     """
     free = plan.first_grad_pass
     answered = plan.num_passes - free if two_phases else plan.num_passes
-    inner = {"forward": plan.num_passes, "backward": answered, "zero answers": 0 if two_phases else free}
+    zeros = 0 if two_phases else plan.num_passes - len(plan.grad_passes)
+    inner = {"forward": plan.num_passes, "backward": answered, "zero answers": zeros}
     first = free + 1 if two_phases else 1  # the two-phase handover into pass `free` is not answered
     wrapping = plan.passes[first:]
-    cut = [p for p in wrapping if p.cuts_states or not (p.grad and plan.passes[p.index - 1].grad)]
+    cut = [p for p in wrapping if not plan.feeds_gradient(plan.passes[p.index - 1])]
     ring = {"forward": plan.num_passes - 1, "backward": len(wrapping), "zero answers": len(cut)}
     scaled = {"neighbours": inner, "last to first": ring}
     return {where: {kind: micro_batches * n for kind, n in counts.items()} for where, counts in scaled.items()}

@@ -62,12 +62,13 @@ def recurrent_plan(config: RecursionConfig) -> RecursionPlan:
         passes.append(DecoderPass(0, 0, "input", ("input",), grad=True, stack="prelude"))
     for step in range(r):
         passes.append(DecoderPass(len(passes), 0, "output", reads, grad=step >= r - window, step=config.step_size))
-    if config.num_coda_layers or config.step_size != 1:  # a state that was moved by a part is read by a pass
+    if config.num_coda_layers or config.recurrence_step != "1":  # a state that was moved by a part is read by a pass
         passes.append(DecoderPass(len(passes), 0, "output", ("output",), grad=True, stack="coda"))
     passes[-1] = replace(passes[-1], supervised_weight=1.0)
     stacks = (("prelude", config.num_prelude_layers), ("core", None), ("coda", config.num_coda_layers))
     multiplier = config.embedding_multiplier or 1.0
-    return RecursionPlan("recurrent", tuple(passes), "input", "none", multiplier, stacks)
+    is_mean = config.recurrence_step == "mean"
+    return RecursionPlan("recurrent", tuple(passes), "input", "none", multiplier, stacks, is_mean)
 
 
 def looped_plan(config: RecursionConfig) -> RecursionPlan:

@@ -31,7 +31,11 @@ OF_FAMILIES = {  # knobs that not every family knows
     "injection": ("recurrent",),
     "recurrence_step": ("recurrent",),
     "backprop_depth": ("recurrent",),
+    **dict.fromkeys(("halt_loss_weight", "halt_bias", "halt_supervision", "halt_target"),
+                    ("core", "looped", "hierarchical")),
 }
+
+DEPTHS = ("num_refinement_blocks", "num_latent_refinements", "num_recurrences")
 
 _ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "a word"}
 
@@ -68,7 +72,8 @@ class FunctionKnobs:
         "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer).",
         choices=("zeros", "trunc-normal"))
     state_norm: str = _knob(
-        "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head.",
+        "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head, as always "
+        "in a recurrent family.",
         choices=("final", "none"))
     embedding_multiplier: float | None = _knob(
         None, "Factor on the embedding, which must stand at the scale of the states. Default: 1 / embedding init std "
@@ -98,7 +103,8 @@ class TrainingKnobs:
         0, "The last so many passes of a recurrent core carry gradient; 0: all.")
     init_depth_scaling: str | None = _knob(
         None, "Output projections are initialised with std / sqrt(2 L): L the layers held, or the layers unrolled over "
-        "all passes. Default: held, or unrolled where --state-norm is none.", choices=("held", "unrolled"), type=str)
+        "all passes. Default: held; unrolled where --state-norm is none, as in a recurrent family.",
+        choices=("held", "unrolled"), type=str)
     halt_supervision: str = _knob(
         "all", "Blocks whose state teaches the halting head: all (earlier ones through their detached state), or last.",
         choices=("all", "last"))
@@ -150,8 +156,9 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             self._check_type(knob)
         for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("num_recurrences", "num_prelude_layers", "num_coda_layers", "backprop_depth"):
-            self._require(name, getattr(self, name) >= (name == "num_recurrences"), "is too small")
+        self._require("num_recurrences", self.num_recurrences >= 1, "must be at least 1")
+        for name in ("num_prelude_layers", "num_coda_layers", "backprop_depth"):
+            self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         self._check_family()
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
@@ -175,11 +182,13 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             holds = False
         self._require("recurrence_step", holds, "must be 1, mean, or a number above 0 and below 1")
         for knob in dataclasses.fields(self):
-            families = OF_FAMILIES.get(knob.name, (self.recursion_family,))
-            if self.recursion_family not in families and getattr(self, knob.name) != knob.default:
+            families, value = OF_FAMILIES.get(knob.name, (self.recursion_family,)), getattr(self, knob.name)
+            off = knob.name == "halt_loss_weight" and value == 0
+            if self.recursion_family not in families and value != knob.default and not off:
+                flag = knob.metadata["off"] if isinstance(value, bool) else f"{flag_of(knob.name)} {value}"
                 raise UserError(
-                    f"{flag_of(knob.name)} {getattr(self, knob.name)} belongs to --recursion-family "
-                    f"{' or '.join(families)}, but the family is {self.recursion_family}."
+                    f"{flag} belongs to --recursion-family {' or '.join(families)}, but the family is "
+                    f"{self.recursion_family}."
                 )
 
     @property
@@ -266,7 +275,7 @@ class Difference:
 
     @property
     def is_depth(self) -> bool:
-        return self.name in ("num_refinement_blocks", "num_latent_refinements", "num_recurrences")
+        return self.name in DEPTHS
 
 
 def initial_std(hidden_size: int) -> float:

@@ -74,6 +74,7 @@ class RecursionPlan:
             zeros.
         state_norm, embedding_multiplier: as in ``RecursionConfig``, resolved.
         stacks: (name, layers) in the order in which the model holds them; those without a number share the rest.
+        mean_steps: the steps of a recurrent core are 1 / r, and stay that at another r.
 
     Raises:
         UserError: the passes contradict each other, or a parameter group would get no gradient.
@@ -85,6 +86,7 @@ class RecursionPlan:
     state_norm: str = "final"
     embedding_multiplier: float = 1.0
     stacks: tuple[tuple[str, int | None], ...] = WHOLE
+    mean_steps: bool = False
 
     @classmethod
     def plain(cls, embedding_multiplier: float = 1.0) -> RecursionPlan:
@@ -113,10 +115,12 @@ class RecursionPlan:
             raise UserError("The passes that carry gradient must stand together at the end of the plan.")
         starved = [group for group, fed in self.gradient_groups(tied_embeddings=False).items() if not fed]
         if starved:
-            mend = "--num-latent-refinements" if self.stacks == WHOLE else "--backprop-depth, or give --injection add"
+            mend = "raise --num-latent-refinements"
+            if self.stacks != WHOLE:
+                mend = "give --injection add, or no --backprop-depth"
             raise UserError(
                 f"The parameter group '{starved[0]}' would receive no gradient: no pass with gradient reads the "
-                f"{'states' if starved[0] == 'layers' else f'input (raise {mend})'}."
+                f"{'states' if starved[0] == 'layers' else f'input ({mend})'}."
             )
 
     def _check_pass(self, expected: int, decoder_pass: DecoderPass) -> None:
@@ -158,6 +162,11 @@ class RecursionPlan:
     @cached_property
     def num_blocks(self) -> int:
         return self.passes[-1].block + 1
+
+    @property
+    def depth(self) -> int:
+        """What :meth:`with_blocks` changes: blocks, loops, or passes of a recurrent core."""
+        return sum(p.stack == "core" for p in self.passes) if self.family == "recurrent" else self.num_blocks
 
     @cached_property
     def block_ends(self) -> tuple[DecoderPass, ...]:
@@ -234,16 +243,15 @@ class RecursionPlan:
     @cached_property
     def is_plain(self) -> bool:
         """One pass from the input to the output: a plain GPT."""
-        straight = self.num_passes == 1 and self.sources(self.passes[0]) == ("input",)
-        return straight and self.stacks == WHOLE and not self.has_halting
+        return self.family == "plain"
 
     def is_block_end(self, decoder_pass: DecoderPass) -> bool:
         return decoder_pass in self.block_ends
 
     def gradient_groups(self, *, tied_embeddings: bool) -> dict[str, bool]:
         """Which parameter groups receive gradient. A tied embedding is also reached through the output head."""
-        reached = self.first_input_gradient is not None
-        run = {p.stack for p in self.grad_passes}
+        fed = [p for p in self.grad_passes if p is self.passes[-1] or self.feeds_gradient(p)]
+        reached, run = any("input" in self.sources(p) for p in fed), {p.stack for p in fed}
         layers = {"layers" if name == "core" else f"{name} layers": name in run for name, count in self.stacks
                   if count != 0}  # fmt: skip
         groups = {"embedding": reached or tied_embeddings, **layers, "output head": True}
@@ -254,20 +262,12 @@ class RecursionPlan:
     def with_blocks(self, count: int) -> RecursionPlan:
         """The plan with another number of blocks: inner ones are dropped or repeated, the last one stays.
 
-        The weights of the halting loss keep their sum. Of a plan with a prelude or a coda, which is one block, the core
-        is repeated; steps of 1 / r stay that.
+        The weights of the halting loss keep their sum. Of a recurrent plan, which is one block, the core is repeated.
         """
         if count < 1:
             raise UserError(f"The number of refinement blocks must be at least 1, but is {count}.")
-        core = [p for p in self.passes if p.stack == "core"]
-        if 0 < len(core) < self.num_passes and self.num_blocks == 1:
-            first, rest = core[0].index, self.passes[core[-1].index + 1 :]
-            mean = math.isclose(core[0].step * len(core), 1.0) and len(core) > 1
-            repeated = (core[:1] * count + core)[-count:] if count > len(core) else core[-count:]
-            if mean:
-                repeated = [replace(p, step=1.0 / count) for p in repeated]
-            chosen_passes = [*self.passes[:first], *repeated, *rest]
-            return replace(self, passes=tuple(replace(p, index=i) for i, p in enumerate(chosen_passes)))
+        if self.family == "recurrent":
+            return self._with_core(count)
         blocks = [[p for p in self.passes if p.block == block] for block in range(self.num_blocks)]
         inner = blocks[-2] if len(blocks) > 1 else [replace(p, supervised_weight=0.0) for p in blocks[-1]]
         chosen = [*(blocks[:-1] + [inner] * count)[: count - 1], blocks[-1]]
@@ -278,10 +278,21 @@ class RecursionPlan:
         ]  # fmt: skip
         return replace(self, passes=tuple(replace(p, index=index) for index, p in enumerate(passes)))
 
+    def _with_core(self, count: int) -> RecursionPlan:
+        core = [p for p in self.passes if p.stack == "core"]
+        before, behind = self.passes[: core[0].index], self.passes[core[-1].index + 1 :]
+        repeated = ([replace(core[0], supervised_weight=0.0)] * count + core)[-count:]
+        if self.mean_steps:
+            repeated = [replace(p, step=1.0 / count) for p in repeated]
+        passes = enumerate([*before, *repeated, *behind])
+        return replace(self, passes=tuple(replace(p, index=index) for index, p in passes))
+
     def to_json(self) -> str:
         values = asdict(self) | {"passes": [p.to_dict() for p in self.passes]}
-        if self.stacks == WHOLE:
+        if self.stacks == WHOLE:  # older readers know all that they find
             del values["stacks"]
+        if not self.mean_steps:
+            del values["mean_steps"]
         return json.dumps(values, sort_keys=True)
 
     @classmethod

@@ -20,7 +20,7 @@ from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.gradient_fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig
-from megatron_recursive.plan.recursion_config import add_recursion_arguments, flag_of, initial_std
+from megatron_recursive.plan.recursion_config import DEPTHS, add_recursion_arguments, flag_of, initial_std
 from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
@@ -46,7 +46,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     """
     with megatron_speaks_in_sentences():
         args = megatron_arguments.parse_args(_add_arguments)
-    RecursionConfig.from_mapping(vars(args))  # refuses bad knobs before anything else is looked at
+    if not args.use_checkpoint_args:  # which says the family
+        RecursionConfig.from_mapping(vars(args))  # refuses bad knobs before anything else is looked at
     if args.tokenizer_type is None and args.vocab_file is not None and args.merge_file is not None:
         args.tokenizer_type = "GPT2BPETokenizer"  # as Megatron's own GPT script
     refusals.refuse_features(args, on_cpu=cpu.is_installed())
@@ -106,7 +107,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--override-recursion-depth", action="store_true",
-        help="Load a checkpoint that was trained with other --num-refinement-blocks or --num-latent-refinements.",
+        help="Load a checkpoint that was trained with other --num-refinement-blocks, --num-latent-refinements or "
+        "--num-recurrences.",
     )
     group.add_argument(
         "--device", choices=device.CHOICES, default=os.environ.get(device.VARIABLE, "auto"),
@@ -191,8 +193,10 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
         load_args_from_checkpoint(args, load_arg="init_from_gpt" if from_plain_gpt else "load")
     take_function(args, saved)
     if not from_plain_gpt:
+        defaults = vars(RecursionConfig())
         for name, value in RecursionConfig.from_mapping(saved).to_dict().items():
-            setattr(args, name, value)
+            if not (args.override_recursion_depth and name in DEPTHS and getattr(args, name) != defaults[name]):
+                setattr(args, name, value)
 
 
 def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:

@@ -120,7 +120,7 @@ class HealthAlarms:
     def __init__(self, recursion: RecursionConfig) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
         self.blocks = recursion.num_refinement_blocks
-        self.detached = recursion.detach_between_refinements
+        self.detached = recursion.detach_between_refinements and recursion.recursion_family == "core"
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)
         self.quiet_until = 0

@@ -44,8 +44,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "megatron.core",
     ),
     "evaluation": (
-        *(f"{OURS}.{folder}" for folder in ("backends", "data.files", "hf")), "torch", "transformers", "accelerate",
-        "lm_eval",
+        *(f"{OURS}.{folder}" for folder in ("backends", "data.files", "data.tokenizer", "hf")), "torch", "transformers",
+        "accelerate", "lm_eval",
     ),
     "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "tqdm", "yaml"),
     "commands": (

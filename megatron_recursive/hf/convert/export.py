@@ -168,7 +168,7 @@ def export_model(
         _prove(model, folder, report, sums, logits, text, proof_dtype)
         write_card(folder, target.absolute().name, Exported(
             model.family.architecture, model.family is OWN, model.arch.num_layers, model.plan, model.checkpoint.folder,
-            Path(ckpt), model.args, report.max_logit_error))  # fmt: skip
+            Path(ckpt), model.args, report.max_logit_error, dtype is not None))  # fmt: skip
     if model.checkpoint.training_state:
         report.add("dropped", "optimizer state", f"{model.checkpoint.training_state} tensors of training")
     say(report.describe())
@@ -185,12 +185,12 @@ def export_model(
 def _cache_size(model: MegatronModel, report: Report) -> str:
     """What keys and values of a token take, which is easily taken for that of a plain model of so many layers."""
     arch, dtype, passes = model.arch, _config(model)["dtype"], model.plan.num_passes
-    layers = arch.num_layers * passes
+    layers = model.plan.unrolled_layers(arch.num_layers)
     size = 2 * layers * arch.num_query_groups * arch.head_dim * getattr(torch, dtype).itemsize
     report.facts["cache_bytes_per_token"] = size
     line = f"cache: {size:,} bytes a token in {dtype}"
     return line if model.plan.is_plain else (
-        f"{line}, since {passes} passes of {arch.num_layers} layers are {layers} cache layers; choose batch and "
+        f"{line}, since {passes} passes through {arch.num_layers} layers are {layers} cache layers; choose batch and "
         f"context by that, not by {arch.num_layers} layers."
     )
 

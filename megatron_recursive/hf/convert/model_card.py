@@ -54,6 +54,7 @@ class Exported:
     ckpt: Path
     args: Mapping[str, Any]
     error: float | None
+    cast: bool = False  # the weights were given another dtype, and compared in it
 
 
 def write_card(folder: Path, name: str, model: Exported) -> None:
@@ -65,10 +66,11 @@ def write_card(folder: Path, name: str, model: Exported) -> None:
         library_name="transformers", pipeline_tag="text-generation", base_model=facts.get("base_model"),
         tags=["recursive-gpt"] if model.remote_code else None, **licence,
     )  # fmt: skip
-    passes = "" if plan.is_plain else f", applied {plan.num_passes} times ({plan.num_blocks} blocks)"
+    applied = plan.unrolled_layers(model.num_layers)
+    passes = "" if plan.is_plain else f", of which a token goes through {applied} in {plan.num_passes} passes"
     trust = ", trust_remote_code=True" if model.remote_code else ""
     proof = "was not compared with it" if model.error is None else (
-        f"gives its logits (largest difference: {model.error:.1e} of the largest logit)")  # fmt: skip
+        f"gives its logits{' as cast' * model.cast} (largest difference: {model.error:.1e} of the largest logit)")
     text = [
         f"# {name}",
         f"A language model of {model.num_layers} layers{passes}: {model.architecture}. It was exported from the "

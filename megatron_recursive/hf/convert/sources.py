@@ -222,6 +222,11 @@ def _why_surplus(source: Source, name: str) -> str:
         raise UserError(
             f"{source.name} ties its head to the embedding (tie_word_embeddings), but holds another lm_head.weight."
         )
+    if name == "rope_freqs.weight":
+        raise UserError(
+            f"{source.name} scales its rotary frequencies (rope_freqs.weight, of Llama 3.1 and later), which is not "
+            "read from GGUF; import the model from its safetensors."
+        )
     raise UserError(
         f"{source.name} holds {name} ({_by(source.shapes[name])}), which a {source.family.model_type} model does not "
         "have; its meaning would be lost."

@@ -32,6 +32,12 @@ CASES = {
     "recurrent-part-window": Case(
         recurrent(2, 0, num_recurrences=4, recurrence_step="0.3", backprop_depth=2, injection="add"), transformer=SIX
     ),
+    "recurrent-free-passes": Case(
+        recurrent(0, 1, num_recurrences=6, recurrence_step="0.3", backprop_depth=2, injection="add"), transformer=FOUR
+    ),
+    "recurrent-bare-window": Case(
+        recurrent(0, 0, num_recurrences=6, backprop_depth=2, injection="add"), transformer=FOUR
+    ),
     "recurrent-bare": Case(recurrent(0, 0, num_recurrences=3, recurrence_step="mean"), transformer=FOUR),
     "recurrent-window": Case(
         recurrent(1, 2, num_recurrences=3, backprop_depth=1, injection="add"), transformer={**SIX, **FULL_RECOMPUTE},

@@ -71,11 +71,14 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
 @pytest.mark.parametrize(
     ("name", "value", "family"),
     [("num_recurrences", 8, "core"), ("num_latent_refinements", 2, "looped"), ("injection", "add", "hierarchical"),
-     ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent")],
+     ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent"),
+     ("halt_bias", -1.0, "recurrent"), ("halt_loss_weight", 0.5, "recurrent")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
-    with pytest.raises(UserError, match=f"{flag_of(name)} {value} belongs to --recursion-family .*is {family}"):
+    flag = SWITCHES.get(name, f"{flag_of(name)} {value}")
+    with pytest.raises(UserError, match=f"{flag} belongs to --recursion-family .*is {family}"):
         RecursionConfig(recursion_family=family, **{name: value})
+    assert not RecursionConfig(recursion_family="recurrent", halt_loss_weight=0.0).has_halting
 
 
 @pytest.mark.parametrize("name", KNOBS)

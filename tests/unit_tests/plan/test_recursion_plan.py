@@ -73,7 +73,7 @@ def test_a_plan_is_frozen_and_hashable() -> None:
 def test_json_round_trip(blocks: int) -> None:
     plan = make_plan(blocks, state_init="trunc-normal", detach_between_refinements=False)
     assert RecursionPlan.from_json(plan.to_json()) == plan
-    words = {field.name for field in dataclasses.fields(RecursionPlan)} - {"stacks"}  # of one stack nothing is said
+    words = {field.name for field in dataclasses.fields(RecursionPlan)} - {"stacks", "mean_steps"}  # unsaid where usual
     assert set(json.loads(plan.to_json())) == words
 
 
@@ -199,11 +199,16 @@ def test_two_stacks_share_the_layers() -> None:
         family("recurrent", **RECURRENT).layers_of(3)
 
 
-def test_one_loop_without_halting_is_a_plain_gpt() -> None:
-    assert family("looped", num_refinement_blocks=1, halt_loss_weight=0.0).is_plain
-    assert not family("looped", num_refinement_blocks=2, halt_loss_weight=0.0).is_plain
+@pytest.mark.parametrize("prelude", [0, 2])
+def test_a_window_that_starves_embedding_and_prelude_is_refused(prelude: int) -> None:
+    with pytest.raises(UserError, match="embedding.*give --injection add, or no --backprop-depth"):
+        family("recurrent", num_recurrences=4, backprop_depth=2, num_prelude_layers=prelude)
+    family("recurrent", num_recurrences=4, backprop_depth=2, num_prelude_layers=prelude, injection="add")
 
 
-def test_a_window_that_starves_the_prelude_is_refused() -> None:
-    with pytest.raises(UserError, match="embedding.*--backprop-depth, or give --injection add"):
-        family("recurrent", num_recurrences=4, backprop_depth=2)
+@pytest.mark.parametrize("knobs", [{}, {"recurrence_step": "mean"}, {"recurrence_step": "0.25"}, RECURRENT,
+                                   {**RECURRENT, "recurrence_step": "mean"}])  # fmt: skip
+def test_another_depth_of_a_core_is_that_of_the_knobs(knobs: dict[str, object]) -> None:
+    plans = {depth: family("recurrent", **{**knobs, "num_recurrences": depth}) for depth in (1, 2, 4, 8)}
+    for start in plans.values():
+        assert all(start.with_blocks(depth) == plan for depth, plan in plans.items())
