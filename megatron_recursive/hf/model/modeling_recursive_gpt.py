@@ -278,8 +278,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.halting_head = RecursiveGPTHaltingHead(config.hidden_size, 1) if config.has_halting else None
         if self.halting_head is not None:
-            self._keep_in_fp32_modules_strict = ["halting_head"]
             self._keep_in_fp32_modules = ["halting_head"]  # what quantisation leaves alone
+            self._keep_in_fp32_modules_strict = ["halting_head.weight", "halting_head.bias"]  # no name may be in both
         self.last_exit_report: ExitReport | None = None
         self._open_report: ExitReport | None = None
         self.post_init()
