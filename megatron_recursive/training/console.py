@@ -49,8 +49,11 @@ class Console:
     def line(self, text: str, *, shown: bool) -> None:
         """Take one line that a library wrote."""
         with self._lock:
-            self._log.write(text + "\n")
-            self._log.flush()
+            try:
+                self._log.write(text + "\n")
+                self._log.flush()
+            except OSError:  # its disk is full, which is being told: what follows is kept nowhere
+                self._log = open(os.devnull, "w", encoding="utf-8")
         if self.style == "megatron" and ((shown and SHOWN.match(text)) or (self.timers and TIMERS.match(text))):
             self.show(NO_PERPLEXITY.sub("", text))
 
