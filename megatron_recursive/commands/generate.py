@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 
@@ -66,6 +67,7 @@ def prepare_transformers() -> None:
     """Before transformers is imported: no warnings, no network, and bars only where somebody sees them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # warns of what torchao 0.18 registers
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 

@@ -48,7 +48,7 @@ def test_an_export_says_what_it_is_and_keeps_it_when_it_is_saved_again(tmp_path:
                     "license": "other", "license_name": "tiny", "license_link": "LICENSE",
                     "tags": ["recursive-gpt"]}  # fmt: skip
     losses = json.loads((tmp_path / "ckpt" / "conversion.json").read_text())["summary"]["loss"]
-    for part in ("# out", "acme/tiny", "applied 4 times (2 blocks)", "trust_remote_code=True", 'exit="halting"',
+    for part in ("# out", "acme/tiny", "goes through 16 in 4 passes", "trust_remote_code=True", 'exit="halting"',
                  "| donor |", f"| imported with recursion | {losses['imported with recursion']:.4f} |"):  # fmt: skip
         assert part in card.text or part in card.content, part
     assert str(tmp_path) not in card.content
