@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -239,7 +241,9 @@ def damage(folder: Path, how: str) -> None:
         shards[0].write_bytes(shards[0].read_bytes()[: shards[0].stat().st_size // 2])
     elif how == "flipped bit":
         raw = bytearray(shards[0].read_bytes())
-        raw[len(raw) // 2] ^= 1
+        headers = [match.start() for match in re.finditer(rb"PK[\x01-\x08]", raw)]  # each tensor is an archive
+        start, end = max(itertools.pairwise(headers), key=lambda pair: pair[1] - pair[0])
+        raw[(start + end) // 2] ^= 1  # amid the largest tensor
         shards[0].write_bytes(raw)
     elif how == "missing shard":
         shards[0].unlink()
