@@ -264,8 +264,8 @@ def second_documents(argv: list[str], layout: tuple[int, int], change: bool) -> 
     seen: dict[str, list[Tensor]] = {"passes": [], "logits": []}
     decode, logits = model.decode, model._logits
 
-    def record_pass(*given: Any) -> Tensor:
-        seen["passes"].append(decode(*given))
+    def record_pass(*given: Any, **how: Any) -> Tensor:
+        seen["passes"].append(decode(*given, **how))
         return seen["passes"][-1]
 
     def record_logits(*given: Any) -> Tensor:
