@@ -278,6 +278,23 @@ class Difference:
         return self.name in DEPTHS
 
 
+def retrofit(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The recursion of pretrained layers that costs them least, where no knob of another one is given.
+
+    The first and the last third run once, the middle third several times in steps of 1 / r (arXiv 2605.23872).
+    """
+    family = given.get("recursion_family")
+    foreign = [name for name in given if "recurrent" not in OF_FAMILIES.get(name, ("recurrent",))]
+    own = [name for name in given if OF_FAMILIES.get(name) == ("recurrent",)]
+    if foreign and (family == "recurrent" or own):
+        raise UserError(f"{flag_of(foreign[0])} does not go with --recursion-family recurrent; leave one of them out.")
+    if foreign or family not in (None, "recurrent") or not given.get("enable_recursive_refinement", True):
+        return {}
+    third = layers // 3
+    return {"recursion_family": "recurrent", "num_prelude_layers": third, "num_coda_layers": third,
+            "recurrence_step": "mean"}  # fmt: skip
+
+
 def initial_std(hidden_size: int) -> float:
     """The std at which the matrices of a fresh recursive model start, where --init-method-std does not say otherwise.
 

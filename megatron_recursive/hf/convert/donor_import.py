@@ -47,7 +47,7 @@ from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.recursion_config import OF_FAMILIES, flag_of
+from megatron_recursive.plan.recursion_config import OF_FAMILIES, retrofit
 
 ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
@@ -130,32 +130,15 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
 
 def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> RecursionConfig:
     """What is given, beside what the source has or, of a donor, what starts near to it (:func:`retrofit`)."""
-    stored = retrofit(given, layers)
-    if source.family is OWN and given.get("recursion_family", source.plan.family) == source.plan.family:
+    recursion = RecursionConfig.from_mapping({**retrofit(given, layers), **given})
+    if source.family is OWN:
         knobs = RecursionConfig.from_mapping(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
         if not given and build_plan(own) != source.plan:
             raise UserError(f"{source.name} has a plan that its knobs do not give; import it with recursion flags.")
-        stored = own.to_dict()
-    recursion = RecursionConfig.from_mapping({**stored, **given})
+        same = "recursion_family" not in given or recursion.recursion_family == own.recursion_family
+        recursion = RecursionConfig.from_mapping({**own.to_dict(), **given}) if same else recursion
     return recursion.resolved(embedding_init_std=source.arch.init_std, from_plain_gpt=True)
-
-
-def retrofit(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The recursion of pretrained layers that costs them least, where no knob of another one is given.
-
-    The first and the last third run once, the middle third several times in steps of 1 / r (arXiv 2605.23872).
-    """
-    family = given.get("recursion_family")
-    foreign = [name for name in given if "recurrent" not in OF_FAMILIES.get(name, ("recurrent",))]
-    own = [name for name in given if OF_FAMILIES.get(name) == ("recurrent",)]
-    if foreign and (family == "recurrent" or own):
-        raise UserError(f"{flag_of(foreign[0])} does not go with --recursion-family recurrent; leave one of them out.")
-    if foreign or family not in (None, "recurrent") or not given.get("enable_recursive_refinement", True):
-        return {}
-    third = layers // 3
-    return {"recursion_family": "recurrent", "num_prelude_layers": third, "num_coda_layers": third,
-            "recurrence_step": "mean"}  # fmt: skip
 
 
 @dataclass
