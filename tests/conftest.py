@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from megatron_recursive.backends import cpu
 from tests.distributed import shutdown_pool
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Stop the worker processes of :func:`tests.distributed.run_distributed`."""
     shutdown_pool()
+
+
+@pytest.fixture(autouse=True)
+def _devices_as_they_are() -> Iterator[None]:
+    """No test installs the CPU backend in pytest's own process: later tests would see CUDA devices that are the CPU."""
+    yield
+    assert not cpu.is_installed(), "this test installed backends.cpu in pytest's process; give it a process of its own"

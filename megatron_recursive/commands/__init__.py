@@ -86,7 +86,7 @@ def _run(name: str, words: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Megatron, torch and transformers tell of every package that they do not find, and of every choice they make."""
-    loggers = [logging.getLogger(name) for name in ("", "megatron", "torch.utils.cpp_extension")]
+    loggers = [logging.getLogger(name) for name in ("", "megatron", "torch.utils.cpp_extension", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 
@@ -67,7 +66,6 @@ def prepare_transformers() -> None:
     """Before transformers is imported: no warnings, no network, and bars only where somebody sees them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # warns of what torchao 0.18 registers
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     translate(args)
     if args.json_keys and args.json_key:
-        raise UserError("give --json-key for one dataset PREFIX, or --json-keys for PREFIX_KEY_document")
+        raise UserError("give --json-key and --output for one dataset PREFIX, or --json-keys for PREFIX_KEY_document")
     settings = {
         "tokenizer": TokenizerChoice(args.tokenizer, args.vocab_file, args.merge_file, args.special_tokens).check(),
         "workers": args.workers, "executor": args.executor, "executor_options": parse_options(args.executor_options),

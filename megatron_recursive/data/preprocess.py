@@ -205,6 +205,7 @@ def _key(files: Sequence[SourceFile], tokenizer: StoredTokenizer, json_key: str,
         "json_key": json_key,
         "eod": tokenizer.eod if options.append_eod else None,
         **({"special_tokens": True} if tokenizer.special else {}),
+        **({} if options.join else {"join": False}),
         **({"pipeline": [options.pipeline, source_digest(options.pipeline)]} if options.pipeline else {}),
     }
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import functools
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,20 +36,26 @@ AutoModelForCausalLM.register(RecursiveGPTConfig, RecursiveGPTForCausalLM, exist
 _OURS = [f"--{name}" for name in ("num_refinement_blocks", *EXIT_ARGUMENTS)]
 
 
+def _export(checkpoint: str, folder: str, tokenizer: str | None) -> None:
+    """In a process of its own: the proof takes the CPU for its device, and the evaluation what there is."""
+    from megatron_recursive.backends import cpu
+
+    cpu.install(on_purpose=True)
+    from megatron_recursive.hf.convert.export import export_model
+
+    export_model(checkpoint, folder, tokenizer, say=lambda text: print(text, file=sys.stderr))
+
+
 @functools.cache
 def exported(checkpoint: str, tokenizer: str | None) -> str:
     """A temporary export of a Megatron checkpoint, made once, by one process of each node."""
     folder = None
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # before there are process groups: the proof makes its own
-        from megatron_recursive.backends import cpu
-
-        cpu.install()
-        from megatron_recursive.hf.convert.export import export_model
-
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         place = tempfile.mkdtemp(prefix="megatron-recursive-")
         atexit.register(shutil.rmtree, place, ignore_errors=True)
         folder = f"{place}/export"
-        export_model(checkpoint, folder, tokenizer, say=lambda text: print(text, file=sys.stderr))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            apart.submit(_export, checkpoint, folder, tokenizer).result()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import Accelerator, InitProcessGroupKwargs
         from accelerate.utils import gather_object

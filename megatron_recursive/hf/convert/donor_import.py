@@ -102,6 +102,10 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
     job = _Import(source, arch, recursion, plan, layers, untied, tokenizer, options.proof_dtype)
     say(f"{source.name}: {source.family.model_type}, {source.arch.num_layers} layers, {source.origin}, "
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
+    if not plan.is_plain:
+        held = plan.layers_of(len(layers)).items()
+        stacks = ", ".join(f"{name} {each.start}-{each.stop - 1}" for name, each in held if each)
+        say(f"recursion: {plan.family}, layers {stacks}\n{plan.describe()}")
     with new_folder(target, job.nbytes()) as folder:
         report = job.write(folder)
         report.facts.update(donor_facts(source.folder or source.gguf or Path(source.name)))

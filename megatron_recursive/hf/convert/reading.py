@@ -6,6 +6,7 @@ asked for; the model that they become reads them back, against checksums taken w
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -108,6 +109,10 @@ def room_for_passes(num_passes: int) -> int:
         return 0
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 // 2 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux, or a container that hides it
         return 0
+    group = Path("/sys/fs/cgroup")  # a container's own limit; "max", or no such file: there is none
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(free, 0) // 2
