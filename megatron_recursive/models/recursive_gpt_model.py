@@ -116,6 +116,19 @@ class RecursiveGPTModel(GPTModel):
             parts["output layer"].add(self.shared_embedding_or_output_weight())
         return parts
 
+    def plan_of_step(self, given: RecursionPlan | None) -> RecursionPlan:
+        """The plan of one forward: the model's own, or another one over what the model was built with.
+
+        Raises:
+            ValueError: it asks for other parameters or states.
+        """
+        if given is None:
+            return self.plan
+        for word in ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting"):
+            if getattr(given, word) != getattr(self.plan, word):
+                raise ValueError(f"the model was built with another {word} than the plan of this step has")
+        return given
+
     # -- the three parts that passes are made of -----------------------------------------------------------------
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -257,7 +270,7 @@ class RecursiveGPTModel(GPTModel):
         unsupported = [name for name, value in kwargs.items() if value is not None]
         assert not unsupported, f"RecursiveGPTModel does not take {', '.join(unsupported)}"
         assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"
-        plan = plan or self.plan
+        plan = self.plan_of_step(plan)
         state = self.initial_state(self.embed(input_ids, position_ids))
 
         def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:

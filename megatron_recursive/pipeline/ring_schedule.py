@@ -384,7 +384,7 @@ def ring_forward_backward(
     if group.size() != inner.pg_collection.pp.size():
         raise ValueError(f"the model has {inner.pg_collection.pp.size()} stages, the given group {group.size()} ranks")
 
-    plan, stages = plan or inner.plan, group.size()
+    plan, stages = inner.plan_of_step(plan), group.size()
     if num_microbatches < stages or plan.num_passes < 2:
         raise UserError(
             f"A recursion of {plan.num_passes} passes over --pipeline-model-parallel-size {stages} with "
