@@ -7,6 +7,7 @@ import json
 import re
 
 from megatron_recursive.command_line import example
+from megatron_recursive.hf.convert.stacks import PRESETS, STACKS, StackChoice
 from megatron_recursive.plan.recursion_config import FunctionKnobs, HeadKnobs, add_recursion_arguments, knobs_in
 
 SUMMARY = "Convert between Hugging Face models and Megatron checkpoints, with a proof at every run."
@@ -44,10 +45,16 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--layer-selection", choices=("uniform", "first", "last", "middle"),
                        help="which layers --num-layers keeps (default: uniform)")  # fmt: skip
     shape.add_argument("--num-layers", type=int, metavar="K", help="how many layers to keep (default: all)")
-    shape.add_argument("--layers", metavar="I,J,...", help="the layers to keep, by number from 0")
+    shape.add_argument("--layers", metavar="I-J,K,...", help="the layers to keep, by number from 0")
     shape.add_argument("--untie-embeddings", action="store_true", help="give the head a copy of the embedding")
     shape.add_argument("--resize-vocab", action="store_true",
                        help="grow the embedding to all ids of the tokenizer; new rows are the mean of the others")
+    stacks = parser.add_argument_group("stacks of a recurrent model; layers in none are left out")
+    for name, does in (("prelude", "run once before it"), ("core", "run r times"), ("coda", "run once behind it")):
+        stacks.add_argument(f"--{name}", metavar="I-J,K,...", help=f"the layers that {does}, by number from 0")
+    stacks.add_argument("--from-analysis", metavar="FILE",
+                        help='the same from a JSON with the lists "prelude", "core" and "coda"')  # fmt: skip
+    stacks.add_argument("--preset", choices=PRESETS, help="the same as published for this donor")
     # What is not given is the source's own, where it is a model of ours.
     add_recursion_arguments(parser, (FunctionKnobs, HeadKnobs), only_given=True)
     _add_proof(parser)
@@ -97,10 +104,11 @@ def run(args: argparse.Namespace) -> None:
     agreed = True
     if args.action == "import":
         recursion = knobs_in(vars(args))
+        stacks = StackChoice(**{name: getattr(args, name) for name in (*STACKS, "from_analysis", "preset")})
         selection = args.layer_selection or ("uniform" if args.num_layers is not None else None)
         report = convert.import_model(args.hf, args.out, convert.ImportOptions(
             recursion, selection, args.num_layers, args.layers, args.untie_embeddings,
-            args.resize_vocab, dtype))  # fmt: skip
+            args.resize_vocab, dtype, stacks))  # fmt: skip
     elif args.action == "export":
         weights = None if args.dtype is None else getattr(torch, args.dtype)
         report = export.export_model(

@@ -33,6 +33,7 @@ from megatron_recursive.hf.convert.reading import Fetch, Once, Sums, remembering
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
+from megatron_recursive.hf.convert.stacks import StackChoice, published, ranges, stack_knobs
 from megatron_recursive.hf.convert.tokenizer_files import (
     copy_tokenizer,
     keep_class,
@@ -66,6 +67,7 @@ class ImportOptions:
     Attributes:
         recursion: knobs by name; the others are the source's own where it is a model of ours, or else the defaults.
         selection, num_layers, layers: which layers to keep (:func:`choose_layers`).
+        stacks: or which become prelude, core and coda.
         untie: give the output head a copy of the embedding of its own.
         resize_vocab: grow the embedding to the tokenizer's ids; new rows are the mean of the donor's.
         proof_dtype: float32 or float64; None skips the proof.
@@ -78,6 +80,7 @@ class ImportOptions:
     untie: bool = False
     resize_vocab: bool = False
     proof_dtype: torch.dtype | None = torch.float32
+    stacks: StackChoice = StackChoice()
 
 
 def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str], None] = print) -> Report:
@@ -87,7 +90,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
     source, target = open_source(hf), Path(out)
-    layers = choose_layers(source.arch.num_layers, options.selection, options.num_layers, options.layers)
+    layers, given = _layers_and_knobs(source, options)
     untied = source.arch.tied and options.untie
     arch = dataclasses.replace(source.arch, num_layers=len(layers), tied=source.arch.tied and not options.untie)
     tokenizer = _donor_tokenizer(source)
@@ -96,16 +99,20 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
             raise UserError(f"--resize-vocab: {source.name} has no tokenizer that loads here; leave it out.")
         rows = max(arch.vocab_size, last_id(tokenizer) + 1)
         arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
-    recursion = _recursion(source, options.recursion, len(layers))
+    recursion = _recursion(source, given, len(layers))
     plan = build_plan(recursion)
     plan.layers_of(len(layers))
     job = _Import(source, arch, recursion, plan, layers, untied, tokenizer, options.proof_dtype)
     say(f"{source.name}: {source.family.model_type}, {source.arch.num_layers} layers, {source.origin}, "
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
     if not plan.is_plain:
-        held = plan.layers_of(len(layers)).items()
-        stacks = ", ".join(f"{name} {each.start}-{each.stop - 1}" for name, each in held if each)
-        say(f"recursion: {plan.family}, layers {stacks}\n{plan.describe()}")
+        said = ", ".join(f"{name} {ranges(each)}" for name, each in job.stacks().items() if each)
+        say(f"recursion: {plan.family}, layers {said}\n{plan.describe()}")
+    if job.left_out():
+        say(f"left out: layers {ranges(job.left_out())}")
+    presets = published(source.name, source.arch.num_layers)
+    if presets and not options.stacks.flags() and plan.family == "recurrent":
+        say(f"layers for it are published: --preset {' or '.join(presets)}")
     with new_folder(target, job.nbytes()) as folder:
         report = job.write(folder)
         report.facts.update(donor_facts(source.folder or source.gguf or Path(source.name)))
@@ -130,6 +137,17 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         say(f"WARNING: {source.name} has no tokenizer; give the run one with --tokenizer-type and --tokenizer-model.")
     say(f"{target}: the checkpoint. Train on, beside it, with:\n{training_command(target)}")
     return report
+
+
+def _layers_and_knobs(source: Source, options: ImportOptions) -> tuple[list[int], Mapping[str, Any]]:
+    """The donor's layers in the order in which the model holds them, and the knobs that were given or follow."""
+    stacks = options.stacks.read(source.arch.num_layers)
+    if stacks is None:
+        return choose_layers(
+            source.arch.num_layers, options.selection, options.num_layers, options.layers), options.recursion  # fmt: skip
+    if options.layers is not None or options.num_layers is not None or options.selection is not None:
+        raise UserError(f"{options.stacks.flags()[0]} excludes --layers, --layer-selection and --num-layers; give either.")
+    return [*stacks["prelude"], *stacks["core"], *stacks["coda"]], stack_knobs(stacks, options.recursion)
 
 
 def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> RecursionConfig:
@@ -167,6 +185,13 @@ class _Import:
         read = remembering(source.get, room_for_passes(again), [*tied.values()])
         self.read: Fetch = lambda name: read(tied.get(name, name))
         self.text = proof.proof_text(source.arch.vocab_size, self.tokenizer, self.arch.max_positions)
+
+    def stacks(self) -> dict[str, list[int]]:
+        """The donor's layers of each stack."""
+        return {name: [self.layers[i] for i in held] for name, held in self.plan.layers_of(len(self.layers)).items()}
+
+    def left_out(self) -> list[int]:
+        return sorted({*range(self.source.arch.num_layers)} - {*self.layers})
 
     # -- what is written -----------------------------------------------------------------------------------------
 
@@ -215,6 +240,7 @@ class _Import:
     def write(self, folder: Path) -> Report:
         """Convert each tensor as the donor's forward pass asks for it, or one after the other without a proof."""
         report = Report(facts={"family": self.source.family.model_type, "layers": self.layers,
+                               "stacks": self.stacks(), "left_out": self.left_out(),
                                "source": self.source.origin})  # fmt: skip
         writer = TorchDistWriter(folder / RELEASE)
         try:
