@@ -141,12 +141,13 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
 
 def _layers_and_knobs(source: Source, options: ImportOptions) -> tuple[list[int], Mapping[str, Any]]:
     """The donor's layers in the order in which the model holds them, and the knobs that were given or follow."""
-    stacks = options.stacks.read(source.arch.num_layers)
+    total, others = source.arch.num_layers, (options.selection, options.num_layers, options.layers)
+    stacks = options.stacks.read(total)
     if stacks is None:
-        return choose_layers(
-            source.arch.num_layers, options.selection, options.num_layers, options.layers), options.recursion  # fmt: skip
-    if options.layers is not None or options.num_layers is not None or options.selection is not None:
-        raise UserError(f"{options.stacks.flags()[0]} excludes --layers, --layer-selection and --num-layers; give either.")
+        return choose_layers(total, *others), options.recursion
+    if others != (None, None, None):
+        flag = options.stacks.flags()[0]
+        raise UserError(f"{flag} excludes --layers, --layer-selection and --num-layers; give either.")
     return [*stacks["prelude"], *stacks["core"], *stacks["coda"]], stack_knobs(stacks, options.recursion)
 
 

@@ -53,8 +53,7 @@ class StackChoice:
         if self.preset is not None:
             texts = dict(zip(STACKS, PRESETS[self.preset], strict=True))
             if _size(self.preset) != total:
-                raise UserError(
-                    f"--preset {self.preset} is for {_size(self.preset)} layers, but this model has {total}.")  # fmt: skip
+                raise UserError(f"--preset {self.preset} is for {_size(self.preset)} layers; this model has {total}.")
         read = {name: [] if text is None else layer_numbers(text, f"--{name}", total) for name, text in texts.items()}
         return _checked(read, total, "--")
 
@@ -102,7 +101,7 @@ def _analysis(file: Path) -> dict[str, list[int]]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"--from-analysis {file} cannot be read ({reason}); {wanted}.") from error
-    lists = {name: values.get(name) if isinstance(values, dict) else None for name in STACKS}
+    lists: dict[str, Any] = {name: values.get(name) if isinstance(values, dict) else None for name in STACKS}
     for name, layers in lists.items():
         if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
             raise UserError(f"--from-analysis {file} has no list of whole numbers {name!r}; {wanted}.")

@@ -13,7 +13,6 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.stacks import PRESETS, StackChoice, layer_numbers, published, ranges, stack_knobs
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.donors import save_donor
-from tests.unit_tests.hf.test_convert import _export, _import, _quiet
 
 
 def test_stacks_by_hand_from_a_file_and_as_published(tmp_path: Path) -> None:
@@ -37,7 +36,7 @@ def test_stacks_by_hand_from_a_file_and_as_published(tmp_path: Path) -> None:
      ({"core": "2-8"}, "--core 2-8: the model has the layers 0 to 7"), ({"core": "5-2"}, "a range counts up"),
      ({"core": "0-999999999"}, "layers 0 to 7"), ({"core": "1,,2"}, "whole numbers and ranges"),
      ({"core": "1,1"}, "--core 1,1 names a layer twice"), ({"prelude": "0-3", "coda": "7"}, "--core has no layers"),
-     ({"preset": "TinyLlama-1.1B"}, "is for 22 layers, but this model has 8"),
+     ({"preset": "TinyLlama-1.1B"}, "is for 22 layers; this model has 8"),
      ({"preset": "TinyLlama-1.1B", "core": "1"}, "--preset excludes --core"),
      ({"preset": "TinyLlama-1.1B", "from_analysis": "f"}, "--preset excludes --from-analysis"),
      ({"from_analysis": "absent.json"}, "absent.json cannot be read"),
@@ -60,9 +59,12 @@ def test_bad_stacks(choice: dict[str, str], said: str, tmp_path: Path) -> None:
 def test_knobs_that_contradict_the_stacks_are_refused() -> None:
     stacks = {"prelude": [0, 1], "core": [2], "coda": []}
     assert stack_knobs(stacks, {"num_prelude_layers": 2, "num_recurrences": 3})["num_coda_layers"] == 0
-    for given, said in (({"num_prelude_layers": 1}, "--num-prelude-layers 1"), ({"num_coda_layers": 2}, "coda layers 0"),
-                        ({"recursion_family": "looped"}, "--recursion-family looped contradicts"),
-                        ({"enable_recursive_refinement": False}, "--disable-recursive-refinement contradicts")):  # fmt: skip
+    contradicted: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"num_prelude_layers": 1}, "--num-prelude-layers 1"), ({"num_coda_layers": 2}, "coda layers 0"),
+        ({"recursion_family": "looped"}, "--recursion-family looped contradicts"),
+        ({"enable_recursive_refinement": False}, "--disable-recursive-refinement contradicts"),
+    )  # fmt: skip
+    for given, said in contradicted:
         with pytest.raises(UserError, match=said):
             stack_knobs(stacks, given)
 
