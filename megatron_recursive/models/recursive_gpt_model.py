@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
+from megatron_recursive.models.added_modules import MODULES, fresh_tensors
 from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
 from megatron_recursive.models.gradient_fusion import built_by_layer
-from megatron_recursive.models.halting_head import HaltingHead
-from megatron_recursive.models.recursion_state import RecursionState, initial_state_vectors, run_plan
+from megatron_recursive.models.recursion_state import RecursionState, run_plan
 from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.added_parameters import AddedParameter, added_parameters
 
 
 @dataclass
@@ -86,21 +88,28 @@ class RecursiveGPTModel(GPTModel):
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
         if self.plan.is_plain:
             return
-        if self.post_process and self.plan.has_halting:
-            self.halting_head = HaltingHead(self.config, recursion.halt_bias, self.pg_collection.tp)
         if self.plan.state_norm == "none" and self.post_process:
             # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
             self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
-        for name, vector in initial_state_vectors(self.plan, self.config.hidden_size).items():
-            if self.pre_process or (self.post_process and name == "output"):  # there telemetry compares with it
-                vector = vector.to(self.config.params_dtype)
-                self.register_buffer(f"initial_{name}", vector, persistent=self.pre_process)
+        self._add(added_parameters(plan))
+
+    def _add(self, declared: Sequence[AddedParameter]) -> None:
+        """The modules and buffers of what the recursion adds on this stage."""
+        here = {"first": self.pre_process, "last": self.post_process}
+        for name in dict.fromkeys(each.module for each in declared if each.trained and here[each.stage]):
+            mine = [each for each in declared if each.module == name]
+            setattr(self, name, MODULES[name](self.config, mine, self.recursion, self.pg_collection.tp))
+        buffers = [each for each in declared if not each.trained]
+        fresh = fresh_tensors(buffers, self.config.hidden_size, self.recursion)
+        for each in buffers:
+            if here[each.stage] or (self.post_process and each.key == "initial_output"):  # telemetry compares with it
+                vector = fresh[each.key].to(self.config.params_dtype)
+                self.register_buffer(each.key, vector, persistent=here[each.stage])
 
     def weights_by_part(self) -> dict[str, set[torch.nn.Parameter]]:
         """The weights that each name given to :meth:`Uses.apart` stands for. A tied embedding belongs to two."""
-        modules = {"embedding": "embedding", "output norm": "output_norm", "output layer": "output_layer",
-                   "halting head": "halting_head"}  # fmt: skip
-        parts = {part: set(getattr(self, name).parameters()) for part, name in modules.items() if hasattr(self, name)}
+        names = ["embedding", "output_norm", "output_layer", *MODULES]
+        parts = {name.replace("_", " "): set(getattr(self, name).parameters()) for name in names if hasattr(self, name)}
         for stack, _ in self.plan.stacks:
             parts[_part_of(stack)] = set(self.block_of(stack).parameters())
         if self.post_process and self.share_embeddings_and_output_weights:
