@@ -1,4 +1,4 @@
-"""``megatron-recursive convert``: import, export and verify."""
+"""``megatron-recursive convert``: import, export, unroll and verify."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ SUMMARY = "Convert between Hugging Face models and Megatron checkpoints, with a 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(
         dest="action", required=True, prog=parser.prog, title="actions, each with a --help of its own",
-        metavar="{import,export,verify}",
+        metavar="{import,export,unroll,verify}",
     )  # fmt: skip
     _add_import(actions.add_parser("import", help="a Hugging Face model to a Megatron checkpoint"))
     _add_export(actions.add_parser("export", help="a Megatron checkpoint to a Hugging Face folder"))
+    _add_unroll(actions.add_parser("unroll", help="a looped or recurrent model to a plain one of more layers"))
     verifier = actions.add_parser("verify", help="compare two folders or checkpoints; exit code 1 if they differ")
     _describe(verifier, "Compare two models tensor by tensor, and their logits.", "verify", "MODEL", "CKPT")
     required = verifier.add_argument_group("required: a Hugging Face folder or a Megatron checkpoint each")
@@ -71,9 +72,24 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("weights")
     files.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                        help="of the weights (default: as they are stored); a halting head keeps its own")
-    files.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", default="5GB",
-                       help="of a file, such as 500MB (default: %(default)s)")  # fmt: skip
+    _add_shard_size(files)
     _add_proof(parser)
+
+
+def _add_unroll(parser: argparse.ArgumentParser) -> None:
+    _describe(parser, "Write the passes of a looped or recurrent model out as layers of their own: a plain GPT of the "
+              "same function, of its donor's class where that computes it. Steps of 1, nothing injected, no norm "
+              "between passes.", "unroll", "MODEL", "DIR")  # fmt: skip
+    required = parser.add_argument_group("required")
+    required.add_argument("src", metavar="SRC", help="an export of ours or a Megatron checkpoint")
+    required.add_argument("out", metavar="OUT", help="model folder to make")
+    _add_shard_size(parser.add_argument_group("weights"))
+    _add_proof(parser)
+
+
+def _add_shard_size(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", default="5GB",
+                       help="of a file, such as 500MB (default: %(default)s)")  # fmt: skip
 
 
 def _bytes(text: str) -> int:
@@ -98,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
     cpu.install(on_purpose=True)  # Megatron would compute its rotary positions on a GPU, and the rest here
     from megatron_recursive.hf.convert import donor_import as convert
-    from megatron_recursive.hf.convert import export, verify
+    from megatron_recursive.hf.convert import export, unroll, verify
 
     dtype = None if args.no_proof else getattr(torch, args.proof_dtype)
     agreed = True
@@ -113,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
         weights = None if args.dtype is None else getattr(torch, args.dtype)
         report = export.export_model(
             args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size)  # fmt: skip
+    elif args.action == "unroll":
+        report = unroll.unroll_model(args.src, args.out, dtype, shard_bytes=args.max_shard_size)
     else:
         report = verify.verify(args.a, args.b, dtype)
         agreed = verify.agree(report)

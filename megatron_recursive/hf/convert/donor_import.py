@@ -31,7 +31,7 @@ from megatron_recursive.hf.convert.reading import Fetch, Once, Sums, remembering
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
-from megatron_recursive.hf.convert.stacks import StackChoice, published, ranges, stack_knobs
+from megatron_recursive.hf.convert.stacks import StackChoice, ranges, stack_knobs
 from megatron_recursive.hf.convert.tokenizer_files import (
     copy_tokenizer,
     keep_class,
@@ -89,7 +89,12 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
     source, target = open_source(hf), Path(out)
-    layers, given = _layers_and_knobs(source, options)
+    stacks, given = options.stacks.read(source.arch.num_layers), options.recursion
+    layers = choose_layers(source.arch.num_layers, options.selection, options.num_layers, options.layers)
+    if stacks is not None:
+        if len(layers) < source.arch.num_layers or options.layers is not None:
+            raise UserError(f"{options.stacks.flags()[0]} says which layers are kept; leave the other choices out.")
+        layers, given = [layer for each in stacks.values() for layer in each], stack_knobs(stacks, given)
     untied = source.arch.tied and options.untie
     arch = dataclasses.replace(source.arch, num_layers=len(layers), tied=source.arch.tied and not options.untie)
     tokenizer = _donor_tokenizer(source)
@@ -109,9 +114,6 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         say(f"recursion: {plan.family}, layers {said}\n{plan.describe()}")
     if job.left_out():
         say(f"left out: layers {ranges(job.left_out())}")
-    presets = published(source.name, source.arch.num_layers)
-    if presets and not options.stacks.flags() and plan.family == "recurrent":
-        say(f"layers for it are published: --preset {' or '.join(presets)}")
     with new_folder(target, job.nbytes()) as folder:
         report = job.write(folder)
         report.facts.update(donor_facts(source.folder or source.gguf or Path(source.name)))
@@ -136,18 +138,6 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         say(f"WARNING: {source.name} has no tokenizer; give the run one with --tokenizer-type and --tokenizer-model.")
     say(f"{target}: the checkpoint. Train on, beside it, with:\n{training_command(target)}")
     return report
-
-
-def _layers_and_knobs(source: Source, options: ImportOptions) -> tuple[list[int], Mapping[str, Any]]:
-    """The donor's layers in the order in which the model holds them, and the knobs that were given or follow."""
-    total, others = source.arch.num_layers, (options.selection, options.num_layers, options.layers)
-    stacks = options.stacks.read(total)
-    if stacks is None:
-        return choose_layers(total, *others), options.recursion
-    if others != (None, None, None):
-        flag = options.stacks.flags()[0]
-        raise UserError(f"{flag} excludes --layers, --layer-selection and --num-layers; give either.")
-    return [*stacks["prelude"], *stacks["core"], *stacks["coda"]], stack_knobs(stacks, options.recursion)
 
 
 def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> RecursionConfig:

@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.recursion_config import flag_of
 
 STACKS = ("prelude", "core", "coda")
 # Donor -> prelude, core, coda. The first two stand in the conversion scripts of Retrofitting Recurrence (arXiv
@@ -42,96 +44,66 @@ class StackChoice:
         Raises:
             UserError: layers that are not there, stand in two stacks, or leave the core empty; two ways at once.
         """
-        flags = self.flags()
-        if not flags:
-            return None
+        flags, where = self.flags(), "--"
         if len(flags) > 1 and flags[-1] in ("--from-analysis", "--preset"):
             raise UserError(f"{flags[-1]} excludes {flags[0]}; give either.")
+        texts: Mapping[str, str | None] = vars(self)
         if self.from_analysis is not None:
-            return _checked(_analysis(Path(self.from_analysis)), total, f"{self.from_analysis}: ")
-        texts: dict[str, str | None] = {name: getattr(self, name) for name in STACKS}
-        if self.preset is not None:
-            texts = dict(zip(STACKS, PRESETS[self.preset], strict=True))
-            if _size(self.preset) != total:
-                raise UserError(f"--preset {self.preset} is for {_size(self.preset)} layers; this model has {total}.")
-        read = {name: [] if text is None else layer_numbers(text, f"--{name}", total) for name, text in texts.items()}
-        return _checked(read, total, "--")
+            texts, where = _analysis(Path(self.from_analysis)), f"{flags[0]} {self.from_analysis}: "
+        elif self.preset is not None:
+            texts, where = dict(zip(STACKS, PRESETS[self.preset], strict=True)), f"{flags[0]} {self.preset}: "
+        stacks = {name: layer_numbers(texts[name] or "", where + name, total) if texts[name] else [] for name in STACKS}
+        chosen = [layer for layers in stacks.values() for layer in layers]
+        if twice := [layer for layer in chosen if chosen.count(layer) > 1]:
+            raise UserError(f"{', '.join(flags)}: layer {twice[0]} is in two of prelude, core and coda.")
+        if flags and not stacks["core"]:
+            raise UserError(f"{where}core has no layers; it takes those that run r times, such as 4-11.")
+        if self.preset is not None and chosen[-1] != total - 1:
+            raise UserError(f"{flags[0]} {self.preset} is for {chosen[-1] + 1} layers, but this model has {total}.")
+        return stacks if flags else None
 
 
-def layer_numbers(text: str, flag: str, total: int) -> list[int]:
+def layer_numbers(text: str, where: str, total: int) -> list[int]:
     """Numbers and ranges with commas, such as 0-3,8, in the order in which they are given."""
     chosen: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if found is None:
-            raise UserError(f"{flag} {text} must be whole numbers and ranges with commas, such as 0-3,8,16,23.")
+            raise UserError(f"{where} {text} must be whole numbers and ranges with commas, such as 0-3,8,16,23.")
         first, last = int(found[1]), int(found[2] or found[1])
         if not first <= last < total:
-            raise UserError(f"{flag} {text}: the model has the layers 0 to {total - 1}, and a range counts up.")
+            raise UserError(f"{where} {text}: the model has the layers 0 to {total - 1}, and a range counts up.")
         chosen += range(first, last + 1)
     if len(set(chosen)) != len(chosen):
-        raise UserError(f"{flag} {text} names a layer twice.")
+        raise UserError(f"{where} {text} names a layer twice.")
     return chosen
 
 
 def ranges(layers: list[int]) -> str:
     """The inverse of :func:`layer_numbers`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def published(donor: str, total: int) -> list[str]:
-    """The presets for a donor of that name, of ``total`` layers."""
-    return [name for name in PRESETS if name.removesuffix("-ETD").lower() in donor.lower() and _size(name) == total]
-
-
-def _size(preset: str) -> int:
-    return int(PRESETS[preset][-1].rpartition("-")[2]) + 1  # a coda ends with the donor
-
-
-def _analysis(file: Path) -> dict[str, list[int]]:
-    wanted = 'give a JSON object with the lists of layers "prelude", "core" and "coda"'
+def _analysis(file: Path) -> dict[str, str | None]:
+    """The lists of a file, as they would be given by hand."""
     try:
         values: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        lists = [values[name] for name in STACKS]
+        if not all(isinstance(each, list) and all(type(layer) is int for layer in each) for each in lists):
+            raise ValueError("these are no lists of whole numbers")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"--from-analysis {file} cannot be read ({reason}); {wanted}.") from error
-    lists: dict[str, Any] = {name: values.get(name) if isinstance(values, dict) else None for name in STACKS}
-    for name, layers in lists.items():
-        if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
-            raise UserError(f"--from-analysis {file} has no list of whole numbers {name!r}; {wanted}.")
-    return lists
-
-
-def _checked(stacks: dict[str, list[int]], total: int, where: str) -> dict[str, list[int]]:
-    if not stacks["core"]:
-        raise UserError(f"{where}core has no layers; it takes those that run r times, such as 4-11.")
-    seen: dict[int, str] = {}
-    for name, layers in stacks.items():
-        for layer in layers:
-            if not 0 <= layer < total:
-                raise UserError(f"{where}{name} has layer {layer}, but the model has the layers 0 to {total - 1}.")
-            if layer in seen:
-                raise UserError(f"{where}{name} has layer {layer}, which {seen[layer]} has already.")
-            seen[layer] = name
-    return stacks
+        wanted = "a JSON object with the lists prelude, core and coda"
+        raise UserError(f"--from-analysis {file} must be {wanted} ({reason}).") from error
+    return {name: ",".join(map(str, each)) or None for name, each in zip(STACKS, lists, strict=True)}
 
 
 def stack_knobs(stacks: Mapping[str, list[int]], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Recursion knobs with what the stacks say of them.
-
-    Raises:
-        UserError: a knob that was given says otherwise.
-    """
+    """Recursion knobs, with what the stacks say of them; a UserError where one was given that says otherwise."""
     said = {"recursion_family": "recurrent", "enable_recursive_refinement": True,
             "num_prelude_layers": len(stacks["prelude"]), "num_coda_layers": len(stacks["coda"])}  # fmt: skip
     for name, value in said.items():
         if given.get(name, value) != value:
-            flag = "--disable-recursive-refinement" if value is True else f"--{name.replace('_', '-')} {given[name]}"
-            raise UserError(f"{flag} contradicts the chosen stacks ({name.replace('_', ' ')} {value}); leave it out.")
+            raise UserError(f"{flag_of(name)} {given[name]} contradicts the chosen stacks, which make it {value}.")
     return {**said, **given}
