@@ -20,8 +20,6 @@ from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.mappings import (
-    HALTING_ROWS,
-    INITIAL_STATE_ROWS,
     OWN,
     Item,
     Row,
@@ -33,6 +31,7 @@ from megatron_recursive.hf.convert.reading import Fetch, Once, Sums, remembering
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
+from megatron_recursive.hf.convert.stacks import StackChoice, ranges, stack_knobs
 from megatron_recursive.hf.convert.tokenizer_files import (
     copy_tokenizer,
     keep_class,
@@ -44,9 +43,10 @@ from megatron_recursive.hf.convert.tokenizer_files import (
 )
 from megatron_recursive.hf.convert.torch_dist import DATA_FILE, LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
 from megatron_recursive.hf.convert.transforms import VOCABULARY
+from megatron_recursive.models.added_modules import fresh_tensors
 from megatron_recursive.models.checkpoint_integrity import write_manifest
-from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.added_parameters import EVERY, added_parameters
 from megatron_recursive.plan.recursion_config import OF_FAMILIES, retrofit
 
 ARGUMENTS_FILE = "megatron_args.txt"
@@ -66,6 +66,7 @@ class ImportOptions:
     Attributes:
         recursion: knobs by name; the others are the source's own where it is a model of ours, or else the defaults.
         selection, num_layers, layers: which layers to keep (:func:`choose_layers`).
+        stacks: or which become prelude, core and coda.
         untie: give the output head a copy of the embedding of its own.
         resize_vocab: grow the embedding to the tokenizer's ids; new rows are the mean of the donor's.
         proof_dtype: float32 or float64; None skips the proof.
@@ -78,6 +79,7 @@ class ImportOptions:
     untie: bool = False
     resize_vocab: bool = False
     proof_dtype: torch.dtype | None = torch.float32
+    stacks: StackChoice = StackChoice()
 
 
 def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str], None] = print) -> Report:
@@ -87,7 +89,12 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
     source, target = open_source(hf), Path(out)
+    stacks, given = options.stacks.read(source.arch.num_layers), options.recursion
     layers = choose_layers(source.arch.num_layers, options.selection, options.num_layers, options.layers)
+    if stacks is not None:
+        if len(layers) < source.arch.num_layers or options.layers is not None:
+            raise UserError(f"{options.stacks.flags()[0]} says which layers are kept; leave the other choices out.")
+        layers, given = [layer for each in stacks.values() for layer in each], stack_knobs(stacks, given)
     untied = source.arch.tied and options.untie
     arch = dataclasses.replace(source.arch, num_layers=len(layers), tied=source.arch.tied and not options.untie)
     tokenizer = _donor_tokenizer(source)
@@ -96,16 +103,17 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
             raise UserError(f"--resize-vocab: {source.name} has no tokenizer that loads here; leave it out.")
         rows = max(arch.vocab_size, last_id(tokenizer) + 1)
         arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
-    recursion = _recursion(source, options.recursion, len(layers))
+    recursion = _recursion(source, given, len(layers))
     plan = build_plan(recursion)
     plan.layers_of(len(layers))
     job = _Import(source, arch, recursion, plan, layers, untied, tokenizer, options.proof_dtype)
     say(f"{source.name}: {source.family.model_type}, {source.arch.num_layers} layers, {source.origin}, "
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
     if not plan.is_plain:
-        held = plan.layers_of(len(layers)).items()
-        stacks = ", ".join(f"{name} {each.start}-{each.stop - 1}" for name, each in held if each)
-        say(f"recursion: {plan.family}, layers {stacks}\n{plan.describe()}")
+        said = ", ".join(f"{name} {ranges(each)}" for name, each in job.stacks().items() if each)
+        say(f"recursion: {plan.family}, layers {said}\n{plan.describe()}")
+    if job.left_out():
+        say(f"left out: layers {ranges(job.left_out())}")
     with new_folder(target, job.nbytes()) as folder:
         report = job.write(folder)
         report.facts.update(donor_facts(source.folder or source.gguf or Path(source.name)))
@@ -168,6 +176,13 @@ class _Import:
         self.read: Fetch = lambda name: read(tied.get(name, name))
         self.text = proof.proof_text(source.arch.vocab_size, self.tokenizer, self.arch.max_positions)
 
+    def stacks(self) -> dict[str, list[int]]:
+        """The donor's layers of each stack."""
+        return {name: [self.layers[i] for i in held] for name, held in self.plan.layers_of(len(self.layers)).items()}
+
+    def left_out(self) -> list[int]:
+        return sorted({*range(self.source.arch.num_layers)} - {*self.layers})
+
     # -- what is written -----------------------------------------------------------------------------------------
 
     def carried_rows(self) -> tuple[Row, ...]:
@@ -195,10 +210,7 @@ class _Import:
     def new_tensors(self) -> dict[str, Tensor]:
         """What the plan has and the source has not, as a fresh model starts it."""
         dtype = DTYPES[self.source.dtypes["model.norm.weight"]]
-        fresh = {f"initial_{k}": v for k, v in initial_state_vectors(self.plan, self.arch.hidden_size).items()}
-        if self.plan.has_halting:
-            fresh["halting_head.weight"] = torch.zeros(self.arch.hidden_size)
-            fresh["halting_head.bias"] = torch.full((1,), self.recursion.halt_bias)
+        fresh = fresh_tensors(added_parameters(self.plan), self.arch.hidden_size, self.recursion)
         carried = {row.megatron for row in self.carried_rows()}
         return {key: tensor.to(dtype) for key, tensor in fresh.items() if key not in carried}
 
@@ -215,6 +227,7 @@ class _Import:
     def write(self, folder: Path) -> Report:
         """Convert each tensor as the donor's forward pass asks for it, or one after the other without a proof."""
         report = Report(facts={"family": self.source.family.model_type, "layers": self.layers,
+                               "stacks": self.stacks(), "left_out": self.left_out(),
                                "source": self.source.origin})  # fmt: skip
         writer = TorchDistWriter(folder / RELEASE)
         try:
@@ -262,7 +275,7 @@ class _Import:
     def _why_dropped(self, name: str) -> str:
         if name.startswith("model.layers."):
             return "its layer was not chosen"
-        if any(name in row.hf for row in (*HALTING_ROWS, *INITIAL_STATE_ROWS)):
+        if name in (each.exported for each in EVERY):
             return "this recursion has none"
         raise AssertionError(f"{name} is unaccounted for")
 
@@ -296,7 +309,7 @@ class _Import:
         """
         flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
         dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)
-                  if not name.startswith("halting_head.")}  # fmt: skip
+                  if name not in (each.exported for each in EVERY if each.in_fp32)}  # fmt: skip
         flags += ["--bf16"] if dtypes == {"BF16"} else ["--fp16"] if dtypes == {"F16"} else []
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]

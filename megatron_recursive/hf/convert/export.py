@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,13 @@ from megatron_recursive.hf.convert.tokenizer_files import (
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
 from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.hf.model import write_remote_code
+from megatron_recursive.hf.model.exits_recursive_gpt import EXIT_ARGUMENTS
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.added_parameters import EVERY
 
-HALTING_HEAD = "halting_head."
+IN_FP32 = tuple(each.key for each in EVERY if each.in_fp32)
+Logits = Callable[[proof.Text, torch.dtype], Tensor]
 AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
     "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
@@ -137,17 +141,29 @@ def export_model(
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
-    model, target = open_checkpoint(ckpt), Path(out)
+    model = open_checkpoint(ckpt)
     if dtype is not None:
         model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
+    return write_model(model, Path(ckpt), Path(out), tokenizer, proof_dtype, say, shard_bytes)
+
+
+def write_model(
+    model: MegatronModel, ckpt: Path, target: Path, tokenizer: str | None, proof_dtype: torch.dtype | None,
+    say: Callable[[str], None], shard_bytes: int, expected: Logits | None = None,
+) -> Report:  # fmt: skip
+    """As :func:`export_model`, of a checkpoint that is open.
+
+    Args:
+        ckpt: where it was found; expected: the logits that the folder must give, where not the checkpoint's own.
+    """
     report, notes = Report(), []
     with new_folder(target, model.checkpoint.nbytes) as folder:
-        found = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
+        found = _find_tokenizer(model, ckpt, tokenizer, folder)
         before = None if found is None else tokenizer_of(found)
         if found is not None:
             keep_class(before, folder)
         ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
-        write_settings(folder, ids)
+        write_settings(folder, ids, without=EXIT_ARGUMENTS if model.plan.is_plain else ())
         _write_config(model, folder, ids)
         if before is not None and difference(before, tokenizer_of(folder)) and model.plan.is_plain:
             notes.append(f"transformers gives this tokenizer other ids beside a {model.family.architecture}, so that "
@@ -163,12 +179,12 @@ def export_model(
         if model.family is OWN:
             write_remote_code(folder)
         text = proof.proof_text(model.arch.vocab_size, tokenizer_of(folder), model.arch.max_positions)
-        sums, logits = _write_weights(model, folder, report, text, proof_dtype, shard_bytes)
+        sums, logits = _write_weights(model, folder, report, text, proof_dtype, shard_bytes, expected)
         report.facts["bytes_read"] = model.checkpoint.bytes_read
         _prove(model, folder, report, sums, logits, text, proof_dtype)
         write_card(folder, target.absolute().name, Exported(
             model.family.architecture, model.family is OWN, model.arch.num_layers, model.plan, model.checkpoint.folder,
-            Path(ckpt), model.args, report.max_logit_error, dtype is not None))  # fmt: skip
+            ckpt, model.args, report.max_logit_error, isinstance(model.checkpoint, _Cast)))  # fmt: skip
     if model.checkpoint.training_state:
         report.add("dropped", "optimizer state", f"{model.checkpoint.training_state} tensors of training")
     say(report.describe())
@@ -205,7 +221,7 @@ def _config(model: MegatronModel) -> dict[str, Any]:
     if model.family is OWN:
         config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
-    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items() if not item.key.startswith(HALTING_HEAD)}
+    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items() if item.key not in IN_FP32}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype"] = str(widest).removeprefix("torch.")
     return config
@@ -218,7 +234,7 @@ def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder:
             raise UserError(f"--tokenizer {given} holds no tokenizer.")
         return Path(given)
     named = model.args.get("tokenizer_model") if model.args.get("tokenizer_type") == "HuggingFaceTokenizer" else None
-    places = [ckpt / TOKENIZER, model.checkpoint.folder.parent / TOKENIZER, *([Path(named)] if named else [])]
+    places = [ckpt / TOKENIZER, model.checkpoint.folder.parent / TOKENIZER, *([Path(named)] if named else []), ckpt]
     return next((place for place in places if place.is_dir() and copy_tokenizer(place, folder)), None)
 
 
@@ -231,11 +247,11 @@ def _promised(model: MegatronModel) -> dict[str, Tensor]:
 
 
 class _Cast(TorchDistCheckpoint):
-    """A checkpoint read in another dtype, but for the halting head, which computes in fp32 and keeps its own."""
+    """A checkpoint read in another dtype, but for what computes in fp32, which keeps its own."""
 
     def __init__(self, checkpoint: TorchDistCheckpoint, dtype: torch.dtype) -> None:
         vars(self).update(vars(checkpoint))
-        self.dtypes = {k: own if k.startswith(HALTING_HEAD) else dtype for k, own in checkpoint.dtypes.items()}
+        self.dtypes = {key: own if key in IN_FP32 else dtype for key, own in checkpoint.dtypes.items()}
         self.nbytes = sum(math.prod(shape) * self.dtypes[key].itemsize for key, shape in self.shapes.items())
 
     def get(self, key: str, layer: int | None = None) -> Tensor:
@@ -248,7 +264,7 @@ class _Cast(TorchDistCheckpoint):
 
 def _write_weights(
     model: MegatronModel, folder: Path, report: Report, text: proof.Text, dtype: torch.dtype | None,
-    shard_bytes: int,
+    shard_bytes: int, expected: Logits | None,
 ) -> tuple[Sums, Tensor | None]:  # fmt: skip
     """Convert each tensor as the checkpoint's forward pass asks for it, or one after the other without a proof.
 
@@ -275,7 +291,7 @@ def _write_weights(
         read = remembering(checkpoint_fetch(model.checkpoint), room_for_passes(model.plan.num_passes), tied)
         once = Once(((item, [item.name]) for item in model.items()), read, convert)
         if dtype is not None:
-            logits = proof.megatron_logits(model.arch, model.recursion, once, text, dtype)
+            logits = (expected or partial(proof.megatron_logits, model.arch, model.recursion, once))(text, dtype)
         once.finish()
     writer.close()
     return sums, logits

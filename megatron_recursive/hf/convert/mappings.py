@@ -18,6 +18,7 @@ from megatron_recursive.hf.convert.architecture import Architecture, Yarn, padde
 from megatron_recursive.hf.convert.torch_dist import LAYERS
 from megatron_recursive.hf.convert.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plan.added_parameters import AddedParameter, added_parameters
 
 Condition = Callable[[Architecture], bool]
 
@@ -161,20 +162,14 @@ _RECURSIVE_TOP = (
     _HEAD,
 )
 
-# What recursion adds, where the plan has it.
-HALTING_ROWS = (
-    Row("halting_head.weight", ROW_VECTOR, {"halting_head.weight": "1 h"}),
-    Row("halting_head.bias", COPY, {"halting_head.bias": "1"}),
-)
-INITIAL_STATE_ROWS = (
-    Row("initial_output", COPY, {"model.initial_output": "h"}),
-    Row("initial_latent", COPY, {"model.initial_latent": "h"}),
-)
+def added_row(each: AddedParameter) -> Row:
+    """The row of what recursion adds."""
+    transform = ROW_VECTOR if each.shape.startswith("1 ") else COPY
+    return Row(each.key, transform, {each.exported: each.shape})
 
 
 def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    initial = not plan.is_plain and plan.state_init == "trunc-normal"
-    return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
+    return tuple(map(added_row, added_parameters(plan)))
 
 
 # Names in a config.json to the fields of an architecture.

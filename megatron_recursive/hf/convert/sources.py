@@ -24,6 +24,7 @@ from megatron_recursive.hf.convert.mappings import (
     recursive_rows,
 )
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
+from megatron_recursive.hf.convert.stacks import layer_numbers
 from megatron_recursive.plan import RecursionPlan
 
 # Buffers that old checkpoints carry; every model computes them anew.
@@ -249,15 +250,7 @@ def choose_layers(total: int, selection: str | None, count: int | None, explicit
     if explicit is not None:
         if selection is not None or count is not None:
             raise UserError("--layers excludes --layer-selection and --num-layers; give either.")
-        try:
-            chosen = [int(part) for part in explicit.split(",")]
-        except ValueError as error:
-            raise UserError(f"--layers {explicit} must be whole numbers with commas, such as 0,8,16,23.") from error
-        if any(not 0 <= layer < total for layer in chosen):
-            raise UserError(f"--layers {explicit}: the model has the layers 0 to {total - 1}.")
-        if len(set(chosen)) != len(chosen):
-            raise UserError(f"--layers {explicit} names a layer twice.")
-        return chosen
+        return layer_numbers(explicit, "--layers", total)
     if selection is None and count is None:
         return list(range(total))
     if count is None:
