@@ -216,8 +216,9 @@ def stage_memory(
         passing = [pass_bytes(shape, recording, counts[stage], closing_norm=closing) for counts in recorded]
         stages.append(StageMemory(
             weights=sizes[stage] * state.total,
-            decoder=passes * sum(kept for kept, _ in passing) / len(passing),  # where stacks differ, an average pass's
-            replay=max(replay for _, replay in passing),
+            # Where stacks differ, an average pass's; none is recorded where heads alone are trained.
+            decoder=passes * sum(kept for kept, _ in passing) / max(len(passing), 1),
+            replay=max((replay for _, replay in passing), default=0.0),
             heads=head + max(in_flight, window) * waiting if is_last else 0.0,
             states=hidden * states_held(len(split), in_flight, window) if is_first else 0.0,
         ))  # fmt: skip
