@@ -23,7 +23,7 @@ NOWHERE = "no parameter"  # the key of a state that belongs to none; torch hands
 def tell_step(optimizer: Any) -> None:
     """Before a checkpoint is written or read: the step of other ranks, where this one trains nothing."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [each.optimizer for each in chained if getattr(each, "optimizer", None) is not None]
+    inner: list[Any] = [each.optimizer for each in chained if getattr(each, "optimizer", None) is not None]
     empty = [each for each in inner if not any(group["params"] for group in each.param_groups)]
     for each in inner:
         each.state.pop(NOWHERE, None)
