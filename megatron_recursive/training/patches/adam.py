@@ -32,8 +32,9 @@ def tell_step(optimizer: Any) -> None:
     known: list[float] = [0.0] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(known, max(map(float, steps), default=0.0))
     for each in empty:
+        state: Any = each.state
         if isinstance(each, torch.optim.Adam | torch.optim.AdamW):
-            each.state[NOWHERE] = {"step": torch.tensor(max(known))}
+            state[NOWHERE] = {"step": torch.tensor(max(known))}
         for group in each.param_groups:
             group["step"] = int(max(known))
 
