@@ -18,14 +18,12 @@ def initial_state_vectors(plan: RecursionPlan, hidden_size: int) -> dict[str, Te
     Truncated normal of std 1 within two standard deviations, never trained (as in TRM): under detached blocks a learned
     one would get no gradient, and DDP's bucket counting breaks on such parameters.
     """
-    if plan.is_plain or plan.state_init != "trunc-normal":
-        return {}
     generator = torch.Generator(device="cpu").manual_seed(INITIAL_STATE_SEED)
     vectors = {}
     for name in ("output", "latent"):
         vector = torch.empty(hidden_size, device="cpu")
         vectors[name] = torch.nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator)
-    return vectors
+    return {name: vectors[name] for name in plan.initial_vectors}
 
 
 def expanded(vector_H: Tensor | None, like_SBH: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class RecursiveGPTModel(GPTModel):
     def initial_state(self, embedding_SBH: Tensor) -> RecursionState:
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
         given = {k: v for k, v in initial.items() if v is not None}
-        return RecursionState(embedding_SBH, given, starts_at_input=self.plan.state_init == "input")
+        return RecursionState(embedding_SBH, given, starts_at_input=self.plan.starts_at_input)
 
     def block_of(self, stack: str) -> TransformerBlock:
         """The decoder, or a view of it that has a stack's layers of this pipeline stage alone; perhaps none."""

@@ -67,7 +67,7 @@ def run_passes(
         embedding = model.embed(input_ids, positions).to(dtype)
     state = RecursionState(
         from_stage(model, embedding, 0), initial_state_vectors(model.plan, config.hidden_size),
-        starts_at_input=model.plan.state_init == "input",
+        starts_at_input=model.plan.starts_at_input,
     )  # fmt: skip
 
     def decode(decoder_pass: DecoderPass, read_SBH: Tensor) -> Tensor:

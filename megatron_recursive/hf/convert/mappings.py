@@ -173,8 +173,8 @@ INITIAL_STATE_ROWS = (
 
 
 def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    initial = not plan.is_plain and plan.state_init == "trunc-normal"
-    return (*(HALTING_ROWS if plan.has_halting else ()), *(INITIAL_STATE_ROWS if initial else ()))
+    initial = [row for row in INITIAL_STATE_ROWS if row.megatron.removeprefix("initial_") in plan.initial_vectors]
+    return (*(HALTING_ROWS if plan.has_halting else ()), *initial)
 
 
 # Names in a config.json to the fields of an architecture.

@@ -84,11 +84,13 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
             (init.zeros_ if module.one_centered else init.ones_)(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RecursiveGPTModel) and hasattr(module, "initial_output"):
+        elif isinstance(module, RecursiveGPTModel):
             generator = torch.Generator(device="cpu").manual_seed(INITIAL_STATE_SEED)
-            for start in (module.initial_output, module.initial_latent):
-                vector = torch.empty(start.shape, device="cpu")
-                init.copy_(start, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
+            for name in INITIAL_STATES:
+                vector = torch.empty(self.config.hidden_size, device="cpu")
+                nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator)
+                if hasattr(module, name):
+                    init.copy_(getattr(module, name), vector)
         elif isinstance(module, RecursiveGPTForCausalLM) and module.halting_head is not None:
             init.zeros_(module.halting_head.weight)
             init.constant_(module.halting_head.bias, self.config.recursion.get("halt_bias", -5.0))
@@ -108,10 +110,9 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.layers = nn.ModuleList(RecursiveGPTDecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = RecursiveGPTRotaryEmbedding(config) if config.position_embedding == "rope" else None
-        if config.recursion_plan.state_init == "trunc-normal":
-            for name in INITIAL_STATES:
-                # A parameter, since engines that load weights by name know no buffers.
-                setattr(self, name, nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False))
+        for name in config.recursion_plan.initial_vectors:
+            # A parameter, since engines that load weights by name know no buffers.
+            setattr(self, f"initial_{name}", nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False))
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
@@ -129,7 +130,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.block_ends = {each.index: each for each in plan.block_ends}
         self.embedding_multiplier = float(plan.embedding_multiplier)
         self.norm_closes_passes = plan.state_norm == "final"
-        self.starts_at_input = plan.state_init == "input"
+        self.starts_at_input = plan.starts_at_input
         stacks = plan.layers_of(self.config.num_layers)
         self.layers_of_pass = [stacks[each.stack] for each in self.passes]
         self.passes_per_block = plan.num_passes // plan.num_blocks
