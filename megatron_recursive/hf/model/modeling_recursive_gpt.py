@@ -81,7 +81,8 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RecursiveGPTNorm):
-            (init.zeros_ if module.one_centered else init.ones_)(module.weight)
+            if module.weight is not None:
+                (init.zeros_ if module.one_centered else init.ones_)(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, RecursiveGPTModel):
