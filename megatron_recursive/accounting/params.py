@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plan.added_parameters import added_parameters
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,21 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by group; ``held`` is what the model stores, ``unrolled`` counts a layer once per pass through it."""
+    """Parameters by group (``added``: by recursion).
+
+    ``held`` is what the model stores; ``unrolled`` counts a layer once per pass through it.
+    """
 
     embedding: int
     layers: int
     final_norm: int
     output_head: int
-    halting_head: int
+    added: int
     unrolled_layers: int
 
     @property
     def held(self) -> int:
-        return self.embedding + self.layers + self.final_norm + self.output_head + self.halting_head
+        return self.embedding + self.layers + self.final_norm + self.output_head + self.added
 
     @property
     def unrolled(self) -> int:
@@ -83,7 +87,7 @@ def count_parameters(shape: ModelShape, plan: RecursionPlan) -> ParameterCount:
         layers=shape.num_layers * layer,
         final_norm=norm,
         output_head=0 if shape.tied_embeddings else shape.vocab_size * hidden,
-        halting_head=hidden + 1 if plan.has_halting else 0,
+        added=sum(each.size(hidden) for each in added_parameters(plan) if each.trained),
         unrolled_layers=plan.unrolled_layers(shape.num_layers) * layer,
     )
 
@@ -93,10 +97,12 @@ def tensor_parallel_parameters(
 ) -> list[float]:
     """The parameters that a rank of each pipeline stage holds.
 
-    Norms, biases behind row-parallel layers, position embeddings and the halting head are held by every tensor-parallel
-    rank. A tied embedding is held on the first and on the last stage.
+    Norms, biases behind row-parallel layers, position embeddings and what recursion adds are held by every
+    tensor-parallel rank. A tied embedding is held on the first and on the last stage.
     """
     counted = count_parameters(shape, plan)
+    added = {place: sum(each.size(shape.hidden_size) for each in added_parameters(plan)
+                        if each.trained and each.stage == place) for place in ("first", "last")}  # fmt: skip
     norm = counted.final_norm
     replicated = shape.norms_per_layer * norm + (2 * shape.hidden_size if shape.linear_bias else 0)
     if shape.qk_norm and not shape.qk_norm_full:
@@ -108,9 +114,9 @@ def tensor_parallel_parameters(
         is_first, is_last = stage == 0, stage == len(layers_per_stage) - 1
         size = layers * ((layer - replicated) / tensor_parallel + replicated)
         if is_first:
-            size += words / tensor_parallel + positions
+            size += words / tensor_parallel + positions + added["first"]
         if is_last:
             own_head = not shape.tied_embeddings or not is_first
-            size += norm + counted.halting_head + (words / tensor_parallel if own_head else 0)
+            size += norm + added["last"] + (words / tensor_parallel if own_head else 0)
         stages.append(size)
     return stages

@@ -4,7 +4,7 @@ Two things differ from Megatron's own sharded state, and only while a checkpoint
 
 * ``_extra_state`` entries are empty unless FP8 is on, and which modules have one depends on the layer spec (Megatron's
   local one or Transformer Engine's). They are not asked for, so that either spec reads what the other wrote.
-* with ``--init-from-gpt``, what a plain GPT does not have (halting head, initial states) stays as initialised.
+* with ``--init-from-gpt``, what a plain GPT does not have (``plan/added_parameters.py``) stays as initialised.
 
 What is written is always Megatron's full state.
 """
@@ -18,7 +18,9 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 
-NEW_IN_RECURSIVE_MODELS = ("halting_head.", "initial_output", "initial_latent")
+from megatron_recursive.plan.added_parameters import EVERY
+
+NEW_IN_RECURSIVE_MODELS = tuple(each.key for each in EVERY)
 
 _reading: list[bool] = []  # a stack of "from a plain GPT?"; empty while nothing is read
 
@@ -42,6 +44,6 @@ def adapt_sharded_state_dict(sharded: dict[str, Any], prefix: str) -> dict[str, 
         for key, value in sharded.items():
             if key.endswith("_extra_state") and isinstance(value, ShardedObject):
                 sharded[key] = LocalNonpersistentObject(value.data)
-            elif _reading[-1] and key.removeprefix(prefix).startswith(NEW_IN_RECURSIVE_MODELS):
+            elif _reading[-1] and key.removeprefix(prefix) in NEW_IN_RECURSIVE_MODELS:
                 sharded[key] = LocalNonpersistentObject(value.data)
     return sharded

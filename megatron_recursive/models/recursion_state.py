@@ -9,22 +9,6 @@ from torch import Tensor
 
 from megatron_recursive.plan import DecoderPass, RecursionPlan
 
-INITIAL_STATE_SEED = 20251006  # fixed: an initial state belongs to the function, not to the run
-
-
-def initial_state_vectors(plan: RecursionPlan, hidden_size: int) -> dict[str, Tensor]:
-    """The seeded initial states of a plan, one vector [H] per state; none where the states start at zero.
-
-    Truncated normal of std 1 within two standard deviations, never trained (as in TRM): under detached blocks a learned
-    one would get no gradient, and DDP's bucket counting breaks on such parameters.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(INITIAL_STATE_SEED)
-    vectors = {}
-    for name in ("output", "latent"):
-        vector = torch.empty(hidden_size, device="cpu")
-        vectors[name] = torch.nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator)
-    return {name: vectors[name] for name in plan.initial_vectors}
-
 
 def expanded(vector_H: Tensor | None, like_SBH: Tensor) -> Tensor:
     """An initial state, [S, B, H], without memory of its own. None is zero."""

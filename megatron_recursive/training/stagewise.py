@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_recursive.models.recursion_state import RecursionState, initial_state_vectors, run_plan
+from megatron_recursive.models.recursion_state import run_plan
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import DecoderPass
 
@@ -65,10 +65,8 @@ def run_passes(
     embedding = torch.empty(shape, dtype=dtype, device=input_ids.device)
     if model.pre_process:
         embedding = model.embed(input_ids, positions).to(dtype)
-    state = RecursionState(
-        from_stage(model, embedding, 0), initial_state_vectors(model.plan, config.hidden_size),
-        starts_at_input=model.plan.starts_at_input,
-    )  # fmt: skip
+    state = model.initial_state(from_stage(model, embedding, 0))
+    state.values = {name: from_stage(model, value, 0) for name, value in state.values.items()}
 
     def decode(decoder_pass: DecoderPass, read_SBH: Tensor) -> Tensor:
         hidden_SBH = read_SBH

@@ -20,8 +20,6 @@ from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.mappings import (
-    HALTING_ROWS,
-    INITIAL_STATE_ROWS,
     OWN,
     Item,
     Row,
@@ -44,9 +42,10 @@ from megatron_recursive.hf.convert.tokenizer_files import (
 )
 from megatron_recursive.hf.convert.torch_dist import DATA_FILE, LAYERS, TRACKER, TorchDistCheckpoint, TorchDistWriter
 from megatron_recursive.hf.convert.transforms import VOCABULARY
+from megatron_recursive.models.added_modules import fresh_tensors
 from megatron_recursive.models.checkpoint_integrity import write_manifest
-from megatron_recursive.models.recursion_state import initial_state_vectors
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.added_parameters import EVERY, added_parameters
 from megatron_recursive.plan.recursion_config import OF_FAMILIES, flag_of, retrofit
 
 ARGUMENTS_FILE = "megatron_args.txt"
@@ -206,10 +205,7 @@ class _Import:
     def new_tensors(self) -> dict[str, Tensor]:
         """What the plan has and the source has not, as a fresh model starts it."""
         dtype = DTYPES[self.source.dtypes.get("model.norm.weight", self.source.dtypes[EMBEDDING])]
-        fresh = {f"initial_{k}": v for k, v in initial_state_vectors(self.plan, self.arch.hidden_size).items()}
-        if self.plan.has_halting:
-            fresh["halting_head.weight"] = torch.zeros(self.arch.hidden_size)
-            fresh["halting_head.bias"] = torch.full((1,), self.recursion.halt_bias)
+        fresh = fresh_tensors(added_parameters(self.plan), self.arch.hidden_size, self.recursion)
         carried = {item.key for item in self.items()}
         return {key: tensor.to(dtype) for key, tensor in fresh.items() if key not in carried}
 
@@ -280,7 +276,7 @@ class _Import:
     def _why_dropped(self, name: str) -> str:
         if name.startswith("model.layers."):
             return "its layer was not chosen"
-        if any(name in row.hf for row in (*HALTING_ROWS, *INITIAL_STATE_ROWS)):
+        if name in (each.exported for each in EVERY):
             return "this recursion has none"
         raise AssertionError(f"{name} is unaccounted for")
 
@@ -314,7 +310,7 @@ class _Import:
         """
         flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
         dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)
-                  if not name.startswith("halting_head.")}  # fmt: skip
+                  if name not in (each.exported for each in EVERY if each.in_fp32)}  # fmt: skip
         flags += ["--bf16"] if dtypes == {"BF16"} else ["--fp16"] if dtypes == {"F16"} else []
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]

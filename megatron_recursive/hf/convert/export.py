@@ -48,8 +48,9 @@ from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.hf.model import write_remote_code
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.added_parameters import EVERY
 
-HALTING_HEAD = "halting_head."
+IN_FP32 = tuple(each.key for each in EVERY if each.in_fp32)
 AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
     "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
@@ -205,7 +206,7 @@ def _config(model: MegatronModel) -> dict[str, Any]:
     if model.family is OWN:
         config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
-    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items() if not item.key.startswith(HALTING_HEAD)}
+    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items() if item.key not in IN_FP32}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     config["dtype"] = str(widest).removeprefix("torch.")
     return config
@@ -231,11 +232,11 @@ def _promised(model: MegatronModel) -> dict[str, Tensor]:
 
 
 class _Cast(TorchDistCheckpoint):
-    """A checkpoint read in another dtype, but for the halting head, which computes in fp32 and keeps its own."""
+    """A checkpoint read in another dtype, but for what computes in fp32, which keeps its own."""
 
     def __init__(self, checkpoint: TorchDistCheckpoint, dtype: torch.dtype) -> None:
         vars(self).update(vars(checkpoint))
-        self.dtypes = {k: own if k.startswith(HALTING_HEAD) else dtype for k, own in checkpoint.dtypes.items()}
+        self.dtypes = {key: own if key in IN_FP32 else dtype for key, own in checkpoint.dtypes.items()}
         self.nbytes = sum(math.prod(shape) * self.dtypes[key].itemsize for key, shape in self.shapes.items())
 
     def get(self, key: str, layer: int | None = None) -> Tensor:

@@ -30,6 +30,7 @@ from megatron_recursive.hf.convert.transforms import (
     Transform,
 )
 from megatron_recursive.plan import RecursionConfig, RecursionPlan
+from megatron_recursive.plan.added_parameters import AddedParameter, added_parameters
 
 Condition = Callable[[Architecture], bool]
 
@@ -193,22 +194,18 @@ _RECURSIVE_TOP = (
     _HEAD,
 )
 
-# What recursion adds, where the plan has it.
-HALTING_ROWS = (
-    Row("halting_head.weight", ROW_VECTOR, {"halting_head.weight": "1 h"}),
-    Row("halting_head.bias", COPY, {"halting_head.bias": "1"}),
-)
-INITIAL_STATE_ROWS = (
-    Row("initial_output", COPY, {"model.initial_output": "h"}),
-    Row("initial_latent", COPY, {"model.initial_latent": "h"}),
-)
 _HRM_TOP = (_EMBEDDING, Row("decoder.final_layernorm.weight", ONES, {}), _HEAD,
             Row("initial_latent", COPY, {"model.z_L_init": "h"}))  # fmt: skip
 
 
+def added_row(each: AddedParameter) -> Row:
+    """The row of what recursion adds."""
+    transform = ROW_VECTOR if each.shape.startswith("1 ") else COPY
+    return Row(each.key, transform, {each.exported: each.shape})
+
+
 def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    initial = [row for row in INITIAL_STATE_ROWS if row.megatron.removeprefix("initial_") in plan.initial_vectors]
-    return (*(HALTING_ROWS if plan.has_halting else ()), *initial)
+    return tuple(map(added_row, added_parameters(plan)))
 
 
 # Names in a config.json to the fields of an architecture.

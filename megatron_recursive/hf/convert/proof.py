@@ -21,6 +21,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import OWN, Family
 from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan.added_parameters import EVERY
 
 TOLERANCE = 1e-4  # of the largest absolute logit
 MAX_TOKENS = 48
@@ -28,7 +29,7 @@ TEXT = (
     "A converter that copies weights must show that nothing was lost on the way. The capital of France is Paris, "
     "2 + 2 = 4, and def f(x): return x * x is a function; the rest of this sentence is here to fill the context."
 )
-INITIAL_STATES = ("initial_output", "initial_latent")  # buffers of the Megatron model
+BUFFERS = tuple(each.key for each in EVERY if not each.trained)  # of the Megatron model
 Fetch = Callable[[str], Tensor]
 
 
@@ -144,7 +145,7 @@ def _offloaded(build: Callable[[], Any], fetch: Fetch, dtype: torch.dtype) -> An
         model = build().to(dtype).eval()
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name, buffer in model.named_buffers():
-        if name in INITIAL_STATES:
+        if name in BUFFERS:
             buffer.data = fetch(name).to(dtype)
     return accelerate.cpu_offload(
         model, torch.device("cpu"), state_dict=_Weights(names, fetch),

@@ -35,8 +35,8 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
 SIZES = ("num_hidden_layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "num_layers_per_stack", "H_cycles",
          "L_cycles")  # fmt: skip
-FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "embedding_scale", "rope_theta", "factor",
-           "partial_rotary_factor", "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")  # fmt: skip
+FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "embedding_scale", "rope_theta", "factor", "beta_fast",
+           "beta_slow", "partial_rotary_factor", "attention_factor", "original_max_position_embeddings")
 
 
 @dataclass

@@ -7,8 +7,10 @@ package that trained the model; it imports torch, transformers and its neighbour
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .added_parameters import EVERY, added_parameters, start_of
 from .cache_recursive_gpt import RecursiveCache
 from .configuration_recursive_gpt import RecursiveGPTConfig
 from .exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, run_with_exits
@@ -36,8 +39,8 @@ from .layers_recursive_gpt import (
 from .outputs_recursive_gpt import RecursiveGPTModelOutput, RecursiveGPTOutput
 from .recursion_plan import DecoderPass
 
-INITIAL_STATES = ("initial_output", "initial_latent")
-INITIAL_STATE_SEED = 20251006  # the states that training starts from when they are not zeros
+MODEL = "model."  # before the names of what the base model holds
+SEED = 20251006  # of the states that training starts from when they are not zeros
 
 
 def slice_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
@@ -85,22 +88,30 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
                 (init.zeros_ if module.one_centered else init.ones_)(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RecursiveGPTModel):
-            generator = torch.Generator(device="cpu").manual_seed(INITIAL_STATE_SEED)
-            for name in INITIAL_STATES:
-                vector = torch.empty(self.config.hidden_size, device="cpu")
-                nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator)
-                if hasattr(module, name):
-                    init.copy_(getattr(module, name), vector)
-        elif isinstance(module, RecursiveGPTForCausalLM) and module.halting_head is not None:
-            init.zeros_(module.halting_head.weight)
-            init.constant_(module.halting_head.bias, self.config.recursion.get("halt_bias", -5.0))
+        elif isinstance(module, RecursiveGPTModel | RecursiveGPTForCausalLM):
+            self._start_added(module)
+
+    def _start_added(self, module: nn.Module) -> None:
+        """What recursion adds to this module, as it is declared."""
+        generator = torch.Generator(device="cpu").manual_seed(SEED)
+        knobs = SimpleNamespace(**{"halt_bias": -5.0, **self.config.recursion})
+        for each in added_parameters(self.config.recursion_plan):
+            if each.exported.startswith(MODEL) != isinstance(module, RecursiveGPTModel):
+                continue
+            parameter, start = module.get_parameter(each.exported.removeprefix(MODEL)), start_of(each, knobs)
+            if start == "trunc-normal":
+                vector = torch.empty(parameter.shape, device="cpu")
+                init.copy_(parameter, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
+            else:
+                init.constant_(parameter, float(start))
 
 
 class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
     """Embedding, the passes of the plan, final norm."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^halting_head\."]  # it runs all blocks and asks no head
+    _keys_to_ignore_on_load_unexpected = [  # it runs all blocks and asks no head
+        f"^{re.escape(each.exported)}$" for each in EVERY if not each.exported.startswith(MODEL)
+    ]
 
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__(config)
@@ -111,18 +122,18 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.layers = nn.ModuleList(RecursiveGPTDecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = RecursiveGPTRotaryEmbedding(config) if config.position_embedding == "rope" else None
-        for name in config.recursion_plan.initial_vectors:
-            # A parameter, since engines that load weights by name know no buffers.
-            setattr(self, f"initial_{name}", nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False))
+        self.frozen = [each for each in added_parameters(config.recursion_plan) if not each.trained]
+        for each in self.frozen:  # parameters, since engines that load weights by name know no buffers
+            start = nn.Parameter(torch.zeros(each.sizes(config.hidden_size)), requires_grad=False)
+            setattr(self, each.exported.removeprefix(MODEL), start)
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
 
     def train(self, mode: bool = True) -> RecursiveGPTModel:
         """As everywhere. Initial states are never trained, though from_pretrained makes every parameter trainable."""
-        for name in INITIAL_STATES:
-            if hasattr(self, name):
-                getattr(self, name).requires_grad_(False)
+        for each in self.frozen:
+            self.get_parameter(each.exported.removeprefix(MODEL)).requires_grad_(False)
         return super().train(mode)
 
     def _read_plan(self) -> None:
@@ -279,9 +290,11 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.halting_head = RecursiveGPTHaltingHead(config.hidden_size, 1) if config.has_halting else None
-        if self.halting_head is not None:
-            self._keep_in_fp32_modules = ["halting_head"]  # what quantisation leaves alone
-            self._keep_in_fp32_modules_strict = ["halting_head.weight", "halting_head.bias"]  # no name may be in both
+        exact = [each.exported for each in added_parameters(config.recursion_plan) if each.in_fp32]
+        if exact:
+            # What quantisation leaves alone, by module; and by name, since no name may be in both.
+            self._keep_in_fp32_modules = sorted({name.rpartition(".")[0] for name in exact})
+            self._keep_in_fp32_modules_strict = exact
         self.last_exit_report: ExitReport | None = None
         self._open_report: ExitReport | None = None
         self.post_init()

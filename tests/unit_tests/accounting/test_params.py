@@ -62,7 +62,7 @@ def test_count_is_what_the_model_holds(option: str) -> None:
     plan = build_plan(case.resolved_recursion())
     count, model = count_parameters(shape_of(case), plan), held()[option]
     assert count.held == model["all"]
-    assert (count.layers, count.halting_head) == (model["layers"], model["halting_head"])
+    assert (count.layers, count.added) == (model["layers"], model["halting_head"])
     assert count.embedding == model["embedding"]
     assert count.unrolled == count.held + (plan.num_passes - 1) * model["layers"]
 
@@ -73,4 +73,4 @@ def test_unrolled_is_the_plain_model_of_that_depth() -> None:
     deep = Case({"enable_recursive_refinement": False}, transformer={"num_layers": LAYERS * recursive.num_passes})
     plain = count_parameters(shape_of(deep), build_plan(deep.resolved_recursion()))
     count = count_parameters(shape_of(Case()), recursive)
-    assert plain.unrolled == plain.held == count.unrolled - count.halting_head
+    assert plain.unrolled == plain.held == count.unrolled - count.added

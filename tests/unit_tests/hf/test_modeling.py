@@ -317,13 +317,13 @@ def test_a_saved_folder_loads_without_this_package(tmp_path: Path) -> None:
 
 
 def test_initial_states_of_a_fresh_model_are_those_of_training() -> None:
-    from megatron_recursive.models.recursion_state import initial_state_vectors
+    from megatron_recursive.models.added_modules import fresh_tensors
+    from megatron_recursive.plan.added_parameters import INITIAL_STATES
 
     config = make_config(recursion={"state_init": "trunc-normal"})
-    plan = RecursionPlan.from_json(json.dumps(config.plan))
     model = RecursiveGPTForCausalLM(config).model
-    for name, vector in initial_state_vectors(plan, config.hidden_size).items():
-        assert torch.equal(getattr(model, f"initial_{name}"), vector)
+    for name, vector in fresh_tensors(INITIAL_STATES, config.hidden_size, None).items():
+        assert torch.equal(getattr(model, name), vector) and vector.std() > 0.5
 
 
 def test_what_ships_imports_torch_and_transformers_alone(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""The modules of what recursion adds: their weights are declared in ``plan/added_parameters.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_recursive.plan.added_parameters import AddedParameter, start_of
+
+SEED = 20251006  # fixed: an initial state belongs to the function, not to the run
+
+
+def fresh_tensors(declared: Sequence[AddedParameter], hidden_size: int, knobs: object) -> dict[str, Tensor]:
+    """Declared tensors by key, as a fresh model starts them, in fp32.
+
+    Seeded ones are truncated normals of std 1 within two standard deviations, never trained (as in TRM): under detached
+    blocks a learned one would get no gradient, and DDP's bucket counting breaks on such parameters.
+    """
+    generator, found = torch.Generator(device="cpu").manual_seed(SEED), {}
+    for each in declared:
+        start, tensor = start_of(each, knobs), torch.empty(each.sizes(hidden_size), device="cpu")
+        if start == "trunc-normal":
+            torch.nn.init.trunc_normal_(tensor, std=1.0, a=-2.0, b=2.0, generator=generator)
+        else:
+            tensor.fill_(float(start))
+        found[each.key] = tensor
+    return found
+
+
+class AddedModule(MegatronModule):
+    """A module whose weights are those declared for it.
+
+    Replicated over tensor-parallel ranks; under sequence parallelism each rank sees its own tokens, and Megatron sums
+    the gradients.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, declared: Sequence[AddedParameter], knobs: object, tp_group: ProcessGroup
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        for key, fresh in fresh_tensors(declared, config.hidden_size, knobs).items():
+            weight = torch.nn.Parameter(fresh.to(config.params_dtype))
+            weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            setattr(self, key.rpartition(".")[2], weight)
+
+
+class HaltingHead(AddedModule):
+    """``q = w . h + b`` per token, in fp32; ``w`` starts at zero and ``b`` well below it, so that training starts deep.
+
+    A token's own state only: a head over pooled states would see the future in a causal model.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, hidden_SBH: Tensor) -> Tensor:
+        """[S, B, H] (this rank's tokens under sequence parallelism) to logits [B, S] of all tokens, fp32."""
+        logits_SB = _Logits.apply(hidden_SBH, self.weight) + self.bias.float()
+        if self.config.sequence_parallel:
+            # Every rank computes the same loss from the gathered logits, so the backward splits and does not sum.
+            logits_SB = tensor_parallel.gather_from_sequence_parallel_region(
+                logits_SB, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return logits_SB.transpose(0, 1)
+
+
+class _Logits(torch.autograd.Function):
+    """``h @ w`` in fp32. Until the backward it keeps ``h`` as it is given; autograd would keep an fp32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_SBH: Tensor, weight_H: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_SBH, weight_H)
+        return hidden_SBH.float() @ weight_H.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor | None, Tensor]:
+        hidden_SBH, weight_H = ctx.saved_tensors
+        of_hidden = None
+        if ctx.needs_input_grad[0]:
+            of_hidden = (grad_SB.unsqueeze(-1) * weight_H.float()).to(hidden_SBH.dtype)
+        of_weight = grad_SB.flatten() @ hidden_SBH.float().flatten(0, 1)
+        return of_hidden, of_weight.to(weight_H.dtype)
+
+
+MODULES: dict[str, type[AddedModule]] = {"halting_head": HaltingHead}  # by the model's attribute
