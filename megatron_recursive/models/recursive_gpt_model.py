@@ -53,6 +53,7 @@ class BlockReadout:
 class RecursiveTransformerConfig(TransformerConfig):
     """Megatron's, and how the passes of a recursion run. The fields are named as the flags."""
 
+    norm_weights: str = "learned"  # or ones, at which the weights of all norms stay
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
     pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
     pipeline_costs: Any = None  # PassCosts by which the phases are chosen; None: all passes cost the same
@@ -83,6 +84,9 @@ class RecursiveGPTModel(GPTModel):
             config.disable_parameter_transpose_cache = True
         with built_by_layer(config, self):
             super().__init__(config, *args, **kwargs)
+        for name, weight in self.named_parameters():
+            if config.norm_weights == "ones" and "norm" in name:  # which DDP and the optimizer then leave out
+                weight.requires_grad_(False)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
@@ -143,7 +147,7 @@ class RecursiveGPTModel(GPTModel):
     def initial_state(self, embedding_SBH: Tensor) -> RecursionState:
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
         given = {k: v for k, v in initial.items() if v is not None}
-        return RecursionState(embedding_SBH, given, starts_at_input=self.plan.state_init == "input")
+        return RecursionState(embedding_SBH, given, starts_at_input=self.plan.starts_at_input)
 
     def block_of(self, stack: str) -> TransformerBlock:
         """The decoder, or a view of it that has a stack's layers of this pipeline stage alone; perhaps none."""

@@ -25,7 +25,7 @@ from megatron_recursive.hf.convert.mappings import (
 )
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.hf.convert.stacks import layer_numbers
-from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 # Buffers that old checkpoints carry; every model computes them anew.
 COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
@@ -34,9 +34,10 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
 
 
 SIZES = ("num_hidden_layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
-FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor",
-           "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")  # fmt: skip
+         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "num_layers_per_stack", "H_cycles",
+         "L_cycles")  # fmt: skip
+FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "embedding_scale", "rope_theta", "factor", "beta_fast",
+           "beta_slow", "partial_rotary_factor", "attention_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -66,12 +67,20 @@ class Source:
     dropped: dict[str, str] = field(default_factory=dict)  # tensors that no row takes, and why that is right
 
     @property
+    def own_recursion(self) -> RecursionConfig | None:
+        """Of a model type that is recursive in itself."""
+        own = self.family.recursion
+        return None if own is None else own.recursion(self.config, self.name)
+
+    @property
     def plan(self) -> RecursionPlan:
+        if self.own_recursion is not None:
+            return build_plan(self.own_recursion)
         return getattr(self.config, "recursion_plan", None) or RecursionPlan.plain()
 
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
-        return recursive_rows(self.plan)
+        return recursive_rows(self.plan) if self.family.recursion is None else ()
 
     def weight(self, name: str) -> Tensor:
         """A tensor by name; a tied head is the embedding."""
