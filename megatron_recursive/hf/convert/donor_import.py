@@ -134,7 +134,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
 def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> RecursionConfig:
     """What is given, beside what the source has or, of a donor, what starts near to it (:func:`retrofit`)."""
     recursion = RecursionConfig.from_mapping({**retrofit(given, layers), **given})
-    if source.family is OWN:
+    if source.family.own_class:
         knobs = RecursionConfig.from_mapping(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
         if not given and build_plan(own) != source.plan:
@@ -159,9 +159,13 @@ class _Import:
     chosen: Tensor | None = None  # the donor's logits, of the chosen layers
 
     def __post_init__(self) -> None:
-        source, recursive = self.source, self.source.family is OWN
-        self.whole = self.layers == list(range(source.arch.num_layers)) and not recursive
-        again = 1 if self.whole or self.tokenizer is None else 1 + source.plan.num_passes  # its loss is computed too
+        source, recursive = self.source, self.source.family.own_class
+        complete = self.layers == list(range(source.arch.num_layers))
+        self.whole = complete and not recursive
+        # A published recursion that is kept is proven too; our own was, when it was exported.
+        self.kept = complete and recursive and source.family is not OWN and self.plan == source.plan
+        read_twice = not self.whole and (self.kept or self.tokenizer is not None)
+        again = 1 + source.plan.num_passes if read_twice else 1
         tied: dict[str, str] = {"lm_head.weight": EMBEDDING} if source.arch.tied else {}
         read = remembering(source.get, room_for_passes(again), [*tied.values()])
         self.read: Fetch = lambda name: read(tied.get(name, name))
@@ -172,7 +176,7 @@ class _Import:
     def carried_rows(self) -> tuple[Row, ...]:
         """What the source's own recursion has and this plan wants too."""
         mine = recursive_rows(self.plan)
-        return tuple(row for row in self.source.extra_rows() if row in mine)
+        return tuple(row for row in self.source.extra_rows() if row.megatron in {each.megatron for each in mine})
 
     def items(self) -> Iterator[Item]:
         return items(self.source.family, self.arch, self.layers, self.carried_rows())
@@ -258,7 +262,7 @@ class _Import:
     def _why_dropped(self, name: str) -> str:
         if name.startswith("model.layers."):
             return "its layer was not chosen"
-        if name in (each.exported for each in EVERY):
+        if any(name in row.hf for row in self.source.extra_rows()):
             return "this recursion has none"
         raise AssertionError(f"{name} is unaccounted for")
 
@@ -291,8 +295,9 @@ class _Import:
         Donors are trained without dropout. What the command line says after the file, holds instead.
         """
         flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
-        dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)
-                  if name not in (each.exported for each in EVERY if each.in_fp32)}  # fmt: skip
+        exact = {each.key for each in EVERY if each.in_fp32}
+        dtypes = {self.source.dtypes[self._stored_name(name)] for item in self.items() if item.key not in exact
+                  for name in item.hf}  # fmt: skip
         flags += ["--bf16"] if dtypes == {"BF16"} else ["--fp16"] if dtypes == {"F16"} else []
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]
@@ -338,10 +343,17 @@ class _Import:
         ours = proof.megatron_logits(self.arch, PLAIN, fetch, text, dtype)
         report.max_logit_error = proof.relative_error(chosen, ours[..., :known])
         proof.check(report.max_logit_error, f"{self.source.name} and its conversion")
-        if self.tokenizer is None:  # there is no text to lose anything on
+        if self.tokenizer is None and not self.kept:  # there is no text to lose anything on
             return []
         donor = chosen if self.whole else proof.hf_logits(
             self.source.family, self.source.config, self.read, text, dtype)  # fmt: skip
+        if self.kept:
+            recursive = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
+            error = proof.relative_error(donor, recursive[..., :known])
+            report.max_logit_error = max(report.max_logit_error, error)
+            proof.check(error, f"{self.source.name} at {self.plan.num_passes} loops and its conversion")
+        if self.tokenizer is None:
+            return []
         losses = {"donor": donor, "imported without recursion": ours}
         for depth in DEPTHS if self.recursion.recursion_family in OF_FAMILIES["num_recurrences"] else ():
             deep = dataclasses.replace(self.recursion, num_recurrences=depth)
@@ -361,7 +373,7 @@ class _Import:
         """The donor's config with the chosen layers only, and for a model of ours without recursion."""
         values = self.source.config.to_dict()
         values["num_hidden_layers"] = len(self.layers)
-        if self.source.family is OWN:
+        if self.source.family.own_class:
             values.update(num_layers=len(self.layers), plan=None)
         if values.get("layer_types"):
             values["layer_types"] = [values["layer_types"][layer] for layer in self.layers]
