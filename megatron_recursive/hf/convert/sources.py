@@ -32,8 +32,8 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
                        ".weight_scale_inv", ".SCB", ".weight_packed")  # fmt: skip
 
 
-SIZES = ("num_hidden_layers", "num_layers", "total_ut_steps", "num_loops", "hidden_size", "intermediate_size", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
+SIZES = ("num_hidden_layers", "num_layers", "total_ut_steps", "num_loops", "hidden_size", "intermediate_size",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
 FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor",
            "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")  # fmt: skip
 

@@ -112,7 +112,8 @@ def _through(kind: str, folder: Path) -> dict[str, Any]:
     from megatron_recursive.inference.megatron_model import open_megatron
 
     ids = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(2))
-    found = {"import": _import(folder / "published", folder / "ckpt"), "export": _export(folder / "ckpt", folder / "hf")}
+    found: dict[str, Any] = {"import": _import(folder / "published", folder / "ckpt")}
+    found["export"] = _export(folder / "ckpt", folder / "hf")
     with open_megatron(str(folder / "ckpt")) as (megatron, _):
         found["megatron"] = megatron(ids).logits
     with torch.no_grad():
