@@ -153,7 +153,7 @@ def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> Recursi
                                 f"{getattr(theirs, name)}; leave that flag out.")  # fmt: skip
         return RecursionConfig.from_mapping({**theirs.to_dict(), **given})
     recursion = RecursionConfig.from_mapping({**retrofit(given, layers), **given})
-    if source.family is OWN:
+    if source.family.own_class:
         knobs = RecursionConfig.from_mapping(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
         if not given and build_plan(own) != source.plan:
@@ -178,10 +178,14 @@ class _Import:
     chosen: Tensor | None = None  # the donor's logits, of the chosen layers
 
     def __post_init__(self) -> None:
-        source, recursive = self.source, self.source.family is OWN
-        self.whole = self.layers == list(range(source.arch.num_layers)) and not recursive
+        source, recursive = self.source, self.source.family.own_class
+        complete = self.layers == list(range(source.arch.num_layers))
+        self.whole = complete and not recursive
+        # A published recursion that is kept is proven too; our own was, when it was exported.
+        self.kept = complete and recursive and source.family is not OWN and self.plan == source.plan
+        read_twice = not self.whole and (self.kept or self.tokenizer is not None)
         passes = 1 if source.own_recursion is None else source.plan.num_passes
-        again = passes if self.whole or self.tokenizer is None else 1 + source.plan.num_passes  # its loss is told too
+        again = 1 + source.plan.num_passes if read_twice else passes
         tied: dict[str, str] = {"lm_head.weight": EMBEDDING} if source.arch.tied else {}
         read = remembering(source.get, room_for_passes(again), [*tied.values()])
         self.read: Fetch = lambda name: read(tied.get(name, name))
@@ -199,7 +203,7 @@ class _Import:
     def carried_rows(self) -> tuple[Row, ...]:
         """What the source's own recursion has and this plan wants too."""
         mine = recursive_rows(self.plan)
-        return tuple(row for row in self.source.extra_rows() if row in mine)
+        return tuple(row for row in self.source.extra_rows() if row.megatron in {each.megatron for each in mine})
 
     def items(self) -> Iterator[Item]:
         return items(self.source.family, self.arch, self.layers, self.carried_rows())
@@ -293,7 +297,7 @@ class _Import:
     def _why_dropped(self, name: str) -> str:
         if name.startswith("model.layers."):
             return "its layer was not chosen"
-        if name in (each.exported for each in EVERY):
+        if any(name in row.hf for row in self.source.extra_rows()):
             return "this recursion has none"
         raise AssertionError(f"{name} is unaccounted for")
 
@@ -326,8 +330,9 @@ class _Import:
         Donors are trained without dropout. What the command line says after the file, holds instead.
         """
         flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
-        dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)
-                  if name not in (each.exported for each in EVERY if each.in_fp32)}  # fmt: skip
+        exact = {each.key for each in EVERY if each.in_fp32}
+        dtypes = {self.source.dtypes[self._stored_name(name)] for item in self.items() if item.key not in exact
+                  for name in item.hf}  # fmt: skip
         flags += ["--bf16"] if dtypes == {"BF16"} else ["--fp16"] if dtypes == {"F16"} else []
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]
@@ -374,10 +379,17 @@ class _Import:
         ours = proof.megatron_logits(self.arch, own or PLAIN, fetch, text, dtype)
         report.max_logit_error = proof.relative_error(chosen, ours[..., :known])
         proof.check(report.max_logit_error, f"{self.source.name} and its conversion")
-        if self.tokenizer is None:  # there is no text to lose anything on
+        if self.tokenizer is None and not self.kept:  # there is no text to lose anything on
             return []
         donor = chosen if self.whole else proof.hf_logits(
             self.source.family, self.source.config, self.read, text, dtype)  # fmt: skip
+        if self.kept:
+            recursive = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
+            error = proof.relative_error(donor, recursive[..., :known])
+            report.max_logit_error = max(report.max_logit_error, error)
+            proof.check(error, f"{self.source.name} at {self.plan.num_passes} loops and its conversion")
+        if self.tokenizer is None:
+            return []
         losses = {"donor": donor, f"imported {'without' if own is None else 'with its own'} recursion": ours}
         for depth in DEPTHS if self.recursion.recursion_family in OF_FAMILIES["num_recurrences"] else ():
             deep = dataclasses.replace(self.recursion, num_recurrences=depth)
@@ -399,7 +411,7 @@ class _Import:
             return self.source.config
         values = self.source.config.to_dict()
         values["num_hidden_layers"] = len(self.layers)
-        if self.source.family is OWN:
+        if self.source.family.own_class:
             values.update(num_layers=len(self.layers), plan=None)
         if values.get("layer_types"):
             values["layer_types"] = [values["layer_types"][layer] for layer in self.layers]
