@@ -16,7 +16,7 @@ from typing import Any
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture, Yarn, padded_vocabulary
 from megatron_recursive.hf.convert.torch_dist import LAYERS
-from megatron_recursive.hf.convert.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
+from megatron_recursive.hf.convert.transforms import COPY, FLAT, GATE_UP, QKV, VOCABULARY, Transform
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plan.added_parameters import AddedParameter, added_parameters
 
@@ -164,8 +164,7 @@ _RECURSIVE_TOP = (
 
 def added_row(each: AddedParameter) -> Row:
     """The row of what recursion adds."""
-    transform = ROW_VECTOR if each.shape.startswith("1 ") else COPY
-    return Row(each.key, transform, {each.exported: each.shape})
+    return Row(each.key, FLAT if each.is_flat else COPY, {each.exported: each.shape})
 
 
 def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
@@ -255,8 +254,8 @@ class Item:
 
     def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
         """Of the merged tensor, without the axis of the layers."""
-        if self.transform is ROW_VECTOR:
-            return (arch.hidden_size,)
+        if self.transform is FLAT:
+            return (math.prod(next(iter(self.hf.values()))),)
         rows, *rest = next(iter(self.hf.values()))
         if self.transform is VOCABULARY:
             return (arch.padded_vocab_size, *rest)

@@ -52,5 +52,6 @@ GATE_UP = Transform(
     "gate, up", lambda parts, _: torch.cat(list(parts)), lambda tensor, _: tuple(tensor.chunk(2, dim=0))
 )
 VOCABULARY = Transform("padded vocabulary", _pad_vocabulary, lambda tensor, arch: (tensor[: arch.vocab_size],))
-# The halting head's weight is one vector in Megatron (optimizers treat matrices apart) and a linear layer in HF.
-ROW_VECTOR = Transform("row vector", lambda parts, _: parts[0].reshape(-1), lambda tensor, _: (tensor.reshape(1, -1),))
+# A matrix of rows of the hidden size is one vector in Megatron where its optimizers shall treat it as a vector.
+FLAT = Transform("flat", lambda parts, _: parts[0].reshape(-1),
+                 lambda tensor, arch: (tensor.reshape(-1, arch.hidden_size),))  # fmt: skip
