@@ -67,14 +67,14 @@ def chain(plan: RecursionPlan, num_layers: int) -> list[int]:
     stacks, newest = plan.layers_of(num_layers), 0
     layers: list[int] = []
     start = {"zeros": None, "input": 0}.get(plan.state_init, -1)  # results by number: 0 the embedding, None zeros
-    states = {"input": 0, "output": start, "latent": None if plan.state_init == "input" else start}
+    states = {"input": 0, "output": start, "latent": None if plan.starts_at_input else start}
     for p in plan.passes:
         if [states[name] for name in p.reads if states[name] is not None] != [newest]:
             raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) reads {' + '.join(p.reads)}.")
         if p.step != 1:
             raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) moves its state by the step {p.step:.3g}.")
         newest = states[p.target] = p.index + 1
-        if p.target == "input" and plan.state_init == "input":
+        if p.target == "input" and plan.starts_at_input:
             states["output"] = newest
         layers += stacks[p.stack]
     return layers
