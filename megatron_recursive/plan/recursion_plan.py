@@ -210,10 +210,9 @@ class RecursionPlan:
         starts = self.starts_at_input and all(p.target != "output" for p in self.passes[: decoder_pass.index])
         return tuple("input" if name == "output" and starts else name for name in decoder_pass.reads)
 
-    @cached_property
-    def first_input_gradient(self) -> DecoderPass | None:
-        """The first pass with gradient that reads the input: the embedding's gradient is complete behind it."""
-        return next((p for p in self.grad_passes if "input" in self.sources(p)), None)
+    def first_input_gradient(self, prelude: Sequence[DecoderPass] = ()) -> DecoderPass | None:
+        """The first pass with gradient, behind a prelude, that reads the input: its gradient is complete behind it."""
+        return next((p for p in self.grad_passes if p not in prelude and "input" in self.sources(p)), None)
 
     def layers_of(self, num_layers: int) -> dict[str, range]:
         """The layers of each stack, from 0, in a model that holds ``num_layers`` in all.

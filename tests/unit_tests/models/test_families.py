@@ -58,6 +58,12 @@ CASES = {
         recurrent(0, 1, num_recurrences=3, injection="concat", state_norm="core", recurrence_step="0.6"),
         transformer={**FOUR, **FULL_RECOMPUTE},
     ),
+    # A prelude and a coda that the first and the last of two and of four stages hold alone; the last is one trip.
+    "recurrent-folded": Case(
+        recurrent(1, 1, num_recurrences=4, backprop_depth=2, injection="add"), transformer=FOUR, model=UNTIED
+    ),
+    "recurrent-once": Case(recurrent(1, 1, num_recurrences=1, injection="add"), transformer=FOUR),
+    "recurrent-bare-once": Case(recurrent(0, 0, num_recurrences=1), transformer=FOUR, model=UNTIED),
     "looped": Case({"recursion_family": "looped", "num_refinement_blocks": 3}, transformer=FOUR),
     "looped-one-norm": Case(
         {"recursion_family": "looped", "num_refinement_blocks": 3, "state_norm": "none", "halt_loss_weight": 0.0},
