@@ -47,9 +47,9 @@ class AddedModule(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         for key, fresh in fresh_tensors(declared, config.hidden_size, knobs).items():
-            weight = torch.nn.Parameter(fresh.to(config.params_dtype))
-            weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            setattr(self, key.rpartition(".")[2], weight)
+            name = key.rpartition(".")[2]
+            self.register_parameter(name, torch.nn.Parameter(fresh.to(config.params_dtype)))
+            getattr(self, name).sequence_parallel = config.sequence_parallel
 
 
 class HaltingHead(AddedModule):
