@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,13 @@ from megatron_recursive.hf.convert.tokenizer_files import (
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
 from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.hf.model import write_remote_code
+from megatron_recursive.hf.model.exits_recursive_gpt import EXIT_ARGUMENTS
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY
 
 IN_FP32 = tuple(each.key for each in EVERY if each.in_fp32)
+Logits = Callable[[proof.Text, torch.dtype], Tensor]
 AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
     "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
@@ -138,17 +141,29 @@ def export_model(
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
-    model, target = open_checkpoint(ckpt), Path(out)
+    model = open_checkpoint(ckpt)
     if dtype is not None:
         model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
+    return write_model(model, Path(ckpt), Path(out), tokenizer, proof_dtype, say, shard_bytes)
+
+
+def write_model(
+    model: MegatronModel, ckpt: Path, target: Path, tokenizer: str | None, proof_dtype: torch.dtype | None,
+    say: Callable[[str], None], shard_bytes: int, expected: Logits | None = None,
+) -> Report:  # fmt: skip
+    """As :func:`export_model`, of a checkpoint that is open.
+
+    Args:
+        ckpt: where it was found; expected: the logits that the folder must give, where not the checkpoint's own.
+    """
     report, notes = Report(), []
     with new_folder(target, model.checkpoint.nbytes) as folder:
-        found = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
+        found = _find_tokenizer(model, ckpt, tokenizer, folder)
         before = None if found is None else tokenizer_of(found)
         if found is not None:
             keep_class(before, folder)
         ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
-        write_settings(folder, ids)
+        write_settings(folder, ids, without=EXIT_ARGUMENTS if model.plan.is_plain else ())
         _write_config(model, folder, ids)
         if before is not None and difference(before, tokenizer_of(folder)) and model.family is not OWN:
             notes.append(f"transformers gives this tokenizer other ids beside a {model.family.architecture}, so that "
@@ -164,12 +179,12 @@ def export_model(
         if model.family is OWN:
             write_remote_code(folder)
         text = proof.proof_text(model.arch.vocab_size, tokenizer_of(folder), model.arch.max_positions)
-        sums, logits = _write_weights(model, folder, report, text, proof_dtype, shard_bytes)
+        sums, logits = _write_weights(model, folder, report, text, proof_dtype, shard_bytes, expected)
         report.facts["bytes_read"] = model.checkpoint.bytes_read
         _prove(model, folder, report, sums, logits, text, proof_dtype)
         write_card(folder, target.absolute().name, Exported(
             model.family.architecture, model.family is OWN, model.arch.num_layers, model.plan, model.checkpoint.folder,
-            Path(ckpt), model.args, report.max_logit_error, dtype is not None))  # fmt: skip
+            ckpt, model.args, report.max_logit_error, isinstance(model.checkpoint, _Cast)))  # fmt: skip
     if model.checkpoint.training_state:
         report.add("dropped", "optimizer state", f"{model.checkpoint.training_state} tensors of training")
     say(report.describe())
@@ -219,7 +234,7 @@ def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder:
             raise UserError(f"--tokenizer {given} holds no tokenizer.")
         return Path(given)
     named = model.args.get("tokenizer_model") if model.args.get("tokenizer_type") == "HuggingFaceTokenizer" else None
-    places = [ckpt / TOKENIZER, model.checkpoint.folder.parent / TOKENIZER, *([Path(named)] if named else [])]
+    places = [ckpt / TOKENIZER, model.checkpoint.folder.parent / TOKENIZER, *([Path(named)] if named else []), ckpt]
     return next((place for place in places if place.is_dir() and copy_tokenizer(place, folder)), None)
 
 
@@ -249,7 +264,7 @@ class _Cast(TorchDistCheckpoint):
 
 def _write_weights(
     model: MegatronModel, folder: Path, report: Report, text: proof.Text, dtype: torch.dtype | None,
-    shard_bytes: int,
+    shard_bytes: int, expected: Logits | None,
 ) -> tuple[Sums, Tensor | None]:  # fmt: skip
     """Convert each tensor as the checkpoint's forward pass asks for it, or one after the other without a proof.
 
@@ -277,7 +292,7 @@ def _write_weights(
         read = remembering(checkpoint_fetch(model.checkpoint), room_for_passes(model.plan.num_passes), tied)
         once = Once(((item, [item.name]) for item in model.items()), read, convert)
         if dtype is not None:
-            logits = proof.megatron_logits(model.arch, model.recursion, once, text, dtype)
+            logits = (expected or partial(proof.megatron_logits, model.arch, model.recursion, once))(text, dtype)
         once.finish()
     writer.close()
     return sums, logits

@@ -151,6 +151,18 @@ def _qk_norm(letter: str, scope: str) -> tuple[Row, Row]:
     )
 
 
+# Ouro: a norm before attention and MLP, and one on what each adds, under names that tell neither.
+OURO = (
+    Row("self_attention.linear_qkv.layer_norm_weight", COPY, {"input_layernorm.weight": "h"}),
+    _QKV_WEIGHT,
+    _PROJ,
+    Row("self_attention.linear_proj.post_layernorm.weight", COPY, {"input_layernorm_2.weight": "h"}),
+    Row("mlp.linear_fc1.layer_norm_weight", COPY, {"post_attention_layernorm.weight": "h"}),
+    _GATE_UP,
+    _DOWN,
+    Row("mlp.linear_fc2.post_layernorm.weight", COPY, {"post_attention_layernorm_2.weight": "h"}),
+)
+
 # Our own model (modeling_recursive_gpt.py): every option of the Megatron model, norms with Gemma-2's names.
 RECURSIVE_GPT = (
     *_norm("self_attention.linear_qkv.layer_norm_", "input_layernorm", _normed_before),
@@ -198,14 +210,14 @@ _HRM_TOP = (_EMBEDDING, Row("decoder.final_layernorm.weight", ONES, {}), _HEAD,
             Row("initial_latent", COPY, {"model.z_L_init": "h"}))  # fmt: skip
 
 
-def added_row(each: AddedParameter) -> Row:
-    """The row of what recursion adds."""
+def added_row(each: AddedParameter, names: Mapping[str, str] = {}) -> Row:  # noqa: B006  (it is read alone)
+    """The row of what recursion adds; ``names``: our name to another one."""
     transform = ROW_VECTOR if each.shape.startswith("1 ") else COPY
-    return Row(each.key, transform, {each.exported: each.shape})
+    return Row(each.key, transform, {names.get(each.exported, each.exported): each.shape})
 
 
-def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    return tuple(map(added_row, added_parameters(plan)))
+def recursive_rows(plan: RecursionPlan, family: Family | None = None) -> tuple[Row, ...]:
+    return tuple(added_row(each, {} if family is None else family.added) for each in added_parameters(plan))
 
 
 # Names in a config.json to the fields of an architecture.
@@ -243,6 +255,8 @@ class Family:
         when: what else must hold of an architecture that the class is to compute.
         besides: further entries of a config.json.
         recursion: of a type that is recursive in itself, whose tables have all that its recursion adds.
+        own_class: transformers has no class for it; its model is ours (published_looped.py turns its config into ours).
+        added: what recursion adds, by our name, to its name.
     """
 
     model_type: str
@@ -254,6 +268,8 @@ class Family:
     besides: Mapping[str, Any] = field(default_factory=dict)
     top_rows: tuple[Row, ...] = _TOP
     recursion: OwnRecursion | None = None
+    own_class: bool = False
+    added: Mapping[str, str] = field(default_factory=dict)
 
     def computes(self, arch: Architecture, recursion: RecursionConfig | None = None) -> bool:
         """Whether its class can be this architecture, with this recursion or none."""
@@ -279,8 +295,15 @@ DONORS = (
            when=lambda a: a.num_query_groups == a.num_attention_heads and a.hidden_size % a.num_attention_heads == 0,
            top_rows=_HRM_TOP, recursion=HRM_TEXT),
 )  # fmt: skip
-OWN = Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP)
-FAMILIES = {family.model_type: family for family in (*DONORS, OWN)}
+OWN = Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP,
+             own_class=True)  # fmt: skip
+# Checkpoints that are recursive as they are published.
+PUBLISHED = (
+    Family("ouro", "OuroForCausalLM", OURO, {**_UNBIASED, "norm_placement": "sandwich"}, _OWN_CONFIG, own_class=True,
+           added={f"exit_gate.{each}": f"model.early_exit_gate.{each}" for each in ("weight", "bias")}),
+    Family("nanbeige", "NanbeigeForCausalLM", LLAMA, _DONOR_FIXED, _OWN_CONFIG, own_class=True),
+)  # fmt: skip
+FAMILIES = {family.model_type: family for family in (*DONORS, OWN, *PUBLISHED)}
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,13 @@ def proof_text(vocab_size: int, tokenizer: Any, max_positions: int) -> Text:
 def hf_logits(family: Family, config: Any, fetch: Fetch, text: Text, dtype: torch.dtype) -> Tensor:
     """Logits [3, S, V] of transformers' class of a family; ``fetch`` gives a tensor by its name in the files."""
 
+    if family.own_class and family is not OWN:
+        from megatron_recursive.hf.convert.published_looped import by_our_names
+
+        fetch = by_our_names(family, config, fetch)
+
     def build() -> Any:
-        if family is OWN:
+        if family.own_class:
             from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
             config._attn_implementation = "sdpa"

@@ -24,6 +24,7 @@ from megatron_recursive.hf.convert.mappings import (
     recursive_rows,
 )
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
+from megatron_recursive.hf.convert.stacks import layer_numbers
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 # Buffers that old checkpoints carry; every model computes them anew.
@@ -32,9 +33,9 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
                        ".weight_scale_inv", ".SCB", ".weight_packed")  # fmt: skip
 
 
-SIZES = ("num_hidden_layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "num_layers_per_stack", "H_cycles",
-         "L_cycles")  # fmt: skip
+SIZES = ("num_hidden_layers", "num_layers", "num_layers_per_stack", "total_ut_steps", "num_loops", "H_cycles",
+         "L_cycles", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+         "max_position_embeddings")  # fmt: skip
 FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "embedding_scale", "rope_theta", "factor", "beta_fast",
            "beta_slow", "partial_rotary_factor", "attention_factor", "original_max_position_embeddings")
 
@@ -79,7 +80,7 @@ class Source:
 
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
-        return recursive_rows(self.plan) if self.family.recursion is None else ()
+        return recursive_rows(self.plan, self.family) if self.family.recursion is None else ()
 
     def weight(self, name: str) -> Tensor:
         """A tensor by name; a tied head is the embedding."""
@@ -168,9 +169,15 @@ def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
             from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
             return RecursiveGPTConfig.from_dict(values)
+        if family.own_class:
+            from megatron_recursive.hf.convert.published_looped import our_config
+
+            return our_config(family, values, where)
         from transformers import CONFIG_MAPPING
 
         return CONFIG_MAPPING[family.model_type].from_dict(values)
+    except UserError:
+        raise
     except Exception as error:  # transformers' validators raise classes of the hub, of its own and of Python
         raise UserError(
             f"The config.json of {where} is not one that transformers takes "
@@ -236,6 +243,8 @@ def _why_surplus(source: Source, name: str) -> str:
             f"{source.name} scales its rotary frequencies (rope_freqs.weight, of Llama 3.1 and later), which is not "
             "read from GGUF; import the model from its safetensors."
         )
+    if name in source.family.added.values():
+        return "this recursion has none"
     raise UserError(
         f"{source.name} holds {name} ({_by(source.shapes[name])}), which a {source.family.model_type} model does not "
         "have; its meaning would be lost."
@@ -258,15 +267,7 @@ def choose_layers(total: int, selection: str | None, count: int | None, explicit
     if explicit is not None:
         if selection is not None or count is not None:
             raise UserError("--layers excludes --layer-selection and --num-layers; give either.")
-        try:
-            chosen = [int(part) for part in explicit.split(",")]
-        except ValueError as error:
-            raise UserError(f"--layers {explicit} must be whole numbers with commas, such as 0,8,16,23.") from error
-        if any(not 0 <= layer < total for layer in chosen):
-            raise UserError(f"--layers {explicit}: the model has the layers 0 to {total - 1}.")
-        if len(set(chosen)) != len(chosen):
-            raise UserError(f"--layers {explicit} names a layer twice.")
-        return chosen
+        return layer_numbers(explicit, "--layers", total)
     if selection is None and count is None:
         return list(range(total))
     if count is None:
