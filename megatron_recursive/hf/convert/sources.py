@@ -34,8 +34,8 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
 
 
 SIZES = ("num_hidden_layers", "num_layers", "num_layers_per_stack", "total_ut_steps", "num_loops", "H_cycles",
-         "L_cycles", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-         "max_position_embeddings")  # fmt: skip
+         "L_cycles", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "vocab_size", "max_position_embeddings")  # fmt: skip
 FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "embedding_scale", "rope_theta", "factor", "beta_fast",
            "beta_slow", "partial_rotary_factor", "attention_factor", "original_max_position_embeddings")
 
