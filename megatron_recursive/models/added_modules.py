@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_recursive.plan.added_parameters import SEED, AddedParameter, start_of
 
+
 def fresh_tensors(declared: Sequence[AddedParameter], hidden_size: int, knobs: object) -> dict[str, Tensor]:
     """Declared tensors by key, as a fresh model starts them, in fp32.
 

@@ -87,8 +87,8 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
         asked += HALTING_HEAD
     if not plan.is_plain and plan.state_init == "trunc-normal":
         asked += INITIAL_STATES
-    for word in dict.fromkeys(p.combine for p in plan.passes):
-        asked += COMBINING.get(word, ())
+    for word in plan.maps:
+        asked += COMBINING[word]
     return asked
 
 
