@@ -23,11 +23,13 @@ from megatron_recursive.hf.convert.mappings import (
     read_config,
     recursive_rows,
 )
+from megatron_recursive.hf.convert.published_recurrent import open_raven
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.plan import RecursionPlan
 
 # Buffers that old checkpoints carry; every model computes them anew.
-COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "freqs_cis")
+PUBLISHED = {"huginn_raven": open_raven}  # model types without a class of transformers, read as models of ours
 _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".weight_scale",
                        ".weight_scale_inv", ".SCB", ".weight_packed")  # fmt: skip
 
@@ -128,13 +130,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path, name: str) -> Source:
-    values = read_json(folder / "config.json")
+    values, tensors = read_json(folder / "config.json"), SafetensorsFolder.open(folder)
+    kind = values.get("model_type")
+    if kind in PUBLISHED:
+        values, tensors = PUBLISHED[kind](values, tensors, name)
     family = family_of(values, name)
-    tensors = SafetensorsFolder.open(folder)
     config = config_object(family, values, name)
     return Source(
         name, family, config, read_config(family, config, name), tensors.shapes, tensors.dtypes, tensors.get,
-        lambda: tensors.bytes_read, tensors.nbytes, "safetensors", folder,
+        lambda: tensors.bytes_read, tensors.nbytes, f"{kind} in safetensors" if kind in PUBLISHED else "safetensors",
+        folder,
     )  # fmt: skip
 
 
