@@ -160,8 +160,11 @@ class _Import:
 
     def __post_init__(self) -> None:
         source, recursive = self.source, self.source.family is OWN
-        self.whole = self.layers == list(range(source.arch.num_layers)) and not recursive
-        again = 1 if self.whole or self.tokenizer is None else 1 + source.plan.num_passes  # its loss is computed too
+        all_layers = self.layers == list(range(source.arch.num_layers))
+        self.whole = all_layers and not recursive
+        self.same_plan = all_layers and recursive and not self.plan.is_plain and self.plan == source.plan
+        alone = self.whole or (self.tokenizer is None and not self.same_plan)
+        again = 1 if alone else 1 + source.plan.num_passes  # its loss is computed too
         tied: dict[str, str] = {"lm_head.weight": EMBEDDING} if source.arch.tied else {}
         read = remembering(source.get, room_for_passes(again), [*tied.values()])
         self.read: Fetch = lambda name: read(tied.get(name, name))
@@ -319,7 +322,7 @@ class _Import:
 
     def prove(self, checkpoint: TorchDistCheckpoint, report: Report) -> list[str]:
         """Everything reads back as written; recursion disabled, the checkpoint's logits are the donor's (of the chosen
-        layers); the losses are noted.
+        layers), and with it those of a model of ours whose plan is kept; the losses are noted.
 
         Returns:
             What there is to be warned of.
@@ -338,10 +341,17 @@ class _Import:
         ours = proof.megatron_logits(self.arch, PLAIN, fetch, text, dtype)
         report.max_logit_error = proof.relative_error(chosen, ours[..., :known])
         proof.check(report.max_logit_error, f"{self.source.name} and its conversion")
-        if self.tokenizer is None:  # there is no text to lose anything on
+        if self.tokenizer is None and not self.same_plan:  # there is no text to lose anything on
             return []
         donor = chosen if self.whole else proof.hf_logits(
             self.source.family, self.source.config, self.read, text, dtype)  # fmt: skip
+        if self.same_plan:
+            refined = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
+            error = proof.relative_error(donor, refined[..., :known])
+            proof.check(error, f"{self.source.name} and its conversion, with their recursion,")
+            report.max_logit_error = max(report.max_logit_error, error)
+            if self.tokenizer is None:
+                return []
         losses = {"donor": donor, "imported without recursion": ours}
         for depth in DEPTHS if self.recursion.recursion_family in OF_FAMILIES["num_recurrences"] else ():
             deep = dataclasses.replace(self.recursion, num_recurrences=depth)

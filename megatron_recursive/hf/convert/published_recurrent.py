@@ -74,10 +74,10 @@ def open_raven(
                             f"{' and '.join(map(repr, known))} can be converted.")  # fmt: skip
     try:
         config = _config(values, placement)
-        config |= {"plan": None, "recursion": _knobs(values, is_huginn)}
-    except KeyError as error:
-        raise UserError(f"The config.json of {where} lacks {error.args[0]}; fetch the model again.") from error
-    recursion = RecursionConfig(**config["recursion"]).resolved(embedding_init_std=1.0)
+        recursion = RecursionConfig(**_knobs(values, is_huginn)).resolved(embedding_init_std=1.0)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"The config.json of {where} is no config of this kind of model ({type(error).__name__}: "
+                        f"{error}); fetch the model again.") from error  # fmt: skip
     config.update(plan=json.loads(build_plan(recursion).to_json()), recursion=recursion.to_dict())
     return config, RenamedTensors(tensors, _parts(values, config, placement))
 

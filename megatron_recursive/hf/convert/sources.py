@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from megatron_recursive.hf.convert.mappings import (
     read_config,
     recursive_rows,
 )
-from megatron_recursive.hf.convert.published_recurrent import open_raven
+from megatron_recursive.hf.convert.published_recurrent import RenamedTensors, open_raven
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.plan import RecursionPlan
 
@@ -130,10 +130,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path, name: str) -> Source:
-    values, tensors = read_json(folder / "config.json"), SafetensorsFolder.open(folder)
-    kind = values.get("model_type")
+    values, found = read_json(folder / "config.json"), SafetensorsFolder.open(folder)
+    kind, tensors = str(values.get("model_type")), cast("SafetensorsFolder | RenamedTensors", found)
     if kind in PUBLISHED:
-        values, tensors = PUBLISHED[kind](values, tensors, name)
+        values, tensors = PUBLISHED[kind](values, found, name)
     family = family_of(values, name)
     config = config_object(family, values, name)
     return Source(
