@@ -16,9 +16,10 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.configs import config_values
 from megatron_recursive.hf.convert.donor_import import checkpoint_fetch
 from megatron_recursive.hf.convert.export import MegatronModel, open_checkpoint
-from megatron_recursive.hf.convert.mappings import OWN, config_values
+from megatron_recursive.hf.convert.mappings import OWN
 from megatron_recursive.hf.convert.proof import build_megatron, checkpoint_key, one_process
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, Work

@@ -59,6 +59,7 @@ class BlockReadout:
 class RecursiveTransformerConfig(TransformerConfig):
     """Megatron's, and how the passes of a recursion run. The fields are named as the flags."""
 
+    norm_weights: str = "learned"  # or ones, at which the weights of all norms stay
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
     pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
     pipeline_costs: Any = None  # PassCosts by which the phases are chosen; None: all passes cost the same
@@ -89,6 +90,9 @@ class RecursiveGPTModel(GPTModel):
             config.disable_parameter_transpose_cache = True
         with built_by_layer(config, self):
             super().__init__(config, *args, **kwargs)
+        for name, weight in self.named_parameters():
+            if config.norm_weights == "ones" and "norm" in name:  # which DDP and the optimizer then leave out
+                weight.requires_grad_(False)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
         self.draw = 0  # of a training step; sampled starts differ by it
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
@@ -161,7 +165,7 @@ class RecursiveGPTModel(GPTModel):
             start = sampled_start(known_SB, self.config.hidden_size, self.plan.state_std, told[1])
             given["output"] = start.to(embedding_SBH)
         return RecursionState(
-            embedding_SBH, given, starts_at_input=self.plan.state_init == "input", combine=self.combine
+            embedding_SBH, given, starts_at_input=self.plan.starts_at_input, combine=self.combine
         )
 
     def combine(self, decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:

@@ -230,8 +230,10 @@ class RingStep:
             batch.graphs["input"] = batch.embedding
         leaves = {}
         for name, graph in batch.graphs.items():  # which this pass alone reaches; later ones read the leaf
-            leaf, state.values[name] = state.values[name], JoinLeafGradient.apply(graph, state.values[name])
-            leaves[id(state.values[name])] = leaf
+            leaf = state.values[name]
+            joined = JoinLeafGradient.apply(graph, leaf)
+            leaves[id(joined)] = leaf
+            state.values.update({each: joined for each, x in state.values.items() if x is leaf})  # an output that is it
         hidden = state.gather(decoder_pass)
         state.values.update({name: leaves[id(x)] for name, x in state.values.items() if id(x) in leaves})
         batch.graphs.clear()

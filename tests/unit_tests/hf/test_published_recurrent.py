@@ -148,7 +148,7 @@ def test_the_import_computes_the_formula_and_exports(tmp_path: Path) -> None:
      ("olmo", {"initial_state_mode": "skip-adapter"}, "initial_state_mode 'skip-adapter'"),
      ("llama", {"n_heads": 7}, "v_proj.weight has the shape 20 x 60, where its config.json says"),
      ("huginn", {"n_embd": 30}, "has the shape"), ("huginn", {"mean_recurrence": "4"}, "is no config .*TypeError"),
-     ("huginn", {"num_attention_heads": 7}, "qkv.weight of .* does not fit its config.json"),
+     ("huginn", {"num_attention_heads": 7}, "qk_bias of .* does not fit its config.json"),
      ("huginn", {"n_layers_in_coda": 2}, "lacks model.layers.6")],
 )  # fmt: skip
 def test_what_is_not_known_is_refused_in_a_sentence(
