@@ -135,7 +135,7 @@ class RecursiveGPTModel(GPTModel):
         """
         if given is None:
             return self.plan
-        for word in ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting"):
+        for word in ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "maps"):
             if getattr(given, word) != getattr(self.plan, word):
                 raise ValueError(f"the model was built with another {word} than the plan of this step has")
         return given

@@ -127,7 +127,7 @@ class RecursionPlan:
         if starved:
             mend = "raise --num-latent-refinements"
             if self.stacks != WHOLE:
-                mend = "give --injection add, or no --backprop-depth" if self.state_init == "input" else "give --injection add"
+                mend = "give --injection add" + ", or no --backprop-depth" * (self.state_init == "input")
             raise UserError(
                 f"The parameter group '{starved[0]}' would receive no gradient: no pass with gradient reads the "
                 f"{'states' if starved[0] == 'layers' else f'input ({mend})'}."
@@ -153,8 +153,8 @@ class RecursionPlan:
         if not decoder_pass.reads or set(decoder_pass.reads) - set(READABLE):
             raise UserError(f"{where} must read some of {', '.join(READABLE)}.")
         if decoder_pass.combine not in COMBINES or (decoder_pass.combine != "sum" and len(decoder_pass.reads) != 2):
-            raise UserError(f"{where} combines {len(decoder_pass.reads)} values by '{decoder_pass.combine}'; it must be "
-                            f"one of {', '.join(COMBINES)}, the last two of two values.")  # fmt: skip
+            raise UserError(f"{where} combines {len(decoder_pass.reads)} values by '{decoder_pass.combine}'; there are "
+                            f"{', '.join(COMBINES)}, the last two of two values.")  # fmt: skip
         if (decoder_pass.supervised_weight or decoder_pass.halt_weight) and decoder_pass.target != "output":
             raise UserError(f"{where} is supervised but does not update the output state.")
         for name in ("supervised_weight", "halt_weight"):
@@ -264,6 +264,11 @@ class RecursionPlan:
         return any(p.halt_weight > 0 for p in self.passes)
 
     @cached_property
+    def maps(self) -> tuple[str, ...]:
+        """The words of its passes' ``combine`` that are no sum."""
+        return tuple(word for word in COMBINES[1:] if any(p.combine == word for p in self.passes))
+
+    @cached_property
     def is_plain(self) -> bool:
         """One pass from the input to the output: a plain GPT."""
         return self.family == "plain"
@@ -361,8 +366,9 @@ class RecursionPlan:
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
             weights = (f"{p.supervised_weight:g}" if p.supervised_weight else "-",
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
+            reads = _SAID[p.combine].format(*p.reads) if p.combine in _SAID else " + ".join(p.reads)
             rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[f"{p.step:.3g}"] * has_steps,
-                         _SAID[p.combine].format(*p.reads) if p.combine in _SAID else " + ".join(p.reads), "yes" if p.grad else "no", *weights))  # fmt: skip
+                         reads, "yes" if p.grad else "no", *weights))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
