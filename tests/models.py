@@ -269,11 +269,11 @@ def document_mask(batch: int, length: int, start: int) -> Tensor:
     return (later | (document[:, None] != document[None, :])).expand(batch, 1, length, length).clone()
 
 
-def forward_step(batches: Iterator[dict[str, Any]], model: Any) -> tuple[Any, Any]:
+def forward_step(batches: Iterator[dict[str, Any]], model: Any, **more: Any) -> tuple[Any, Any]:
     batch = next(batches)
     if ON_GPU:
         batch = {name: None if each is None else each.cuda() for name, each in batch.items()}
-    return model(**batch), partial(loss_func, batch["loss_mask"])
+    return model(**batch, **more), partial(loss_func, batch["loss_mask"])
 
 
 def loss_func(loss_mask_BS: Tensor, output: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -284,8 +284,13 @@ def loss_func(loss_mask_BS: Tensor, output: Any) -> tuple[Tensor, Tensor, dict[s
     return loss, count.to(torch.int), report
 
 
-def run_schedule(wrapped: Any, case: Case, step: int = 0, *, forward_only: bool = False) -> dict[str, float]:
-    """One step of the schedule that Megatron picks: this rank's micro-batches, forward and backward; the report."""
+def run_schedule(
+    wrapped: Any, case: Case, step: int = 0, *, forward_only: bool = False, plan: Any = None
+) -> dict[str, float]:
+    """One step of the schedule that Megatron picks: this rank's micro-batches, forward and backward; the report.
+
+    ``plan``: of this step, in place of the model's own.
+    """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -294,11 +299,14 @@ def run_schedule(wrapped: Any, case: Case, step: int = 0, *, forward_only: bool 
     dispatch.install()
     group = parallel_state.get_data_parallel_group()
     batches = make_batches(case, step)[group.rank() :: group.size()]
+    one_stage = parallel_state.get_pipeline_model_parallel_world_size() == 1
+    of_step = {} if plan is None else {"plan": plan}
     wrapped.train(not forward_only)
     with torch.set_grad_enabled(not forward_only):
         reports = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(batches), model=[wrapped], num_microbatches=len(batches),
-            seq_length=SEQ, micro_batch_size=MICRO_BATCH, forward_only=forward_only,
+            forward_step_func=partial(forward_step, **of_step) if one_stage else forward_step,
+            data_iterator=iter(batches), model=[wrapped], num_microbatches=len(batches),
+            seq_length=SEQ, micro_batch_size=MICRO_BATCH, forward_only=forward_only, **({} if one_stage else of_step),
         )  # fmt: skip
     names = reports[0] if reports else ()
     return {name: _ratio([report[name] for report in reports], group) for name in names}

@@ -32,7 +32,7 @@ class FlopsPerToken:
 def layer_forward_flops(shape: ModelShape, *, causal: bool = True) -> float:
     """Forward FLOPs per token of one layer. ``causal`` counts the half of the score matrix that is used."""
     hidden = shape.hidden_size
-    projections = 2 * hidden * (2 * shape.query_size + shape.key_value_size)
+    projections = 2 * hidden * ((3 if shape.attention_gate else 2) * shape.query_size + shape.key_value_size)
     attention = 2 * 2 * shape.seq_length * shape.query_size * (0.5 if causal else 1.0)
     mlp = 2 * hidden * shape.ffn_hidden_size * (3 if shape.gated_linear_unit else 2)
     return projections + attention + mlp

@@ -116,6 +116,8 @@ def layer_bytes(shape: ModelShape, recording: Recording) -> float:
         within += queries_and_keys
     if shape.qk_norm and recording.splits_norm:
         within += queries_and_keys
+    if shape.attention_gate:  # its sigmoid in fp32, and the product
+        within += shape.query_size * (1 + 4 // recording.element)
     if not recording.recompute_mlp:
         within += _mlp_elements(shape, recording)
     elements = between / recording.replicas + within / recording.tensor_parallel

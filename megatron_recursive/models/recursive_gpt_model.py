@@ -53,6 +53,7 @@ class BlockReadout:
 class RecursiveTransformerConfig(TransformerConfig):
     """Megatron's, and how the passes of a recursion run. The fields are named as the flags."""
 
+    norm_weights: str = "learned"  # or ones, at which the weights of all norms stay
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
     pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
     pipeline_costs: Any = None  # PassCosts by which the phases are chosen; None: all passes cost the same
@@ -83,6 +84,9 @@ class RecursiveGPTModel(GPTModel):
             config.disable_parameter_transpose_cache = True
         with built_by_layer(config, self):
             super().__init__(config, *args, **kwargs)
+        for name, weight in self.named_parameters():
+            if config.norm_weights == "ones" and "norm" in name:  # which DDP and the optimizer then leave out
+                weight.requires_grad_(False)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
@@ -116,6 +120,19 @@ class RecursiveGPTModel(GPTModel):
             parts["output layer"].add(self.shared_embedding_or_output_weight())
         return parts
 
+    def plan_of_step(self, given: RecursionPlan | None) -> RecursionPlan:
+        """The plan of one forward: the model's own, or another one over what the model was built with.
+
+        Raises:
+            ValueError: it asks for other parameters or states.
+        """
+        if given is None:
+            return self.plan
+        for word in ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting"):
+            if getattr(given, word) != getattr(self.plan, word):
+                raise ValueError(f"the model was built with another {word} than the plan of this step has")
+        return given
+
     # -- the three parts that passes are made of -----------------------------------------------------------------
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -130,7 +147,7 @@ class RecursiveGPTModel(GPTModel):
     def initial_state(self, embedding_SBH: Tensor) -> RecursionState:
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
         given = {k: v for k, v in initial.items() if v is not None}
-        return RecursionState(embedding_SBH, given, starts_at_input=self.plan.state_init == "input")
+        return RecursionState(embedding_SBH, given, starts_at_input=self.plan.starts_at_input)
 
     def block_of(self, stack: str) -> TransformerBlock:
         """The decoder, or a view of it that has a stack's layers of this pipeline stage alone; perhaps none."""
@@ -178,8 +195,10 @@ class RecursiveGPTModel(GPTModel):
         function = partial(tensor_parallel.checkpoint, layers, False) if replayed else layers
         return self.uses.apart(_part_of(stack), function, given_SBH)
 
-    def read_block(self, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor) -> BlockReadout:
-        """Ask the heads about the output state after a block.
+    def read_block(
+        self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor
+    ) -> BlockReadout:
+        """Ask the heads about the output state after a block of a plan.
 
         The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
         the plan weighs it, on all blocks but the last through their detached state. In evaluation every block is read
@@ -188,14 +207,14 @@ class RecursiveGPTModel(GPTModel):
         readout = BlockReadout(decoder_pass)
         supervised = decoder_pass.supervised_weight > 0
         hidden_SBH = self._final_state(output_SBH if supervised else output_SBH.detach(), supervised)
-        if self.plan.has_halting:
-            asked_SBH = hidden_SBH if decoder_pass is self.plan.passes[-1] else hidden_SBH.detach()
+        if plan.has_halting:
+            asked_SBH = hidden_SBH if decoder_pass is plan.passes[-1] else hidden_SBH.detach()
             with torch.set_grad_enabled(torch.is_grad_enabled() and decoder_pass.halt_weight > 0):
                 readout.halt_logits_BS = self.uses.apart("halting head", self.halting_head, asked_SBH)
         if supervised or decoder_pass.halt_weight > 0 or not self.training:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
                 logits_SBV = self._logits(hidden_SBH)
-                if self.plan.has_halting:
+                if plan.has_halting:
                     # Before the loss: Megatron's cross-entropy overwrites fp32 logits.
                     readout.arg_max_BS = vocab_parallel_argmax(logits_SBV.detach(), self.pg_collection.tp)
                 readout.lm_loss_BS = self.compute_language_model_loss(labels_BS, logits_SBV)
@@ -233,13 +252,15 @@ class RecursiveGPTModel(GPTModel):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         runtime_gather_output: bool | None = None,
+        plan: RecursionPlan | None = None,
         **kwargs: Any,
     ) -> Tensor | RecursiveOutput:
-        """Run the plan.
+        """Run a plan.
 
         Args:
             input_ids, position_ids, labels: [B, S]. loss_mask: [B, S], 1 where a token counts; None counts all.
             attention_mask: boolean, True hides; None is causal.
+            plan: of this forward, another one over the same stacks, states and heads; None is the model's own.
 
         Returns:
             Without labels, the logits after the last block, [B, S, V] (this rank's shard of V unless gathered).
@@ -253,13 +274,14 @@ class RecursiveGPTModel(GPTModel):
         unsupported = [name for name, value in kwargs.items() if value is not None]
         assert not unsupported, f"RecursiveGPTModel does not take {', '.join(unsupported)}"
         assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"
+        plan = self.plan_of_step(plan)
         state = self.initial_state(self.embed(input_ids, position_ids))
 
         def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack)
 
         if labels is None:
-            for _ in run_plan(self.plan, state, decode):
+            for _ in run_plan(plan, state, decode):
                 pass
             return self.logits_BSV(state.output, runtime_gather_output)
 
@@ -267,15 +289,16 @@ class RecursiveGPTModel(GPTModel):
         readouts: list[BlockReadout] = []
         metrics: dict[str, Tensor] = {}
         before = state.values.get("output", torch.zeros_like(state.values["input"]))
-        for decoder_pass in run_plan(self.plan, state, decode):
-            readouts.append(self.read_block(decoder_pass, state.output, labels))
-            self.observe_state(before, state.output, mask_BS, decoder_pass, metrics)
+        for decoder_pass in run_plan(plan, state, decode):
+            readouts.append(self.read_block(plan, decoder_pass, state.output, labels))
+            self.observe_state(plan, before, state.output, mask_BS, decoder_pass, metrics)
             before = state.output.detach()
-        return self.objective(readouts, labels, mask_BS, metrics)
+        return self.objective(plan, readouts, labels, mask_BS, metrics)
 
     def observe_state(
-        self, before: Tensor, after: Tensor, mask_BS: Tensor, decoder_pass: DecoderPass, metrics: dict[str, Tensor]
-    ) -> None:
+        self, plan: RecursionPlan, before: Tensor, after: Tensor, mask_BS: Tensor, decoder_pass: DecoderPass,
+        metrics: dict[str, Tensor],
+    ) -> None:  # fmt: skip
         """Telemetry of the state after a block. Under sequence parallelism a rank holds a part of the tokens."""
         mask_SB, group = mask_BS.transpose(0, 1), None
         if self.config.sequence_parallel:
@@ -284,12 +307,13 @@ class RecursiveGPTModel(GPTModel):
         with torch.no_grad():
             name = f"output change block {decoder_pass.block + 1}"
             metrics[name] = relative_change(before.detach(), after.detach(), mask_SB, group)
-            if decoder_pass is self.plan.passes[-1]:
+            if decoder_pass is plan.passes[-1]:
                 metrics["token cosine"] = token_cosine(after.detach(), mask_SB, group)
 
     def objective(
-        self, readouts: list[BlockReadout], labels_BS: Tensor, mask_BS: Tensor, metrics: dict[str, Tensor]
-    ) -> RecursiveOutput:
+        self, plan: RecursionPlan, readouts: list[BlockReadout], labels_BS: Tensor, mask_BS: Tensor,
+        metrics: dict[str, Tensor],
+    ) -> RecursiveOutput:  # fmt: skip
         """Sum the losses as the plan weighs them, and report each on its own."""
         last = readouts[-1]
         assert last.lm_loss_BS is not None
@@ -303,10 +327,10 @@ class RecursiveGPTModel(GPTModel):
                 assert readout.halt_logits_BS is not None and readout.arg_max_BS is not None and goal_BS is not None
                 loss_BS = halting_loss(readout.halt_logits_BS, torch.eq(readout.arg_max_BS, goal_BS))
                 halt_loss_BS = halt_loss_BS + readout.decoder_pass.halt_weight * loss_BS
-        if self.plan.has_halting:
+        if plan.has_halting:
             objective_BS = objective_BS + self.recursion.halt_loss_weight * halt_loss_BS
         reported = {"lm loss": masked(last.lm_loss_BS.detach(), mask_BS)}
-        if self.plan.has_halting:
+        if plan.has_halting:
             reported["halt loss"] = masked(halt_loss_BS.detach(), mask_BS)
             logits_TBS = torch.stack([r.halt_logits_BS.detach() for r in readouts if r.halt_logits_BS is not None])
             reported["mean halting probability"] = masked(torch.sigmoid(logits_TBS).mean(0), mask_BS)

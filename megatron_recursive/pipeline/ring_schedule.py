@@ -36,7 +36,7 @@ from megatron_recursive.pipeline.autograd import InjectLoss, JoinLeafGradient
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
 from megatron_recursive.pipeline.windows import microbatch_group_size
-from megatron_recursive.plan import DecoderPass
+from megatron_recursive.plan import DecoderPass, RecursionPlan
 
 
 @dataclass
@@ -88,7 +88,7 @@ class StepTotals:
 
 
 class RingStep:
-    """One forward (and backward) of a window of micro-batches through a run of passes.
+    """One forward (and backward) of a window of micro-batches through a run of a plan's passes.
 
     ``first_phase`` is the step that ran the passes before these, if another did; ``is_last``: no window follows.
     """
@@ -96,6 +96,7 @@ class RingStep:
     def __init__(
         self,
         wrapped: torch.nn.Module,
+        plan: RecursionPlan,
         forward_step: Callable[..., Any],
         num_microbatches: int,
         passes: Sequence[DecoderPass],
@@ -107,7 +108,7 @@ class RingStep:
     ) -> None:
         self.wrapped, self.forward_step_func, self.passes = wrapped, forward_step, tuple(passes)
         self.model: RecursiveGPTModel = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
-        self.plan = self.model.plan
+        self.plan = plan
         self.train = not forward_only and torch.is_grad_enabled()
         self.hands_over = self.passes[-1] is not self.plan.passes[-1]  # a second phase follows
         self.forward_only = forward_only or self.hands_over
@@ -227,8 +228,10 @@ class RingStep:
             batch.graphs["input"] = batch.embedding
         leaves = {}
         for name, graph in batch.graphs.items():  # which this pass alone reaches; later ones read the leaf
-            leaf, state.values[name] = state.values[name], JoinLeafGradient.apply(graph, state.values[name])
-            leaves[id(state.values[name])] = leaf
+            leaf = state.values[name]
+            joined = JoinLeafGradient.apply(graph, leaf)
+            leaves[id(joined)] = leaf
+            state.values.update({each: joined for each, x in state.values.items() if x is leaf})  # an output that is it
         hidden = state.gather(decoder_pass)
         state.values.update({name: leaves[id(x)] for name, x in state.values.items() if id(x) in leaves})
         batch.graphs.clear()
@@ -301,11 +304,11 @@ class RingStep:
             return model.logits_BSV(output) if is_last else output
         mask_BS = batch.inputs["loss_mask"]
         mask_BS = torch.ones_like(labels, dtype=torch.float) if mask_BS is None else mask_BS.float()
-        readout = model.read_block(decoder_pass, output, labels)
+        readout = model.read_block(self.plan, decoder_pass, output, labels)
         before = batch.before
         if before is None:
             before = expanded(getattr(model, "initial_output", None), output)
-        model.observe_state(before, output, mask_BS, decoder_pass, batch.metrics)
+        model.observe_state(self.plan, before, output, mask_BS, decoder_pass, batch.metrics)
         batch.before = None if is_last else output.detach()
         if self.train and decoder_pass.supervised_weight > 0 and not is_last:
             assert readout.lm_loss_BS is not None
@@ -317,7 +320,7 @@ class RingStep:
             output = make_viewless_tensor(InjectLoss.apply(output, loss, scale), True, True)
             readout.lm_loss_BS = readout.lm_loss_BS.detach()
         batch.readouts.append(readout)
-        return model.objective(batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
+        return model.objective(self.plan, batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
 
     def _loss_scale(self, device: torch.device) -> float | Tensor:
         """What the schedule multiplies the objective with before it is backpropagated."""
@@ -368,9 +371,13 @@ def ring_forward_backward(
     forward_only: bool = False,
     p2p_communicator: Any = None,
     pg_collection: Any = None,
+    plan: RecursionPlan | None = None,
     **kwargs: Any,
 ) -> list[dict[str, Tensor]]:
-    """Megatron's forward-backward contract for a recursive model on several pipeline stages."""
+    """Megatron's forward-backward contract for a recursive model on several pipeline stages.
+
+    ``plan``: of this step, another one over the model's stacks, states and heads; None is the model's own.
+    """
     wrapped = model[0] if isinstance(model, list) else model
     inner = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
@@ -379,7 +386,7 @@ def ring_forward_backward(
     if group.size() != inner.pg_collection.pp.size():
         raise ValueError(f"the model has {inner.pg_collection.pp.size()} stages, the given group {group.size()} ranks")
 
-    plan, stages = inner.plan, group.size()
+    plan, stages = inner.plan_of_step(plan), group.size()
     if num_microbatches < stages or plan.num_passes < 2:
         raise UserError(
             f"A recursion of {plan.num_passes} passes over --pipeline-model-parallel-size {stages} with "
@@ -389,7 +396,8 @@ def ring_forward_backward(
     windows: tuple[int, ...] = ()
     if not forward_only:
         config = inner.config
-        costs = config.pipeline_costs or equal_costs(plan, stages)
+        costs = config.pipeline_costs if plan is inner.plan else None  # its costs are of the model's own passes
+        costs = costs or equal_costs(plan, stages)
         windows = chosen_windows(plan, costs, num_microbatches, config.pipeline_phases, config.pipeline_window)
     split = plan.first_grad_pass if windows else 0
     totals = StepTotals(num_microbatches)
@@ -413,11 +421,11 @@ def ring_forward_backward(
     def run_window(size: int, is_last: bool) -> list[dict[str, Tensor]]:
         free = None
         if split:
-            free = RingStep(wrapped, forward_step_func, size, plan.passes[:split], forward_only=False, totals=totals,
-                            is_last=is_last)  # fmt: skip
+            free = RingStep(wrapped, plan, forward_step_func, size, plan.passes[:split], forward_only=False,
+                            totals=totals, is_last=is_last)  # fmt: skip
             run(free)
             hand_over(free, group)
-        step = RingStep(wrapped, forward_step_func, size, plan.passes[split:], forward_only=forward_only,
+        step = RingStep(wrapped, plan, forward_step_func, size, plan.passes[split:], forward_only=forward_only,
                         totals=totals, first_phase=free, is_last=is_last)  # fmt: skip
         return run(step)
 

@@ -67,9 +67,7 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
     asked: tuple[AddedParameter, ...] = ()
     if plan.has_halting:
         asked += HALTING_HEAD
-    if not plan.is_plain and plan.state_init == "trunc-normal":
-        asked += INITIAL_STATES
-    return asked
+    return asked + tuple(each for each in INITIAL_STATES if each.key.removeprefix("initial_") in plan.initial_vectors)
 
 
 def start_of(parameter: AddedParameter, knobs: object) -> float | str:

@@ -93,14 +93,21 @@ def hierarchical_plan(config: RecursionConfig) -> RecursionPlan:
         repeat T times:
             n times:  latent = low(latent + output)
             once:     output = high(output + latent)
+
+    In each block the last so many latent passes of ``latent_windows`` carry gradient, and the output pass does.
     """
-    plan = core_plan(replace(config, recursion_family="core", detach_between_refinements=False))
-    passes = tuple(
-        replace(p, reads=("latent", "output"), stack="low") if p.target == "latent" else replace(p, stack="high")
-        for p in plan.passes
-    )
+    core = replace(config, recursion_family="core", detach_between_refinements=False, latent_backprop_depth="0")
+    plan, windows, latents = core_plan(core), config.latent_windows, config.num_latent_refinements
+    passes = []
+    for p in plan.passes:
+        if p.target == "latent":
+            behind = latents - p.index % (latents + 1)  # latent passes from here to the end of the block
+            passes.append(replace(p, reads=("latent", "output"), stack="low", grad=behind <= windows[p.block]))
+        else:
+            passes.append(replace(p, stack="high"))
+    starts = "input" if config.state_init == "zeros" else f"input, {config.state_init}"
     stacks = (("low", None), ("high", None))
-    return replace(plan, family="hierarchical", passes=passes, state_init="input", stacks=stacks)
+    return replace(plan, family="hierarchical", passes=tuple(passes), state_init=starts, stacks=stacks)
 
 
 def _halt_weight(config: RecursionConfig, block: int) -> float:

@@ -23,7 +23,7 @@ OF_FAMILIES = {  # knobs that not every family knows
     "num_refinement_blocks": ("core", "looped", "hierarchical"),
     "num_latent_refinements": ("core", "hierarchical"),
     "detach_between_refinements": ("core",),
-    "state_init": ("core",),
+    "state_init": ("core", "hierarchical"),
     "state_norm": ("core", "looped", "hierarchical"),
     "num_recurrences": ("recurrent",),
     "num_prelude_layers": ("recurrent",),
@@ -31,9 +31,13 @@ OF_FAMILIES = {  # knobs that not every family knows
     "injection": ("recurrent",),
     "recurrence_step": ("recurrent",),
     "backprop_depth": ("recurrent",),
+    "latent_backprop_depth": ("hierarchical",),
     **dict.fromkeys(("halt_loss_weight", "halt_bias", "halt_supervision", "halt_target"),
                     ("core", "looped", "hierarchical")),
 }
+
+OTHER_NAMES = {"num_refinement_blocks": "--H-cycles", "num_latent_refinements": "--L-cycles",
+               "latent_backprop_depth": "--L-bp-cycles"}  # fmt: skip
 
 DEPTHS = ("num_refinement_blocks", "num_latent_refinements", "num_recurrences")
 
@@ -69,7 +73,8 @@ class FunctionKnobs:
         "1", "How far a pass of a recurrent core moves its state towards its result: 1, mean (1 / r, for layers that "
         "were pretrained to run once), or a number between.")
     state_init: str = _knob(
-        "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer).",
+        "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer). "
+        "In a hierarchical family that of the latent state; the output starts at the input.",
         choices=("zeros", "trunc-normal"))
     state_norm: str = _knob(
         "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head, as always "
@@ -101,6 +106,9 @@ class TrainingKnobs:
         off="--no-detach-between-refinements")
     backprop_depth: int = _knob(
         0, "The last so many passes of a recurrent core carry gradient; 0: all.")
+    latent_backprop_depth: str = _knob(
+        "0", "The last so many latent refinements of each block of a hierarchical family carry gradient: a number for "
+        "the last block (1 for those before it), or with commas one for each of the last blocks; 0: all.")
     init_depth_scaling: str | None = _knob(
         None, "Output projections are initialised with std / sqrt(2 L): L the layers held, or the layers unrolled over "
         "all passes. Default: held; unrolled where --state-norm is none, as in a recurrent family.",
@@ -160,6 +168,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         for name in ("num_prelude_layers", "num_coda_layers", "backprop_depth"):
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         self._check_family()
+        self._check_windows()
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
@@ -195,6 +204,23 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
     def step_size(self) -> float:
         """Of a pass of a recurrent core."""
         return 1.0 / self.num_recurrences if self.recurrence_step == "mean" else float(self.recurrence_step)
+
+    @property
+    def latent_windows(self) -> tuple[int, ...]:
+        """How many latent refinements carry gradient, of each block."""
+        given = [int(each) for each in self.latent_backprop_depth.split(",")]
+        if given == [0]:
+            return (self.num_latent_refinements,) * self.num_refinement_blocks
+        return (*(1,) * (self.num_refinement_blocks - len(given)), *given)
+
+    def _check_windows(self) -> None:
+        try:
+            given = self.latent_windows
+        except ValueError:
+            given = (0,)
+        self._require("latent_backprop_depth", min(given) >= 1 and len(given) == self.num_refinement_blocks,
+                      f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them, "
+                      "such as 1,2")  # fmt: skip
 
     def _check_type(self, knob: dataclasses.Field[Any]) -> None:
         value, wanted = getattr(self, knob.name), knob.metadata["type"]
@@ -322,6 +348,21 @@ def add_recursion_arguments(
                                help=f"The opposite of {flag_of(knob.name)}.")
             continue
         suffix = "" if knob.default is None else f" (default: {knob.default})"
-        group.add_argument(flag_of(knob.name), default=default, choices=knob.metadata["choices"],
-                           type=knob.metadata["type"], help=text + suffix)
+        names = [flag_of(knob.name), *([OTHER_NAMES[knob.name]] if knob.name in OTHER_NAMES else [])]
+        group.add_argument(*names, default=default, choices=knob.metadata["choices"], dest=knob.name,
+                           action=_Named if len(names) > 1 else "store",
+                           type=knob.metadata["type"], help=text + suffix)  # fmt: skip
     return parser
+
+
+class _Named(argparse.Action):
+    """Stores what a flag of two names is given, which must agree where both are."""
+
+    given: tuple[Any, str, Any] = (None, "", None)  # the namespace, the name and the value of the last time
+
+    def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, name: str | None = None) -> None:
+        parsed, other, before = self.given
+        if parsed is namespace and other != name and before != value:
+            raise UserError(f"{other} {before} and {name} {value} are two names of one knob; give one of them.")
+        self.given = namespace, str(name), value
+        setattr(namespace, self.dest, value)

@@ -18,7 +18,12 @@ from typing import Any
 from megatron_recursive.errors import UserError
 
 STATES = ("output", "latent")
-STATE_INITS, STATE_NORMS = ("zeros", "trunc-normal", "input"), ("final", "none")
+# Where states start: whether the output starts at the input, and which states start at a vector; else at zeros.
+STARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "zeros": (False, ()), "trunc-normal": (False, STATES),
+    "input": (True, ()), "input, trunc-normal": (True, ("latent",)),
+}  # fmt: skip
+STATE_NORMS = ("final", "none")
 READABLE = (*STATES, "input")
 WHOLE = (("core", None),)  # all layers are one stack
 
@@ -71,7 +76,7 @@ class RecursionPlan:
         family: name of the builder: ``plain``, ``core``, ``recurrent``, ``looped`` or ``hierarchical``.
         passes: in the order in which they run.
         state_init: where states start: at zeros, at a seeded vector, or the output at the ``input`` and the latent at
-            zeros.
+            zeros or at a seeded vector (:data:`STARTS`).
         state_norm, embedding_multiplier: as in ``RecursionConfig``, resolved.
         stacks: (name, layers) in the order in which the model holds them; those without a number share the rest.
         mean_steps: the steps of a recurrent core are 1 / r, and stay that at another r.
@@ -97,8 +102,8 @@ class RecursionPlan:
     def __post_init__(self) -> None:
         if not self.passes:
             raise UserError("A plan needs at least one pass (--num-refinement-blocks).")
-        if self.state_init not in STATE_INITS:
-            raise UserError(f"state_init of a plan must be one of {', '.join(STATE_INITS)}, but is {self.state_init}.")
+        if self.state_init not in STARTS:
+            raise UserError(f"state_init of a plan must be one of {'; '.join(STARTS)}, but is {self.state_init}.")
         if self.state_norm not in STATE_NORMS:
             raise UserError(f"state_norm of a plan must be one of {', '.join(STATE_NORMS)}, but is {self.state_norm}.")
         if not (is_number(self.embedding_multiplier) and self.embedding_multiplier > 0):
@@ -110,9 +115,6 @@ class RecursionPlan:
             raise UserError("The last pass of a plan must update the output state and be supervised.")
         for expected, decoder_pass in enumerate(self.passes):
             self._check_pass(expected, decoder_pass)
-        refining = [p.grad for p in self.passes if p.target != "input"]
-        if refining != sorted(refining):
-            raise UserError("The passes that carry gradient must stand together at the end of the plan.")
         starved = [group for group, fed in self.gradient_groups(tied_embeddings=False).items() if not fed]
         if starved:
             mend = "raise --num-latent-refinements"
@@ -173,8 +175,19 @@ class RecursionPlan:
         """The last pass of every block: after it the output state can be read."""
         return tuple(p for p in self.passes if p is self.passes[-1] or self.passes[p.index + 1].block != p.block)
 
+    @property
+    def starts_at_input(self) -> bool:
+        """Whether the output starts at the input."""
+        return STARTS[self.state_init][0]
+
+    @property
+    def initial_vectors(self) -> tuple[str, ...]:
+        """The states that start at a vector, one [H] for all tokens."""
+        return () if self.is_plain else STARTS[self.state_init][1]
+
     @cached_property
     def first_grad_pass(self) -> int:
+        """Those before it may run in a phase of their own; behind it passes without gradient may follow."""
         return next((p.index for p in self.passes if p.grad), self.num_passes)
 
     @cached_property
@@ -183,7 +196,7 @@ class RecursionPlan:
 
     def sources(self, decoder_pass: DecoderPass) -> tuple[str, ...]:
         """What the pass reads, an output that still is the input being named ``input``."""
-        starts = self.state_init == "input" and all(p.target != "output" for p in self.passes[: decoder_pass.index])
+        starts = self.starts_at_input and all(p.target != "output" for p in self.passes[: decoder_pass.index])
         return tuple("input" if name == "output" and starts else name for name in decoder_pass.reads)
 
     @cached_property
@@ -232,7 +245,7 @@ class RecursionPlan:
                 return False
             if sender.target in self.sources(later) and later.grad:
                 return True
-            if sender.target == later.target and later.step == 1:
+            if sender.target == later.target and (later.step == 1 or not later.grad):
                 return False
         return False
 

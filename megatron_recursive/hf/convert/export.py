@@ -77,12 +77,12 @@ class MegatronModel:
 
     @property
     def family(self) -> Family:
-        """The donor's own class for a plain GPT, where there is one that can express it."""
-        donor = donor_family(self.arch) if self.plan.is_plain and not self.own_class else None
-        return donor or OWN
+        """The donor's own class, where there is one that can express it."""
+        return (None if self.own_class else donor_family(self.arch, self.recursion)) or OWN
 
     def items(self) -> Iterator[Item]:
-        return items(self.family, self.arch, extra=recursive_rows(self.plan))
+        extra = recursive_rows(self.plan) if self.family.recursion is None else ()
+        return items(self.family, self.arch, extra=extra)
 
 
 def open_checkpoint(given: str) -> MegatronModel:
@@ -165,7 +165,7 @@ def write_model(
         ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
         write_settings(folder, ids, without=EXIT_ARGUMENTS if model.plan.is_plain else ())
         _write_config(model, folder, ids)
-        if before is not None and difference(before, tokenizer_of(folder)) and model.plan.is_plain:
+        if before is not None and difference(before, tokenizer_of(folder)) and model.family is not OWN:
             notes.append(f"transformers gives this tokenizer other ids beside a {model.family.architecture}, so that "
                          "the export is of our own class.")  # fmt: skip
             model = dataclasses.replace(model, own_class=True)
@@ -217,7 +217,7 @@ def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) ->
 
 
 def _config(model: MegatronModel) -> dict[str, Any]:
-    config = config_values(model.family, model.arch)
+    config = config_values(model.family, model.arch, model.recursion)
     if model.family is OWN:
         config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
@@ -279,7 +279,8 @@ def _write_weights(
             where = item.key if item.layer is None else f"{item.key}[{item.layer}]"
             padding = model.arch.padded_vocab_size - model.arch.vocab_size
             cut = f" without {padding} padding rows" if padding and item.transform is VOCABULARY else ""
-            report.add("split" if len(parts) > 1 else "copied", where, ", ".join(item.hf) + cut)
+            status = "split" if len(parts) > 1 else "copied" if parts else "dropped"
+            report.add(status, where, (", ".join(item.hf) or "a norm without weights") + cut)
             for name, part in zip(item.hf, parts, strict=True):
                 if not torch.isfinite(part).all():
                     raise UserError(f"{where} of {model.checkpoint.folder} holds NaN or infinite values.")

@@ -2,7 +2,8 @@
 
 A table's row is ``Row(Megatron's key, transform, {HF name: shape})``. Layer rows leave out ``decoder.layers.`` and
 ``model.layers.{i}.``. Shapes are written in symbols: h hidden, q = heads x head_dim, k = groups x head_dim, d head_dim,
-f the MLP's width, v the true vocabulary, p positions. A row with ``when`` exists only for such an architecture.
+f the MLP's width, v the true vocabulary, p positions; in one, g gate, q, k and v, and u gate and up. A row with
+``when`` exists only for such an architecture.
 Megatron keeps a pre-norm's weight beside the linear layer that follows it (``linear_qkv.layer_norm_weight``).
 """
 
@@ -10,14 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture, Yarn, padded_vocabulary
+from megatron_recursive.hf.convert.hrm_text import HRM_TEXT
+from megatron_recursive.hf.convert.published import OwnRecursion
 from megatron_recursive.hf.convert.torch_dist import LAYERS
-from megatron_recursive.hf.convert.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
-from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.hf.convert.transforms import (
+    COPY,
+    GATE_UP,
+    GQKV,
+    ONES,
+    QKV,
+    ROW_VECTOR,
+    VOCABULARY,
+    Transform,
+)
+from megatron_recursive.plan import RecursionConfig, RecursionPlan
 from megatron_recursive.plan.added_parameters import AddedParameter, added_parameters
 
 Condition = Callable[[Architecture], bool]
@@ -46,6 +58,12 @@ _QKV_WEIGHT = Row("self_attention.linear_qkv.weight", QKV, {
 _QKV_BIAS = Row("self_attention.linear_qkv.bias", QKV, {
     "self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "k", "self_attn.v_proj.bias": "k"},
     when=lambda a: a.qkv_bias)
+_QGKV_WEIGHT = Row("self_attention.linear_qkv.weight", QKV, {
+    "self_attn.q_proj.weight": "q h", "self_attn.gate_proj.weight": "q h", "self_attn.k_proj.weight": "k h",
+    "self_attn.v_proj.weight": "k h"}, when=lambda a: a.attention_gate)
+_QGKV_BIAS = Row("self_attention.linear_qkv.bias", QKV, {
+    "self_attn.q_proj.bias": "q", "self_attn.gate_proj.bias": "q", "self_attn.k_proj.bias": "k",
+    "self_attn.v_proj.bias": "k"}, when=lambda a: a.attention_gate and a.qkv_bias)
 _PROJ = Row("self_attention.linear_proj.weight", COPY, {"self_attn.o_proj.weight": "h q"})
 _GATE_UP = Row("mlp.linear_fc1.weight", GATE_UP, {"mlp.gate_proj.weight": "f h", "mlp.up_proj.weight": "f h"},
                when=lambda a: a.gated)
@@ -103,9 +121,11 @@ OLMO2 = (
 )
 
 
-def _norm(megatron: str, hf: str, when: Condition) -> tuple[Row, Row]:
+def _norm(megatron: str, hf: str, when: Condition) -> tuple[Row, ...]:
     """Weight, and under LayerNorm bias, of one norm. ``megatron`` ends where "weight" or "bias" follows."""
-    return (Row(f"{megatron}weight", COPY, {f"{hf}.weight": "h"}, when=when),
+    return (Row(f"{megatron}weight", COPY, {f"{hf}.weight": "h"},
+                when=lambda a: when(a) and a.norm_weights == "learned"),
+            Row(f"{megatron}weight", ONES, {}, when=lambda a: when(a) and a.norm_weights == "ones"),
             Row(f"{megatron}bias", COPY, {f"{hf}.bias": "h"}, when=lambda a: when(a) and a.norm == "layernorm"))
 
 
@@ -131,11 +151,25 @@ def _qk_norm(letter: str, scope: str) -> tuple[Row, Row]:
     )
 
 
+# Ouro: a norm before attention and MLP, and one on what each adds, under names that tell neither.
+OURO = (
+    Row("self_attention.linear_qkv.layer_norm_weight", COPY, {"input_layernorm.weight": "h"}),
+    _QKV_WEIGHT,
+    _PROJ,
+    Row("self_attention.linear_proj.post_layernorm.weight", COPY, {"input_layernorm_2.weight": "h"}),
+    Row("mlp.linear_fc1.layer_norm_weight", COPY, {"post_attention_layernorm.weight": "h"}),
+    _GATE_UP,
+    _DOWN,
+    Row("mlp.linear_fc2.post_layernorm.weight", COPY, {"post_attention_layernorm_2.weight": "h"}),
+)
+
 # Our own model (modeling_recursive_gpt.py): every option of the Megatron model, norms with Gemma-2's names.
 RECURSIVE_GPT = (
     *_norm("self_attention.linear_qkv.layer_norm_", "input_layernorm", _normed_before),
-    _QKV_WEIGHT,
-    _QKV_BIAS,
+    replace(_QKV_WEIGHT, when=lambda a: not a.attention_gate),
+    replace(_QKV_BIAS, when=lambda a: a.qkv_bias and not a.attention_gate),
+    _QGKV_WEIGHT,
+    _QGKV_BIAS,
     *_qk_norm("q", "head"), *_qk_norm("k", "head"), *_qk_norm("q", "full"), *_qk_norm("k", "full"),
     _PROJ,
     Row("self_attention.linear_proj.bias", COPY, {"self_attn.o_proj.bias": "h"}, when=lambda a: a.linear_bias),
@@ -153,6 +187,16 @@ RECURSIVE_GPT = (
     *_norm("mlp_bda.post_layernorm.", "post_feedforward_layernorm", _sum_normed),
 )  # fmt: skip
 
+# HRM-Text: no norm has a weight, attention is gated, projections are merged. See hrm_text.py.
+HRM_LAYERS = (
+    Row("self_attention.linear_qkv.layer_norm_weight", ONES, {}),
+    Row("self_attention.linear_qkv.weight", GQKV, {"attn.gqkv_proj.weight": "g h"}),
+    Row("self_attention.linear_proj.weight", COPY, {"attn.o_proj.weight": "h q"}),
+    Row("mlp.linear_fc1.layer_norm_weight", ONES, {}),
+    Row("mlp.linear_fc1.weight", COPY, {"mlp.gate_up_proj.weight": "u h"}),
+    _DOWN,
+)
+
 _TOP = (_EMBEDDING, _FINAL_NORM, _HEAD)
 _RECURSIVE_TOP = (
     _EMBEDDING,
@@ -162,14 +206,18 @@ _RECURSIVE_TOP = (
     _HEAD,
 )
 
-def added_row(each: AddedParameter) -> Row:
-    """The row of what recursion adds."""
+_HRM_TOP = (_EMBEDDING, Row("decoder.final_layernorm.weight", ONES, {}), _HEAD,
+            Row("initial_latent", COPY, {"model.z_L_init": "h"}))  # fmt: skip
+
+
+def added_row(each: AddedParameter, names: Mapping[str, str] = {}) -> Row:  # noqa: B006  (it is read alone)
+    """The row of what recursion adds; ``names``: our name to another one."""
     transform = ROW_VECTOR if each.shape.startswith("1 ") else COPY
-    return Row(each.key, transform, {each.exported: each.shape})
+    return Row(each.key, transform, {names.get(each.exported, each.exported): each.shape})
 
 
-def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    return tuple(map(added_row, added_parameters(plan)))
+def recursive_rows(plan: RecursionPlan, family: Family | None = None) -> tuple[Row, ...]:
+    return tuple(added_row(each, {} if family is None else family.added) for each in added_parameters(plan))
 
 
 # Names in a config.json to the fields of an architecture.
@@ -183,6 +231,7 @@ _DONOR_CONFIG = {**_CONFIG, "num_hidden_layers": "num_layers", "rms_norm_eps": "
 _BIASES = {"attention_bias": "linear_bias", "mlp_bias": "linear_bias"}
 _OWN_CONFIG = {
     **_CONFIG, **_BIASES, "num_layers": "num_layers", "attention_bias": "qkv_bias", "attention_out_bias": "linear_bias",
+    "attention_gate": "attention_gate", "norm_weights": "norm_weights",
     "mlp_gated": "gated", "norm_type": "norm", "norm_eps": "norm_eps", "layernorm_one_centered": "norm_one_centered",
     "qk_norm": "qk_norm", "norm_placement": "norm_placement", "output_norm_scope": "output_norm_scope",
     "position_embedding": "positions",
@@ -190,6 +239,7 @@ _OWN_CONFIG = {
 # Fields of an architecture in which a donor's class leaves no choice.
 _DONOR_FIXED = {
     "norm": "rmsnorm", "norm_one_centered": False, "norm_placement": "pre", "output_norm_scope": "branch",
+    "norm_weights": "learned", "attention_gate": False,
     "qk_norm": None, "gated": True, "activation": "silu", "positions": "rope", "rotary_percent": 1.0,
 }  # fmt: skip
 _UNBIASED = {**_DONOR_FIXED, "qkv_bias": False, "linear_bias": False}
@@ -204,6 +254,9 @@ class Family:
         config: names in config.json to fields of :class:`Architecture`; fixed: fields that have one value.
         when: what else must hold of an architecture that the class is to compute.
         besides: further entries of a config.json.
+        recursion: of a type that is recursive in itself, whose tables have all that its recursion adds.
+        own_class: transformers has no class for it; its model is ours (published_looped.py turns its config into ours).
+        added: what recursion adds, by our name, to its name.
     """
 
     model_type: str
@@ -214,10 +267,17 @@ class Family:
     when: Condition = _always
     besides: Mapping[str, Any] = field(default_factory=dict)
     top_rows: tuple[Row, ...] = _TOP
+    recursion: OwnRecursion | None = None
+    own_class: bool = False
+    added: Mapping[str, str] = field(default_factory=dict)
 
-    def computes(self, arch: Architecture) -> bool:
-        """Whether its class can be this architecture."""
-        return all(getattr(arch, name) == value for name, value in self.fixed.items()) and self.when(arch)
+    def computes(self, arch: Architecture, recursion: RecursionConfig | None = None) -> bool:
+        """Whether its class can be this architecture, with this recursion or none."""
+        if self.recursion is None:
+            able = recursion is None or not recursion.enable_recursive_refinement
+        else:
+            able = recursion is not None and self.recursion.expresses(recursion)
+        return able and all(getattr(arch, name) == value for name, value in self.fixed.items()) and self.when(arch)
 
 
 # A plain GPT is exported as what it came from, or else as the first that computes it.
@@ -229,9 +289,21 @@ DONORS = (
     Family("qwen3", "Qwen3ForCausalLM", QWEN3, {**_UNBIASED, "qk_norm": "head"}),
     Family("olmo2", "Olmo2ForCausalLM", OLMO2, {**_UNBIASED, "qk_norm": "full", "norm_placement": "post"},
            when=lambda a: a.head_dim * a.num_attention_heads == a.hidden_size),
+    Family("hrm_text", "HrmTextForCausalLM", HRM_LAYERS,
+           {**_UNBIASED, "norm_weights": "ones", "attention_gate": True, "tied": False},
+           {name: key for name, key in _DONOR_CONFIG.items() if key not in ("num_layers", "num_query_groups")},
+           when=lambda a: a.num_query_groups == a.num_attention_heads and a.hidden_size % a.num_attention_heads == 0,
+           top_rows=_HRM_TOP, recursion=HRM_TEXT),
 )  # fmt: skip
-OWN = Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP)
-FAMILIES = {family.model_type: family for family in (*DONORS, OWN)}
+OWN = Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP,
+             own_class=True)  # fmt: skip
+# Checkpoints that are recursive as they are published.
+PUBLISHED = (
+    Family("ouro", "OuroForCausalLM", OURO, {**_UNBIASED, "norm_placement": "sandwich"}, _OWN_CONFIG, own_class=True,
+           added={f"exit_gate.{each}": f"model.early_exit_gate.{each}" for each in ("weight", "bias")}),
+    Family("nanbeige", "NanbeigeForCausalLM", LLAMA, _DONOR_FIXED, _OWN_CONFIG, own_class=True),
+)  # fmt: skip
+FAMILIES = {family.model_type: family for family in (*DONORS, OWN, *PUBLISHED)}
 
 
 @dataclass(frozen=True)
@@ -255,7 +327,7 @@ class Item:
 
     def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
         """Of the merged tensor, without the axis of the layers."""
-        if self.transform is ROW_VECTOR:
+        if self.transform in (ROW_VECTOR, ONES):
             return (arch.hidden_size,)
         rows, *rest = next(iter(self.hf.values()))
         if self.transform is VOCABULARY:
@@ -277,7 +349,9 @@ def items(
     for layer, source in enumerate(layers or range(arch.num_layers)):
         for row in family.layer_rows:
             if row.when(arch):
-                shapes = _shapes(row, arch, f"model.layers.{source}.")
+                own = family.recursion
+                prefix = f"model.layers.{source}." if own is None else own.layer(source, arch.num_layers)
+                shapes = _shapes(row, arch, prefix)
                 yield Item(LAYERS + row.megatron, layer, row.transform, shapes)
 
 
@@ -319,6 +393,8 @@ def read_config(family: Family, config: Any, where: str) -> Architecture:
     _refuse_sliding_window(config, where)
     values.update(_read_biases(config, where))
     values.update(family.fixed)
+    if family.recursion is not None:
+        values.update(family.recursion.shape(config))
     values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
     values["padded_vocab_size"] = padded_vocabulary(config.vocab_size)
     values["tied"] = bool(values["tied"])
@@ -415,14 +491,14 @@ def rope_parameters(arch: Architecture) -> dict[str, Any]:
     return rope
 
 
-def donor_family(arch: Architecture) -> Family | None:
-    """The family whose own class computes what this architecture does without recursion, if there is one."""
-    able = [family for family in DONORS if family.computes(arch)]
+def donor_family(arch: Architecture, recursion: RecursionConfig | None = None) -> Family | None:
+    """The family whose own class computes what this architecture does (with this recursion), if there is one."""
+    able = [family for family in DONORS if family.computes(arch, recursion)]
     return next((family for family in able if family.model_type == arch.donor), able[0] if able else None)
 
 
-def config_values(family: Family, arch: Architecture) -> dict[str, Any]:
-    """The architecture's part of a config.json.
+def config_values(family: Family, arch: Architecture, recursion: RecursionConfig | None = None) -> dict[str, Any]:
+    """The architecture's part of a config.json, and the recursion's where the family is recursive in itself.
 
     A donor's rotary options stand there twice: as ``rope_parameters``, and as transformers 4 and what builds on it read
     them.
@@ -440,4 +516,5 @@ def config_values(family: Family, arch: Architecture) -> dict[str, Any]:
         **before,
         "attention_dropout": 0.0,
         **family.besides,
+        **({} if family.recursion is None or recursion is None else family.recursion.config(arch, recursion)),
     }

@@ -84,7 +84,8 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RecursiveGPTNorm):
-            (init.zeros_ if module.one_centered else init.ones_)(module.weight)
+            if module.weight is not None:
+                (init.zeros_ if module.one_centered else init.ones_)(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, RecursiveGPTModel | RecursiveGPTForCausalLM):
@@ -141,7 +142,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.block_ends = {each.index: each for each in plan.block_ends}
         self.embedding_multiplier = float(plan.embedding_multiplier)
         self.norm_closes_passes = plan.state_norm == "final"
-        self.starts_at_input = plan.state_init == "input"
+        self.starts_at_input = plan.starts_at_input
         stacks = plan.layers_of(self.config.num_layers)
         self.layers_of_pass = [stacks[each.stack] for each in self.passes]
         self.passes_per_block = plan.num_passes // plan.num_blocks

@@ -101,7 +101,7 @@ def test_names_of_one_key(folder):
         (["--tokenizer-type", "NullTokenizer"], "--tokenizer-type NullTokenizer is none of HuggingFaceTokenizer"),
         (["--tokenizer-type", "GPT2BPETokenizer"], "GPT2BPETokenizer needs --vocab-file and --merge-file"),
         (["--tokenizer-type", "Llama2Tokenizer"], "Llama2Tokenizer needs --tokenizer-model FILE.model"),
-        (["--json-key", "text"], "give --json-key for one dataset PREFIX, or --json-keys"),
+        (["--json-key", "text"], "give --json-key and --output for one dataset PREFIX, or --json-keys"),
         (["--json-keys", "text", "n"], "a.json:1 has a int under 'n'"),
         (["--hf-split", "train"], "--hf-config and --hf-split are for an --input hf://NAME"),
     ],

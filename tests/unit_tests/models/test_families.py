@@ -49,6 +49,14 @@ CASES = {
         transformer=FOUR, model=UNTIED,
     ),
     "hierarchical": Case({"recursion_family": "hierarchical"}, transformer=FOUR),
+    "hierarchical-window": Case(
+        {"recursion_family": "hierarchical", "num_latent_refinements": 3, "latent_backprop_depth": "2",
+         "state_init": "trunc-normal"}, transformer=FOUR, model=UNTIED,
+    ),
+    "hierarchical-windows": Case(
+        {"recursion_family": "hierarchical", "num_refinement_blocks": 3, "num_latent_refinements": 3,
+         "latent_backprop_depth": "2,1,3", "state_norm": "none"}, transformer={**FOUR, **FULL_RECOMPUTE},
+    ),
     "hierarchical-recomputed": Case({"recursion_family": "hierarchical", "state_norm": "none"},
                                     transformer={**SIX, **FULL_RECOMPUTE}),
 }  # fmt: skip
@@ -75,9 +83,15 @@ def states(model: Any, x: Tensor, knobs: Any, layers: Any) -> list[Tensor]:
             out = norm(layers(0, total)(out))
             found.append(out)
         return found
-    for _ in range(knobs.num_refinement_blocks):
-        for _ in range(knobs.num_latent_refinements):
-            z = norm(layers(0, total // 2)(z + out))
+    if knobs.state_init != "zeros":
+        z = model.initial_latent.expand_as(x)
+    blocks, latents = knobs.num_refinement_blocks, knobs.num_latent_refinements
+    window = [int(each) for each in knobs.latent_backprop_depth.split(",")]
+    window = [1] * (blocks - len(window)) + window if window != [0] else [latents] * blocks
+    for block in range(blocks):
+        for i in range(latents):  # as HRM-Text: the last so many calls of the low module carry gradient
+            low = norm(layers(0, total // 2)(z + out))
+            z = low if i >= latents - window[block] else low.detach()
         out = norm(layers(total // 2, total)(out + z))
         found.append(out)
     return found

@@ -36,6 +36,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "halt_bias": (-2.0, [math.nan, -math.inf]),
     "detach_between_refinements": (False, []),
     "backprop_depth": (2, [-1]),
+    "latent_backprop_depth": ("1,2", ["", "-1", "1,0", "two", "1,1,1,1"]),
     "init_depth_scaling": ("unrolled", ["both"]),
     "halt_supervision": ("last", ["first"]),
     "halt_target": ("agrees-with-last", ["wrong"]),
@@ -50,6 +51,8 @@ BAD = [(name, value) for name, (_, values) in OTHER.items() for value in values]
 
 def beside(name: str) -> dict[str, Any]:
     """What must be said for a knob to mean something."""
+    if name == "latent_backprop_depth":
+        return {"recursion_family": "hierarchical"}
     return {"recursion_family": "recurrent"} if name in RECURRENT else {}
 
 
@@ -97,6 +100,14 @@ def test_switches_have_both_flags_and_the_last_one_counts(name: str, off: str) -
     assert getattr(parse(off), name) is False
     assert getattr(parse(off, flag_of(name)), name) is True
     assert getattr(parse(flag_of(name), off), name) is False
+
+
+def test_a_knob_of_two_names_takes_one_value() -> None:
+    assert parse("--H-cycles", "2", "--L-cycles=4", "--num-latent-refinements", "4") == RecursionConfig(
+        num_refinement_blocks=2, num_latent_refinements=4)  # fmt: skip
+    assert parse("--H-cycles", "2", "--H-cycles", "3").num_refinement_blocks == 3
+    with pytest.raises(UserError, match="--num-refinement-blocks 2 and --H-cycles 3 are two names of one knob"):
+        parse("--num-refinement-blocks=2", "--H-cycles=3")
 
 
 def test_without_flags_the_defaults_hold() -> None:
@@ -148,7 +159,7 @@ def test_frozen_hashable_and_made_of_primitives() -> None:
 
 def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
     config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()
-                                if name not in RECURRENT | {"recursion_family"}})  # fmt: skip
+                                if name not in RECURRENT | {"recursion_family", "latent_backprop_depth"}})  # fmt: skip
     kept = dataclasses.replace(config, recursion_alarm_after=None)  # what only observes is not kept with weights
     assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == kept != config
     assert RecursionConfig.from_mapping(vars(config)) == config

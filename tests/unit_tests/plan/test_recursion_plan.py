@@ -117,7 +117,7 @@ REFUSED = {
     "supervised without gradient": (replaced(2, supervised_weight=1.0), "carries no gradient"),
     "unsupervised end": (replaced(5, supervised_weight=0.0), "last pass"),
     "latent end": (replaced(5, target="latent", halt_weight=0.0), "last pass"),
-    "gradient with a gap": (replaced(4, grad=False), "together at the end"),
+    "gradient with a gap": (replaced(4, grad=False), "'embedding' would receive no gradient"),
 }
 
 
@@ -197,6 +197,18 @@ def test_two_stacks_share_the_layers() -> None:
         plan.layers_of(5)
     with pytest.raises(UserError, match="--num-layers 3 must hold 2 of the prelude, 1 of the coda"):
         family("recurrent", **RECURRENT).layers_of(3)
+
+
+def test_each_block_of_a_hierarchy_has_its_window() -> None:
+    """HRM-Text's [2] over two blocks of three: padded with 1 before, five of eight passes with gradient."""
+    knobs = {"num_refinement_blocks": 2, "num_latent_refinements": 3, "latent_backprop_depth": "2"}
+    plan = family("hierarchical", **knobs, state_init="trunc-normal")
+    assert [p.grad for p in plan.passes] == [False, False, True, True, False, True, True, True]
+    assert plan.first_grad_pass == 2 and plan.first_input_gradient is plan.passes[2] and plan.num_blocks == 2
+    assert not plan.feeds_gradient(plan.passes[1]) and all(map(plan.feeds_gradient, plan.grad_passes[:-1]))
+    assert plan.starts_at_input and plan.initial_vectors == ("latent",)
+    assert plan == family("hierarchical", **{**knobs, "latent_backprop_depth": "1,2"}, state_init="trunc-normal")
+    assert RecursionPlan.from_json(plan.to_json()) == plan
 
 
 @pytest.mark.parametrize("prelude", [0, 2])
