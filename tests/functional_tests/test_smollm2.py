@@ -106,9 +106,9 @@ MEAN, FULL = {1: 2.772, 2: 2.840, 4: 2.906, 8: 2.990}, {1: 2.772, 2: 3.001, 4: 4
 def _losses_by_depth(ckpt: Path, gguf: Path) -> tuple[dict[str, dict[int, float]], float, float]:
     """Losses of the checkpoint by step and r; the donor's loss; the error of the logits at r = 1."""
     import dataclasses
+    from pydoc_data.topics import topics
 
     import torch
-    from pydoc_data.topics import topics
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_recursive.hf.convert import proof

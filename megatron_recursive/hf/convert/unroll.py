@@ -19,6 +19,7 @@ from megatron_recursive.hf.convert.safetensors_files import SHARD_BYTES
 from megatron_recursive.hf.convert.torch_dist import LAYERS, TorchDistCheckpoint
 from megatron_recursive.hf.convert.verify import Side, open_side
 from megatron_recursive.plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.recursion_plan import STATES
 
 EMBEDDING = "embedding.word_embeddings.weight"
 # Words of the plan that chain() reads, and those that only training and heads read; any other is refused.
@@ -66,15 +67,17 @@ def chain(plan: RecursionPlan, num_layers: int) -> list[int]:
         raise UserError(f"{no}: it has state_norm final, a norm between passes.")
     stacks, newest = plan.layers_of(num_layers), 0
     layers: list[int] = []
-    start = {"zeros": None, "input": 0}.get(plan.state_init, -1)  # results by number: 0 the embedding, None zeros
-    states = {"input": 0, "output": start, "latent": None if plan.state_init == "input" else start}
+    # What each state holds: the result of pass 1, 2, ..., the embedding (0), another vector (-1), or zeros (None).
+    states = {name: -1 if name in plan.initial_vectors else None for name in STATES} | {"input": 0}
+    if plan.starts_at_input:
+        states["output"] = 0
     for p in plan.passes:
         if [states[name] for name in p.reads if states[name] is not None] != [newest]:
             raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) reads {' + '.join(p.reads)}.")
         if p.step != 1:
             raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) moves its state by the step {p.step:.3g}.")
         newest = states[p.target] = p.index + 1
-        if p.target == "input" and plan.state_init == "input":
+        if p.target == "input" and plan.starts_at_input:
             states["output"] = newest
         layers += stacks[p.stack]
     return layers
