@@ -166,7 +166,7 @@ def _of_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _of_hugging_face(folder: Path) -> dict[str, Any]:
-    from megatron_recursive.hf.convert.mappings import family_of, read_config
+    from megatron_recursive.hf.convert.configs import family_of, read_config
     from megatron_recursive.hf.convert.sources import config_object, read_json
 
     values = read_json(folder / "config.json")

@@ -196,7 +196,9 @@ class RingStep:
             hidden = self._stage_input(batch, decoder_pass, received) if model.pre_process else None
             self._free_superseded(batch, decoder_pass, sent)
             model.decoder.set_input_tensor(None if model.pre_process else received)
-            output: Tensor | RecursiveOutput = model.decode(hidden, attention_mask, stack=decoder_pass.stack)
+            output: Tensor | RecursiveOutput = model.decode(
+                hidden, attention_mask, stack=decoder_pass.stack, closes=self.plan.closes(decoder_pass)
+            )
             model.decoder.set_input_tensor(None)
         if model.post_process and self.plan.is_block_end(decoder_pass):
             assert isinstance(output, Tensor)
@@ -216,7 +218,7 @@ class RingStep:
             with torch.set_grad_enabled(self.train):
                 batch.embedding = self.model.embed(batch.inputs["input_ids"], batch.inputs["position_ids"])
             leaf = batch.embedding.detach().requires_grad_(self.train)
-            batch.state = self.model.initial_state(leaf)
+            batch.state = self.model.initial_state(leaf, batch.inputs["input_ids"], batch.inputs["position_ids"])
         state, plan = batch.state, self.plan
         if received is not None:
             before = plan.passes[decoder_pass.index - 1]

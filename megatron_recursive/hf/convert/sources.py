@@ -14,15 +14,8 @@ from torch import Tensor
 from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import (
-    OWN,
-    Family,
-    Row,
-    family_of,
-    items,
-    read_config,
-    recursive_rows,
-)
+from megatron_recursive.hf.convert.configs import family_of, read_config
+from megatron_recursive.hf.convert.mappings import OWN, Family, Row, items, recursive_rows
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.hf.convert.stacks import layer_numbers
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
@@ -34,8 +27,8 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
 
 
 SIZES = ("num_hidden_layers", "num_layers", "num_layers_per_stack", "total_ut_steps", "num_loops", "H_cycles",
-         "L_cycles", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-         "max_position_embeddings")  # fmt: skip
+         "L_cycles", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "vocab_size", "max_position_embeddings")  # fmt: skip
 FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "embedding_scale", "rope_theta", "factor", "beta_fast",
            "beta_slow", "partial_rotary_factor", "attention_factor", "original_max_position_embeddings")
 
