@@ -19,11 +19,14 @@ from megatron_recursive.hf.convert.safetensors_files import SHARD_BYTES
 from megatron_recursive.hf.convert.torch_dist import LAYERS, TorchDistCheckpoint
 from megatron_recursive.hf.convert.verify import Side, open_side
 from megatron_recursive.plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.recursion_plan import STATES
 
 EMBEDDING = "embedding.word_embeddings.weight"
 # Words of the plan that chain() reads, and those that only training and heads read; any other is refused.
-KNOWN = {"stacks", "passes", "state_init", "state_norm", "embedding_multiplier", "stack", "target", "reads", "step"}
-KNOWN |= {"family", "mean_steps", "state_std", "index", "block", "grad", "cuts_states", "supervised_weight", "halt_weight"}
+KNOWN = set(
+    "stacks passes state_init state_std state_norm embedding_multiplier stack target reads step family mean_steps index "
+    "block grad cuts_states supervised_weight halt_weight".split()
+)
 
 
 def unroll_model(
@@ -68,7 +71,8 @@ def chain(plan: RecursionPlan, num_layers: int) -> list[int]:
     layers: list[int] = []
     # What each state holds: the result of pass 1, 2, ..., the embedding (0), zeros (None), or something else (-1).
     zeros = plan.state_init in ("zeros", "input")
-    states = {"input": 0, "latent": None if zeros else -1, "output": 0 if plan.starts_at_input else None if zeros else -1}
+    states = {"input": 0, **dict.fromkeys(STATES, None if zeros else -1)}
+    states["output"] = 0 if plan.starts_at_input else states["output"]
     for p in plan.passes:
         if [states[name] for name in p.reads if states[name] is not None] != [newest]:
             raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) reads {' + '.join(p.reads)} "
