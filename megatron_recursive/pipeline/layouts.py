@@ -9,6 +9,7 @@ from itertools import combinations
 
 from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.accounting.flops import layer_forward_flops
+from megatron_recursive.pipeline.balance import balanced_split
 from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
 from megatron_recursive.pipeline.planner import Step, simulated_step
 from megatron_recursive.plan import RecursionPlan
@@ -53,7 +54,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job is spread. ``memory`` is that of the fullest stage, ``stage``; a step takes ``seconds``."""
+    """How a job is spread, ``split`` being the layers of each stage.
+
+    ``memory`` is that of the fullest stage, ``stage``; a step takes ``seconds``.
+    """
 
     tensor: int
     pipeline: int
@@ -63,6 +67,7 @@ class Layout:
     memory: StageMemory
     efficiency: float
     seconds: float
+    split: tuple[int, ...]
 
 
 def fitting_layouts(job: Job) -> list[Layout]:
@@ -71,8 +76,12 @@ def fitting_layouts(job: Job) -> list[Layout]:
     return sorted(found, key=lambda layout: (layout.seconds, layout.tensor, layout.pipeline))
 
 
+def stage_layers(job: Job, pipeline: int) -> tuple[int, ...]:
+    return balanced_split(job.plan, job.shape, pipeline, job.backward_cost)
+
+
 def stage_costs(job: Job, pipeline: int) -> PassCosts:
-    return price_passes(job.plan, job.shape, (job.shape.num_layers // pipeline,) * pipeline, job.backward_cost)
+    return price_passes(job.plan, job.shape, stage_layers(job, pipeline), job.backward_cost)
 
 
 def _sizes(job: Job) -> Iterator[tuple[int, int, int, int]]:
@@ -92,7 +101,7 @@ def _sizes(job: Job) -> Iterator[tuple[int, int, int, int]]:
 
 def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> Layout:
     """With its step simulated, unless one micro-batch alone is too much."""
-    shape, plan, split = job.shape, job.plan, (job.shape.num_layers // pipeline,) * pipeline
+    shape, plan, split = job.shape, job.plan, stage_layers(job, pipeline)
     if job.pads_vocabulary:
         rows = 128 * tensor  # Megatron's --make-vocab-size-divisible-by
         shape = replace(shape, vocab_size=-(-shape.vocab_size // rows) * rows)
@@ -109,7 +118,7 @@ def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> La
         step = simulated_step(stage_costs(job, pipeline), batches, window=job.window)
     forward = layer_forward_flops(shape) * shape.num_layers * shape.seq_length * recording.micro_batch / job.flops
     seconds = step.makespan * forward / tensor * (1 + TENSOR_COST * math.log2(tensor))
-    return Layout(tensor, pipeline, data, batches, *fullest(step), step.efficiency, seconds)
+    return Layout(tensor, pipeline, data, batches, *fullest(step), step.efficiency, seconds, split)
 
 
 _CHANGES: dict[str, Callable[[Job], Job]] = {
