@@ -47,13 +47,15 @@ class AddedModule(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         for key, fresh in fresh_tensors(declared, config.hidden_size, knobs).items():
-            weight = torch.nn.Parameter(fresh.to(config.params_dtype))
-            weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            setattr(self, key.rpartition(".")[2], weight)
+            name = key.rpartition(".")[2]
+            setattr(self, name, torch.nn.Parameter(fresh.to(config.params_dtype)))
+            # Behind the registration: accelerate's, for models without storage, cannot copy what a parameter carries.
+            getattr(self, name).sequence_parallel = config.sequence_parallel
 
 
-class HaltingHead(AddedModule):
-    """``q = w . h + b`` per token, in fp32; ``w`` starts at zero and ``b`` well below it, so that training starts deep.
+class TokenHead(AddedModule):
+    """``q = w . h + b`` per token, in fp32: the halting head, or an exit gate. ``w`` starts at zero, and ``b`` of a
+    halting head well below it, so that training starts deep.
 
     A token's own state only: a head over pooled states would see the future in a causal model.
     """
@@ -90,4 +92,4 @@ class _Logits(torch.autograd.Function):
         return of_hidden, of_weight.to(weight_H.dtype)
 
 
-MODULES: dict[str, type[AddedModule]] = {"halting_head": HaltingHead}  # by the model's attribute
+MODULES: dict[str, type[AddedModule]] = {"halting_head": TokenHead, "exit_gate": TokenHead}  # by the model's attribute

@@ -55,11 +55,15 @@ HALTING_HEAD = (
     AddedParameter("halting_head.weight", "halting_head.weight", "1 h", "last", in_fp32=True),
     AddedParameter("halting_head.bias", "halting_head.bias", "1", "last", "halt_bias", in_fp32=True),
 )
+EXIT_GATE = (
+    AddedParameter("exit_gate.weight", "exit_gate.weight", "1 h", "last", in_fp32=True),
+    AddedParameter("exit_gate.bias", "exit_gate.bias", "1", "last", in_fp32=True),
+)
 INITIAL_STATES = (
     AddedParameter("initial_output", "model.initial_output", "h", "first", "trunc-normal", trained=False),
     AddedParameter("initial_latent", "model.initial_latent", "h", "first", "trunc-normal", trained=False),
 )
-EVERY = (*HALTING_HEAD, *INITIAL_STATES)
+EVERY = (*HALTING_HEAD, *EXIT_GATE, *INITIAL_STATES)
 
 
 def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
@@ -67,6 +71,8 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
     asked: tuple[AddedParameter, ...] = ()
     if plan.has_halting:
         asked += HALTING_HEAD
+    if plan.exit_gate:
+        asked += EXIT_GATE
     if not plan.is_plain and plan.state_init == "trunc-normal":
         asked += INITIAL_STATES
     return asked

@@ -43,8 +43,10 @@ def our_config(family: Family, values: Mapping[str, Any], where: str) -> Recursi
     others = sorted({*(values.get("layer_types") or ())} - {"full_attention"})
     if others:
         raise UserError(f"{where} has layers of the type {others[0]}; only full attention can be converted.")
+    loops = _loops(kind, values)
     recursion = RecursionConfig(
-        recursion_family="looped", num_refinement_blocks=_loops(kind, values), halt_loss_weight=0.0,
+        recursion_family="looped", num_refinement_blocks=loops, halt_loss_weight=0.0,
+        exit_gate=bool(family.added) and loops > 1,
         state_norm="none" if values.get("skip_loop_final_norm") else "final", embedding_multiplier=1.0,
     ).resolved(embedding_init_std=1.0)  # fmt: skip
     scaling = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}

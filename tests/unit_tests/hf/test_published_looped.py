@@ -115,9 +115,9 @@ def _through(kind: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"import": _import(folder / "published", folder / "ckpt")}
     found["export"] = _export(folder / "ckpt", folder / "hf")
     with open_megatron(str(folder / "ckpt")) as (megatron, _):
-        found["megatron"] = megatron(ids).logits
+        found["megatron"] = megatron(ids, output_blocks=True)
     with torch.no_grad():
-        found["ours"] = RecursiveGPTForCausalLM.from_pretrained(folder / "hf").eval()(ids).logits
+        found["ours"] = RecursiveGPTForCausalLM.from_pretrained(folder / "hf").eval()(ids, output_blocks=True)
     return {"ids": ids, **found}
 
 
@@ -130,9 +130,15 @@ def test_a_published_checkpoint_computes_what_it_is_said_to(kind: str, tmp_path:
     save(kind, tmp_path / "published")
     (found,) = run_distributed(_through, 1, kind, tmp_path, timeout=240)
     weights = tensors(CONFIGS[kind])
-    reference = loops(CONFIGS[kind], weights, found["ids"])[-1] @ weights["lm_head.weight"].T
+    states = torch.stack(loops(CONFIGS[kind], weights, found["ids"]))
+    reference = states[-1] @ weights["lm_head.weight"].T
     assert found["import"]["max_logit_error"] < 2e-5 and found["export"]["max_logit_error"] < 2e-5
-    assert error(reference, found["megatron"]) < 2e-5 and error(reference, found["ours"]) < 2e-5
+    for model in (found["megatron"], found["ours"]):
+        assert error(reference, model.logits) < 2e-5
+        if kind == "ouro":
+            gate = states @ weights["model.early_exit_gate.weight"][0] + weights["model.early_exit_gate.bias"]
+            stays = torch.sigmoid(-gate[:-1]).cumprod(0)
+            assert torch.allclose(model.block_halting[:-1], 1 - stays, atol=1e-5)
     args = (tmp_path / "ckpt" / "megatron_args.txt").read_text().split()
     depth = {"ouro": 4, "nanbeige": 2}[kind]
     assert {"--recursion-family=looped", f"--num-refinement-blocks={depth}", "--state-norm=final"} <= {*args}
