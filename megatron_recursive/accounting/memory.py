@@ -116,6 +116,8 @@ def layer_bytes(shape: ModelShape, recording: Recording) -> float:
         within += queries_and_keys
     if shape.qk_norm and recording.splits_norm:
         within += queries_and_keys
+    if shape.attention_gate:  # its sigmoid in fp32, and the product
+        within += shape.query_size * (1 + 4 // recording.element)
     if not recording.recompute_mlp:
         within += _mlp_elements(shape, recording)
     elements = between / recording.replicas + within / recording.tensor_parallel
@@ -172,7 +174,7 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
     if supervised and recording.element < 4:
         probabilities += tokens * shape.vocab_size * recording.element / recording.tensor_parallel
     kept = len(supervised) * hidden
-    if plan.state_norm == "none":  # the norm before the head
+    if plan.state_norm != "final":  # the norm before the head
         kept += hidden * (2 if recording.splits_norm else 1)
     return probabilities + kept, len(halting) * hidden
 
@@ -208,12 +210,17 @@ def stage_memory(
     live = tuple(live_passes) or (len(plan.grad_passes),)
     sizes = tensor_parallel_parameters(shape, plan, recording.tensor_parallel, split)
     hidden, (head, waiting) = hidden_bytes(shape, recording), head_bytes(shape, plan, recording)
-    recorded = [counts for p, counts in zip(plan.passes, plan.layers_by_pass(split), strict=True) if p.grad]
+    recorded = [(p, counts) for p, counts in zip(plan.passes, plan.layers_by_pass(split), strict=True) if p.grad]
     stages = []
     for stage, passes in enumerate(live):
         is_first, is_last = stage == 0, stage == len(split) - 1
-        closing = is_last and plan.state_norm == "final"
-        passing = [pass_bytes(shape, recording, counts[stage], closing_norm=closing) for counts in recorded]
+        passing = [pass_bytes(shape, recording, counts[stage], closing_norm=is_last and plan.closes(p))
+                   for p, counts in recorded]  # fmt: skip
+        # A linear map keeps what it read, and a decay too; a norm that also stands before the heads is not replayed.
+        unplayed = recording.recompute_passes and is_last and plan.state_norm != "final"
+        kept_beside = [hidden * (2 * (is_first and p.combine != "sum") + (unplayed and plan.closes(p)))
+                       for p, _ in recorded]  # fmt: skip
+        passing = [(kept + more, replay) for (kept, replay), more in zip(passing, kept_beside, strict=True)]
         stages.append(StageMemory(
             weights=sizes[stage] * state.total,
             decoder=passes * sum(kept for kept, _ in passing) / len(passing),  # where stacks differ, an average pass's

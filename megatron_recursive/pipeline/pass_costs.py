@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.accounting.flops import layer_forward_flops
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plan.added_parameters import combining_flops
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def price_passes(
     forward, backward = [], []
     for p, counts in zip(plan.passes, plan.layers_by_pass(layers_per_stage), strict=True):
         layers = [count * layer for count in counts]
+        layers[0] += combining_flops(p, shape.hidden_size) / unit
         projected, supervised = p.supervised_weight > 0 or p.halt_weight > 0, p.supervised_weight > 0
         forward.append(tuple(c + head * (projected and stage == last) for stage, c in enumerate(layers)))
         backward.append(tuple(

@@ -175,7 +175,7 @@ def messages(plan: RecursionPlan, micro_batches: int, *, two_phases: bool) -> di
     """
     free = plan.first_grad_pass
     answered = plan.num_passes - free if two_phases else plan.num_passes
-    zeros = 0 if two_phases else plan.num_passes - len(plan.grad_passes)
+    zeros = sum(not p.grad for p in plan.passes[free if two_phases else 0 :])
     inner = {"forward": plan.num_passes, "backward": answered, "zero answers": zeros}
     first = free + 1 if two_phases else 1  # the two-phase handover into pass `free` is not answered
     wrapping = plan.passes[first:]

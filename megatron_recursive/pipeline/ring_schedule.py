@@ -195,7 +195,9 @@ class RingStep:
             hidden = self._stage_input(batch, decoder_pass, received) if model.pre_process else None
             self._free_superseded(batch, decoder_pass, sent)
             model.decoder.set_input_tensor(None if model.pre_process else received)
-            output: Tensor | RecursiveOutput = model.decode(hidden, attention_mask, stack=decoder_pass.stack)
+            output: Tensor | RecursiveOutput = model.decode(
+                hidden, attention_mask, stack=decoder_pass.stack, closes=self.plan.closes(decoder_pass)
+            )
             model.decoder.set_input_tensor(None)
         if model.post_process and self.plan.is_block_end(decoder_pass):
             assert isinstance(output, Tensor)
@@ -215,7 +217,7 @@ class RingStep:
             with torch.set_grad_enabled(self.train):
                 batch.embedding = self.model.embed(batch.inputs["input_ids"], batch.inputs["position_ids"])
             leaf = batch.embedding.detach().requires_grad_(self.train)
-            batch.state = self.model.initial_state(leaf)
+            batch.state = self.model.initial_state(leaf, batch.inputs["input_ids"], batch.inputs["position_ids"])
         state, plan = batch.state, self.plan
         if received is not None:
             before = plan.passes[decoder_pass.index - 1]
@@ -227,8 +229,10 @@ class RingStep:
             batch.graphs["input"] = batch.embedding
         leaves = {}
         for name, graph in batch.graphs.items():  # which this pass alone reaches; later ones read the leaf
-            leaf, state.values[name] = state.values[name], JoinLeafGradient.apply(graph, state.values[name])
-            leaves[id(state.values[name])] = leaf
+            leaf = state.values[name]
+            joined = JoinLeafGradient.apply(graph, leaf)
+            leaves[id(joined)] = leaf
+            state.values.update({each: joined for each, x in state.values.items() if x is leaf})  # an output that is it
         hidden = state.gather(decoder_pass)
         state.values.update({name: leaves[id(x)] for name, x in state.values.items() if id(x) in leaves})
         batch.graphs.clear()

@@ -149,4 +149,5 @@ def model_shape(config: RecursiveGPTModelConfig, seq_length: int) -> ModelShape:
         qk_norm_full=config.norms.qk_norm_scope == "full",
         norm_bias=transformer.normalization == "LayerNorm",
         norms_per_layer=config.norms.norms_per_layer,
+        attention_gate=transformer.attention_output_gate,
     )

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.mappings import OWN, Family, items, read_config, recursive_rows
+from megatron_recursive.hf.convert.configs import read_config
+from megatron_recursive.hf.convert.mappings import OWN, Family, items, recursive_rows
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 from megatron_recursive.plan import RecursionConfig, build_plan
 

@@ -14,17 +14,11 @@ from torch import Tensor
 from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import (
-    OWN,
-    Family,
-    Row,
-    family_of,
-    items,
-    read_config,
-    recursive_rows,
-)
+from megatron_recursive.hf.convert.configs import family_of, read_config
+from megatron_recursive.hf.convert.mappings import OWN, Family, Row, items, recursive_rows
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
-from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.hf.convert.stacks import layer_numbers
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 # Buffers that old checkpoints carry; every model computes them anew.
 COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
@@ -32,10 +26,11 @@ _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".
                        ".weight_scale_inv", ".SCB", ".weight_packed")  # fmt: skip
 
 
-SIZES = ("num_hidden_layers", "num_layers", "total_ut_steps", "num_loops", "hidden_size", "intermediate_size",
-         "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
-FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor",
-           "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")  # fmt: skip
+SIZES = ("num_hidden_layers", "num_layers", "num_layers_per_stack", "total_ut_steps", "num_loops", "H_cycles",
+         "L_cycles", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "vocab_size", "max_position_embeddings")  # fmt: skip
+FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "embedding_scale", "rope_theta", "factor", "beta_fast",
+           "beta_slow", "partial_rotary_factor", "attention_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -65,12 +60,20 @@ class Source:
     dropped: dict[str, str] = field(default_factory=dict)  # tensors that no row takes, and why that is right
 
     @property
+    def own_recursion(self) -> RecursionConfig | None:
+        """Of a model type that is recursive in itself."""
+        own = self.family.recursion
+        return None if own is None else own.recursion(self.config, self.name)
+
+    @property
     def plan(self) -> RecursionPlan:
+        if self.own_recursion is not None:
+            return build_plan(self.own_recursion)
         return getattr(self.config, "recursion_plan", None) or RecursionPlan.plain()
 
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
-        return recursive_rows(self.plan, self.family)
+        return recursive_rows(self.plan, self.family) if self.family.recursion is None else ()
 
     def weight(self, name: str) -> Tensor:
         """A tensor by name; a tied head is the embedding."""
@@ -257,15 +260,7 @@ def choose_layers(total: int, selection: str | None, count: int | None, explicit
     if explicit is not None:
         if selection is not None or count is not None:
             raise UserError("--layers excludes --layer-selection and --num-layers; give either.")
-        try:
-            chosen = [int(part) for part in explicit.split(",")]
-        except ValueError as error:
-            raise UserError(f"--layers {explicit} must be whole numbers with commas, such as 0,8,16,23.") from error
-        if any(not 0 <= layer < total for layer in chosen):
-            raise UserError(f"--layers {explicit}: the model has the layers 0 to {total - 1}.")
-        if len(set(chosen)) != len(chosen):
-            raise UserError(f"--layers {explicit} names a layer twice.")
-        return chosen
+        return layer_numbers(explicit, "--layers", total)
     if selection is None and count is None:
         return list(range(total))
     if count is None:

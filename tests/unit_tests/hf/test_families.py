@@ -16,6 +16,9 @@ RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda
 FAMILIES: dict[str, dict[str, Any]] = {
     "recurrent": {**RECURRENT, "injection": "add"},
     "recurrent, mean": {**RECURRENT, "recurrence_step": "mean"},
+    "huginn": {**RECURRENT, "injection": "concat", "state_init": "sampled", "state_norm": "core-end"},
+    "parcae": {**RECURRENT, "injection": "diagonal", "state_init": "sampled", "recurrence_step": "0.6"},
+    "norm in core": {**RECURRENT, "injection": "concat", "state_norm": "core"},
     "looped": {"recursion_family": "looped", "num_refinement_blocks": 3},
     "looped, gated": {"recursion_family": "looped", "num_refinement_blocks": 4, "exit_gate": True},
     "hierarchical": {"recursion_family": "hierarchical", "num_refinement_blocks": 2, "num_latent_refinements": 2},
@@ -45,7 +48,7 @@ def _there_and_back(name: str, folder: Path) -> tuple[float, float, bool, list[i
     return first["max_logit_error"], second["max_logit_error"], same, theirs[0].tolist(), mine[0].tolist()
 
 
-QUICK = ("recurrent, mean", "looped, gated")
+QUICK = ("recurrent, mean", "huginn", "looped, gated")
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.grid) for name in FAMILIES
@@ -117,7 +120,7 @@ def test_a_quantile_with_a_cache_is_that_of_the_prompt_at_once() -> None:
 
 
 def test_a_core_of_another_depth_is_that_of_the_knobs() -> None:
-    for name in ("recurrent", "recurrent, mean"):
+    for name in ("recurrent", "recurrent, mean", "huginn", "norm in core"):
         model, deep = family_model(name), family_model(name, num_recurrences=5)
         deep.load_state_dict(model.state_dict())
         model.set_num_refinement_blocks(5)

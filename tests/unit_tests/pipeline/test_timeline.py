@@ -240,6 +240,9 @@ RUNS = {
     "full, 2 stages, ragged": (Case(recursion=FULL, micro_batches=5), Layout(pp=2, phases="one")),
     "detached, 2 stages": (Case(), Layout(pp=2, phases="one")),
     "detached, 2 stages, two phases": (Case(micro_batches=5), Layout(pp=2, phases="two", window=2)),
+    "windows in blocks, 2 stages, two phases": (
+        Case({"recursion_family": "hierarchical", "num_latent_refinements": 3, "latent_backprop_depth": "2"},
+             transformer=FOUR_LAYERS, micro_batches=4), Layout(pp=2, phases="two")),
     "detached, 4 stages": (Case(transformer=FOUR_LAYERS, micro_batches=6), Layout(pp=4, phases="one")),
     "detached, 4 stages, two phases": (Case(transformer=FOUR_LAYERS, micro_batches=8), Layout(pp=4, phases="two")),
 }
@@ -272,6 +275,8 @@ def _planned() -> dict[str, Any]:
     from megatron_recursive.plots.pipeline_timeline import described
 
     shape, plain = ModelShape(**SHAPE), RecursionConfig(enable_recursive_refinement=False)
+    windows = build_plan(RecursionConfig(recursion_family="hierarchical", num_refinement_blocks=2,
+        num_latent_refinements=3, latent_backprop_depth="2").resolved(embedding_init_std=0.02))  # fmt: skip
     steps = []
     for stages, batches, detach in ((2, 16, True), (4, 24, False), (4, 23, True), (8, 40, True)):
         plan = plan_of(2, 2, detach=detach)
@@ -295,7 +300,10 @@ def _planned() -> dict[str, Any]:
               for kind, batches in (("auto", 64), ("one", 64), ("two", 37))}  # fmt: skip
     text = described(timeline, plan_of(2, 1, detach=True), report)
     return {"phases": phases, "steps": steps, "text": text, "refusals": said,
-            "messages": messages(plan_of(2, 1, detach=True), 1, two_phases=False)}  # fmt: skip
+            "messages": messages(plan_of(2, 1, detach=True), 1, two_phases=False),
+            "zero answers": [messages(windows, 1, two_phases=each)["neighbours"]["zero answers"]
+                             for each in (True, False)],
+            }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +327,7 @@ def test_messages_and_refusals(planned: dict[str, Any]) -> None:
         "neighbours": {"forward": 4, "backward": 4, "zero answers": 2},
         "last to first": {"forward": 3, "backward": 3, "zero answers": 2},
     }
+    assert planned["zero answers"] == [1, 3]  # of a hierarchy whose gradient has a window in each block
     *timeline, window = planned["refusals"]
     assert len(timeline) == 2 and all("--timeline" in said for said in timeline)
     assert "--pipeline-window 3 is less than --pipeline-model-parallel-size 4" in window
