@@ -177,7 +177,8 @@ def test_frozen_hashable_and_made_of_primitives() -> None:
 
 def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
     config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()
-                                if name not in RECURRENT | GATED | {"recursion_family", "latent_backprop_depth"}})  # fmt: skip
+                                if name not in RECURRENT | GATED | {"recursion_family", "latent_backprop_depth"}
+                                })  # fmt: skip
     kept = dataclasses.replace(config, recursion_alarm_after=None)  # what only observes is not kept with weights
     assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == kept != config
     assert RecursionConfig.from_mapping(vars(config)) == config
