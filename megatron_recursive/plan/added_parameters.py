@@ -92,8 +92,8 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
     if plan.exit_gate:
         asked += EXIT_GATE
     asked += tuple(each for each in INITIAL_STATES if each.key.removeprefix("initial_") in plan.initial_vectors)
-    for word in dict.fromkeys(p.combine for p in plan.passes):
-        asked += COMBINING.get(word, ())
+    for word in plan.maps:
+        asked += COMBINING[word]
     return asked
 
 

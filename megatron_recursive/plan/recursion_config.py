@@ -79,9 +79,9 @@ class FunctionKnobs:
     num_coda_layers: int = _knob(
         0, "Layers that run once behind the core of a recurrent family.")
     injection: str = _knob(
-        "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too: the sum "
-        "(add), a linear map of both side by side (concat; Huginn), or the state times a learned decay below 1 and a "
-        "linear map of the input (diagonal; Parcae).",
+        "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too: the "
+        "sum (add), a linear map of both side by side (concat; Huginn), or the state times a learned decay below 1 "
+        "plus a linear map of the input (diagonal; Parcae).",
         choices=("none", "add", "concat", "diagonal"))
     recurrence_step: str = _knob(
         "1", "How far a pass of a recurrent core moves its state towards its result: 1, mean (1 / r, for layers that "
@@ -94,8 +94,8 @@ class FunctionKnobs:
     state_std: float = _knob(
         0.4**0.5, "Standard deviation of a sampled start; sqrt(2/5) is Huginn's beside inputs of unit scale.")
     state_norm: str = _knob(
-        "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head, as it does in "
-        "a recurrent family. There it may also close every pass of the core (core) or the last of them (core-end).",
+        "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head, as it does "
+        "in a recurrent family. There it may also close every pass of the core (core), or the last one (core-end).",
         choices=("final", "none", "core", "core-end"))
     embedding_multiplier: float | None = _knob(
         None, "Factor on the embedding, which must stand at the scale of the states. Default: 1 / embedding init std "

@@ -131,7 +131,7 @@ class RecursionPlan:
         if starved:
             mend = "raise --num-latent-refinements"
             if self.stacks != WHOLE:
-                mend = "give --injection add, or no --backprop-depth" if self.state_init == "input" else "give --injection add"
+                mend = "give --injection add" + ", or no --backprop-depth" * (self.state_init == "input")
             raise UserError(
                 f"The parameter group '{starved[0]}' would receive no gradient: no pass with gradient reads the "
                 f"{'states' if starved[0] == 'layers' else f'input ({mend})'}."
@@ -157,8 +157,8 @@ class RecursionPlan:
         if not decoder_pass.reads or set(decoder_pass.reads) - set(READABLE):
             raise UserError(f"{where} must read some of {', '.join(READABLE)}.")
         if decoder_pass.combine not in COMBINES or (decoder_pass.combine != "sum" and len(decoder_pass.reads) != 2):
-            raise UserError(f"{where} combines {len(decoder_pass.reads)} values by '{decoder_pass.combine}'; it must be "
-                            f"one of {', '.join(COMBINES)}, the last two of two values.")  # fmt: skip
+            raise UserError(f"{where} combines {len(decoder_pass.reads)} values by '{decoder_pass.combine}'; there are "
+                            f"{', '.join(COMBINES)}, the last two of two values.")  # fmt: skip
         if (decoder_pass.supervised_weight or decoder_pass.halt_weight) and decoder_pass.target != "output":
             raise UserError(f"{where} is supervised but does not update the output state.")
         for name in ("supervised_weight", "halt_weight"):
@@ -214,10 +214,9 @@ class RecursionPlan:
         starts = self.starts_at_input and all(p.target != "output" for p in self.passes[: decoder_pass.index])
         return tuple("input" if name == "output" and starts else name for name in decoder_pass.reads)
 
-    @cached_property
-    def first_input_gradient(self) -> DecoderPass | None:
-        """The first pass with gradient that reads the input: the embedding's gradient is complete behind it."""
-        return next((p for p in self.grad_passes if "input" in self.sources(p)), None)
+    def first_input_gradient(self, prelude: Sequence[DecoderPass] = ()) -> DecoderPass | None:
+        """The first pass with gradient, behind a prelude, that reads the input: its gradient is complete behind it."""
+        return next((p for p in self.grad_passes if p not in prelude and "input" in self.sources(p)), None)
 
     def layers_of(self, num_layers: int) -> dict[str, range]:
         """The layers of each stack, from 0, in a model that holds ``num_layers`` in all.
@@ -267,6 +266,11 @@ class RecursionPlan:
     @cached_property
     def has_halting(self) -> bool:
         return any(p.halt_weight > 0 for p in self.passes)
+
+    @cached_property
+    def maps(self) -> tuple[str, ...]:
+        """The words of its passes' ``combine`` that are no sum."""
+        return tuple(word for word in COMBINES[1:] if any(p.combine == word for p in self.passes))
 
     @cached_property
     def is_plain(self) -> bool:
@@ -372,8 +376,9 @@ class RecursionPlan:
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
             weights = (f"{p.supervised_weight:g}{' p' * self.exit_gate}" if p.supervised_weight else "-",
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
+            reads = _SAID[p.combine].format(*p.reads) if p.combine in _SAID else " + ".join(p.reads)
             rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[f"{p.step:.3g}"] * has_steps,
-                         _SAID[p.combine].format(*p.reads) if p.combine in _SAID else " + ".join(p.reads), "yes" if p.grad else "no", *weights))  # fmt: skip
+                         reads, "yes" if p.grad else "no", *weights))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         legend = ["p: the probability of leaving there, by the exit gate"] if self.exit_gate else []

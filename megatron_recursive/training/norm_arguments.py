@@ -46,7 +46,7 @@ def refuse_norms(args: argparse.Namespace) -> None:
         raise UserError("--output-norm-scope residual needs --norm-placement post or sandwich.")
     if args.qk_norm_scope == "full" and not args.qk_layernorm:
         raise UserError("--qk-norm-scope full needs --qk-layernorm.")
-    switches = (("--qk-layernorm", args.qk_layernorm), ("--apply-layernorm-1p", args.apply_layernorm_1p))
+    switches = (("--qk-layernorm", args.qk_layernorm), ("--apply-layernorm-1p", args.layernorm_zero_centered_gamma))
     others = "".join(f" without {name}" for name, on in switches if on)
     if args.norm_weights == "ones" and (args.normalization != "RMSNorm" or others):
         raise UserError(f"--norm-weights ones needs --normalization RMSNorm{others}.")

@@ -114,4 +114,4 @@ def by_our_names(family: Family, config: RecursiveGPTConfig, fetch: Callable[[st
     theirs = {item.name: [*item.hf] for item in items(family, arch, extra=recursive_rows(plan, family))}
     names = {ours: name for item in items(OWN, arch, extra=recursive_rows(plan))
              for ours, name in zip(item.hf, theirs[item.name], strict=True)}  # fmt: skip
-    return lambda name: fetch(names[name])
+    return lambda name: fetch(names.get(name, name))  # a tied head has no row

@@ -128,7 +128,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         for each in self.frozen:  # parameters, since engines that load weights by name know no buffers
             start = nn.Parameter(torch.zeros(each.sizes(config.hidden_size)), requires_grad=False)
             setattr(self, each.exported.removeprefix(MODEL), start)
-        for word in {each.combine for each in config.recursion_plan.passes} & COMBINING.keys():
+        for word in config.recursion_plan.maps:
             setattr(self, COMBINING[word][0].module, COMBINING_MODULES[word](config.hidden_size))
         self.gradient_checkpointing = False
         self._read_plan()
@@ -180,7 +180,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         elif self.samples_start:
             draw: Any = 0
             if self.training:  # by place in the batch; otherwise by position alone
-                position_ids = torch.arange(embedding[..., 0].numel(), device=embedding.device).view(embedding.shape[:2])
+                like = embedding[..., 0]
+                position_ids = torch.arange(like.numel(), device=like.device).view(like.shape)
                 draw = torch.randint(2**31, (1,), device=embedding.device)
             start = sampled_start(position_ids, embedding.shape[-1], self.state_std, draw)
             states["output"] = start.to(embedding).expand_as(embedding)

@@ -58,6 +58,12 @@ CASES = {
         recurrent(0, 1, num_recurrences=3, injection="concat", state_norm="core", recurrence_step="0.6"),
         transformer={**FOUR, **FULL_RECOMPUTE},
     ),
+    # A prelude and a coda that the first and the last of two and of four stages hold alone; the last is one trip.
+    "recurrent-folded": Case(
+        recurrent(1, 1, num_recurrences=4, backprop_depth=2, injection="add"), transformer=FOUR, model=UNTIED
+    ),
+    "recurrent-once": Case(recurrent(1, 1, num_recurrences=1, injection="add"), transformer=FOUR),
+    "recurrent-bare-once": Case(recurrent(0, 0, num_recurrences=1), transformer=FOUR, model=UNTIED),
     "looped": Case({"recursion_family": "looped", "num_refinement_blocks": 3}, transformer=FOUR),
     "looped-one-norm": Case(
         {"recursion_family": "looped", "num_refinement_blocks": 3, "state_norm": "none", "halt_loss_weight": 0.0},
@@ -74,6 +80,12 @@ CASES = {
     "hierarchical-window": Case(
         {"recursion_family": "hierarchical", "num_latent_refinements": 3, "latent_backprop_depth": "2",
          "state_init": "trunc-normal"}, transformer=FOUR, model=UNTIED,
+    ),
+    "hierarchical-hrm-text": Case(
+        {"recursion_family": "hierarchical", "num_latent_refinements": 3, "latent_backprop_depth": "2",
+         "state_init": "trunc-normal", "halt_loss_weight": 0.0}, model=UNTIED,
+        transformer={**FOUR, "normalization": "RMSNorm", "norm_weights": "ones", "attention_output_gate": True,
+                     "swiglu": True, "add_bias_linear": False},
     ),
     "hierarchical-windows": Case(
         {"recursion_family": "hierarchical", "num_refinement_blocks": 3, "num_latent_refinements": 3,
@@ -185,9 +197,9 @@ def compare(case: Case) -> tuple[tuple[float, str], float, float]:
         objective, lm = reference(model, batch, case.resolved_recursion())
         total = total + (objective * mask).sum() / (mask.sum() * case.micro_batches)
         expected, tokens = expected + float((lm.detach() * mask).sum()), tokens + float(mask.sum())
-    names = [name for name, _ in model.named_parameters()]
-    gradients = torch.autograd.grad(total, list(model.parameters()))
-    return worst_error(full_gradients(wrapped), dict(zip(names, gradients, strict=True))), loss, expected / tokens
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    gradients = torch.autograd.grad(total, list(trained.values()))
+    return worst_error(full_gradients(wrapped), dict(zip(trained, gradients, strict=True))), loss, expected / tokens
 
 
 def in_one_process(cases: dict[str, Case]) -> dict[str, Any]:

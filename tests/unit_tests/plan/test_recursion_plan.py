@@ -241,7 +241,7 @@ def test_each_block_of_a_hierarchy_has_its_window() -> None:
     knobs = {"num_refinement_blocks": 2, "num_latent_refinements": 3, "latent_backprop_depth": "2"}
     plan = family("hierarchical", **knobs, state_init="trunc-normal")
     assert [p.grad for p in plan.passes] == [False, False, True, True, False, True, True, True]
-    assert plan.first_grad_pass == 2 and plan.first_input_gradient is plan.passes[2] and plan.num_blocks == 2
+    assert plan.first_grad_pass == 2 and plan.first_input_gradient() is plan.passes[2] and plan.num_blocks == 2
     assert not plan.feeds_gradient(plan.passes[1]) and all(map(plan.feeds_gradient, plan.grad_passes[:-1]))
     assert plan.starts_at_input and plan.initial_vectors == ("latent",)
     assert plan == family("hierarchical", **{**knobs, "latent_backprop_depth": "1,2"}, state_init="trunc-normal")
