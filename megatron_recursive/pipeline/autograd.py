@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,20 +46,20 @@ class CarryGraph(torch.autograd.Function):
         return grad, gathered, None
 
 
-class InjectLoss(torch.autograd.Function):
-    """Identity on ``hidden``; its backward also backpropagates ``scale() * loss`` (as Megatron's MTPLossAutoScaler).
+class JoinReadings(torch.autograd.Function):
+    """Identity on ``hidden``; its backward also goes into what heads made of it, by what is in the leaves' ``.grad``.
 
-    A loss at a block boundary belongs to a tensor that is sent on, whose backward starts with the gradient that comes
-    back. The scale is asked for at that time, because a loss scaler may have changed it.
+    What the heads say after a block enters the loss that is put together behind the last one, as leaves. The backward
+    of that loss runs first; the block's own begins when the gradient of the hidden tensor, which was sent on, is back.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: Callable[[], float | Tensor]) -> Tensor:
-        ctx.save_for_backward(loss)
-        ctx.scale = scale
+    def forward(ctx: Any, hidden: Tensor, leaves: Sequence[Tensor], *graphs: Tensor) -> Tensor:
+        ctx.leaves = leaves
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (loss,) = ctx.saved_tensors
-        return grad, torch.ones_like(loss) * ctx.scale(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gathered = [leaf.grad for leaf in ctx.leaves]
+        ctx.leaves = None
+        return grad, None, *gathered

@@ -73,6 +73,13 @@ CASES = {
         {"recursion_family": "looped", "num_refinement_blocks": 3, "state_norm": "none", "halt_loss_weight": 0.0},
         transformer=FOUR, model=UNTIED,
     ),
+    "looped-gate": Case({"recursion_family": "looped", "num_refinement_blocks": 3, "exit_gate": True},
+                        transformer=FOUR),
+    "looped-gate-one-norm": Case(
+        {"recursion_family": "looped", "num_refinement_blocks": 4, "exit_gate": True, "state_norm": "none",
+         "exit_entropy_weight": 0.5},
+        transformer=FOUR, model=UNTIED,
+    ),
     "hierarchical": Case({"recursion_family": "hierarchical"}, transformer=FOUR),
     "hierarchical-window": Case(
         {"recursion_family": "hierarchical", "num_latent_refinements": 3, "latent_backprop_depth": "2",
@@ -155,6 +162,8 @@ def reference(model: Any, batch: dict[str, Tensor], knobs: Any) -> tuple[Tensor,
     start = sampled_start(tokens_so_far(batch["input_ids"]).T, x.shape[-1], knobs.state_std)
     found = [s.transpose(0, 1) for s in states(model, x, knobs, layers, start)]
     head = (model.embedding.word_embeddings if model.share_embeddings_and_output_weights else model.output_layer).weight
+    if hasattr(model, "exit_gate"):
+        return expected(model, [getattr(model, "output_norm", lambda h: h)(s) for s in found], head, batch, knobs)
     losses, halting = [], []
     for state in found:
         last = state is found[-1]
@@ -169,6 +178,17 @@ def reference(model: Any, batch: dict[str, Tensor], knobs: Any) -> tuple[Tensor,
             right = (logits.argmax(-1) == batch["labels"]).float()
             halting.append(F.binary_cross_entropy_with_logits(q, right, reduction="none"))
     return losses[-1] + sum(halting) / len(found), losses[-1]  # type: ignore[operator]
+
+
+def expected(model: Any, found: list[Tensor], head: Tensor, batch: dict[str, Tensor], knobs: Any) -> Any:
+    """The loss over the exits: the gate leaves with its probability, the last loop takes the rest."""
+    total, left = 0.0, 1.0
+    for state in found:
+        loss = F.cross_entropy((state @ head.T).transpose(1, 2), batch["labels"], reduction="none")
+        leaves = torch.sigmoid(state @ model.exit_gate.weight + model.exit_gate.bias) if state is not found[-1] else 1.0
+        p = left * leaves
+        total, left = total + p * loss + knobs.exit_entropy_weight * p * torch.log(p), left * (1 - leaves)
+    return total, loss
 
 
 def compare(case: Case) -> tuple[tuple[float, str], float, float]:
