@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_recursive.accounting import cache_bytes_per_token
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof, published_looped
@@ -206,7 +207,7 @@ def _cache_size(model: MegatronModel, report: Report) -> str:
     """What keys and values of a token take, which is easily taken for that of a plain model of so many layers."""
     arch, dtype, passes = model.arch, _config(model)["dtype"], model.plan.num_passes
     layers = model.plan.unrolled_layers(arch.num_layers)
-    size = 2 * layers * arch.num_query_groups * arch.head_dim * getattr(torch, dtype).itemsize
+    size = cache_bytes_per_token(arch.shape(1), model.plan, getattr(torch, dtype).itemsize)
     report.facts["cache_bytes_per_token"] = size
     line = f"cache: {size:,} bytes a token in {dtype}"
     return line if model.plan.is_plain else (
