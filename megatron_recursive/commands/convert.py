@@ -64,6 +64,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("weights")
     files.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                        help="of the weights (default: as they are stored); a halting head keeps its own")
+    files.add_argument("--ema", action="store_true", help="the averaged weights, of a run with --ema-decay")
     files.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", default="5GB",
                        help="of a file, such as 500MB (default: %(default)s)")  # fmt: skip
     _add_proof(parser)
@@ -104,7 +105,8 @@ def run(args: argparse.Namespace) -> None:
     elif args.action == "export":
         weights = None if args.dtype is None else getattr(torch, args.dtype)
         report = export.export_model(
-            args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size)  # fmt: skip
+            args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size,
+            averaged=args.ema)  # fmt: skip
     else:
         report = verify.verify(args.a, args.b, dtype)
         agreed = verify.agree(report)

@@ -10,6 +10,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.optimizers.parameter_groups import ROLES, rate_factors
 from megatron_recursive.optimizers.registry import OURS
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plan.recursion_config import flag_of
 
 MEGATRONS = ("adam", "sgd")  # which its distributed optimizer, fp16 and CPU offloading know
 KNOWN = (*MEGATRONS, "muon", *OURS)
@@ -34,6 +35,12 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         "--throttle", action="store_true",
         help="Divide the learning rate of the layers that are applied more than once by how often with gradient.",
     )
+    group.add_argument(
+        "--ema-decay", type=float, metavar="D",
+        help="Keep an exponential moving average of the fp32 weights, D times itself and 1 - D times the weights a "
+        "step; it is stored in checkpoints, and exported by convert export --ema.",
+    )
+    group.add_argument("--evaluate-ema", action="store_true", help="Evaluate the averaged weights (--ema-decay).")
 
 
 def refuse_optimizers(args: argparse.Namespace) -> None:
@@ -43,10 +50,12 @@ def refuse_optimizers(args: argparse.Namespace) -> None:
     for role in ROLES:
         if getattr(args, f"{role}_lr_factor") < 0:
             raise UserError(f"--{role}-lr-factor is {getattr(args, f'{role}_lr_factor')}; give a number of 0 or more.")
+    _refuse_average(args)
     if args.optimizer in MEGATRONS:
         return
     for flag, given in (("--use-distributed-optimizer", args.use_distributed_optimizer), ("--fp16", args.fp16),
-                        ("--optimizer-cpu-offload", args.optimizer_cpu_offload)):  # fmt: skip
+                        ("--optimizer-cpu-offload", args.optimizer_cpu_offload),
+                        ("--enable-ft-package", args.enable_ft_package)):  # fmt: skip
         if given:
             raise UserError(f"--optimizer {args.optimizer} does not go with {flag} yet; leave that out, or use adam.")
     if args.optimizer == "muon" and args.muon_scalar_optimizer != "adam":
@@ -55,6 +64,20 @@ def refuse_optimizers(args: argparse.Namespace) -> None:
         types = [each for each in emerging_optimizers.get_supported_coefficient_types() if each != "custom"]
         if args.muon_coefficient_type not in types:
             raise UserError(f"--muon-coefficient-type {args.muon_coefficient_type} is none of {', '.join(types)}.")
+
+
+def _refuse_average(args: argparse.Namespace) -> None:
+    if args.ema_decay is None:
+        if args.evaluate_ema:
+            raise UserError("--evaluate-ema needs --ema-decay, such as --ema-decay 0.999.")
+        return
+    if not 0 <= args.ema_decay < 1:
+        raise UserError(f"--ema-decay is {args.ema_decay}; give a number of at least 0 and below 1.")
+    for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload", "no_save_optim"):
+        if getattr(args, name):
+            raise UserError(f"--ema-decay does not go with {flag_of(name)}; leave that out.")
+    if args.evaluate_ema and args.skip_train:
+        raise UserError("--evaluate-ema does not go with --skip-train; export with convert export --ema instead.")
 
 
 def settle_rates(args: argparse.Namespace, plan: RecursionPlan) -> None:

@@ -58,9 +58,10 @@ def _run() -> None:
     dispatch.install()
     wheel.install()
     accounts.install(model_config)
-    optimizers.install(args)
-    checkpoints.install(args, model_config, progress)
-    observing.install(args, MetricsLog(recursion, run_description(args, model_config), progress))
+    averages = optimizers.install(args)
+    checkpoints.install(args, model_config, progress, averages)
+    log = MetricsLog(recursion, run_description(args, model_config), progress)
+    observing.install(args, log, averages if args.evaluate_ema else ())
     try:
         with said_in_a_sentence(), profiler.stopped_at_exit(args):
             pretrain(container, _in_sentences(datasets_provider), ModelType.encoder_or_decoder, forward_step)

@@ -82,7 +82,7 @@ class MegatronModel:
         return items(self.family, self.arch, extra=recursive_rows(self.plan))
 
 
-def open_checkpoint(given: str) -> MegatronModel:
+def open_checkpoint(given: str, *, averaged: bool = False) -> MegatronModel:
     """Read a checkpoint's index and arguments, and hold its tensors against them.
 
     Raises:
@@ -90,7 +90,7 @@ def open_checkpoint(given: str) -> MegatronModel:
     """
     folder = iteration_folder(Path(given))
     check_integrity(folder)
-    checkpoint = TorchDistCheckpoint(folder)
+    checkpoint = TorchDistCheckpoint(folder, averaged=averaged)
     args = checkpoint.arguments()
     arch = Architecture.from_megatron(args, given)
     if args.get("enable_recursive_refinement") is None:
@@ -127,6 +127,7 @@ def export_model(
     say: Callable[[str], None] = print,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    averaged: bool = False,
 ) -> Report:
     """Convert, prove, and put the folder at ``out``.
 
@@ -134,11 +135,12 @@ def export_model(
         tokenizer: a tokenizer folder; None takes the one that the checkpoint was trained with, where it is found.
         proof_dtype: None skips the proof.
         dtype: of the exported weights; None leaves them as they are stored.
+        averaged: export the averages of the weights.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
-    model, target = open_checkpoint(ckpt), Path(out)
+    model, target = open_checkpoint(ckpt, averaged=averaged), Path(out)
     if dtype is not None:
         model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
     report, notes = Report(), []

@@ -181,7 +181,7 @@ REFUSED = """
 --ckpt-format torch
 --non-persistent-ckpt-type local
 --non-persistent-save-interval 2
---optimizer muon
+--optimizer lion
 --wandb-project x
 --enable-ft-package
 --log-straggler
