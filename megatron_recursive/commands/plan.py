@@ -166,13 +166,14 @@ def _of_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _of_hugging_face(folder: Path) -> dict[str, Any]:
-    from megatron_recursive.hf.convert.mappings import family_of, read_config
+    from megatron_recursive.hf.convert.configs import family_of, read_config
     from megatron_recursive.hf.convert.sources import config_object, read_json
 
     values = read_json(folder / "config.json")
     family = family_of(values, str(folder))
     config = config_object(family, values, str(folder))
-    return {**getattr(config, "recursion", {}), **read_config(family, config, str(folder)).to_megatron()}
+    own = {} if family.recursion is None else family.recursion.knobs(config, str(folder))
+    return {**getattr(config, "recursion", own), **read_config(family, config, str(folder)).to_megatron()}
 
 
 def _job(args: argparse.Namespace, arch: Architecture, recursion: RecursionConfig) -> Job:
@@ -183,6 +184,7 @@ def _job(args: argparse.Namespace, arch: Architecture, recursion: RecursionConfi
         arch.head_dim, arch.padded_vocab_size, args.seq_length, args.seq_length if arch.positions == "learned" else 0,
         arch.gated, arch.tied, arch.linear_bias, arch.qkv_bias, arch.qk_norm is not None, arch.qk_norm == "full",
         arch.norm == "layernorm", 4 if arch.norm_placement == "sandwich" else 2,
+        arch.attention_gate,
     )  # fmt: skip
     # As with Transformer Engine on a GPU: fused norms and activations; no dropout.
     recording = Recording(
@@ -253,7 +255,7 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
     ring = next((each for each in report["layouts"] if each["pipeline"] > 1), None)
     if ring and not job.plan.is_plain:
         costs = stage_costs(job, ring["pipeline"])
-        said = said_of_phases(job.plan, costs, ring["micro_batches"], window=job.window)
+        said = said_of_phases(costs, ring["micro_batches"], window=job.window)
         notes.append(f"{ring['micro_batches']} micro-batches on {ring['pipeline']} stages: {said}.")
     about, notes = ([textwrap.fill(line, 100, subsequent_indent="  ") for line in lines] for lines in (about, notes))
     return [*about, "", *rows, "", *notes, ""]

@@ -26,6 +26,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sandwich": {"norm_placement": "sandwich", "layernorm_one_centered": True, "partial_rotary_factor": 0.5},
     "sum normed": {"norm_placement": "post", "output_norm_scope": "residual"},
     "no positions": {"position_embedding": "none"},
+    "gated, norms without weights": {"attention_gate": True, "norm_weights": "ones", "attention_bias": True},
+    "gated, full norms": {"attention_gate": True, "qk_norm": "full", "num_key_value_heads": 4},
 }  # fmt: skip
 
 

@@ -27,15 +27,17 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "num_recurrences": (8, [0]),
     "num_prelude_layers": (2, [-1]),
     "num_coda_layers": (2, [-1]),
-    "injection": ("add", ["concat"]),
+    "injection": ("add", ["product"]),
     "recurrence_step": ("mean", ["0", "1.5", "half", "nan"]),
     "state_init": ("trunc-normal", ["learned", ""]),
+    "state_std": (0.5, [0.0, math.nan]),
     "state_norm": ("none", ["each"]),
     "embedding_multiplier": (2.5, [0.0, -1.0, math.nan, math.inf]),
     "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
     "halt_bias": (-2.0, [math.nan, -math.inf]),
     "detach_between_refinements": (False, []),
     "backprop_depth": (2, [-1]),
+    "latent_backprop_depth": ("1,2", ["", "-1", "1,0", "two", "1,1,1,1"]),
     "init_depth_scaling": ("unrolled", ["both"]),
     "halt_supervision": ("last", ["first"]),
     "halt_target": ("agrees-with-last", ["wrong"]),
@@ -44,12 +46,14 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "recursion_alarm_after": (0, [-1]),
 }
 RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
-             "backprop_depth"}  # fmt: skip
+             "backprop_depth", "state_std"}  # fmt: skip
 BAD = [(name, value) for name, (_, values) in OTHER.items() for value in values]
 
 
 def beside(name: str) -> dict[str, Any]:
     """What must be said for a knob to mean something."""
+    if name == "latent_backprop_depth":
+        return {"recursion_family": "hierarchical"}
     return {"recursion_family": "recurrent"} if name in RECURRENT else {}
 
 
@@ -72,6 +76,7 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
     ("name", "value", "family"),
     [("num_recurrences", 8, "core"), ("num_latent_refinements", 2, "looped"), ("injection", "add", "hierarchical"),
      ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent"),
+     ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("halt_bias", -1.0, "recurrent"), ("halt_loss_weight", 0.5, "recurrent")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
@@ -97,6 +102,19 @@ def test_switches_have_both_flags_and_the_last_one_counts(name: str, off: str) -
     assert getattr(parse(off), name) is False
     assert getattr(parse(off, flag_of(name)), name) is True
     assert getattr(parse(flag_of(name), off), name) is False
+
+
+def test_a_knob_of_two_names_takes_one_value() -> None:
+    assert parse("--H-cycles", "2", "--L-cycles=4", "--num-latent-refinements", "4") == RecursionConfig(
+        num_refinement_blocks=2, num_latent_refinements=4)  # fmt: skip
+    assert parse("--H-cycles", "2", "--H-cycles", "3").num_refinement_blocks == 3
+    with pytest.raises(UserError, match="--num-refinement-blocks 2 and --H-cycles 3 are two names of one knob"):
+        parse("--num-refinement-blocks=2", "--H-cycles=3")
+
+
+def test_a_sampled_start_asks_for_an_injection() -> None:
+    with pytest.raises(UserError, match="--injection .*give it add or concat"):
+        RecursionConfig(recursion_family="recurrent", state_init="sampled")
 
 
 def test_without_flags_the_defaults_hold() -> None:
@@ -148,7 +166,7 @@ def test_frozen_hashable_and_made_of_primitives() -> None:
 
 def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
     config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()
-                                if name not in RECURRENT | {"recursion_family"}})  # fmt: skip
+                                if name not in RECURRENT | {"recursion_family", "latent_backprop_depth"}})  # fmt: skip
     kept = dataclasses.replace(config, recursion_alarm_after=None)  # what only observes is not kept with weights
     assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == kept != config
     assert RecursionConfig.from_mapping(vars(config)) == config
