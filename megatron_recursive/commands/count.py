@@ -87,7 +87,7 @@ def open_model(args: argparse.Namespace) -> Model:
     from megatron_recursive.hf.convert.sources import cached_folder, open_source
 
     if Path(name).suffix == ".gguf":
-        config, arch, theirs = (source := open_source(name)).config, source.arch, {}
+        config, arch, theirs = (source := open_source(name)).config, source.arch, dict[str, Any]()
     else:
         config, arch, theirs = planning.open_config(Path(name) if Path(name).is_dir() else cached_folder(name))
     own = getattr(config, "recursion_plan", None)

@@ -85,7 +85,7 @@ class MegatronModel:
         return items(self.family, self.arch, extra=extra)
 
 
-def open_checkpoint(given: str) -> MegatronModel:
+def open_checkpoint(given: str, *, averaged: bool = False) -> MegatronModel:
     """Read a checkpoint's index and arguments, and hold its tensors against them.
 
     Raises:
@@ -93,7 +93,7 @@ def open_checkpoint(given: str) -> MegatronModel:
     """
     folder = iteration_folder(Path(given))
     check_integrity(folder)
-    checkpoint = TorchDistCheckpoint(folder)
+    checkpoint = TorchDistCheckpoint(folder, averaged=averaged)
     args = checkpoint.arguments()
     arch = Architecture.from_megatron(args, given)
     if args.get("enable_recursive_refinement") is None:
@@ -131,6 +131,7 @@ def export_model(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     as_published: bool = False,
+    averaged: bool = False,
 ) -> Report:
     """Convert, prove, and put the folder at ``out``.
 
@@ -139,11 +140,12 @@ def export_model(
         proof_dtype: None skips the proof.
         dtype: of the exported weights; None leaves them as they are stored.
         as_published: in the format of the looped model that the checkpoint came from.
+        averaged: export the averages of the weights.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
-    model = dataclasses.replace(open_checkpoint(ckpt), as_published=as_published)
+    model = dataclasses.replace(open_checkpoint(ckpt, averaged=averaged), as_published=as_published)
     if dtype is not None:
         model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
     return write_model(model, Path(ckpt), Path(out), tokenizer, proof_dtype, say, shard_bytes)
