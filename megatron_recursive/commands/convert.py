@@ -51,8 +51,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--resize-vocab", action="store_true",
                        help="grow the embedding to all ids of the tokenizer; new rows are the mean of the others")
     stacks = parser.add_argument_group("stacks of a recurrent model; layers in none are left out")
-    for name, does in (("prelude", "run once before it"), ("core", "run r times"), ("coda", "run once behind it")):
-        stacks.add_argument(f"--{name}", metavar="I-J,K,...", help=f"the layers that {does}, by number from 0")
+    stacks.add_argument("--prelude", metavar="I-J,K,...", help="the layers that run once before the core")
+    stacks.add_argument("--core", metavar="I-J,K,...", help="the layers that run r times, by number from 0")
+    stacks.add_argument("--coda", metavar="I-J,K,...", help="the layers that run once behind the core")
     stacks.add_argument("--from-analysis", metavar="FILE",
                         help='the same from a JSON with the lists "prelude", "core" and "coda"')  # fmt: skip
     stacks.add_argument("--preset", choices=PRESETS, help="the same as published for this donor")
@@ -72,7 +73,10 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("weights")
     files.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                        help="of the weights (default: as they are stored); a halting head keeps its own")
+    files.add_argument("--ema", action="store_true", help="the averaged weights, of a run with --ema-decay")
     _add_shard_size(files)
+    files.add_argument("--as-published", action="store_true",
+                       help="in names and config of the looped model that it was imported from (ouro, nanbeige)")
     _add_proof(parser)
 
 
@@ -128,7 +132,8 @@ def run(args: argparse.Namespace) -> None:
     elif args.action == "export":
         weights = None if args.dtype is None else getattr(torch, args.dtype)
         report = export.export_model(
-            args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size)  # fmt: skip
+            args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size,
+            as_published=args.as_published, averaged=args.ema)  # fmt: skip
     elif args.action == "unroll":
         report = unroll.unroll_model(args.src, args.out, dtype, shard_bytes=args.max_shard_size)
     else:

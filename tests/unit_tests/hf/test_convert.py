@@ -84,7 +84,8 @@ def _shapes() -> list[str]:
     return list(SHAPES)
 
 
-@pytest.mark.parametrize("name", grid(_shapes(), quick=["odd heads", "learned positions", "sandwich"]))
+@pytest.mark.parametrize("name", grid(_shapes(), quick=["odd heads", "learned positions", "sandwich",
+                                                       "gated, norms without weights"]))  # fmt: skip
 def test_every_option_of_our_own_model_there_and_back(name: str, tmp_path: Path) -> None:
     ((first, second, same),) = run_distributed(_option_there_and_back, 1, name, tmp_path, timeout=300)
     assert first < 2e-6 and second < 2e-6 and same

@@ -73,17 +73,17 @@ def peak(case: Case, layout: Layout) -> Peak:
     from megatron_recursive.pipeline.planner import chosen_windows, step_of
 
     found, recorded = Peak(), 0
-    original = ring_schedule.RingStep.run_pass
+    original = ring_schedule.RingStep.run_trip
 
     def backward_begins(_: Any) -> None:
         nonlocal recorded
         recorded -= 1
 
-    def run_pass(step: Any, view: Any, *args: Any, **kwargs: Any) -> Any:
+    def run_trip(step: Any, view: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal recorded
         found.alive = max(found.alive, watch.alive())
         output = original(step, view, *args, **kwargs)
-        if view.decoder_pass.grad:
+        if view.trip.grad:
             recorded += 1
             found.recorded = max(found.recorded, recorded)
             (output.objective_BS if isinstance(output, RecursiveOutput) else output).register_hook(backward_begins)
@@ -93,16 +93,16 @@ def peak(case: Case, layout: Layout) -> Peak:
     model = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
     run_schedule(wrapped, case)  # the parameters' gradient buffers exist from here on
     watch = HiddenTensors(2 if case.transformer.get("bf16") else 4, wrapped.parameters())
-    ring_schedule.RingStep.run_pass = run_pass  # type: ignore[method-assign]
+    ring_schedule.RingStep.run_trip = run_trip  # type: ignore[method-assign]
     try:
         with watch:
             run_schedule(wrapped, case, 1)
     finally:
-        ring_schedule.RingStep.run_pass = original  # type: ignore[method-assign]
+        ring_schedule.RingStep.run_trip = original  # type: ignore[method-assign]
     assert recorded == 0
     plan = model.plan
     costs, rank = equal_costs(plan, layout.pp), model.pg_collection.pp.rank()
-    windows = chosen_windows(plan, costs, case.micro_batches, layout.phases, layout.window)
+    windows = chosen_windows(costs, case.micro_batches, layout.phases, layout.window)
     step = step_of(costs, case.micro_batches, windows)
     found.simulated = step.live[rank]
     if rank == 0:
