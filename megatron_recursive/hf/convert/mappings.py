@@ -300,6 +300,8 @@ PUBLISHED = (
     Family("ouro", "OuroForCausalLM", OURO, {**_UNBIASED, "norm_placement": "sandwich"}, _OWN_CONFIG, own_class=True,
            added={f"exit_gate.{each}": f"model.early_exit_gate.{each}" for each in ("weight", "bias")}),
     Family("nanbeige", "NanbeigeForCausalLM", LLAMA, _DONOR_FIXED, _OWN_CONFIG, own_class=True),
+    # By our names: published_recurrent.py renames its tensors.
+    Family("huginn_raven", "RavenForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP, own_class=True),
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in (*DONORS, OWN, *PUBLISHED)}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch
+from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.export import open_checkpoint
 from megatron_recursive.hf.convert.mappings import Item, items
 from megatron_recursive.hf.convert.report import Report
@@ -154,14 +154,14 @@ def _open_hf(given: str) -> Side:
     def reader(item: Item) -> Callable[[], Tensor]:
         def read() -> Tensor:
             merged = item.transform.merge([source.get(name) for name in item.hf], source.arch)
-            return merged[: source.arch.vocab_size if item.key in VOCABULARY_KEYS else None]
+            return merged[: source.arch.vocab_size if item.key in VOCABULARY_KEYS else None].to(dtypes[item.key])
 
         return read
 
-    dtypes = {}
+    dtypes: dict[str, torch.dtype] = {}
     for item in items(source.family, source.arch, extra=source.extra_rows()):
         tensors[item.name] = reader(item)
-        dtypes[item.key] = DTYPES[source.dtypes[next(iter(item.hf))]]
+        dtypes[item.key] = DTYPES[source.dtypes[next(iter(item.hf), EMBEDDING)]]  # a norm without weights has no name
 
     def logits(text: proof.Text, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
         return proof.hf_logits(source.family, source.config, _rounded(source.weight, coarse), text, dtype)

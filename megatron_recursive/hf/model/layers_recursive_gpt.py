@@ -102,7 +102,7 @@ class RecursiveGPTAdapter(nn.Linear):
 
 
 class RecursiveGPTInjection(nn.Module):
-    """``a * state + delta * B input``, with ``delta = softplus(dt_bias)`` and a decay ``a = exp(-delta exp(A_log))``."""
+    """``a * state + delta * B input``; ``delta = softplus(dt_bias)``, and the decay ``a = exp(-delta exp(A_log))``."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
