@@ -166,7 +166,7 @@ def _of_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _of_hugging_face(folder: Path) -> dict[str, Any]:
-    from megatron_recursive.hf.convert.mappings import family_of, read_config
+    from megatron_recursive.hf.convert.configs import family_of, read_config
     from megatron_recursive.hf.convert.sources import config_object, read_json
 
     values = read_json(folder / "config.json")
@@ -255,7 +255,7 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
     ring = next((each for each in report["layouts"] if each["pipeline"] > 1), None)
     if ring and not job.plan.is_plain:
         costs = stage_costs(job, ring["pipeline"])
-        said = said_of_phases(job.plan, costs, ring["micro_batches"], window=job.window)
+        said = said_of_phases(costs, ring["micro_batches"], window=job.window)
         notes.append(f"{ring['micro_batches']} micro-batches on {ring['pipeline']} stages: {said}.")
     about, notes = ([textwrap.fill(line, 100, subsequent_indent="  ") for line in lines] for lines in (about, notes))
     return [*about, "", *rows, "", *notes, ""]

@@ -16,9 +16,10 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.configs import config_values
 from megatron_recursive.hf.convert.donor_import import checkpoint_fetch
 from megatron_recursive.hf.convert.export import MegatronModel, open_checkpoint
-from megatron_recursive.hf.convert.mappings import OWN, config_values
+from megatron_recursive.hf.convert.mappings import OWN
 from megatron_recursive.hf.convert.proof import build_megatron, checkpoint_key, one_process
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, Work
@@ -129,7 +130,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             positions = ((~hidden_BK).long().cumsum(-1) - 1).clamp(min=0)[:, start:stop]
             # Padding sees what stands before it: nothing at all would be a softmax over nothing.
             mask = hidden_BK[:, None, None, :stop] & ~hidden_BK[:, None, start:stop, None]
-        return self.megatron.initial_state(self.megatron.embed(input_ids, positions)), mask
+        return self.megatron.initial_state(self.megatron.embed(input_ids, positions), input_ids, positions), mask
 
     def _run(self, input_ids: Tensor, contexts: PassContexts | None, hidden_BK: Tensor | None) -> list[Tensor]:
         """Every pass of the plan; the output state after each block, [S, B, H]."""
@@ -137,8 +138,9 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
 
         def decode(each: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             return self.megatron.decode(
-                hidden_SBH, mask, None if contexts is None else contexts.contexts[each.index], stack=each.stack
-            )
+                hidden_SBH, mask, None if contexts is None else contexts.contexts[each.index], stack=each.stack,
+                closes=self.megatron.plan.closes(each),
+            )  # fmt: skip
 
         states = [state.output for _ in run_plan(self.megatron.plan, state, decode)]
         if contexts is not None:
@@ -164,7 +166,8 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             for number in range(per_block):
                 each = plan.passes[min(block, options.trained_blocks - 1) * per_block + number]
                 context = contexts.contexts[block * per_block + number]
-                state.update(each, self.megatron.decode(state.gather(each), mask, context, stack=each.stack))
+                state.update(each, self.megatron.decode(state.gather(each), mask, context, stack=each.stack,
+                                                        closes=plan.closes(each)))  # fmt: skip
             layers, batch = self.config.num_hidden_layers // options.trained_blocks, len(input_ids)
             work.add(layers * batch, layers * batch * (contexts.length + 1))
             final_BH = torch.where(staying_B[:, None], state.output[0], final_BH)

@@ -20,10 +20,16 @@ from megatron_recursive.losses.telemetry import masked, relative_change, token_c
 from megatron_recursive.models.added_modules import MODULES, fresh_tensors
 from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
 from megatron_recursive.models.gradient_fusion import built_by_layer
-from megatron_recursive.models.recursion_state import RecursionState, run_plan
+from megatron_recursive.models.recursion_state import RecursionState, expanded, run_plan
 from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.added_parameters import AddedParameter, added_parameters
+from megatron_recursive.plan.added_parameters import (
+    COMBINING,
+    AddedParameter,
+    added_parameters,
+    sampled_start,
+    tokens_so_far,
+)
 
 
 @dataclass
@@ -88,14 +94,19 @@ class RecursiveGPTModel(GPTModel):
             if config.norm_weights == "ones" and "norm" in name:  # which DDP and the optimizer then leave out
                 weight.requires_grad_(False)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
+        self.draw = 0  # of a training step; sampled starts differ by it
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
         if self.plan.is_plain:
             return
-        if self.plan.state_norm == "none" and self.post_process:
+        if self.plan.state_norm != "final" and self.post_process:
             # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
             self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
         self._add(added_parameters(plan))
+        if plan.trains_heads_only:
+            heads = {each.key for each in added_parameters(plan) if each.is_head}
+            for name, weight in self.named_parameters():
+                weight.requires_grad_(name in heads)
 
     def _add(self, declared: Sequence[AddedParameter]) -> None:
         """The modules and buffers of what the recursion adds on this stage."""
@@ -128,7 +139,8 @@ class RecursiveGPTModel(GPTModel):
         """
         if given is None:
             return self.plan
-        for word in ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting"):
+        for word in ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "maps",
+                     "trains_heads_only"):  # fmt: skip
             if getattr(given, word) != getattr(self.plan, word):
                 raise ValueError(f"the model was built with another {word} than the plan of this step has")
         return given
@@ -144,10 +156,27 @@ class RecursiveGPTModel(GPTModel):
 
         return self.uses.apart("embedding", lookup, input_ids, position_ids)
 
-    def initial_state(self, embedding_SBH: Tensor) -> RecursionState:
+    def initial_state(self, embedding_SBH: Tensor, input_ids: Tensor, position_ids: Tensor) -> RecursionState:
+        """Where the states start. A sampled one is a function of positions alone in evaluation, and in training of
+        ``draw`` (the step) and the tokens so far: whatever the layout, after a resume, and blind to what follows.
+        """
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
         given = {k: v for k, v in initial.items() if v is not None}
-        return RecursionState(embedding_SBH, given, starts_at_input=self.plan.starts_at_input)
+        if self.plan.state_init == "sampled" and self.pre_process:
+            told = (tokens_so_far(input_ids), self.draw) if self.training else (position_ids, 0)
+            known_SB = told[0].expand_as(input_ids).transpose(0, 1)
+            if self.config.sequence_parallel:
+                known_SB = known_SB.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
+            start = sampled_start(known_SB, self.config.hidden_size, self.plan.state_std, told[1])
+            given["output"] = start.to(embedding_SBH)
+        return RecursionState(
+            embedding_SBH, given, starts_at_input=self.plan.starts_at_input, combine=self.combine
+        )
+
+    def combine(self, decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
+        """What a pass makes of what it reads, where that is no sum; the first stage has the weights."""
+        name = COMBINING[decoder_pass.combine][0].module
+        return self.uses.apart(name, getattr(self, name), *values_SBH)
 
     def block_of(self, stack: str) -> TransformerBlock:
         """The decoder, or a view of it that has a stack's layers of this pipeline stage alone; perhaps none."""
@@ -166,10 +195,11 @@ class RecursiveGPTModel(GPTModel):
 
     def decode(
         self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None, *,
-        stack: str = "core",
+        stack: str = "core", closes: bool = False,
     ) -> Tensor:  # fmt: skip
         """One pass through a stack's layers of this stage. Off the first stage the decoder reads its own input tensor.
 
+        ``closes``: the norm before the heads closes the pass too (``plan.closes``), on the last stage.
         ``inference_context``: keys and values of earlier tokens, of this pass alone (Megatron keys them by layer).
         """
         _, rotary, *_ = self._preprocess(
@@ -193,7 +223,10 @@ class RecursiveGPTModel(GPTModel):
         given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor
         replayed = self.config.recompute_passes and torch.is_grad_enabled()
         function = partial(tensor_parallel.checkpoint, layers, False) if replayed else layers
-        return self.uses.apart(_part_of(stack), function, given_SBH)
+        result_SBH = self.uses.apart(_part_of(stack), function, given_SBH)
+        if closes and hasattr(self, "output_norm"):
+            result_SBH = self.uses.apart("output norm", self.output_norm, result_SBH)
+        return result_SBH
 
     def read_block(
         self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor
@@ -275,10 +308,11 @@ class RecursiveGPTModel(GPTModel):
         assert not unsupported, f"RecursiveGPTModel does not take {', '.join(unsupported)}"
         assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"
         plan = self.plan_of_step(plan)
-        state = self.initial_state(self.embed(input_ids, position_ids))
+        state = self.initial_state(self.embed(input_ids, position_ids), input_ids, position_ids)
 
         def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:
-            return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack)
+            closes = plan.closes(decoder_pass)
+            return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes)
 
         if labels is None:
             for _ in run_plan(plan, state, decode):
@@ -288,7 +322,7 @@ class RecursiveGPTModel(GPTModel):
         mask_BS = torch.ones_like(labels, dtype=torch.float) if loss_mask is None else loss_mask.float()
         readouts: list[BlockReadout] = []
         metrics: dict[str, Tensor] = {}
-        before = state.values.get("output", torch.zeros_like(state.values["input"]))
+        before = expanded(getattr(self, "initial_output", None), state.values["input"])
         for decoder_pass in run_plan(plan, state, decode):
             readouts.append(self.read_block(plan, decoder_pass, state.output, labels))
             self.observe_state(plan, before, state.output, mask_BS, decoder_pass, metrics)

@@ -106,7 +106,7 @@ def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> La
 
     step = Step(math.inf, 0.0, (len(plan.grad_passes),) * pipeline, 1)
     if fullest(step)[1].total <= USABLE * job.memory:
-        step = simulated_step(plan, stage_costs(job, pipeline), batches, window=job.window)
+        step = simulated_step(stage_costs(job, pipeline), batches, window=job.window)
     forward = layer_forward_flops(shape) * shape.num_layers * shape.seq_length * recording.micro_batch / job.flops
     seconds = step.makespan * forward / tensor * (1 + TENSOR_COST * math.log2(tensor))
     return Layout(tensor, pipeline, data, batches, *fullest(step), step.efficiency, seconds)

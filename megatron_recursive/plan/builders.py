@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_recursive.plan.recursion_config import RecursionConfig
-from megatron_recursive.plan.recursion_plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.recursion_plan import COMBINES, DecoderPass, RecursionPlan
 
 
 def build_plan(config: RecursionConfig) -> RecursionPlan:
@@ -48,27 +48,31 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
 def recurrent_plan(config: RecursionConfig) -> RecursionPlan:
     """A prelude, r passes of a core that end in one state, and a coda (Geiping et al. 2025, Huginn)::
 
-        input = prelude(input);  output = input
-        repeat r times:  output += step * (core(output [+ input]) - output)
+        input = prelude(input);  output = input, or a normal
+        repeat r times:  output += step * (core(output [with input]) - output)
         output = coda(output)
 
     A step of 1 / r turns r passes of pretrained layers into sub-steps of the one that they were trained for
     (arXiv 2605.23872).
     """
     r, window = config.num_recurrences, config.backprop_depth or config.num_recurrences
-    reads = ("output", "input") if config.injection == "add" else ("output",)
+    reads = ("output",) if config.injection == "none" else ("output", "input")
+    combine = config.injection if config.injection in COMBINES else "sum"
     passes: list[DecoderPass] = []
     if config.num_prelude_layers:
         passes.append(DecoderPass(0, 0, "input", ("input",), grad=True, stack="prelude"))
     for step in range(r):
-        passes.append(DecoderPass(len(passes), 0, "output", reads, grad=step >= r - window, step=config.step_size))
+        passes.append(DecoderPass(len(passes), 0, "output", reads, grad=step >= r - window, step=config.step_size,
+                                  combine=combine))  # fmt: skip
     if config.num_coda_layers or config.recurrence_step != "1":  # a state that was moved by a part is read by a pass
         passes.append(DecoderPass(len(passes), 0, "output", ("output",), grad=True, stack="coda"))
     passes[-1] = replace(passes[-1], supervised_weight=1.0)
     stacks = (("prelude", config.num_prelude_layers), ("core", None), ("coda", config.num_coda_layers))
     multiplier = config.embedding_multiplier or 1.0
+    start, std = ("sampled", config.state_std) if config.state_init == "sampled" else ("input", 1.0)
+    norm = config.state_norm.replace("final", "none")
     is_mean = config.recurrence_step == "mean"
-    return RecursionPlan("recurrent", tuple(passes), "input", "none", multiplier, stacks, is_mean)
+    return RecursionPlan("recurrent", tuple(passes), start, norm, multiplier, stacks, is_mean, std)
 
 
 def looped_plan(config: RecursionConfig) -> RecursionPlan:

@@ -23,7 +23,7 @@ OF_FAMILIES = {  # knobs that not every family knows
     "num_refinement_blocks": ("core", "looped", "hierarchical"),
     "num_latent_refinements": ("core", "hierarchical"),
     "detach_between_refinements": ("core",),
-    "state_init": ("core", "hierarchical"),
+    "state_init": ("core", "hierarchical"), "state_std": ("recurrent",),
     "state_norm": ("core", "looped", "hierarchical"),
     "num_recurrences": ("recurrent",),
     "num_prelude_layers": ("recurrent",),
@@ -38,8 +38,19 @@ OF_FAMILIES = {  # knobs that not every family knows
 
 OTHER_NAMES = {"num_refinement_blocks": "--H-cycles", "num_latent_refinements": "--L-cycles",
                "latent_backprop_depth": "--L-bp-cycles"}  # fmt: skip
+OF_WORDS = {  # words of those knobs that other families know
+    ("state_init", "sampled"): ("recurrent",),
+    ("state_norm", "core"): ("recurrent",),
+    ("state_norm", "core-end"): ("recurrent",),
+}
 
 DEPTHS = ("num_refinement_blocks", "num_latent_refinements", "num_recurrences")
+
+
+def families_of(name: str, value: Any) -> tuple[str, ...] | None:
+    """The families that know a knob at a value; None for all."""
+    return OF_WORDS.get((name, value)) or OF_FAMILIES.get(name)
+
 
 _ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "a word"}
 
@@ -67,19 +78,24 @@ class FunctionKnobs:
     num_coda_layers: int = _knob(
         0, "Layers that run once behind the core of a recurrent family.")
     injection: str = _knob(
-        "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too (add).",
-        choices=("none", "add"))
+        "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too: the "
+        "sum (add), a linear map of both side by side (concat; Huginn), or the state times a learned decay below 1 "
+        "plus a linear map of the input (diagonal; Parcae).",
+        choices=("none", "add", "concat", "diagonal"))
     recurrence_step: str = _knob(
         "1", "How far a pass of a recurrent core moves its state towards its result: 1, mean (1 / r, for layers that "
         "were pretrained to run once), or a number between.")
     state_init: str = _knob(
         "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer). "
-        "In a hierarchical family that of the latent state; the output starts at the input.",
-        choices=("zeros", "trunc-normal"))
+        "In a hierarchical family that of the latent state; the output starts at the input. A recurrent core starts at "
+        "the prelude's result, or sampled: at a truncated normal for each token.",
+        choices=("zeros", "trunc-normal", "sampled"))
+    state_std: float = _knob(
+        0.4**0.5, "Standard deviation of a sampled start; sqrt(2/5) is Huginn's beside inputs of unit scale.")
     state_norm: str = _knob(
-        "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head, as always "
-        "in a recurrent family.",
-        choices=("final", "none"))
+        "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head, as it does "
+        "in a recurrent family. There it may also close every pass of the core (core), or the last one (core-end).",
+        choices=("final", "none", "core", "core-end"))
     embedding_multiplier: float | None = _knob(
         None, "Factor on the embedding, which must stand at the scale of the states. Default: 1 / embedding init std "
         "for recursive runs from scratch, 1 for runs that start from a plain GPT and when recursion is off.",
@@ -191,7 +207,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             holds = False
         self._require("recurrence_step", holds, "must be 1, mean, or a number above 0 and below 1")
         for knob in dataclasses.fields(self):
-            families, value = OF_FAMILIES.get(knob.name, (self.recursion_family,)), getattr(self, knob.name)
+            value = getattr(self, knob.name)
+            families = families_of(knob.name, value) or (self.recursion_family,)
             off = knob.name == "halt_loss_weight" and value == 0
             if self.recursion_family not in families and value != knob.default and not off:
                 flag = knob.metadata["off"] if isinstance(value, bool) else f"{flag_of(knob.name)} {value}"
@@ -199,6 +216,10 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
                     f"{flag} belongs to --recursion-family {' or '.join(families)}, but the family is "
                     f"{self.recursion_family}."
                 )
+
+        self._require("injection", self.state_init != "sampled" or self.injection != "none",
+                      "leaves a start that is sampled (--state-init) without the input; give it add or concat")
+        self._require("state_std", self.state_std > 0 and math.isfinite(self.state_std), "must be a positive number")
 
     @property
     def step_size(self) -> float:
@@ -310,8 +331,8 @@ def retrofit(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
     The first and the last third run once, the middle third several times in steps of 1 / r (arXiv 2605.23872).
     """
     family = given.get("recursion_family")
-    foreign = [name for name in given if "recurrent" not in OF_FAMILIES.get(name, ("recurrent",))]
-    own = [name for name in given if OF_FAMILIES.get(name) == ("recurrent",)]
+    foreign = [name for name in given if "recurrent" not in (families_of(name, given[name]) or ("recurrent",))]
+    own = [name for name in given if families_of(name, given[name]) == ("recurrent",)]
     if foreign and (family == "recurrent" or own):
         raise UserError(f"{flag_of(foreign[0])} does not go with --recursion-family recurrent; leave one of them out.")
     if foreign or family not in (None, "recurrent") or not given.get("enable_recursive_refinement", True):

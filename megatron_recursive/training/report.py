@@ -22,7 +22,7 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     if args.pipeline_model_parallel_size > 1 and not plan.is_plain:
         batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
         costs = config.transformer.pipeline_costs
-        said = said_of_phases(plan, costs, batches, args.pipeline_phases, args.pipeline_window)
+        said = said_of_phases(costs, batches, args.pipeline_phases, args.pipeline_window)
         phases = f"\npipeline: {said}"
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()

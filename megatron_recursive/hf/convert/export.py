@@ -18,17 +18,10 @@ from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.configs import config_values, donor_family
 from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.files import new_folder
-from megatron_recursive.hf.convert.mappings import (
-    OWN,
-    Family,
-    Item,
-    config_values,
-    donor_family,
-    items,
-    recursive_rows,
-)
+from megatron_recursive.hf.convert.mappings import OWN, Family, Item, items, recursive_rows
 from megatron_recursive.hf.convert.model_card import Exported, write_card
 from megatron_recursive.hf.convert.reading import Once, Sums, remembering, room_for_passes
 from megatron_recursive.hf.convert.report import Report

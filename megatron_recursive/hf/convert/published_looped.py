@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.mappings import OWN, Family, items, read_config, recursive_rows
+from megatron_recursive.hf.convert.configs import read_config
+from megatron_recursive.hf.convert.mappings import OWN, Family, items, recursive_rows
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 from megatron_recursive.plan import RecursionConfig, build_plan
 
@@ -71,4 +72,4 @@ def by_our_names(family: Family, config: RecursiveGPTConfig, fetch: Callable[[st
     theirs = {item.name: [*item.hf] for item in items(family, arch, extra=recursive_rows(plan, family))}
     names = {ours: name for item in items(OWN, arch, extra=recursive_rows(plan))
              for ours, name in zip(item.hf, theirs[item.name], strict=True)}  # fmt: skip
-    return lambda name: fetch(names[name])
+    return lambda name: fetch(names.get(name, name))  # a tied head has no row

@@ -7,28 +7,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import (
-    OWN,
-    Family,
-    Row,
-    family_of,
-    items,
-    read_config,
-    recursive_rows,
-)
+from megatron_recursive.hf.convert.configs import family_of, read_config
+from megatron_recursive.hf.convert.mappings import OWN, Family, Row, items, recursive_rows
+from megatron_recursive.hf.convert.published_recurrent import RenamedTensors, open_raven
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.hf.convert.stacks import layer_numbers
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 # Buffers that old checkpoints carry; every model computes them anew.
-COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "freqs_cis")
 _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".weight_scale",
                        ".weight_scale_inv", ".SCB", ".weight_packed")  # fmt: skip
 
@@ -138,9 +132,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path, name: str) -> Source:
-    values = read_json(folder / "config.json")
-    family = family_of(values, name)
-    tensors = SafetensorsFolder.open(folder)
+    values, found = read_json(folder / "config.json"), SafetensorsFolder.open(folder)
+    family, tensors = family_of(values, name), cast("SafetensorsFolder | RenamedTensors", found)
+    if family.model_type == "huginn_raven":
+        values, tensors = open_raven(values, found, name)
     config = config_object(family, values, name)
     return Source(
         name, family, config, read_config(family, config, name), tensors.shapes, tensors.dtypes, tensors.get,
@@ -165,7 +160,7 @@ def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
     _check_numbers(values, where)
     values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
     try:
-        if family is OWN:
+        if values.get("model_type") == OWN.model_type:
             from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
             return RecursiveGPTConfig.from_dict(values)

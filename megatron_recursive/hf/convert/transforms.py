@@ -71,5 +71,6 @@ GQKV = Transform("gate, q, k, v in one", _merge_gqkv, _split_gqkv)  # as many ke
 # A norm without weights has some in Megatron, which stay at one.
 ONES = Transform("ones", lambda _, arch: torch.ones(arch.hidden_size), _no_weights)
 VOCABULARY = Transform("padded vocabulary", _pad_vocabulary, lambda tensor, arch: (tensor[: arch.vocab_size],))
-# The halting head's weight is one vector in Megatron (optimizers treat matrices apart) and a linear layer in HF.
-ROW_VECTOR = Transform("row vector", lambda parts, _: parts[0].reshape(-1), lambda tensor, _: (tensor.reshape(1, -1),))
+# A matrix of rows of the hidden size is one vector in Megatron where its optimizers shall treat it as a vector.
+FLAT = Transform("flat", lambda parts, _: parts[0].reshape(-1),
+                 lambda tensor, arch: (tensor.reshape(-1, arch.hidden_size),))  # fmt: skip

@@ -88,6 +88,35 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
+# --- what a pass is given of what it reads --------------------------------------------------------------------------
+
+
+class RecursiveGPTAdapter(nn.Linear):
+    """``W [state; input]``."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(2 * size, size, bias=False)
+
+    def forward(self, state: Tensor, given: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.cat((state, given), dim=-1))
+
+
+class RecursiveGPTInjection(nn.Module):
+    """``a * state + delta * B input``; ``delta = softplus(dt_bias)``, and the decay ``a = exp(-delta exp(A_log))``."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.A_log, self.dt_bias = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
+        self.B = nn.Parameter(torch.zeros(size, size))
+
+    def forward(self, state: Tensor, given: Tensor) -> Tensor:
+        delta = F.softplus(self.dt_bias.float())
+        decay = torch.exp(-delta * self.A_log.float().exp()).to(state.dtype)
+        return decay * state + delta.to(state.dtype) * F.linear(given, self.B)
+
+
+COMBINING_MODULES = {"concat": RecursiveGPTAdapter, "diagonal": RecursiveGPTInjection}
+
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 

@@ -24,12 +24,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .added_parameters import EVERY, added_parameters, start_of
+from .added_parameters import COMBINING, EVERY, SEED, added_parameters, sampled_start, start_of
 from .cache_recursive_gpt import RecursiveCache
 from .configuration_recursive_gpt import RecursiveGPTConfig
 from .exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, run_with_exits
 from .generation_recursive_gpt import RecursiveGenerationMixin
 from .layers_recursive_gpt import (
+    COMBINING_MODULES,
     RecursiveGPTAttention,
     RecursiveGPTDecoderLayer,
     RecursiveGPTNorm,
@@ -40,7 +41,6 @@ from .outputs_recursive_gpt import RecursiveGPTModelOutput, RecursiveGPTOutput
 from .recursion_plan import DecoderPass
 
 MODEL = "model."  # before the names of what the base model holds
-SEED = 20251006  # of the states that training starts from when they are not zeros
 
 
 def slice_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
@@ -102,6 +102,8 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
             if start == "trunc-normal":
                 vector = torch.empty(parameter.shape, device="cpu")
                 init.copy_(parameter, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
+            elif start == "identity":
+                init.copy_(parameter, torch.eye(*parameter.shape))
             else:
                 init.constant_(parameter, float(start))
 
@@ -126,6 +128,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         for each in self.frozen:  # parameters, since engines that load weights by name know no buffers
             start = nn.Parameter(torch.zeros(each.sizes(config.hidden_size)), requires_grad=False)
             setattr(self, each.exported.removeprefix(MODEL), start)
+        for word in config.recursion_plan.maps:
+            setattr(self, COMBINING[word][0].module, COMBINING_MODULES[word](config.hidden_size))
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
@@ -141,8 +145,9 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.passes = plan.passes
         self.block_ends = {each.index: each for each in plan.block_ends}
         self.embedding_multiplier = float(plan.embedding_multiplier)
-        self.norm_closes_passes = plan.state_norm == "final"
-        self.starts_at_input = plan.starts_at_input
+        self.norm_closes_passes, self.closes = plan.state_norm == "final", [plan.closes(each) for each in plan.passes]
+        self.starts_at_input, self.samples_start = plan.starts_at_input, plan.state_init == "sampled"
+        self.state_std = plan.state_std
         stacks = plan.layers_of(self.config.num_layers)
         self.layers_of_pass = [stacks[each.stack] for each in self.passes]
         self.passes_per_block = plan.num_passes // plan.num_blocks
@@ -158,20 +163,28 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         known = index if index < len(self.passes) else index % self.passes_per_block
         for layer in self.layers_of_pass[known]:
             hidden_states = self.layers[layer](hidden_states, pass_index=index, **kwargs)
-        hidden_states = self.norm(hidden_states) if self.norm_closes_passes else hidden_states
+        hidden_states = self.norm(hidden_states) if self.closes[known] else hidden_states
         return hidden_states.to(state.device)  # back from the last layer's, where layers are spread over devices
 
     def read_state(self, state: Tensor) -> Tensor:
         """What the heads see of an output state."""
         return state if self.norm_closes_passes else self.norm(state).to(state.device)
 
-    def initial_states(self, embedding: Tensor) -> dict[str, Tensor]:
+    def initial_states(self, embedding: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
         states = {"input": embedding}
         for name in ("output", "latent"):
             vector = getattr(self, f"initial_{name}", None)
             states[name] = torch.zeros_like(embedding) if vector is None else vector.to(embedding).expand_as(embedding)
         if self.starts_at_input:
             states["output"] = embedding
+        elif self.samples_start:
+            draw: Any = 0
+            if self.training:  # by place in the batch; otherwise by position alone
+                like = embedding[..., 0]
+                position_ids = torch.arange(like.numel(), device=like.device).view(like.shape)
+                draw = torch.randint(2**31, (1,), device=embedding.device)
+            start = sampled_start(position_ids, embedding.shape[-1], self.state_std, draw)
+            states["output"] = start.to(embedding).expand_as(embedding)
         return states
 
     def _embed(
@@ -197,7 +210,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
 
     def _positions(self, given: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
         length = given.shape[1]
-        if self.config.position_embedding == "learned" and attention_mask is not None and attention_mask.ndim == 2:
+        counts = self.config.position_embedding == "learned" or self.samples_start  # what padding must not shift
+        if counts and attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         return (torch.arange(length, device=given.device) + past).unsqueeze(0)
 
@@ -234,7 +248,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             "past_key_values": past_key_values,
             **kwargs,
         }
-        states, blocks = self.initial_states(embedding), None
+        states, blocks = self.initial_states(embedding, position_ids), None
         if exit_rule is None:
             kept = self._run_plan(states, output_block_states, {"position_ids": position_ids, **shared})
         else:
@@ -263,9 +277,12 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
                 kept.append(states["output"])
         return kept
 
-    @staticmethod
-    def gather(each: DecoderPass, states: dict[str, Tensor]) -> Tensor:
+    def gather(self, each: DecoderPass, states: dict[str, Tensor]) -> Tensor:
+        """What a pass is given."""
         total = states[each.reads[0]]
+        if each.combine != "sum":
+            combined: Tensor = getattr(self, COMBINING[each.combine][0].module)(total, states[each.reads[1]])
+            return combined.to(total.device)
         for name in each.reads[1:]:
             total = total + states[name]
         return total

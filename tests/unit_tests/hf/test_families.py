@@ -16,6 +16,9 @@ RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda
 FAMILIES: dict[str, dict[str, Any]] = {
     "recurrent": {**RECURRENT, "injection": "add"},
     "recurrent, mean": {**RECURRENT, "recurrence_step": "mean"},
+    "huginn": {**RECURRENT, "injection": "concat", "state_init": "sampled", "state_norm": "core-end"},
+    "parcae": {**RECURRENT, "injection": "diagonal", "state_init": "sampled", "recurrence_step": "0.6"},
+    "norm in core": {**RECURRENT, "injection": "concat", "state_norm": "core"},
     "looped": {"recursion_family": "looped", "num_refinement_blocks": 3},
     "hierarchical": {"recursion_family": "hierarchical", "num_refinement_blocks": 2, "num_latent_refinements": 2},
 }
@@ -40,8 +43,9 @@ def _there_and_back(name: str, folder: Path) -> tuple[float, float, bool, list[i
     return first["max_logit_error"], second["max_logit_error"], same, theirs[0].tolist(), mine[0].tolist()
 
 
-@pytest.mark.parametrize("name", ["recurrent, mean", *(pytest.param(name, marks=pytest.mark.grid) for name in FAMILIES
-                                                       if name != "recurrent, mean")])  # fmt: skip
+@pytest.mark.parametrize("name", ["recurrent, mean", "huginn",
+                                  *(pytest.param(name, marks=pytest.mark.grid) for name in FAMILIES
+                                    if name not in ("recurrent, mean", "huginn"))])  # fmt: skip
 def test_there_and_back_and_generation_from_both(name: str, tmp_path: Path) -> None:
     ((first, second, same, theirs, mine),) = run_distributed(_there_and_back, 1, name, tmp_path, timeout=240)
     assert first < 2e-6 and second < 2e-6 and same
@@ -73,7 +77,7 @@ def test_exits_leave_between_loops_and_not_within_a_core() -> None:
 
 
 def test_a_core_of_another_depth_is_that_of_the_knobs() -> None:
-    for name in ("recurrent", "recurrent, mean"):
+    for name in ("recurrent", "recurrent, mean", "huginn", "norm in core"):
         model, deep = family_model(name), family_model(name, num_recurrences=5)
         deep.load_state_dict(model.state_dict())
         model.set_num_refinement_blocks(5)

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_recursive.plan.added_parameters import sampled_start, tokens_so_far
 from tests.distributed import run_distributed
 from tests.models import SEQ, Case, Layout, Training, build_wrapped, full_gradients, make_batches, run_schedule, train
 from tests.unit_tests.models.comparing import worst_error
 
+HUGINN = {"norm_placement": "sandwich", "output_norm_scope": "residual"}
+BIASED = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "add_qkv_bias": True}
 UNTIED = {"share_embeddings_and_output_weights": False}
 FOUR, SIX = {"num_layers": 4}, {"num_layers": 6}
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -43,6 +46,24 @@ CASES = {
         recurrent(1, 2, num_recurrences=3, backprop_depth=1, injection="add"), transformer={**SIX, **FULL_RECOMPUTE},
         model=UNTIED,
     ),
+    "huginn": Case(
+        recurrent(1, 1, num_recurrences=2, injection="concat", state_init="sampled", state_norm="core-end",
+                  backprop_depth=1), transformer={**FOUR, **BIASED}, norms=HUGINN,
+    ),
+    "parcae": Case(
+        recurrent(2, 0, num_recurrences=4, injection="diagonal", state_init="sampled", state_std=0.1, backprop_depth=3),
+        transformer=SIX, model=UNTIED,
+    ),
+    "norm-in-core": Case(
+        recurrent(0, 1, num_recurrences=3, injection="concat", state_norm="core", recurrence_step="0.6"),
+        transformer={**FOUR, **FULL_RECOMPUTE},
+    ),
+    # A prelude and a coda that the first and the last of two and of four stages hold alone; the last is one trip.
+    "recurrent-folded": Case(
+        recurrent(1, 1, num_recurrences=4, backprop_depth=2, injection="add"), transformer=FOUR, model=UNTIED
+    ),
+    "recurrent-once": Case(recurrent(1, 1, num_recurrences=1, injection="add"), transformer=FOUR),
+    "recurrent-bare-once": Case(recurrent(0, 0, num_recurrences=1), transformer=FOUR, model=UNTIED),
     "looped": Case({"recursion_family": "looped", "num_refinement_blocks": 3}, transformer=FOUR),
     "looped-one-norm": Case(
         {"recursion_family": "looped", "num_refinement_blocks": 3, "state_norm": "none", "halt_loss_weight": 0.0},
@@ -68,18 +89,29 @@ CASES = {
 }  # fmt: skip
 
 
-def states(model: Any, x: Tensor, knobs: Any, layers: Any) -> list[Tensor]:
+def combined(model: Any, s: Tensor, e: Tensor, injection: str) -> Tensor:
+    if injection == "concat":
+        return torch.cat((s, e), -1) @ model.adapter.weight.T
+    if injection == "diagonal":
+        own, delta = model.injection, F.softplus(model.injection.dt_bias)
+        return torch.exp(-delta * torch.exp(own.A_log)) * s + delta * (e @ own.B.view(len(delta), -1).T)
+    return s + e if injection == "add" else s
+
+
+def states(model: Any, x: Tensor, knobs: Any, layers: Any, start: Tensor) -> list[Tensor]:
     """The output state after each block, as the papers write it. ``layers(a, b)`` applies the layers from a to b."""
     total = model.config.num_layers
     if knobs.recursion_family == "recurrent":
         p, c, r = knobs.num_prelude_layers, knobs.num_coda_layers, knobs.num_recurrences
         step = 1 / r if knobs.recurrence_step == "mean" else float(knobs.recurrence_step)
         e = layers(0, p)(x)
-        s = e
+        s = start if knobs.state_init == "sampled" else e
+        norms = {"final": [], "core": range(r), "core-end": [r - 1]}[knobs.state_norm]
         for i in range(r):
             if knobs.backprop_depth and i == r - knobs.backprop_depth:
                 s = s.detach()
-            s = s + step * (layers(p, total - c)(s + e if knobs.injection == "add" else s) - s)
+            result = layers(p, total - c)(combined(model, s, e, knobs.injection))
+            s = s + step * ((model.output_norm(result) if i in norms else result) - s)
         return [layers(total - c, total)(s)]
     norm = model.decoder.final_layernorm or (lambda h: h)
     out, z = x, torch.zeros_like(x)
@@ -116,7 +148,8 @@ def reference(model: Any, batch: dict[str, Tensor], knobs: Any) -> tuple[Tensor,
         return apply
 
     x = model.embedding(input_ids=batch["input_ids"], position_ids=batch["position_ids"]) * knobs.embedding_multiplier
-    found = [s.transpose(0, 1) for s in states(model, x, knobs, layers)]
+    start = sampled_start(tokens_so_far(batch["input_ids"]).T, x.shape[-1], knobs.state_std)
+    found = [s.transpose(0, 1) for s in states(model, x, knobs, layers, start)]
     head = (model.embedding.word_embeddings if model.share_embeddings_and_output_weights else model.output_layer).weight
     losses, halting = [], []
     for state in found:

@@ -27,9 +27,10 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "num_recurrences": (8, [0]),
     "num_prelude_layers": (2, [-1]),
     "num_coda_layers": (2, [-1]),
-    "injection": ("add", ["concat"]),
+    "injection": ("add", ["product"]),
     "recurrence_step": ("mean", ["0", "1.5", "half", "nan"]),
     "state_init": ("trunc-normal", ["learned", ""]),
+    "state_std": (0.5, [0.0, math.nan]),
     "state_norm": ("none", ["each"]),
     "embedding_multiplier": (2.5, [0.0, -1.0, math.nan, math.inf]),
     "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
@@ -45,7 +46,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "recursion_alarm_after": (0, [-1]),
 }
 RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
-             "backprop_depth"}  # fmt: skip
+             "backprop_depth", "state_std"}  # fmt: skip
 BAD = [(name, value) for name, (_, values) in OTHER.items() for value in values]
 
 
@@ -75,6 +76,7 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
     ("name", "value", "family"),
     [("num_recurrences", 8, "core"), ("num_latent_refinements", 2, "looped"), ("injection", "add", "hierarchical"),
      ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent"),
+     ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("halt_bias", -1.0, "recurrent"), ("halt_loss_weight", 0.5, "recurrent")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
@@ -108,6 +110,11 @@ def test_a_knob_of_two_names_takes_one_value() -> None:
     assert parse("--H-cycles", "2", "--H-cycles", "3").num_refinement_blocks == 3
     with pytest.raises(UserError, match="--num-refinement-blocks 2 and --H-cycles 3 are two names of one knob"):
         parse("--num-refinement-blocks=2", "--H-cycles=3")
+
+
+def test_a_sampled_start_asks_for_an_injection() -> None:
+    with pytest.raises(UserError, match="--injection .*give it add or concat"):
+        RecursionConfig(recursion_family="recurrent", state_init="sampled")
 
 
 def test_without_flags_the_defaults_hold() -> None:
