@@ -180,6 +180,11 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
     return probabilities + kept, len(halting) * hidden
 
 
+def cache_bytes_per_token(shape: ModelShape, plan: RecursionPlan, element: int) -> int:
+    """Keys and values of a token at inference, whose cache has a layer for every layer that is applied."""
+    return plan.unrolled_layers(shape.num_layers) * shape.key_value_size * element
+
+
 def states_held(stages: int, in_flight: int, window: int = 0) -> int:
     """Hidden tensors that the states of all micro-batches take on the first stage.
 

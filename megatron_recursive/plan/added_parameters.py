@@ -67,6 +67,10 @@ HALTING_HEAD = (
     AddedParameter("halting_head.weight", "halting_head.weight", "1 h", "last", is_head=True, in_fp32=True),
     AddedParameter("halting_head.bias", "halting_head.bias", "1", "last", "halt_bias", is_head=True, in_fp32=True),
 )
+EXIT_GATE = (
+    AddedParameter("exit_gate.weight", "exit_gate.weight", "1 h", "last", in_fp32=True),
+    AddedParameter("exit_gate.bias", "exit_gate.bias", "1", "last", in_fp32=True),
+)
 INITIAL_STATES = (
     AddedParameter("initial_output", "model.initial_output", "h", "first", "trunc-normal", trained=False),
     AddedParameter("initial_latent", "model.initial_latent", "h", "first", "trunc-normal", trained=False),
@@ -79,7 +83,7 @@ COMBINING = {  # by the word of a pass
         AddedParameter("injection.B", "model.injection.B", "h h", "first", "identity", decays=False),
     ),
 }  # fmt: skip
-EVERY = (*HALTING_HEAD, *INITIAL_STATES, *COMBINING["concat"], *COMBINING["diagonal"])
+EVERY = (*HALTING_HEAD, *EXIT_GATE, *INITIAL_STATES, *COMBINING["concat"], *COMBINING["diagonal"])
 
 
 def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
@@ -87,6 +91,8 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
     asked: tuple[AddedParameter, ...] = ()
     if plan.has_halting:
         asked += HALTING_HEAD
+    if plan.exit_gate:
+        asked += EXIT_GATE
     asked += tuple(each for each in INITIAL_STATES if each.key.removeprefix("initial_") in plan.initial_vectors)
     for word in plan.maps:
         asked += COMBINING[word]

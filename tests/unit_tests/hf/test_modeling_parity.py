@@ -95,8 +95,10 @@ def make_config(case: Case, model: Any, norms: dict[str, str]) -> Any:
 RENAMED = {
     "embedding.word_embeddings.": "model.embed_tokens.", "embedding.position_embeddings.": "model.embed_positions.",
     "decoder.final_layernorm.": "model.norm.", "output_norm.": "model.norm.", "output_layer.": "lm_head.",
-    "halting_head.": "halting_head.", "decoder.layers.": "model.layers.", "initial_": "model.initial_",
+    "halting_head.": "halting_head.", "exit_gate.": "exit_gate.", "initial_": "model.initial_",
+    "decoder.layers.": "model.layers.",
 }  # fmt: skip
+ROWS = ("halting_head.weight", "exit_gate.weight")
 RENAMED_IN_LAYERS = {
     "self_attention.linear_proj.post_layernorm.": "post_attention_layernorm.",
     "self_attn_bda.post_layernorm.": "post_attention_layernorm.",
@@ -119,7 +121,7 @@ def converted(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         if not name.startswith("decoder.layers."):
-            found[renamed(name, RENAMED)] = tensor[None] if name == "halting_head.weight" else tensor
+            found[renamed(name, RENAMED)] = tensor[None] if name in ROWS else tensor
             continue
         number, _, rest = name.removeprefix("decoder.layers.").partition(".")
         kind, layer = rest.rpartition(".")[2], f"model.layers.{number}."
