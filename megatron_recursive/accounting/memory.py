@@ -227,9 +227,9 @@ def stage_memory(
                 recorded.append((kept + hidden * beside, replay))
         stages.append(StageMemory(
             weights=sizes[stage] * state.total,
-            # Where stacks differ, those of an average trip.
-            decoder=passes * sum(kept for trip in passing for kept, _ in trip) / len(passing),
-            replay=max(replay for trip in passing for _, replay in trip),
+            # Where stacks differ, those of an average trip; none is recorded where heads alone are trained.
+            decoder=passes * sum(kept for trip in passing for kept, _ in trip) / max(len(passing), 1),
+            replay=max((replay for trip in passing for _, replay in trip), default=0.0),
             heads=head + max(in_flight, window) * waiting if is_last else 0.0,
             states=hidden * states_held(len(split), in_flight, window) if is_first else 0.0,
         ))  # fmt: skip

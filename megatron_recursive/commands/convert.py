@@ -51,8 +51,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--resize-vocab", action="store_true",
                        help="grow the embedding to all ids of the tokenizer; new rows are the mean of the others")
     stacks = parser.add_argument_group("stacks of a recurrent model; layers in none are left out")
-    for name, does in (("prelude", "run once before it"), ("core", "run r times"), ("coda", "run once behind it")):
-        stacks.add_argument(f"--{name}", metavar="I-J,K,...", help=f"the layers that {does}, by number from 0")
+    stacks.add_argument("--prelude", metavar="I-J,K,...", help="the layers that run once before the core")
+    stacks.add_argument("--core", metavar="I-J,K,...", help="the layers that run r times, by number from 0")
+    stacks.add_argument("--coda", metavar="I-J,K,...", help="the layers that run once behind the core")
     stacks.add_argument("--from-analysis", metavar="FILE",
                         help='the same from a JSON with the lists "prelude", "core" and "coda"')  # fmt: skip
     stacks.add_argument("--preset", choices=PRESETS, help="the same as published for this donor")

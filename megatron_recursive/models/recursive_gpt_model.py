@@ -105,6 +105,10 @@ class RecursiveGPTModel(GPTModel):
             # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
             self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
         self._add(added_parameters(plan))
+        if plan.trains_heads_only:
+            heads = {each.key for each in added_parameters(plan) if each.is_head}
+            for name, weight in self.named_parameters():
+                weight.requires_grad_(name in heads)
 
     def _add(self, declared: Sequence[AddedParameter]) -> None:
         """The modules and buffers of what the recursion adds on this stage."""
@@ -137,8 +141,8 @@ class RecursiveGPTModel(GPTModel):
         """
         if given is None:
             return self.plan
-        words = ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "exit_gate", "maps")
-        for word in words:
+        for word in ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "exit_gate", "maps",
+                     "trains_heads_only"):  # fmt: skip
             if getattr(given, word) != getattr(self.plan, word):
                 raise ValueError(f"the model was built with another {word} than the plan of this step has")
         return given

@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, make_viewless_tensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -34,6 +32,7 @@ from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
 from megatron_recursive.pipeline.autograd import JoinLeafGradient, JoinReadings
+from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
 from megatron_recursive.pipeline.windows import microbatch_group_size
@@ -398,7 +397,7 @@ def ring_forward_backward(
     wrapped = model[0] if isinstance(model, list) else model
     inner = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-    groups = _groups_of(p2p_communicator, pg_collection)
+    groups = groups_of(p2p_communicator, pg_collection)
     group = groups.pp
     if group.size() != inner.pg_collection.pp.size():
         raise ValueError(f"the model has {inner.pg_collection.pp.size()} stages, the given group {group.size()} ranks")
@@ -464,28 +463,3 @@ def _no_sync(config: Any) -> AbstractContextManager[None]:
     if isinstance(function, list):  # one a model chunk, of which there is one
         (function,) = function
     return nullcontext() if function is None else function()
-
-
-class RingCommunicator(P2PCommunicator):
-    """Megatron's, which also knows its last message: where outputs are not freed, the schedule does not wait for it."""
-
-    last: Any = None
-
-    def _communicate(self, **kwargs: Any) -> tuple[Any, Any, Any]:
-        from_previous, from_next, requests = super()._communicate(**kwargs)
-        self.last = requests.get("send_next") if requests else None  # an earlier one has been waited for by now
-        return from_previous, from_next, requests
-
-    def finish(self) -> None:
-        if self.last is not None:
-            self.last.wait()
-
-
-def _groups_of(p2p_communicator: Any, pg_collection: Any) -> ProcessGroupCollection:
-    """The groups that the caller wants, or as in Megatron's schedule those of parallel state."""
-    if p2p_communicator is None and pg_collection is None:
-        return schedules._build_default_pg_collection()
-    if isinstance(p2p_communicator, P2PCommunicator) and isinstance(pg_collection, ProcessGroupCollection):
-        if p2p_communicator.pp_group is pg_collection.pp:
-            return pg_collection
-    raise ValueError("the ring takes a P2PCommunicator and a ProcessGroupCollection of the same pp group, or neither")

@@ -121,14 +121,15 @@ class RecursionPlan:
         if len(dict(self.stacks)) != len(self.stacks) or None not in dict(self.stacks).values():
             raise UserError("The stacks of a plan need different names, and one of them takes the rest of the layers.")
         last = self.passes[-1]
-        if last.target != "output" or last.supervised_weight <= 0:
+        learns = last.supervised_weight > 0 or (self.trains_heads_only and last.halt_weight > 0)
+        if last.target != "output" or not learns:
             raise UserError("The last pass of a plan must update the output state and be supervised.")
         for expected, decoder_pass in enumerate(self.passes):
             self._check_pass(expected, decoder_pass)
         if self.exit_gate and (self.has_halting or not all(p.supervised_weight > 0 for p in self.block_ends)):
             raise UserError("An exit gate stands in place of a halting head and needs every block supervised.")
         starved = [group for group, fed in self.gradient_groups(tied_embeddings=False).items() if not fed]
-        if starved:
+        if starved and not self.trains_heads_only:
             mend = "raise --num-latent-refinements"
             if self.stacks != WHOLE:
                 mend = "give --injection add" + ", or no --backprop-depth" * (self.state_init == "input")
@@ -208,6 +209,24 @@ class RecursionPlan:
     @cached_property
     def grad_passes(self) -> tuple[DecoderPass, ...]:
         return tuple(p for p in self.passes if p.grad)
+
+    @cached_property
+    def trains_heads_only(self) -> bool:
+        """No pass carries gradient: on frozen weights, the heads learn that recursion adds."""
+        return not self.grad_passes
+
+    def heads_only(self) -> RecursionPlan:
+        """The plan that computes the same and teaches the heads alone (--train-only heads).
+
+        Raises:
+            UserError: it has none.
+        """
+        if not self.has_halting:
+            raise UserError(
+                "--train-only heads trains the heads that a recursion adds, of which this model has none; a halting "
+                "head needs a recursion of another family than recurrent, and a --halt-loss-weight above 0."
+            )
+        return replace(self, passes=tuple(replace(p, grad=False, supervised_weight=0.0) for p in self.passes))
 
     def sources(self, decoder_pass: DecoderPass) -> tuple[str, ...]:
         """What the pass reads, an output that still is the input being named ``input``."""
@@ -295,7 +314,7 @@ class RecursionPlan:
         reached, run = any("input" in self.sources(p) for p in fed), {p.stack for p in fed}
         layers = {"layers" if name == "core" else f"{name} layers": name in run for name, count in self.stacks
                   if count != 0}  # fmt: skip
-        groups = {"embedding": reached or tied_embeddings, **layers, "output head": True}
+        groups = {"embedding": reached or (tied_embeddings and bool(fed)), **layers, "output head": bool(fed)}
         if self.has_halting:
             groups["halting head"] = True
         if self.exit_gate:

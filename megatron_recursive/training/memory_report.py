@@ -97,6 +97,8 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
 def state_bytes(args: argparse.Namespace) -> StateBytes:
     """Bytes a parameter under the optimizer of this run: Adam keeps two moments, others are counted with one."""
     parameter = args.params_dtype.itemsize
+    if args.train_only == "heads":  # a vector or two has more
+        return StateBytes(parameter, 0, 0)
     main_copy = 4 if parameter < 4 else 0
     moments = 8 if args.optimizer == "adam" else 4
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or args.params_dtype == torch.float32 else parameter

@@ -19,11 +19,14 @@ from megatron_recursive.hf.convert.safetensors_files import SHARD_BYTES
 from megatron_recursive.hf.convert.torch_dist import LAYERS, TorchDistCheckpoint
 from megatron_recursive.hf.convert.verify import Side, open_side
 from megatron_recursive.plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.recursion_plan import STATES
 
 EMBEDDING = "embedding.word_embeddings.weight"
 # Words of the plan that chain() reads, and those that only training and heads read; any other is refused.
-KNOWN = {"stacks", "passes", "state_init", "state_norm", "embedding_multiplier", "stack", "target", "reads", "step"}
-KNOWN |= {"family", "mean_steps", "index", "block", "grad", "cuts_states", "supervised_weight", "halt_weight"}
+KNOWN = set(
+    "stacks passes state_init state_std state_norm embedding_multiplier stack target reads step family mean_steps "
+    "index block grad cuts_states supervised_weight halt_weight".split()
+)
 
 
 def unroll_model(
@@ -62,15 +65,18 @@ def chain(plan: RecursionPlan, num_layers: int) -> list[int]:
     for value, word in ((getattr(each, word.name), word) for each in both for word in fields(each)):
         if word.name not in KNOWN and value != word.default:
             raise UserError(f"{no}: it has {word.name} {value}.")
-    if plan.state_norm == "final" and plan.num_passes > 1:
-        raise UserError(f"{no}: it has state_norm final, a norm between passes.")
+    if plan.state_norm != "none" and (plan.num_passes > 1 or plan.state_norm != "final"):
+        raise UserError(f"{no}: it has state_norm {plan.state_norm}, a norm that closes passes.")
     stacks, newest = plan.layers_of(num_layers), 0
     layers: list[int] = []
-    start = {"zeros": None, "input": 0}.get(plan.state_init, -1)  # results by number: 0 the embedding, None zeros
-    states = {"input": 0, "output": start, "latent": None if plan.starts_at_input else start}
+    # What each state holds: the result of pass 1, 2, ..., the embedding (0), zeros (None), or something else (-1).
+    zeros = plan.state_init in ("zeros", "input")
+    states = {"input": 0, **dict.fromkeys(STATES, None if zeros else -1)}
+    states["output"] = 0 if plan.starts_at_input else states["output"]
     for p in plan.passes:
         if [states[name] for name in p.reads if states[name] is not None] != [newest]:
-            raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) reads {' + '.join(p.reads)}.")
+            raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) reads {' + '.join(p.reads)} "
+                            f"(state_init {plan.state_init}).")  # fmt: skip
         if p.step != 1:
             raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) moves its state by the step {p.step:.3g}.")
         newest = states[p.target] = p.index + 1

@@ -18,6 +18,7 @@ from tests.distributed import run_distributed
 from tests.unit_tests.hf.donors import save_donor
 from tests.unit_tests.hf.recursive_models import make_config, make_model
 from tests.unit_tests.hf.test_convert import _export, _import, _quiet
+from tests.unit_tests.inference.folders import write_tokenizer
 
 
 def test_stacks_by_hand_from_a_file_and_as_published(tmp_path: Path) -> None:
@@ -145,6 +146,9 @@ def test_chains_of_layers(knobs: dict[str, Any], layers: list[int]) -> None:
     ("knobs", "word"),
     [({**RECURRENT, "recurrence_step": "mean"}, "moves its state by the step 0.333"),
      ({**RECURRENT, "injection": "add"}, r"pass 2 \(core\) reads output \+ input"),
+     ({**RECURRENT, "injection": "concat"}, "it has combine concat"),
+     ({**RECURRENT, "state_init": "sampled", "injection": "add"}, r"output \+ input \(state_init sampled\)"),
+     ({**RECURRENT, "state_norm": "core-end", "num_recurrences": 1}, "state_norm core-end"),
      ({**LOOPED, "state_norm": "final"}, "state_norm final"),
      ({"state_norm": "none"}, r"pass 2 \(core\) reads output \+ latent \+ input"),
      ({"num_refinement_blocks": 1, "num_latent_refinements": 1, "state_norm": "none", "state_init": "trunc-normal"},
@@ -178,8 +182,10 @@ def _unrolled(stacked: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"said": []}
     _export(stacked, folder / "hf")
     make_model(config=make_config(recursion=LOOPED, num_layers=3)).save_pretrained(folder / "loops")
-    make_model(config=make_config(recursion={**LOOPED, "embedding_multiplier": 3.0}, num_layers=3)).to(
-        torch.bfloat16).save_pretrained(folder / "scaled")  # fmt: skip
+    scaled = make_config(recursion={**LOOPED, "embedding_multiplier": 3.0}, num_layers=3, vocab_size=257)
+    make_model(config=scaled).to(torch.bfloat16).save_pretrained(folder / "scaled")
+    write_tokenizer(folder / "scaled")
+    (folder / "scaled" / "generation_config.json").write_text('{"exit": "halting", "max_new_tokens": 7}')
     make_model(config=make_config(recursion={**RECURRENT, "injection": "add"}, num_layers=4)).save_pretrained(
         folder / "injected")  # fmt: skip
     for name, src in (("checkpoint", stacked), ("hf", folder / "hf"), ("loops", folder / "loops"),
@@ -209,6 +215,9 @@ def test_unrolled_models_are_donors_of_the_same_function(stacked: tuple[Path, An
     assert "left behind: halting_head.weight" in "\n".join(found["said"])
     assert "to a chain of layers: pass 2" in found["injected refused"] and not (tmp_path / "no").exists()
     assert "plain GPT already" in found["hf unrolled refused"] and "exists already" in found["hf refused"]
+    unrolled = tmp_path / "scaled unrolled"
+    assert json.loads((unrolled / "generation_config.json").read_text()) == {"max_new_tokens": 7, "eos_token_id": 0}
+    assert (unrolled / "tokenizer.json").is_file() and not list(unrolled.glob("*.py"))
     assert found["another order"].startswith("The proof failed")
     assert found["again"]["max_logit_error"] < 2e-6
     assert "converted from the checkpoint `loops`" in (tmp_path / "loops unrolled" / "README.md").read_text()
