@@ -73,6 +73,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("weights")
     files.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                        help="of the weights (default: as they are stored); a halting head keeps its own")
+    files.add_argument("--ema", action="store_true", help="the averaged weights, of a run with --ema-decay")
     _add_shard_size(files)
     files.add_argument("--as-published", action="store_true",
                        help="in names and config of the looped model that it was imported from (ouro, nanbeige)")
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
         weights = None if args.dtype is None else getattr(torch, args.dtype)
         report = export.export_model(
             args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size,
-            as_published=args.as_published)  # fmt: skip
+            as_published=args.as_published, averaged=args.ema)  # fmt: skip
     elif args.action == "unroll":
         report = unroll.unroll_model(args.src, args.out, dtype, shard_bytes=args.max_shard_size)
     else:

@@ -141,8 +141,9 @@ class RecursiveGPTModel(GPTModel):
         """
         if given is None:
             return self.plan
-        for word in ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "exit_gate", "maps",
-                     "trains_heads_only"):  # fmt: skip
+        words = ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "exit_gate", "maps",
+                 "trains_heads_only")  # fmt: skip
+        for word in words:
             if getattr(given, word) != getattr(self.plan, word):
                 raise ValueError(f"the model was built with another {word} than the plan of this step has")
         return given

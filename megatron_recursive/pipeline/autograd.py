@@ -1,4 +1,4 @@
-"""Two autograd functions that join graphs which the pipeline cuts at every pass."""
+"""Autograd functions that join graphs which the pipeline cuts at every trip."""
 
 from __future__ import annotations
 
@@ -26,6 +26,24 @@ class JoinLeafGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gathered, ctx.leaf.grad = ctx.leaf.grad, None
         return (grad if gathered is None else grad + gathered), None
+
+
+class CarryGraph(torch.autograd.Function):
+    """Identity on ``sent``; its backward also backpropagates through ``graph`` what later trips left in ``leaf.grad``.
+
+    For a prelude in a first trip that does not record its reading: so its backward stands in that trip's own slot,
+    where it keeps the last stage's coda company, and not in that of a later trip.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, graph: Tensor, leaf: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        return sent.view_as(sent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        gathered, ctx.leaf.grad = ctx.leaf.grad, None
+        return grad, gathered, None
 
 
 class JoinReadings(torch.autograd.Function):

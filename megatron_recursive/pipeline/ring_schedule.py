@@ -31,7 +31,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
-from megatron_recursive.pipeline.autograd import JoinLeafGradient, JoinReadings
+from megatron_recursive.pipeline.autograd import CarryGraph, JoinLeafGradient, JoinReadings
 from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
@@ -118,7 +118,10 @@ class RingStep:
         self.config = self._schedule_config(get_model_config(wrapped))
         self.micro_batches: dict[int, MicroBatch] = first_phase.micro_batches if first_phase else {}
         self.zeros: Tensor | None = None
-        self.input_reader = self.plan.first_input_gradient(totals.trips[0].before)
+        first = totals.trips[0]
+        self.input_reader = self.plan.first_input_gradient(first.before)
+        if first.before and self.input_reader is not first.around:
+            self.input_reader = None  # the input's graph goes with what the first trip sends
         self.views = [PassView(self, trip) for trip in self.trips]
 
     def _schedule_config(self, config: Any) -> Any:
@@ -211,6 +214,10 @@ class RingStep:
             output = output.detach()  # Megatron's blocks may mark it as requiring gradient
             if model.post_process and self.hands_over and trip is self.trips[-1]:
                 batch.output = output
+        if self.train and model.pre_process and trip.before and self.input_reader is None:
+            assert batch.state is not None and batch.start is not None
+            output = CarryGraph.apply(output, batch.start, batch.state.values["input"])
+            output = make_viewless_tensor(output, True, True)  # the schedule swaps the data of what it has sent
         return output
 
     def _decode(self, batch: MicroBatch, decoder_pass: DecoderPass, given: Any) -> Tensor:
