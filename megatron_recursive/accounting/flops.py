@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_recursive.accounting.params import ModelShape
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plan.added_parameters import combining_flops
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class FlopsPerToken:
 def layer_forward_flops(shape: ModelShape, *, causal: bool = True) -> float:
     """Forward FLOPs per token of one layer. ``causal`` counts the half of the score matrix that is used."""
     hidden = shape.hidden_size
-    projections = 2 * hidden * (2 * shape.query_size + shape.key_value_size)
+    projections = 2 * hidden * ((3 if shape.attention_gate else 2) * shape.query_size + shape.key_value_size)
     attention = 2 * 2 * shape.seq_length * shape.query_size * (0.5 if causal else 1.0)
     mlp = 2 * hidden * shape.ffn_hidden_size * (3 if shape.gated_linear_unit else 2)
     return projections + attention + mlp
@@ -59,9 +60,10 @@ def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = Tr
     vocabulary = 2 * shape.hidden_size * shape.vocab_size
     projected = sum(p.supervised_weight > 0 or p.halt_weight > 0 for p in plan.passes)
     supervised = sum(p.supervised_weight > 0 for p in plan.passes)
+    cost = {p: count * layer + combining_flops(p, shape.hidden_size) for p, count in layers.items()}
     return FlopsPerToken(
-        passes_forward=sum(layers.values()) * layer,
-        passes_backward=2 * sum(layers[p] for p in plan.grad_passes) * layer,
+        passes_forward=sum(cost.values()),
+        passes_backward=2 * sum(cost[p] for p in plan.grad_passes),
         head_forward=projected * vocabulary,
         head_backward=2 * supervised * vocabulary,
     )

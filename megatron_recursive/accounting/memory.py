@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_recursive.accounting.params import ModelShape, tensor_parallel_parameters
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plan.trips import trips_of
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def layer_bytes(shape: ModelShape, recording: Recording) -> float:
         within += queries_and_keys
     if shape.qk_norm and recording.splits_norm:
         within += queries_and_keys
+    if shape.attention_gate:  # its sigmoid in fp32, and the product
+        within += shape.query_size * (1 + 4 // recording.element)
     if not recording.recompute_mlp:
         within += _mlp_elements(shape, recording)
     elements = between / recording.replicas + within / recording.tensor_parallel
@@ -172,7 +175,7 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
     if supervised and recording.element < 4:
         probabilities += tokens * shape.vocab_size * recording.element / recording.tensor_parallel
     kept = len(supervised) * hidden
-    if plan.state_norm == "none":  # the norm before the head
+    if plan.state_norm != "final":  # the norm before the head
         kept += hidden * (2 if recording.splits_norm else 1)
     return probabilities + kept, len(halting) * hidden
 
@@ -205,7 +208,7 @@ def stage_memory(
 
     Args:
         layers_per_stage: all layers on one stage if left out.
-        live_passes: the most recorded passes that each stage holds at once; all passes with gradient if left out.
+        live_passes: the most recorded passes (over stages, trips) that each stage holds at once; all if left out.
         in_flight: micro-batches that are under way at once. window: those of a window of two phases, all of which
             wait between the phases; 0 in one phase.
     """
@@ -213,16 +216,25 @@ def stage_memory(
     live = tuple(live_passes) or (len(plan.grad_passes),)
     sizes = tensor_parallel_parameters(shape, plan, recording.tensor_parallel, split)
     hidden, (head, waiting) = hidden_bytes(shape, recording), head_bytes(shape, plan, recording)
-    recorded = [counts for p, counts in zip(plan.passes, plan.layers_by_pass(split), strict=True) if p.grad]
+    counts, trips = plan.layers_by_pass(split), [trip for trip in trips_of(plan, split) if trip.grad]
     stages = []
     for stage, passes in enumerate(live):
         is_first, is_last = stage == 0, stage == len(split) - 1
-        closing = is_last and plan.state_norm == "final"
-        passing = [pass_bytes(shape, recording, counts[stage], closing_norm=closing) for counts in recorded]
+        # A norm that also stands before the heads is not replayed.
+        unplayed = recording.recompute_passes and is_last and plan.state_norm != "final"
+        passing: list[list[tuple[float, float]]] = [[] for _ in trips]
+        for recorded, trip in zip(passing, trips, strict=True):
+            for p in (p for p in trip.passes if p.grad and (p is trip.around or counts[p.index][stage])):
+                closes = is_last and plan.closes(p)
+                kept, replay = pass_bytes(shape, recording, counts[p.index][stage], closing_norm=closes)
+                # A linear map keeps what it read, and a decay too.
+                beside = 2 * (is_first and p.combine != "sum") + (unplayed and closes)
+                recorded.append((kept + hidden * beside, replay))
         stages.append(StageMemory(
             weights=sizes[stage] * state.total,
-            decoder=passes * sum(kept for kept, _ in passing) / len(passing),  # where stacks differ, an average pass's
-            replay=max(replay for _, replay in passing),
+            # Where stacks differ, those of an average trip; none is recorded where heads alone are trained.
+            decoder=passes * sum(kept for trip in passing for kept, _ in trip) / max(len(passing), 1),
+            replay=max((replay for trip in passing for _, replay in trip), default=0.0),
             heads=head + max(in_flight, window) * waiting if is_last else 0.0,
             states=hidden * states_held(len(split), in_flight, window) if is_first else 0.0,
         ))  # fmt: skip

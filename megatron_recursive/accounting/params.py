@@ -33,6 +33,7 @@ class ModelShape:
     qk_norm_full: bool = False
     norm_bias: bool = True
     norms_per_layer: int = 2
+    attention_gate: bool = False
 
     @property
     def query_size(self) -> int:
@@ -71,7 +72,7 @@ def count_parameters(shape: ModelShape, plan: RecursionPlan) -> ParameterCount:
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     norm = hidden * (2 if shape.norm_bias else 1)
     fc1_rows = ffn * (2 if shape.gated_linear_unit else 1)
-    qkv_rows = shape.query_size + shape.key_value_size
+    qkv_rows = shape.query_size * (2 if shape.attention_gate else 1) + shape.key_value_size
     layer = hidden * qkv_rows + shape.query_size * hidden + hidden * fc1_rows + ffn * hidden
     layer += shape.norms_per_layer * norm
     if shape.linear_bias:

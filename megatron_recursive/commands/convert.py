@@ -1,4 +1,4 @@
-"""``megatron-recursive convert``: import, export and verify."""
+"""``megatron-recursive convert``: import, export, unroll and verify."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 
 from megatron_recursive.command_line import example
+from megatron_recursive.hf.convert.stacks import PRESETS, STACKS, StackChoice
 from megatron_recursive.plan.recursion_config import FunctionKnobs, HeadKnobs, add_recursion_arguments, knobs_in
 
 SUMMARY = "Convert between Hugging Face models and Megatron checkpoints, with a proof at every run."
@@ -15,10 +16,11 @@ SUMMARY = "Convert between Hugging Face models and Megatron checkpoints, with a 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(
         dest="action", required=True, prog=parser.prog, title="actions, each with a --help of its own",
-        metavar="{import,export,verify}",
+        metavar="{import,export,unroll,verify}",
     )  # fmt: skip
     _add_import(actions.add_parser("import", help="a Hugging Face model to a Megatron checkpoint"))
     _add_export(actions.add_parser("export", help="a Megatron checkpoint to a Hugging Face folder"))
+    _add_unroll(actions.add_parser("unroll", help="a looped or recurrent model to a plain one of more layers"))
     verifier = actions.add_parser("verify", help="compare two folders or checkpoints; exit code 1 if they differ")
     _describe(verifier, "Compare two models tensor by tensor, and their logits.", "verify", "MODEL", "CKPT")
     required = verifier.add_argument_group("required: a Hugging Face folder or a Megatron checkpoint each")
@@ -44,10 +46,17 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--layer-selection", choices=("uniform", "first", "last", "middle"),
                        help="which layers --num-layers keeps (default: uniform)")  # fmt: skip
     shape.add_argument("--num-layers", type=int, metavar="K", help="how many layers to keep (default: all)")
-    shape.add_argument("--layers", metavar="I,J,...", help="the layers to keep, by number from 0")
+    shape.add_argument("--layers", metavar="I-J,K,...", help="the layers to keep, by number from 0")
     shape.add_argument("--untie-embeddings", action="store_true", help="give the head a copy of the embedding")
     shape.add_argument("--resize-vocab", action="store_true",
                        help="grow the embedding to all ids of the tokenizer; new rows are the mean of the others")
+    stacks = parser.add_argument_group("stacks of a recurrent model; layers in none are left out")
+    stacks.add_argument("--prelude", metavar="I-J,K,...", help="the layers that run once before the core")
+    stacks.add_argument("--core", metavar="I-J,K,...", help="the layers that run r times, by number from 0")
+    stacks.add_argument("--coda", metavar="I-J,K,...", help="the layers that run once behind the core")
+    stacks.add_argument("--from-analysis", metavar="FILE",
+                        help='the same from a JSON with the lists "prelude", "core" and "coda"')  # fmt: skip
+    stacks.add_argument("--preset", choices=PRESETS, help="the same as published for this donor")
     # What is not given is the source's own, where it is a model of ours.
     add_recursion_arguments(parser, (FunctionKnobs, HeadKnobs), only_given=True)
     _add_proof(parser)
@@ -64,9 +73,27 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("weights")
     files.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                        help="of the weights (default: as they are stored); a halting head keeps its own")
-    files.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", default="5GB",
-                       help="of a file, such as 500MB (default: %(default)s)")  # fmt: skip
+    files.add_argument("--ema", action="store_true", help="the averaged weights, of a run with --ema-decay")
+    _add_shard_size(files)
+    files.add_argument("--as-published", action="store_true",
+                       help="in names and config of the looped model that it was imported from (ouro, nanbeige)")
     _add_proof(parser)
+
+
+def _add_unroll(parser: argparse.ArgumentParser) -> None:
+    _describe(parser, "Write the passes of a looped or recurrent model out as layers of their own: a plain GPT of the "
+              "same function, of its donor's class where that computes it. Steps of 1, nothing injected, no norm "
+              "between passes.", "unroll", "MODEL", "DIR")  # fmt: skip
+    required = parser.add_argument_group("required")
+    required.add_argument("src", metavar="SRC", help="an export of ours or a Megatron checkpoint")
+    required.add_argument("out", metavar="OUT", help="model folder to make")
+    _add_shard_size(parser.add_argument_group("weights"))
+    _add_proof(parser)
+
+
+def _add_shard_size(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", default="5GB",
+                       help="of a file, such as 500MB (default: %(default)s)")  # fmt: skip
 
 
 def _bytes(text: str) -> int:
@@ -91,20 +118,24 @@ def run(args: argparse.Namespace) -> None:
 
     cpu.install(on_purpose=True)  # Megatron would compute its rotary positions on a GPU, and the rest here
     from megatron_recursive.hf.convert import donor_import as convert
-    from megatron_recursive.hf.convert import export, verify
+    from megatron_recursive.hf.convert import export, unroll, verify
 
     dtype = None if args.no_proof else getattr(torch, args.proof_dtype)
     agreed = True
     if args.action == "import":
         recursion = knobs_in(vars(args))
+        stacks = StackChoice(**{name: getattr(args, name) for name in (*STACKS, "from_analysis", "preset")})
         selection = args.layer_selection or ("uniform" if args.num_layers is not None else None)
         report = convert.import_model(args.hf, args.out, convert.ImportOptions(
             recursion, selection, args.num_layers, args.layers, args.untie_embeddings,
-            args.resize_vocab, dtype))  # fmt: skip
+            args.resize_vocab, dtype, stacks))  # fmt: skip
     elif args.action == "export":
         weights = None if args.dtype is None else getattr(torch, args.dtype)
         report = export.export_model(
-            args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size)  # fmt: skip
+            args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size,
+            as_published=args.as_published, averaged=args.ema)  # fmt: skip
+    elif args.action == "unroll":
+        report = unroll.unroll_model(args.src, args.out, dtype, shard_bytes=args.max_shard_size)
     else:
         report = verify.verify(args.a, args.b, dtype)
         agreed = verify.agree(report)

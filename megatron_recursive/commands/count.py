@@ -85,12 +85,13 @@ def open_model(args: argparse.Namespace) -> Model:
     from megatron_recursive.hf.convert.sources import cached_folder, open_source
 
     if Path(name).suffix == ".gguf":
-        config, arch = (source := open_source(name)).config, source.arch
+        config, arch, theirs = (source := open_source(name)).config, source.arch, dict[str, Any]()
     else:
-        config, arch = planning.open_config(Path(name) if Path(name).is_dir() else cached_folder(name))
+        config, arch, theirs = planning.open_config(Path(name) if Path(name).is_dir() else cached_folder(name))
     own = getattr(config, "recursion_plan", None)
-    started = retrofit(knobs, arch.num_layers) if own is None else config.recursion
-    plan = _plan(arch, {**started, **knobs}) if knobs else own or RecursionPlan.plain()
+    started = theirs or retrofit(knobs, arch.num_layers)
+    asked = knobs or (theirs and own is None)
+    plan = _plan(arch, {**started, **knobs}) if asked else own or RecursionPlan.plain()
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     return Model("Hugging Face", arch, plan, arch.vocab_size, dtype, arch.to_megatron())
 

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
 
         best = next((x for x in found if x.pipeline > 1), found[0])
         step = best.pipeline, best.micro_batches, job.shape, job.backward_cost
-        timeline, simulated = plan_pipeline(job.plan, *step, job.window)
+        timeline, simulated = plan_pipeline(job.plan, *step, job.window, best.split)
         picture = str(plot_timeline(timeline, job.plan, args.timeline))
         report["timeline"] = {**simulated, "picture": picture}
         text += [described(timeline, job.plan, simulated), "", picture, ""]
@@ -191,19 +191,20 @@ def _of_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _of_hugging_face(folder: Path) -> dict[str, Any]:
-    config, arch = open_config(folder)
-    return {**getattr(config, "recursion", {}), **arch.to_megatron()}
+    config, arch, knobs = open_config(folder)
+    return {**knobs, **arch.to_megatron()}
 
 
-def open_config(folder: Path) -> tuple[Any, Architecture]:
-    """transformers' config of a folder, of which only the config.json is read, and what it says."""
-    from megatron_recursive.hf.convert.mappings import family_of, read_config
+def open_config(folder: Path) -> tuple[Any, Architecture, dict[str, Any]]:
+    """transformers' config of a folder, of which only the config.json is read, what it says, and its recursion."""
+    from megatron_recursive.hf.convert.configs import family_of, read_config
     from megatron_recursive.hf.convert.sources import config_object, read_json
 
     values = read_json(folder / "config.json")
     family = family_of(values, str(folder))
     config = config_object(family, values, str(folder))
-    return config, read_config(family, config, str(folder))
+    own = {} if family.recursion is None else family.recursion.knobs(config, str(folder))
+    return config, read_config(family, config, str(folder)), getattr(config, "recursion", own)
 
 
 def job_of(args: argparse.Namespace, arch: Architecture, plan: RecursionPlan, **settings: Any) -> Job:
@@ -243,7 +244,8 @@ def _figures(args: argparse.Namespace, job: Job, layout: Layout, flops: float, t
     memory, speed = layout.memory, job.tokens_per_step / layout.seconds
     return {
         "tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data,
-        "micro_batches": layout.micro_batches, "fullest_stage": layout.stage, "weights_gib": memory.weights / GIB,
+        "micro_batches": layout.micro_batches, "layers_per_stage": layout.split,
+        "fullest_stage": layout.stage, "weights_gib": memory.weights / GIB,
         "passes_gib": (memory.decoder + memory.states) / GIB, "head_gib": max(memory.heads, memory.replay) / GIB,
         "total_gib": memory.total / GIB, "efficiency": layout.efficiency, "step_seconds": layout.seconds,
         "tokens_per_second": speed, "mfu": speed * flops / (job.gpus * args.peak_tflops * 1e12),
@@ -276,8 +278,10 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
     ring = next((each for each in report["layouts"] if each["pipeline"] > 1), None)
     if ring and not job.plan.is_plain:
         costs = stage_costs(job, ring["pipeline"])
-        said = said_of_phases(job.plan, costs, ring["micro_batches"], window=job.window)
-        notes.append(f"{ring['micro_batches']} micro-batches on {ring['pipeline']} stages: {said}.")
+        said = said_of_phases(costs, ring["micro_batches"], window=job.window)
+        split = ring["layers_per_stage"]
+        layers = f" of {', '.join(map(str, split))} layers" if len(set(split)) > 1 else ""
+        notes.append(f"{ring['micro_batches']} micro-batches on {ring['pipeline']} stages{layers}: {said}.")
     about, notes = ([textwrap.fill(line, 100, subsequent_indent="  ") for line in lines] for lines in (about, notes))
     return [*about, "", *rows, "", *notes, ""]
 
@@ -287,6 +291,8 @@ def _words(
     layout: Layout, tokens: float | None,
 ) -> list[str]:  # fmt: skip
     """The flags of a run in a layout, to be given on each node."""
+    from megatron_recursive.pipeline.balance import split_flags
+
     node, unsaid = min(job.node, job.gpus), set(UNSAID)
     nodes = [f"--nnodes={job.gpus // node}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29500"]
     if job.pads_vocabulary:  # the model is that of flags, and what they leave out is as in training
@@ -303,6 +309,7 @@ def _words(
     return [
         f"--nproc-per-node={node}", *(nodes if job.gpus > node else []),
         f"--tensor-model-parallel-size={layout.tensor}", f"--pipeline-model-parallel-size={layout.pipeline}",
+        *split_flags(layout.split),
         *(word for flags, on in switches.items() if on for word in flags.split()),
         f"--micro-batch-size={args.micro_batch_size}", f"--global-batch-size={job.global_batch}",
         f"--seq-length={args.seq_length}", *(flag for flag in arch.megatron_flags() if flag not in unsaid),

@@ -16,14 +16,16 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.configs import config_values
 from megatron_recursive.hf.convert.donor_import import checkpoint_fetch
 from megatron_recursive.hf.convert.export import MegatronModel, open_checkpoint
-from megatron_recursive.hf.convert.mappings import OWN, config_values
+from megatron_recursive.hf.convert.mappings import OWN
 from megatron_recursive.hf.convert.proof import build_megatron, checkpoint_key, one_process
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, Work
 from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTOutput
 from megatron_recursive.inference.pass_contexts import PassContexts
+from megatron_recursive.losses.exit_gate import log_exit_probabilities
 from megatron_recursive.models.recursion_state import RecursionState, run_plan
 from megatron_recursive.plan import DecoderPass
 
@@ -107,6 +109,10 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             result.block_logits = torch.stack([self._logits(state[kept]) for state in states])
             if self.megatron.plan.has_halting:
                 result.block_halting = torch.stack([torch.sigmoid(self._halting(state[kept])) for state in states])
+            elif self.megatron.plan.exit_gate:
+                said = [self._halting(state[kept]) for state in states[:-1]]
+                log_p_T = log_exit_probabilities(said, result.logits[..., 0])
+                result.block_halting = log_p_T.exp().cumsum(0)
         if options is not None and taken_BS is not None and contexts is not None:
             report = ExitReport(self.config) if self._open_report is None else self._open_report
             work.logits = result.logits.shape[:2].numel()
@@ -129,7 +135,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             positions = ((~hidden_BK).long().cumsum(-1) - 1).clamp(min=0)[:, start:stop]
             # Padding sees what stands before it: nothing at all would be a softmax over nothing.
             mask = hidden_BK[:, None, None, :stop] & ~hidden_BK[:, None, start:stop, None]
-        return self.megatron.initial_state(self.megatron.embed(input_ids, positions)), mask
+        return self.megatron.initial_state(self.megatron.embed(input_ids, positions), input_ids, positions), mask
 
     def _run(self, input_ids: Tensor, contexts: PassContexts | None, hidden_BK: Tensor | None) -> list[Tensor]:
         """Every pass of the plan; the output state after each block, [S, B, H]."""
@@ -137,8 +143,9 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
 
         def decode(each: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             return self.megatron.decode(
-                hidden_SBH, mask, None if contexts is None else contexts.contexts[each.index], stack=each.stack
-            )
+                hidden_SBH, mask, None if contexts is None else contexts.contexts[each.index], stack=each.stack,
+                closes=self.megatron.plan.closes(each),
+            )  # fmt: skip
 
         states = [state.output for _ in run_plan(self.megatron.plan, state, decode)]
         if contexts is not None:
@@ -155,7 +162,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         plan, per_block = self.megatron.plan, self._passes_per_block
         rule = ExitRule(options, self._halting_of_tokens, self._logits_of_tokens, work)
         state, mask = self._start(input_ids, contexts, hidden_BK)
-        final_BH = torch.empty_like(state.output[0])
+        final_BH = torch.empty_like(state.values["input"][0])  # of a state that starts at it there is no output yet
         staying_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         real_B = staying_B if hidden_BK is None else ~hidden_BK[:, contexts.length]
         blocks_B = torch.zeros_like(staying_B, dtype=torch.long)
@@ -164,7 +171,8 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             for number in range(per_block):
                 each = plan.passes[min(block, options.trained_blocks - 1) * per_block + number]
                 context = contexts.contexts[block * per_block + number]
-                state.update(each, self.megatron.decode(state.gather(each), mask, context, stack=each.stack))
+                state.update(each, self.megatron.decode(state.gather(each), mask, context, stack=each.stack,
+                                                        closes=plan.closes(each)))  # fmt: skip
             layers, batch = self.config.num_hidden_layers // options.trained_blocks, len(input_ids)
             work.add(layers * batch, layers * batch * (contexts.length + 1))
             final_BH = torch.where(staying_B[:, None], state.output[0], final_BH)
@@ -185,10 +193,14 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         return self.megatron.logits_BSV(state_SBH)[..., : self.config.vocab_size]
 
     def _halting(self, state_SBH: Tensor) -> Tensor:
-        return self.megatron.halting_head(self.megatron._final_state(state_SBH, True))
+        return self._token_head(self.megatron._final_state(state_SBH, True))
 
     def _halting_of_tokens(self, read_NH: Tensor) -> Tensor:
-        return self.megatron.halting_head(read_NH[None])[:, 0]
+        return self._token_head(read_NH[None])[:, 0]
+
+    @property
+    def _token_head(self) -> Any:
+        return self.megatron.exit_gate if self.megatron.plan.exit_gate else self.megatron.halting_head
 
     def _logits_of_tokens(self, state_NH: Tensor) -> Tensor:
         return self._logits(state_NH[None])[:, 0]

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_recursive.plan.added_parameters import AddedParameter, start_of
-
-SEED = 20251006  # fixed: an initial state belongs to the function, not to the run
+from megatron_recursive.plan.added_parameters import SEED, AddedParameter, start_of
 
 
 def fresh_tensors(declared: Sequence[AddedParameter], hidden_size: int, knobs: object) -> dict[str, Tensor]:
@@ -28,6 +27,8 @@ def fresh_tensors(declared: Sequence[AddedParameter], hidden_size: int, knobs: o
         start, tensor = start_of(each, knobs), torch.empty(each.sizes(hidden_size), device="cpu")
         if start == "trunc-normal":
             torch.nn.init.trunc_normal_(tensor, std=1.0, a=-2.0, b=2.0, generator=generator)
+        elif start == "identity":
+            tensor.view(hidden_size, -1).copy_(torch.eye(hidden_size, tensor.numel() // hidden_size))
         else:
             tensor.fill_(float(start))
         found[each.key] = tensor
@@ -47,13 +48,14 @@ class AddedModule(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         for key, fresh in fresh_tensors(declared, config.hidden_size, knobs).items():
-            weight = torch.nn.Parameter(fresh.to(config.params_dtype))
-            weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            setattr(self, key.rpartition(".")[2], weight)
+            name = key.rpartition(".")[2]
+            setattr(self, name, torch.nn.Parameter(fresh.to(config.params_dtype)))
+            getattr(self, name).sequence_parallel = config.sequence_parallel
 
 
-class HaltingHead(AddedModule):
-    """``q = w . h + b`` per token, in fp32; ``w`` starts at zero and ``b`` well below it, so that training starts deep.
+class TokenHead(AddedModule):
+    """``q = w . h + b`` per token, in fp32: the halting head, or an exit gate. ``w`` starts at zero, and ``b`` of a
+    halting head well below it, so that training starts deep.
 
     A token's own state only: a head over pooled states would see the future in a causal model.
     """
@@ -70,6 +72,33 @@ class HaltingHead(AddedModule):
                 logits_SB, tensor_parallel_output_grad=False, group=self.tp_group
             )
         return logits_SB.transpose(0, 1)
+
+
+class Adapter(AddedModule):
+    """``W [state; input]``, of tokens [S, B, H]. As it starts, it gives the state."""
+
+    weight: Tensor
+
+    def forward(self, state_SBH: Tensor, input_SBH: Tensor) -> Tensor:
+        both_SBC = torch.cat([state_SBH, input_SBH], dim=-1).to(self.weight.dtype)
+        return F.linear(both_SBC, self.weight).to(state_SBH.dtype)
+
+
+class Injection(AddedModule):
+    """``a * state + delta * B input``, of tokens [S, B, H]: a decay whose linear map of the state has a norm below 1.
+
+    ``delta = softplus(dt_bias)`` and ``a = exp(-delta exp(A_log))``, in fp32 (Parcae, arXiv 2604.12946).
+    """
+
+    A_log: Tensor
+    dt_bias: Tensor
+    B: Tensor
+
+    def forward(self, state_SBH: Tensor, input_SBH: Tensor) -> Tensor:
+        delta_H = F.softplus(self.dt_bias.float())
+        decay_H = torch.exp(-delta_H * self.A_log.float().exp()).to(state_SBH.dtype)
+        added_SBH = F.linear(input_SBH.to(self.B.dtype), self.B.view(-1, input_SBH.shape[-1])).to(state_SBH.dtype)
+        return decay_H * state_SBH + delta_H.to(state_SBH.dtype) * added_SBH
 
 
 class _Logits(torch.autograd.Function):
@@ -90,4 +119,6 @@ class _Logits(torch.autograd.Function):
         return of_hidden, of_weight.to(weight_H.dtype)
 
 
-MODULES: dict[str, type[AddedModule]] = {"halting_head": HaltingHead}  # by the model's attribute
+MODULES: dict[str, type[AddedModule]] = {  # by the model's attribute
+    "halting_head": TokenHead, "exit_gate": TokenHead, "adapter": Adapter, "injection": Injection,
+}  # fmt: skip

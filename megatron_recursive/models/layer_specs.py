@@ -114,6 +114,11 @@ def fused_attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask, enable_gqa=enable_gqa, **options)
 
 
+def layers_of_stages(config: TransformerConfig) -> tuple[int, ...]:
+    """How many layers Megatron gives to each pipeline stage."""
+    return tuple(get_num_layers_to_build(config, None, rank) for rank in range(config.pipeline_model_parallel_size))
+
+
 def local_block_spec(
     config: TransformerConfig,
     vp_stage: int | None = None,

@@ -16,9 +16,16 @@ def expanded(vector_H: Tensor | None, like_SBH: Tensor) -> Tensor:
 
 
 class RecursionState:
-    """The output and latent states of one micro-batch while its plan runs. All are [S, B, H]."""
+    """The output and latent states of one micro-batch while its plan runs. All are [S, B, H].
 
-    def __init__(self, embedding_SBH: Tensor, initial: Mapping[str, Tensor], *, starts_at_input: bool = False) -> None:
+    ``combine`` does what a pass says that is no sum.
+    """
+
+    def __init__(
+        self, embedding_SBH: Tensor, initial: Mapping[str, Tensor], *, starts_at_input: bool = False,
+        combine: Callable[..., Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.combine = combine
         self.values: dict[str, Tensor] = {"input": embedding_SBH}
         for name in ("output", "latent"):
             self.values[name] = expanded(initial.get(name), embedding_SBH)
@@ -30,17 +37,21 @@ class RecursionState:
         return self.values["output"]
 
     def gather(self, decoder_pass: DecoderPass) -> Tensor:
-        """The sum that the pass feeds to the decoder, in the plan's order of summation."""
+        """What the pass feeds to the decoder."""
         if "output" in decoder_pass.reads:
             self.values.setdefault("output", self.values["input"])
         if decoder_pass.cuts_states:
             for name in ("output", "latent"):
                 self.values[name] = self.values[name].detach()
         first, *others = (self.values[name] for name in decoder_pass.reads)
-        # A tensor of its own also where nothing is added: a ring frees states.
-        total = first.contiguous().view_as(first)
-        for other in others:
-            total = total + other
+        if decoder_pass.combine == "sum":
+            # A tensor of its own also where nothing is added: a ring frees states.
+            total = first.contiguous().view_as(first)
+            for other in others:
+                total = total + other
+        else:
+            assert self.combine is not None
+            total = self.combine(decoder_pass, first, *others)
         if torch.is_grad_enabled() and not total.requires_grad:
             # Megatron's full recompute gives the layers no gradient when nothing that they read asks for one.
             total = total.detach().requires_grad_()

@@ -15,15 +15,22 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_recursive.losses.exit_gate import expected_loss
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
 from megatron_recursive.models.added_modules import MODULES, fresh_tensors
 from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
 from megatron_recursive.models.gradient_fusion import built_by_layer
-from megatron_recursive.models.recursion_state import RecursionState, run_plan
+from megatron_recursive.models.recursion_state import RecursionState, expanded, run_plan
 from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.added_parameters import AddedParameter, added_parameters
+from megatron_recursive.plan.added_parameters import (
+    COMBINING,
+    AddedParameter,
+    added_parameters,
+    sampled_start,
+    tokens_so_far,
+)
 
 
 @dataclass
@@ -47,12 +54,14 @@ class BlockReadout:
     lm_loss_BS: Tensor | None = None
     arg_max_BS: Tensor | None = None
     halt_logits_BS: Tensor | None = None
+    gate_logits_BS: Tensor | None = None
 
 
 @dataclass
 class RecursiveTransformerConfig(TransformerConfig):
     """Megatron's, and how the passes of a recursion run. The fields are named as the flags."""
 
+    norm_weights: str = "learned"  # or ones, at which the weights of all norms stay
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
     pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
     pipeline_costs: Any = None  # PassCosts by which the phases are chosen; None: all passes cost the same
@@ -83,15 +92,23 @@ class RecursiveGPTModel(GPTModel):
             config.disable_parameter_transpose_cache = True
         with built_by_layer(config, self):
             super().__init__(config, *args, **kwargs)
+        for name, weight in self.named_parameters():
+            if config.norm_weights == "ones" and "norm" in name:  # which DDP and the optimizer then leave out
+                weight.requires_grad_(False)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
+        self.draw = 0  # of a training step; sampled starts differ by it
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
         if self.plan.is_plain:
             return
-        if self.plan.state_norm == "none" and self.post_process:
+        if self.plan.state_norm != "final" and self.post_process:
             # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
             self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
         self._add(added_parameters(plan))
+        if plan.trains_heads_only:
+            heads = {each.key for each in added_parameters(plan) if each.is_head}
+            for name, weight in self.named_parameters():
+                weight.requires_grad_(name in heads)
 
     def _add(self, declared: Sequence[AddedParameter]) -> None:
         """The modules and buffers of what the recursion adds on this stage."""
@@ -116,6 +133,21 @@ class RecursiveGPTModel(GPTModel):
             parts["output layer"].add(self.shared_embedding_or_output_weight())
         return parts
 
+    def plan_of_step(self, given: RecursionPlan | None) -> RecursionPlan:
+        """The plan of one forward: the model's own, or another one over what the model was built with.
+
+        Raises:
+            ValueError: it asks for other parameters or states.
+        """
+        if given is None:
+            return self.plan
+        words = ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "exit_gate", "maps",
+                 "trains_heads_only")  # fmt: skip
+        for word in words:
+            if getattr(given, word) != getattr(self.plan, word):
+                raise ValueError(f"the model was built with another {word} than the plan of this step has")
+        return given
+
     # -- the three parts that passes are made of -----------------------------------------------------------------
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -127,10 +159,27 @@ class RecursiveGPTModel(GPTModel):
 
         return self.uses.apart("embedding", lookup, input_ids, position_ids)
 
-    def initial_state(self, embedding_SBH: Tensor) -> RecursionState:
+    def initial_state(self, embedding_SBH: Tensor, input_ids: Tensor, position_ids: Tensor) -> RecursionState:
+        """Where the states start. A sampled one is a function of positions alone in evaluation, and in training of
+        ``draw`` (the step) and the tokens so far: whatever the layout, after a resume, and blind to what follows.
+        """
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
         given = {k: v for k, v in initial.items() if v is not None}
-        return RecursionState(embedding_SBH, given, starts_at_input=self.plan.state_init == "input")
+        if self.plan.state_init == "sampled" and self.pre_process:
+            told = (tokens_so_far(input_ids), self.draw) if self.training else (position_ids, 0)
+            known_SB = told[0].expand_as(input_ids).transpose(0, 1)
+            if self.config.sequence_parallel:
+                known_SB = known_SB.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
+            start = sampled_start(known_SB, self.config.hidden_size, self.plan.state_std, told[1])
+            given["output"] = start.to(embedding_SBH)
+        return RecursionState(
+            embedding_SBH, given, starts_at_input=self.plan.starts_at_input, combine=self.combine
+        )
+
+    def combine(self, decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
+        """What a pass makes of what it reads, where that is no sum; the first stage has the weights."""
+        name = COMBINING[decoder_pass.combine][0].module
+        return self.uses.apart(name, getattr(self, name), *values_SBH)
 
     def block_of(self, stack: str) -> TransformerBlock:
         """The decoder, or a view of it that has a stack's layers of this pipeline stage alone; perhaps none."""
@@ -149,10 +198,11 @@ class RecursiveGPTModel(GPTModel):
 
     def decode(
         self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None, *,
-        stack: str = "core",
+        stack: str = "core", closes: bool = False,
     ) -> Tensor:  # fmt: skip
         """One pass through a stack's layers of this stage. Off the first stage the decoder reads its own input tensor.
 
+        ``closes``: the norm before the heads closes the pass too (``plan.closes``), on the last stage.
         ``inference_context``: keys and values of earlier tokens, of this pass alone (Megatron keys them by layer).
         """
         _, rotary, *_ = self._preprocess(
@@ -176,7 +226,10 @@ class RecursiveGPTModel(GPTModel):
         given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor
         replayed = self.config.recompute_passes and torch.is_grad_enabled()
         function = partial(tensor_parallel.checkpoint, layers, False) if replayed else layers
-        return self.uses.apart(_part_of(stack), function, given_SBH)
+        result_SBH = self.uses.apart(_part_of(stack), function, given_SBH)
+        if closes and hasattr(self, "output_norm"):
+            result_SBH = self.uses.apart("output norm", self.output_norm, result_SBH)
+        return result_SBH
 
     def read_block(
         self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor
@@ -185,16 +238,19 @@ class RecursiveGPTModel(GPTModel):
 
         The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
         the plan weighs it, on all blocks but the last through their detached state. In evaluation every block is read
-        in full.
+        in full. The last block needs no gate: what has not left leaves there.
         """
-        readout = BlockReadout(decoder_pass)
+        readout, is_last = BlockReadout(decoder_pass), decoder_pass is plan.passes[-1]
         supervised = decoder_pass.supervised_weight > 0
         hidden_SBH = self._final_state(output_SBH if supervised else output_SBH.detach(), supervised)
         if plan.has_halting:
-            asked_SBH = hidden_SBH if decoder_pass is plan.passes[-1] else hidden_SBH.detach()
+            asked_SBH = hidden_SBH if is_last else hidden_SBH.detach()
             with torch.set_grad_enabled(torch.is_grad_enabled() and decoder_pass.halt_weight > 0):
                 readout.halt_logits_BS = self.uses.apart("halting head", self.halting_head, asked_SBH)
-        if supervised or decoder_pass.halt_weight > 0 or not self.training:
+        if plan.exit_gate and not is_last:
+            readout.gate_logits_BS = self.uses.apart("exit gate", self.exit_gate, hidden_SBH)
+            readout.lm_loss_BS = self._replayed_loss(hidden_SBH, labels_BS)
+        elif supervised or decoder_pass.halt_weight > 0 or not self.training:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
                 logits_SBV = self._logits(hidden_SBH)
                 if plan.has_halting:
@@ -210,15 +266,23 @@ class RecursiveGPTModel(GPTModel):
             return self.uses.apart("output norm", self.output_norm, output_SBH)
 
     def _logits(self, hidden_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-
-        def project(hidden_SBH: Tensor) -> Tensor:
-            logits_SBV: Tensor = self.output_layer(
-                hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output
-            )[0]
-            return logits_SBV
-
+        project = partial(self._project, runtime_gather_output=runtime_gather_output)
         return self.uses.apart("output layer", project, hidden_SBH)
+
+    def _project(self, hidden_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_SBV: Tensor
+        logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output)
+        return logits_SBV
+
+    def _replayed_loss(self, hidden_SBH: Tensor, labels_BS: Tensor) -> Tensor:
+        """The loss [B, S], its logits computed again in the backward, so that those of one block live at a time."""
+
+        def loss_of(hidden_SBH: Tensor) -> Tensor:
+            loss_BS: Tensor = self.compute_language_model_loss(labels_BS, self._project(hidden_SBH))
+            return loss_BS
+
+        return self.uses.apart("output layer", partial(tensor_parallel.checkpoint, loss_of, False), hidden_SBH)
 
     def logits_BSV(self, output_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
         """Logits [B, S, V] of an output state (this rank's shard of V unless gathered)."""
@@ -257,11 +321,12 @@ class RecursiveGPTModel(GPTModel):
         unsupported = [name for name, value in kwargs.items() if value is not None]
         assert not unsupported, f"RecursiveGPTModel does not take {', '.join(unsupported)}"
         assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"
-        plan = plan or self.plan
-        state = self.initial_state(self.embed(input_ids, position_ids))
+        plan = self.plan_of_step(plan)
+        state = self.initial_state(self.embed(input_ids, position_ids), input_ids, position_ids)
 
         def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:
-            return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack)
+            closes = plan.closes(decoder_pass)
+            return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes)
 
         if labels is None:
             for _ in run_plan(plan, state, decode):
@@ -271,7 +336,7 @@ class RecursiveGPTModel(GPTModel):
         mask_BS = torch.ones_like(labels, dtype=torch.float) if loss_mask is None else loss_mask.float()
         readouts: list[BlockReadout] = []
         metrics: dict[str, Tensor] = {}
-        before = state.values.get("output", torch.zeros_like(state.values["input"]))
+        before = expanded(getattr(self, "initial_output", None), state.values["input"])
         for decoder_pass in run_plan(plan, state, decode):
             readouts.append(self.read_block(plan, decoder_pass, state.output, labels))
             self.observe_state(plan, before, state.output, mask_BS, decoder_pass, metrics)
@@ -302,7 +367,12 @@ class RecursiveGPTModel(GPTModel):
         assert last.lm_loss_BS is not None
         objective_BS = torch.zeros_like(last.lm_loss_BS, dtype=torch.float)
         halt_loss_BS = torch.zeros_like(objective_BS)
-        for readout in readouts:
+        gated: dict[str, Tensor] = {}
+        if plan.exit_gate:
+            losses = [r.decoder_pass.supervised_weight * r.lm_loss_BS for r in readouts if r.lm_loss_BS is not None]
+            gates = [r.gate_logits_BS for r in readouts if r.gate_logits_BS is not None]
+            objective_BS, gated = expected_loss(losses, gates, self.recursion.exit_entropy_weight)
+        for readout in readouts if not plan.exit_gate else ():
             if readout.lm_loss_BS is not None and readout.decoder_pass.supervised_weight > 0:
                 objective_BS = objective_BS + readout.decoder_pass.supervised_weight * readout.lm_loss_BS.float()
             if readout.decoder_pass.halt_weight > 0:
@@ -319,6 +389,7 @@ class RecursiveGPTModel(GPTModel):
             reported["mean halting probability"] = masked(torch.sigmoid(logits_TBS).mean(0), mask_BS)
             steps_BS = steps_until_halt(logits_TBS, self.recursion.halt_threshold)
             reported["expected refinement steps"] = masked(steps_BS, mask_BS)
+        reported |= {name: masked(value_BS, mask_BS) for name, value_BS in gated.items()}
         reported["total loss"] = masked(objective_BS.detach(), mask_BS)
         for readout in readouts:
             if readout.lm_loss_BS is not None and len(readouts) > 1:

@@ -10,6 +10,7 @@ from itertools import combinations
 from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.accounting.flops import layer_forward_flops
 from megatron_recursive.errors import UserError
+from megatron_recursive.pipeline.balance import balanced_split
 from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
 from megatron_recursive.pipeline.planner import Step, simulated_step
 from megatron_recursive.plan import RecursionPlan
@@ -54,7 +55,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job is spread. ``memory`` is that of the fullest stage, ``stage``, of all ``stages``."""
+    """How a job is spread, ``split`` being the layers of each stage.
+
+    ``memory`` is that of the fullest stage, ``stage``, of all ``stages``; a step takes ``seconds``.
+    """
 
     tensor: int
     pipeline: int
@@ -63,7 +67,8 @@ class Layout:
     stage: int
     memory: StageMemory
     efficiency: float
-    seconds: float  # of a step
+    seconds: float
+    split: tuple[int, ...]
     stages: tuple[StageMemory, ...]
 
 
@@ -71,6 +76,10 @@ def fitting_layouts(job: Job) -> list[Layout]:
     """The fastest first; of equally fast ones, that of the smaller tensor-parallel and pipeline sizes."""
     found = [layout for sizes in _sizes(job) if (layout := _layout(job, *sizes)).memory.total <= USABLE * job.memory]
     return sorted(found, key=lambda layout: (layout.seconds, layout.tensor, layout.pipeline))
+
+
+def stage_layers(job: Job, pipeline: int) -> tuple[int, ...]:
+    return balanced_split(job.plan, job.shape, pipeline, job.backward_cost)
 
 
 def layout_of(job: Job, tensor: int, pipeline: int) -> Layout:
@@ -89,7 +98,7 @@ def layout_of(job: Job, tensor: int, pipeline: int) -> Layout:
 
 
 def stage_costs(job: Job, pipeline: int) -> PassCosts:
-    return price_passes(job.plan, job.shape, (job.shape.num_layers // pipeline,) * pipeline, job.backward_cost)
+    return price_passes(job.plan, job.shape, stage_layers(job, pipeline), job.backward_cost)
 
 
 def _sizes(job: Job) -> Iterator[tuple[int, int, int, int]]:
@@ -109,7 +118,7 @@ def _sizes(job: Job) -> Iterator[tuple[int, int, int, int]]:
 
 def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> Layout:
     """With its step simulated, unless one micro-batch alone is too much."""
-    shape, plan, split = job.shape, job.plan, (job.shape.num_layers // pipeline,) * pipeline
+    shape, plan, split = job.shape, job.plan, stage_layers(job, pipeline)
     if job.pads_vocabulary:
         rows = 128 * tensor  # Megatron's --make-vocab-size-divisible-by
         shape = replace(shape, vocab_size=-(-shape.vocab_size // rows) * rows)
@@ -122,12 +131,13 @@ def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> La
 
     step = Step(math.inf, 0.0, (len(plan.grad_passes),) * pipeline, 1)
     if max(stage.total for stage in stages_at(step)) <= USABLE * job.memory:
-        step = simulated_step(plan, stage_costs(job, pipeline), batches, window=job.window)
+        step = simulated_step(stage_costs(job, pipeline), batches, window=job.window)
     forward = layer_forward_flops(shape) * shape.num_layers * shape.seq_length * recording.micro_batch / job.flops
     seconds = step.makespan * forward / tensor * (1 + TENSOR_COST * math.log2(tensor))
     stages = stages_at(step)
     fullest = max(range(pipeline), key=lambda stage: stages[stage].total)
-    return Layout(tensor, pipeline, data, batches, fullest, stages[fullest], step.efficiency, seconds, tuple(stages))
+    return Layout(tensor, pipeline, data, batches, fullest, stages[fullest], step.efficiency, seconds, split,
+                  tuple(stages))  # fmt: skip
 
 
 _CHANGES: dict[str, Callable[[Job], Job]] = {

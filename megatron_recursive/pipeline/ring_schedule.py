@@ -1,12 +1,13 @@
-"""The ring: a plan's passes as virtual stages of Megatron's unmodified interleaved schedule.
+"""The ring: the trips of a plan as virtual stages of Megatron's unmodified interleaved schedule.
 
-A stage holds its layers once. Pass k + 1 on stage 0 needs pass k from the last stage, which is what the interleaved
+A stage holds its layers once. Trip k + 1 on stage 0 needs trip k from the last stage, which is what the interleaved
 schedule sends from model chunk k to chunk k + 1. So the schedule is handed V parameter-less views of the one wrapped
-module, one per pass. Only one hidden tensor [S, B, H] travels; stage 0 keeps the states of each micro-batch, and all
-sums happen there. The last stage reads the heads.
+module, one per trip (a pass, with a prelude and coda that one stage holds alone: plan/trips.py). Only one hidden tensor
+travels; stage 0 keeps the states of each micro-batch, and all sums happen there. The last stage reads the heads. A
+single trip runs on Megatron's plain 1F1B.
 
-Where the plan begins with grad-free passes, two phases may be faster: those passes forward-only over a window of
-micro-batches, then the passes with gradient, and so on with the next window. Between the phases the last stage sends
+Where the plan begins with grad-free trips, two phases may be faster: those trips forward-only over a window of
+micro-batches, then the trips with gradient, and so on with the next window. Between the phases the last stage sends
 the output states to stage 0, which is about to receive them: NCCL may block a message that nobody receives, and all
 behind it. Each phase is one call of Megatron's schedule; what belongs to the step (its loss scale, tokens, gradient
 synchronisation, finalisation) is taken out of the schedule's hands until the last one.
@@ -17,38 +18,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, make_viewless_tensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
-from megatron_recursive.pipeline.autograd import InjectLoss, JoinLeafGradient
+from megatron_recursive.pipeline.autograd import CarryGraph, JoinLeafGradient, JoinReadings
+from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
 from megatron_recursive.pipeline.windows import microbatch_group_size
 from megatron_recursive.plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.trips import Trip, trips_of
 
 
 @dataclass
 class MicroBatch:
-    """What a rank remembers of one micro-batch between its passes."""
+    """What a rank remembers of one micro-batch between its trips."""
 
     inputs: dict[str, Any]
     loss_func: Callable[..., Any] | None = None
     state: RecursionState | None = None  # stage 0
     received: dict[str, Tensor] = field(default_factory=dict)  # stage 0: what the schedule sent, by state
-    embedding: Tensor | None = None  # stage 0: with its graph; the state reads a leaf
-    graphs: dict[str, Tensor] = field(default_factory=dict)  # stage 0: what the leaves of the next pass stand for
+    start: Tensor | None = None  # stage 0: the embedding, through a prelude, with its graph; the state reads a leaf
+    graphs: dict[str, Tensor] = field(default_factory=dict)  # stage 0: what the leaves of the next trip stand for
     handed_over: tuple[Any, Tensor] | None = None  # stage 0: the output state of the first phase, and its request
     before: Tensor | None = None  # last stage: the output state before the block, detached
     output: Tensor | None = None  # last stage: the output state of the first phase
@@ -57,18 +58,18 @@ class MicroBatch:
 
 
 class PassView(torch.nn.Module):
-    """One pass of the wrapped module, posing as a model chunk. It holds no parameters of its own."""
+    """One trip through the wrapped module, posing as a model chunk. It holds no parameters of its own."""
 
     step: RingStep
-    decoder_pass: DecoderPass
+    trip: Trip
     received: Tensor | None
     micro_batch: int
 
-    def __init__(self, step: RingStep, decoder_pass: DecoderPass) -> None:
+    def __init__(self, step: RingStep, trip: Trip) -> None:
         super().__init__()
         # Past Module.__setattr__: a registered submodule would show its parameters V times.
         self.__dict__.update(
-            step=step, decoder_pass=decoder_pass, module=step.wrapped, config=step.config, vp_stage=None,
+            step=step, trip=trip, module=step.wrapped, config=step.config, vp_stage=None,
             model_type=step.model.model_type, pg_collection=step.model.pg_collection, received=None, micro_batch=-1,
         )  # fmt: skip
 
@@ -76,7 +77,7 @@ class PassView(torch.nn.Module):
         self.__dict__["received"] = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | RecursiveOutput:
-        return self.step.run_pass(self, *args, **kwargs)
+        return self.step.run_trip(self, *args, **kwargs)
 
 
 @dataclass
@@ -84,13 +85,14 @@ class StepTotals:
     """What belongs to the training step, and not to one of its windows."""
 
     micro_batches: int
+    trips: tuple[Trip, ...]
     tokens: Tensor | int = 0  # of the windows before the last one, on the last stage
 
 
 class RingStep:
-    """One forward (and backward) of a window of micro-batches through a run of a plan's passes.
+    """One forward (and backward) of a window of micro-batches through a run of a plan's trips.
 
-    ``first_phase`` is the step that ran the passes before these, if another did; ``is_last``: no window follows.
+    ``first_phase`` is the step that ran the trips before these, if another did; ``is_last``: no window follows.
     """
 
     def __init__(
@@ -99,33 +101,38 @@ class RingStep:
         plan: RecursionPlan,
         forward_step: Callable[..., Any],
         num_microbatches: int,
-        passes: Sequence[DecoderPass],
+        trips: Sequence[Trip],
         *,
         forward_only: bool,
         totals: StepTotals,
         first_phase: RingStep | None = None,
         is_last: bool = True,
     ) -> None:
-        self.wrapped, self.forward_step_func, self.passes = wrapped, forward_step, tuple(passes)
+        self.wrapped, self.forward_step_func, self.trips = wrapped, forward_step, tuple(trips)
         self.model: RecursiveGPTModel = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
         self.plan = plan
         self.train = not forward_only and torch.is_grad_enabled()
-        self.hands_over = self.passes[-1] is not self.plan.passes[-1]  # a second phase follows
+        self.hands_over = self.trips[-1] is not totals.trips[-1]  # a second phase follows
         self.forward_only = forward_only or self.hands_over
         self.num_microbatches, self.totals, self.is_last = num_microbatches, totals, is_last
         self.config = self._schedule_config(get_model_config(wrapped))
         self.micro_batches: dict[int, MicroBatch] = first_phase.micro_batches if first_phase else {}
         self.zeros: Tensor | None = None
-        self.views = [PassView(self, decoder_pass) for decoder_pass in self.passes]
+        first = totals.trips[0]
+        self.input_reader = self.plan.first_input_gradient(first.before)
+        if first.before and self.input_reader is not first.around:
+            self.input_reader = None  # the input's graph goes with what the first trip sends
+        self.views = [PassView(self, trip) for trip in self.trips]
 
     def _schedule_config(self, config: Any) -> Any:
         """The model's config as the interleaved schedule must see it. A copy: the model and checkpoints stay plain."""
         ring = copy.copy(config)
-        stages = self.model.pg_collection.pp.size()
-        ring.virtual_pipeline_model_parallel_size = len(self.passes)
-        ring.microbatch_group_size_per_vp_stage = microbatch_group_size(stages, self.num_microbatches)
+        stages, interleaved = self.model.pg_collection.pp.size(), len(self.totals.trips) > 1
+        if interleaved:
+            ring.virtual_pipeline_model_parallel_size = len(self.trips)
+            ring.microbatch_group_size_per_vp_stage = microbatch_group_size(stages, self.num_microbatches)
         # Batched point-to-point pairs activations with gradients at two stages, silently wrong.
-        ring.overlap_p2p_comm, ring.batch_p2p_comm = True, False
+        ring.overlap_p2p_comm, ring.batch_p2p_comm = interleaved, False
         ring.overlap_p2p_comm_warmup_flush = True  # receives are posted before what is computed meanwhile
         if self.forward_only:  # what is sent lives no longer than its message, which need not be waited for
             ring.deallocate_pipeline_outputs = False
@@ -143,7 +150,7 @@ class RingStep:
     # -- called by the schedule ----------------------------------------------------------------------------------
 
     def forward_step(self, data_iterator: Any, view: PassView, *_: Any) -> tuple[Any, Callable[..., Any] | None]:
-        """The user's forward step runs once per micro-batch, in the first pass of this rank; later passes replay."""
+        """The user's forward step runs once per micro-batch, in the first trip of this rank; later trips replay."""
         number = view.__dict__["micro_batch"] = view.micro_batch + 1
         known = self.micro_batches.get(number)
         if known is None:
@@ -151,7 +158,7 @@ class RingStep:
             self.micro_batches[number].loss_func = loss_func = self._loss_of_step(loss_func)
         else:
             output, loss_func = view(**known.inputs), known.loss_func
-        if view.decoder_pass is self.passes[-1]:
+        if view.trip is self.trips[-1]:
             if self.hands_over:
                 return output, _no_loss
             del self.micro_batches[number]
@@ -172,7 +179,7 @@ class RingStep:
 
         return of_step
 
-    def run_pass(
+    def run_trip(
         self,
         view: PassView,
         input_ids: Tensor | None,
@@ -181,67 +188,94 @@ class RingStep:
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
     ) -> Tensor | RecursiveOutput:
-        """One pass of one micro-batch on this stage: [S, B, H] for the next stage, or the output of the model."""
-        decoder_pass, model = view.decoder_pass, self.model
+        """One trip of one micro-batch on this stage: [S, B, H] for the next stage, or the output of the model."""
+        trip, model = view.trip, self.model
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask,
                   "labels": labels, "loss_mask": loss_mask}  # fmt: skip
         batch = self.micro_batches.setdefault(view.micro_batch, MicroBatch(inputs))
-        sent, received = view.received, self._answer(view.received, decoder_pass)
+        sent, received = view.received, self._answer(view.received, trip)
         view.set_input_tensor(None)
-        if model.pre_process and decoder_pass is self.passes[0] and decoder_pass.index > 0:
+        if model.pre_process and trip is self.trips[0] and trip.index > 0:
             assert batch.handed_over is not None
             (request, received), batch.handed_over = batch.handed_over, None
             request.wait()
-        with torch.set_grad_enabled(self.train and decoder_pass.grad):
-            hidden = self._stage_input(batch, decoder_pass, received) if model.pre_process else None
-            self._free_superseded(batch, decoder_pass, sent)
-            model.decoder.set_input_tensor(None if model.pre_process else received)
-            output: Tensor | RecursiveOutput = model.decode(hidden, attention_mask, stack=decoder_pass.stack)
-            model.decoder.set_input_tensor(None)
-        if model.post_process and self.plan.is_block_end(decoder_pass):
+        with torch.set_grad_enabled(self.train and trip.around.grad):
+            given = self._stage_input(batch, trip, received) if model.pre_process else received
+            self._free_superseded(batch, trip, sent)
+            output: Tensor | RecursiveOutput = self._decode(batch, trip.around, given)
+            for behind in trip.behind if model.post_process else ():
+                output = self._decode(batch, behind, output)
+        last = trip.last if model.post_process else trip.around
+        if model.post_process and self.plan.is_block_end(last):
             assert isinstance(output, Tensor)
             with torch.set_grad_enabled(self.train):  # the halting head learns from grad-free blocks too
-                output = self._read_block(batch, decoder_pass, output)
-        if isinstance(output, Tensor) and not (self.train and decoder_pass.grad):
+                output = self._read_block(batch, last, output)
+        if isinstance(output, Tensor) and not (self.train and last.grad):
             output = output.detach()  # Megatron's blocks may mark it as requiring gradient
-            if model.post_process and self.hands_over and decoder_pass is self.passes[-1]:
+            if model.post_process and self.hands_over and trip is self.trips[-1]:
                 batch.output = output
+        if self.train and model.pre_process and trip.before and self.input_reader is None:
+            assert batch.state is not None and batch.start is not None
+            output = CarryGraph.apply(output, batch.start, batch.state.values["input"])
+            output = make_viewless_tensor(output, True, True)  # the schedule swaps the data of what it has sent
+        return output
+
+    def _decode(self, batch: MicroBatch, decoder_pass: DecoderPass, given: Any) -> Tensor:
+        """A pass through the layers of this stage. Off the first stage the decoder reads its own input tensor."""
+        is_first = self.model.pre_process
+        self.model.decoder.set_input_tensor(None if is_first else given)
+        mask = batch.inputs["attention_mask"]
+        output = self.model.decode(
+            given if is_first else None, mask, stack=decoder_pass.stack, closes=self.plan.closes(decoder_pass)
+        )
+        self.model.decoder.set_input_tensor(None)
         return output
 
     # -- stage 0: the states -------------------------------------------------------------------------------------
 
-    def _stage_input(self, batch: MicroBatch, decoder_pass: DecoderPass, received: Tensor | None) -> Tensor:
+    def _stage_input(self, batch: MicroBatch, trip: Trip, received: Tensor | None) -> Tensor:
         """What the first stage feeds to the decoder: the sum of states that the plan names."""
         if batch.state is None:
-            with torch.set_grad_enabled(self.train):
-                batch.embedding = self.model.embed(batch.inputs["input_ids"], batch.inputs["position_ids"])
-            leaf = batch.embedding.detach().requires_grad_(self.train)
-            batch.state = self.model.initial_state(leaf)
-        state, plan = batch.state, self.plan
+            batch.start = self._started(batch, trip.before)
+            leaf = batch.start.detach().requires_grad_(self.train)
+            batch.state = self.model.initial_state(leaf, batch.inputs["input_ids"], batch.inputs["position_ids"])
+        state, decoder_pass = batch.state, trip.around
         if received is not None:
-            before = plan.passes[decoder_pass.index - 1]
+            before = self.totals.trips[trip.index - 1].last
             state.update(before, received)
             if before.step != 1:
                 self._part_of_the_way(batch, before.target)
-        if self.train and decoder_pass is plan.first_input_gradient:
-            assert batch.embedding is not None
-            batch.graphs["input"] = batch.embedding
+        if self.train and decoder_pass is self.input_reader:
+            assert batch.start is not None
+            batch.graphs["input"] = batch.start
         leaves = {}
         for name, graph in batch.graphs.items():  # which this pass alone reaches; later ones read the leaf
-            leaf, state.values[name] = state.values[name], JoinLeafGradient.apply(graph, state.values[name])
-            leaves[id(state.values[name])] = leaf
+            leaf = state.values[name]
+            joined = JoinLeafGradient.apply(graph, leaf)
+            leaves[id(joined)] = leaf
+            state.values.update({each: joined for each, x in state.values.items() if x is leaf})  # an output that is it
         hidden = state.gather(decoder_pass)
         state.values.update({name: leaves[id(x)] for name, x in state.values.items() if id(x) in leaves})
         batch.graphs.clear()
-        if decoder_pass is self.plan.passes[-1]:
+        if trip is self.totals.trips[-1]:
             if self.train:
                 batch.received["input"] = state.values["input"]
-            batch.state = batch.embedding = None
-        elif decoder_pass is self.passes[-1]:  # the handover brings the next value of this state
-            if decoder_pass.step == 1:
-                state.values.pop(decoder_pass.target)
-            batch.received.pop(decoder_pass.target, None)
+            batch.state = batch.start = None
+        elif trip is self.trips[-1]:  # the handover brings the next value of this state
+            if trip.last.step == 1:
+                state.values.pop(trip.last.target)
+            batch.received.pop(trip.last.target, None)
         return hidden
+
+    def _started(self, batch: MicroBatch, prelude: Sequence[DecoderPass]) -> Tensor:
+        """The embedding, through a prelude that this stage holds alone, in a graph of its own."""
+        with torch.set_grad_enabled(self.train):
+            embedding = self.model.embed(batch.inputs["input_ids"], batch.inputs["position_ids"])
+        state = RecursionState(embedding, {})
+        for decoder_pass in prelude:
+            with torch.set_grad_enabled(self.train and decoder_pass.grad):
+                state.update(decoder_pass, self._decode(batch, decoder_pass, state.gather(decoder_pass)))
+        return state.values["input"]
 
     def _part_of_the_way(self, batch: MicroBatch, target: str) -> None:
         """A state that was moved and not replaced: its graph is that of one sum, and its data replaces the former."""
@@ -253,36 +287,36 @@ class RingStep:
         if former is not None:
             _free(former)
 
-    def _free_superseded(self, batch: MicroBatch, decoder_pass: DecoderPass, sent: Tensor | None) -> None:
+    def _free_superseded(self, batch: MicroBatch, trip: Trip, sent: Tensor | None) -> None:
         """Sums keep nothing of what they add: the data of a state goes with its next value, its gradient comes later.
 
-        The schedule holds on to what was sent until the backward of the pass.
+        The schedule holds on to what was sent until the backward of the trip.
         """
         if not self.model.pre_process or not self.train:
             return
         done: list[Tensor | None] = []
         if sent is not None:
-            before = self.plan.passes[decoder_pass.index - 1]
+            before = self.totals.trips[trip.index - 1].last
             done = [sent]
             if before.step == 1:
                 done = [batch.received.get(before.target)]
                 batch.received[before.target] = sent
-        if decoder_pass is self.plan.passes[-1]:
+        if trip is self.totals.trips[-1]:
             done += batch.received.values()
         for tensor in done:
             if tensor is not None and tensor.grad is None:
                 _free(tensor)
 
-    def _answer(self, received: Tensor | None, decoder_pass: DecoderPass) -> Tensor | None:
+    def _answer(self, received: Tensor | None, trip: Trip) -> Tensor | None:
         """A received tensor that gets no gradient must still be answered on the way back, or its sender waits for ever.
 
         It is given a zero gradient at once; what the schedule keeps of it until then is freed.
         """
         if received is None or not self.train or self.hands_over or not received.requires_grad:
             return received
-        gets_gradient = decoder_pass.grad
+        gets_gradient = trip.around.grad
         if self.model.pre_process:
-            gets_gradient = self.plan.feeds_gradient(self.plan.passes[decoder_pass.index - 1])
+            gets_gradient = self.plan.feeds_gradient(self.totals.trips[trip.index - 1].last)
         if gets_gradient:
             return received
         if self.zeros is None:
@@ -309,23 +343,14 @@ class RingStep:
         model.observe_state(self.plan, before, output, mask_BS, decoder_pass, batch.metrics)
         batch.before = None if is_last else output.detach()
         if self.train and decoder_pass.supervised_weight > 0 and not is_last:
-            assert readout.lm_loss_BS is not None
-            loss = (readout.lm_loss_BS.float() * mask_BS).sum() * decoder_pass.supervised_weight
-            if not self.config.calculate_per_token_loss:
-                loss = loss / mask_BS.sum().clamp(min=1)
+            said = {name: getattr(readout, name) for name in ("lm_loss_BS", "gate_logits_BS")}
+            graphs = {name: tensor for name, tensor in said.items() if tensor is not None}
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in graphs.items()}
             # Viewless, since the schedule swaps the data of what it has sent.
-            scale = partial(self._loss_scale, loss.device)
-            output = make_viewless_tensor(InjectLoss.apply(output, loss, scale), True, True)
-            readout.lm_loss_BS = readout.lm_loss_BS.detach()
+            joined = JoinReadings.apply(output, [*leaves.values()], *graphs.values())
+            output, readout = make_viewless_tensor(joined, True, True), replace(readout, **leaves)
         batch.readouts.append(readout)
         return model.objective(self.plan, batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
-
-    def _loss_scale(self, device: torch.device) -> float | Tensor:
-        """What the schedule multiplies the objective with before it is backpropagated."""
-        scale: float | Tensor = 1.0
-        if self.config.grad_scale_func is not None:
-            scale = self.config.grad_scale_func(torch.ones(1, device=device)).reshape(())
-        return scale if self.config.calculate_per_token_loss else scale / self.totals.micro_batches
 
 
 def hand_over(step: RingStep, group: ProcessGroup) -> None:
@@ -337,8 +362,8 @@ def hand_over(step: RingStep, group: ProcessGroup) -> None:
     batches = step.micro_batches.values()
     sending: list[Any] = []
     for batch in batches if step.model.pre_process else ():
-        assert batch.embedding is not None
-        state = torch.empty_like(batch.embedding, requires_grad=False)
+        assert batch.start is not None
+        state = torch.empty_like(batch.start, requires_grad=False)
         batch.handed_over = torch.distributed.irecv(state, last, group=group), state
     for batch in batches if step.model.post_process else ():
         assert batch.output is not None
@@ -379,30 +404,36 @@ def ring_forward_backward(
     wrapped = model[0] if isinstance(model, list) else model
     inner = get_attr_wrapped_model(wrapped, "plan", return_model_obj=True)
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-    groups = _groups_of(p2p_communicator, pg_collection)
+    groups = groups_of(p2p_communicator, pg_collection)
     group = groups.pp
     if group.size() != inner.pg_collection.pp.size():
         raise ValueError(f"the model has {inner.pg_collection.pp.size()} stages, the given group {group.size()} ranks")
 
-    plan, stages = plan or inner.plan, group.size()
-    if num_microbatches < stages or plan.num_passes < 2:
+    plan, stages, split = inner.plan_of_step(plan), group.size(), layers_of_stages(inner.config)
+    trips = trips_of(plan, split)
+    if num_microbatches < stages and len(trips) > 1:
         raise UserError(
-            f"A recursion of {plan.num_passes} passes over --pipeline-model-parallel-size {stages} with "
-            f"{num_microbatches} micro-batches a step cannot be scheduled; it needs two passes or more, and at least "
-            "as many micro-batches as stages (raise --global-batch-size)."
+            f"A recursion of {len(trips)} trips over --pipeline-model-parallel-size {stages} with {num_microbatches} "
+            "micro-batches a step cannot be scheduled; it needs at least as many micro-batches as stages (raise "
+            "--global-batch-size)."
         )
     windows: tuple[int, ...] = ()
     if not forward_only:
         config = inner.config
         costs = config.pipeline_costs if plan is inner.plan else None  # its costs are of the model's own passes
-        costs = costs or equal_costs(plan, stages)
-        windows = chosen_windows(plan, costs, num_microbatches, config.pipeline_phases, config.pipeline_window)
-    split = plan.first_grad_pass if windows else 0
-    totals = StepTotals(num_microbatches)
+        costs = costs or equal_costs(plan, stages, layers_per_stage=split)
+        windows = chosen_windows(costs, num_microbatches, config.pipeline_phases, config.pipeline_window)
+    free_trips = [trip.grad for trip in trips].index(True) if windows else 0
+    totals = StepTotals(num_microbatches, trips)
+    # Here dispatch.py has put itself before Megatron's.
+    plain = schedules.forward_backward_pipelining_without_interleaving
+    schedule: Callable[..., Any] = getattr(plain, "__wrapped__", plain)
+    if len(trips) > 1:
+        schedule = schedules.forward_backward_pipelining_with_interleaving
 
     def run(step: RingStep) -> list[dict[str, Tensor]]:
         communicator = RingCommunicator(group, step.config)
-        reports: list[dict[str, Tensor]] = schedules.forward_backward_pipelining_with_interleaving(
+        reports: list[dict[str, Tensor]] = schedule(
             forward_step_func=step.forward_step,
             data_iterator=[iterator] * len(step.views),
             model=step.views,
@@ -418,12 +449,12 @@ def ring_forward_backward(
 
     def run_window(size: int, is_last: bool) -> list[dict[str, Tensor]]:
         free = None
-        if split:
-            free = RingStep(wrapped, plan, forward_step_func, size, plan.passes[:split], forward_only=False,
+        if free_trips:
+            free = RingStep(wrapped, plan, forward_step_func, size, trips[:free_trips], forward_only=False,
                             totals=totals, is_last=is_last)  # fmt: skip
             run(free)
             hand_over(free, group)
-        step = RingStep(wrapped, plan, forward_step_func, size, plan.passes[split:], forward_only=forward_only,
+        step = RingStep(wrapped, plan, forward_step_func, size, trips[free_trips:], forward_only=forward_only,
                         totals=totals, first_phase=free, is_last=is_last)  # fmt: skip
         return run(step)
 
@@ -439,28 +470,3 @@ def _no_sync(config: Any) -> AbstractContextManager[None]:
     if isinstance(function, list):  # one a model chunk, of which there is one
         (function,) = function
     return nullcontext() if function is None else function()
-
-
-class RingCommunicator(P2PCommunicator):
-    """Megatron's, which also knows its last message: where outputs are not freed, the schedule does not wait for it."""
-
-    last: Any = None
-
-    def _communicate(self, **kwargs: Any) -> tuple[Any, Any, Any]:
-        from_previous, from_next, requests = super()._communicate(**kwargs)
-        self.last = requests.get("send_next") if requests else None  # an earlier one has been waited for by now
-        return from_previous, from_next, requests
-
-    def finish(self) -> None:
-        if self.last is not None:
-            self.last.wait()
-
-
-def _groups_of(p2p_communicator: Any, pg_collection: Any) -> ProcessGroupCollection:
-    """The groups that the caller wants, or as in Megatron's schedule those of parallel state."""
-    if p2p_communicator is None and pg_collection is None:
-        return schedules._build_default_pg_collection()
-    if isinstance(p2p_communicator, P2PCommunicator) and isinstance(pg_collection, ProcessGroupCollection):
-        if p2p_communicator.pp_group is pg_collection.pp:
-            return pg_collection
-    raise ValueError("the ring takes a P2PCommunicator and a ProcessGroupCollection of the same pp group, or neither")

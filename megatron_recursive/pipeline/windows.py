@@ -10,7 +10,7 @@ WINDOW_PER_STAGE = 4  # micro-batches of a window for each stage, unless --pipel
 def microbatch_group_size(stages: int, num_microbatches: int) -> int:
     """The smallest N >= stages of which num_microbatches is a multiple, or leaves a remainder >= stages."""
     group = stages
-    while 0 < num_microbatches % group < stages:
+    while 0 < num_microbatches % group < min(stages, num_microbatches):
         group += 1
     return group
 

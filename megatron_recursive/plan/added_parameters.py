@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from .recursion_plan import RecursionPlan
+from .recursion_plan import DecoderPass, RecursionPlan
+
+SEED = 20251006  # fixed: where a state starts belongs to the function, not to the run
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,14 @@ class AddedParameter:
     Attributes:
         key: its name in Megatron's model and in checkpoints: a module of the model and its weight, or a buffer.
         exported: its name in an export.
-        shape: in an export: sizes in the letters of the mapping tables (h is the hidden size), or numbers. Megatron's
-            leaves out a leading 1: optimizers which treat matrices apart shall leave a vector alone.
+        shape: in an export: sizes in the letters of the mapping tables (h is the hidden size), or numbers.
         stage: the pipeline stage that holds it, ``first`` or ``last``.
-        start: value of a fresh one, or the name of the knob that has it; ``trunc-normal`` is a seeded vector of std 1.
+        start: value of a fresh one, or the name of the knob that has it; ``trunc-normal`` is a seeded vector of std 1,
+            ``identity`` a matrix with ones on its diagonal.
         trained: False for a buffer, which belongs to the function and is not counted as a parameter.
+        is_head: --train-only heads trains it.
         in_fp32: computes in fp32, and keeps its dtype where others are cast or quantised.
+        decays: False for a matrix without weight decay.
     """
 
     key: str
@@ -34,32 +39,51 @@ class AddedParameter:
     stage: str
     start: float | str = 0.0
     trained: bool = True
+    is_head: bool = False
     in_fp32: bool = False
+    decays: bool = True
 
     @property
     def module(self) -> str:
         """The attribute of Megatron's model that holds it; a buffer has no module."""
         return self.key.rpartition(".")[0]
 
+    @property
+    def is_flat(self) -> bool:
+        """A matrix that Megatron holds as a vector: optimizers decay, and treat apart, what has two axes."""
+        return self.shape.startswith("1 ") or not self.decays
+
     def sizes(self, hidden_size: int) -> tuple[int, ...]:
         """Megatron's shape."""
         letters = {"h": hidden_size, "2h": 2 * hidden_size}
         exported = tuple(letters.get(each) or int(each) for each in self.shape.split())
-        return exported[1:] if len(exported) > 1 and exported[0] == 1 else exported
+        return (math.prod(exported),) if self.is_flat else exported
 
     def size(self, hidden_size: int) -> int:
         return math.prod(self.sizes(hidden_size))
 
 
 HALTING_HEAD = (
-    AddedParameter("halting_head.weight", "halting_head.weight", "1 h", "last", in_fp32=True),
-    AddedParameter("halting_head.bias", "halting_head.bias", "1", "last", "halt_bias", in_fp32=True),
+    AddedParameter("halting_head.weight", "halting_head.weight", "1 h", "last", is_head=True, in_fp32=True),
+    AddedParameter("halting_head.bias", "halting_head.bias", "1", "last", "halt_bias", is_head=True, in_fp32=True),
+)
+EXIT_GATE = (
+    AddedParameter("exit_gate.weight", "exit_gate.weight", "1 h", "last", in_fp32=True),
+    AddedParameter("exit_gate.bias", "exit_gate.bias", "1", "last", in_fp32=True),
 )
 INITIAL_STATES = (
     AddedParameter("initial_output", "model.initial_output", "h", "first", "trunc-normal", trained=False),
     AddedParameter("initial_latent", "model.initial_latent", "h", "first", "trunc-normal", trained=False),
 )
-EVERY = (*HALTING_HEAD, *INITIAL_STATES)
+COMBINING = {  # by the word of a pass
+    "concat": (AddedParameter("adapter.weight", "model.adapter.weight", "h 2h", "first", "identity"),),
+    "diagonal": (  # decay exp(-delta exp(A_log)), which starts at sqrt(.2), and gain delta = softplus(dt_bias)
+        AddedParameter("injection.A_log", "model.injection.A_log", "h", "first"),
+        AddedParameter("injection.dt_bias", "model.injection.dt_bias", "h", "first", math.log(math.sqrt(5.0) - 1.0)),
+        AddedParameter("injection.B", "model.injection.B", "h h", "first", "identity", decays=False),
+    ),
+}  # fmt: skip
+EVERY = (*HALTING_HEAD, *EXIT_GATE, *INITIAL_STATES, *COMBINING["concat"], *COMBINING["diagonal"])
 
 
 def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
@@ -67,9 +91,47 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
     asked: tuple[AddedParameter, ...] = ()
     if plan.has_halting:
         asked += HALTING_HEAD
-    if not plan.is_plain and plan.state_init == "trunc-normal":
-        asked += INITIAL_STATES
+    if plan.exit_gate:
+        asked += EXIT_GATE
+    asked += tuple(each for each in INITIAL_STATES if each.key.removeprefix("initial_") in plan.initial_vectors)
+    for word in plan.maps:
+        asked += COMBINING[word]
     return asked
+
+
+def combining_flops(decoder_pass: DecoderPass, hidden_size: int) -> float:
+    """Forward FLOPs per token of what a pass does with what it reads, before its layers."""
+    return 2.0 * sum(each.size(hidden_size) for each in COMBINING.get(decoder_pass.combine, ()))
+
+
+def sampled_start(tokens: Any, hidden_size: int, std: float, draw: Any = 0) -> Any:
+    """A normal for each token, truncated at three standard deviations, as fp32 [..., hidden_size].
+
+    A function of its arguments alone, the same on every device and however tokens are spread over ranks: a hash in
+    place of a generator's state.
+
+    Args:
+        tokens: an integer tensor of what tells tokens apart, such as their positions. draw: a number, or such a tensor.
+    """
+    rows = _hashed(_hashed(tokens.unsqueeze(-1) ^ _hashed(draw ^ SEED)))
+    columns = _hashed(tokens.new_ones(hidden_size).cumsum(-1) * 0x9E3779B9)
+    uniform = (_hashed(_hashed(rows ^ columns)) >> 8).float() / 2**24 + 2.0**-25
+    within = math.erf(3 / math.sqrt(2))
+    return (within * (2 * uniform - 1)).erfinv() * (math.sqrt(2) * std)
+
+
+def tokens_so_far(tokens: Any) -> Any:
+    """[B, S] of token ids to numbers that tell each token and all before it from others: what training draws by."""
+    places = tokens.new_ones(tokens.shape[-1]).cumsum(-1)
+    return _hashed(_hashed(tokens) ^ (places * 0x9E3779B9)).cumsum(-1) & 0xFFFFFFFF
+
+
+def _hashed(x: Any) -> Any:
+    """A permutation of 32-bit numbers that leaves no pattern (lowbias32), in a wider type."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def start_of(parameter: AddedParameter, knobs: object) -> float | str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_recursive.plan.recursion_config import RecursionConfig
-from megatron_recursive.plan.recursion_plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.recursion_plan import COMBINES, DecoderPass, RecursionPlan
 
 
 def build_plan(config: RecursionConfig) -> RecursionPlan:
@@ -48,27 +48,31 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
 def recurrent_plan(config: RecursionConfig) -> RecursionPlan:
     """A prelude, r passes of a core that end in one state, and a coda (Geiping et al. 2025, Huginn)::
 
-        input = prelude(input);  output = input
-        repeat r times:  output += step * (core(output [+ input]) - output)
+        input = prelude(input);  output = input, or a normal
+        repeat r times:  output += step * (core(output [with input]) - output)
         output = coda(output)
 
     A step of 1 / r turns r passes of pretrained layers into sub-steps of the one that they were trained for
     (arXiv 2605.23872).
     """
     r, window = config.num_recurrences, config.backprop_depth or config.num_recurrences
-    reads = ("output", "input") if config.injection == "add" else ("output",)
+    reads = ("output",) if config.injection == "none" else ("output", "input")
+    combine = config.injection if config.injection in COMBINES else "sum"
     passes: list[DecoderPass] = []
     if config.num_prelude_layers:
         passes.append(DecoderPass(0, 0, "input", ("input",), grad=True, stack="prelude"))
     for step in range(r):
-        passes.append(DecoderPass(len(passes), 0, "output", reads, grad=step >= r - window, step=config.step_size))
+        passes.append(DecoderPass(len(passes), 0, "output", reads, grad=step >= r - window, step=config.step_size,
+                                  combine=combine))  # fmt: skip
     if config.num_coda_layers or config.recurrence_step != "1":  # a state that was moved by a part is read by a pass
         passes.append(DecoderPass(len(passes), 0, "output", ("output",), grad=True, stack="coda"))
     passes[-1] = replace(passes[-1], supervised_weight=1.0)
     stacks = (("prelude", config.num_prelude_layers), ("core", None), ("coda", config.num_coda_layers))
     multiplier = config.embedding_multiplier or 1.0
+    start, std = ("sampled", config.state_std) if config.state_init == "sampled" else ("input", 1.0)
+    norm = config.state_norm.replace("final", "none")
     is_mean = config.recurrence_step == "mean"
-    return RecursionPlan("recurrent", tuple(passes), "input", "none", multiplier, stacks, is_mean)
+    return RecursionPlan("recurrent", tuple(passes), start, norm, multiplier, stacks, is_mean, std)
 
 
 def looped_plan(config: RecursionConfig) -> RecursionPlan:
@@ -76,14 +80,17 @@ def looped_plan(config: RecursionConfig) -> RecursionPlan:
 
         output = input
         repeat T times:  output = core(output)
+
+    With an exit gate every loop is supervised, by its probability p of leaving there.
     """
-    loops = config.num_refinement_blocks
+    loops, gated = config.num_refinement_blocks, config.exit_gate
     passes = tuple(
-        DecoderPass(loop, loop, "output", ("output",), grad=True, supervised_weight=float(loop == loops - 1),
+        DecoderPass(loop, loop, "output", ("output",), grad=True, supervised_weight=float(gated or loop == loops - 1),
                     halt_weight=_halt_weight(config, loop))
         for loop in range(loops)
     )  # fmt: skip
-    return RecursionPlan("looped", passes, "input", config.state_norm, config.embedding_multiplier or 1.0)
+    multiplier = config.embedding_multiplier or 1.0
+    return RecursionPlan("looped", passes, "input", config.state_norm, multiplier, exit_gate=gated)
 
 
 def hierarchical_plan(config: RecursionConfig) -> RecursionPlan:
@@ -93,14 +100,21 @@ def hierarchical_plan(config: RecursionConfig) -> RecursionPlan:
         repeat T times:
             n times:  latent = low(latent + output)
             once:     output = high(output + latent)
+
+    In each block the last so many latent passes of ``latent_windows`` carry gradient, and the output pass does.
     """
-    plan = core_plan(replace(config, recursion_family="core", detach_between_refinements=False))
-    passes = tuple(
-        replace(p, reads=("latent", "output"), stack="low") if p.target == "latent" else replace(p, stack="high")
-        for p in plan.passes
-    )
+    core = replace(config, recursion_family="core", detach_between_refinements=False, latent_backprop_depth="0")
+    plan, windows, latents = core_plan(core), config.latent_windows, config.num_latent_refinements
+    passes = []
+    for p in plan.passes:
+        if p.target == "latent":
+            behind = latents - p.index % (latents + 1)  # latent passes from here to the end of the block
+            passes.append(replace(p, reads=("latent", "output"), stack="low", grad=behind <= windows[p.block]))
+        else:
+            passes.append(replace(p, stack="high"))
+    starts = "input" if config.state_init == "zeros" else f"input, {config.state_init}"
     stacks = (("low", None), ("high", None))
-    return replace(plan, family="hierarchical", passes=passes, state_init="input", stacks=stacks)
+    return replace(plan, family="hierarchical", passes=tuple(passes), state_init=starts, stacks=stacks)
 
 
 def _halt_weight(config: RecursionConfig, block: int) -> float:

@@ -19,11 +19,12 @@ def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, of
     return field(default=default, metadata=meta)
 
 
+HALTING = ("halt_loss_weight", "halt_bias", "halt_supervision", "halt_target")
 OF_FAMILIES = {  # knobs that not every family knows
     "num_refinement_blocks": ("core", "looped", "hierarchical"),
     "num_latent_refinements": ("core", "hierarchical"),
     "detach_between_refinements": ("core",),
-    "state_init": ("core",),
+    "state_init": ("core", "hierarchical"), "state_std": ("recurrent",),
     "state_norm": ("core", "looped", "hierarchical"),
     "num_recurrences": ("recurrent",),
     "num_prelude_layers": ("recurrent",),
@@ -31,11 +32,26 @@ OF_FAMILIES = {  # knobs that not every family knows
     "injection": ("recurrent",),
     "recurrence_step": ("recurrent",),
     "backprop_depth": ("recurrent",),
-    **dict.fromkeys(("halt_loss_weight", "halt_bias", "halt_supervision", "halt_target"),
-                    ("core", "looped", "hierarchical")),
+    **dict.fromkeys(HALTING, ("core", "looped", "hierarchical")),
+    **dict.fromkeys(("exit_gate", "exit_entropy_weight"), ("looped",)),
+    "latent_backprop_depth": ("hierarchical",),
+}
+
+OTHER_NAMES = {"num_refinement_blocks": "--H-cycles", "num_latent_refinements": "--L-cycles",
+               "latent_backprop_depth": "--L-bp-cycles"}  # fmt: skip
+OF_WORDS = {  # words of those knobs that other families know
+    ("state_init", "sampled"): ("recurrent",),
+    ("state_norm", "core"): ("recurrent",),
+    ("state_norm", "core-end"): ("recurrent",),
 }
 
 DEPTHS = ("num_refinement_blocks", "num_latent_refinements", "num_recurrences")
+
+
+def families_of(name: str, value: Any) -> tuple[str, ...] | None:
+    """The families that know a knob at a value; None for all."""
+    return OF_WORDS.get((name, value)) or OF_FAMILIES.get(name)
+
 
 _ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "a word"}
 
@@ -63,18 +79,24 @@ class FunctionKnobs:
     num_coda_layers: int = _knob(
         0, "Layers that run once behind the core of a recurrent family.")
     injection: str = _knob(
-        "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too (add).",
-        choices=("none", "add"))
+        "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too: the "
+        "sum (add), a linear map of both side by side (concat; Huginn), or the state times a learned decay below 1 "
+        "plus a linear map of the input (diagonal; Parcae).",
+        choices=("none", "add", "concat", "diagonal"))
     recurrence_step: str = _knob(
         "1", "How far a pass of a recurrent core moves its state towards its result: 1, mean (1 / r, for layers that "
         "were pretrained to run once), or a number between.")
     state_init: str = _knob(
-        "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer).",
-        choices=("zeros", "trunc-normal"))
+        "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer). "
+        "In a hierarchical family that of the latent state; the output starts at the input. A recurrent core starts at "
+        "the prelude's result, or sampled: at a truncated normal for each token.",
+        choices=("zeros", "trunc-normal", "sampled"))
+    state_std: float = _knob(
+        0.4**0.5, "Standard deviation of a sampled start; sqrt(2/5) is Huginn's beside inputs of unit scale.")
     state_norm: str = _knob(
-        "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head, as always "
-        "in a recurrent family.",
-        choices=("final", "none"))
+        "final", "final: the decoder's norm closes every pass. none: it runs once, before the output head, as it does "
+        "in a recurrent family. There it may also close every pass of the core (core), or the last one (core-end).",
+        choices=("final", "none", "core", "core-end"))
     embedding_multiplier: float | None = _knob(
         None, "Factor on the embedding, which must stand at the scale of the states. Default: 1 / embedding init std "
         "for recursive runs from scratch, 1 for runs that start from a plain GPT and when recursion is off.",
@@ -83,12 +105,15 @@ class FunctionKnobs:
 
 @dataclass(frozen=True)
 class HeadKnobs:
-    """The halting head that a model is built with. A change on a resume is told, here and in the next two parts."""
+    """The halting head or exit gate that a model is built with. A change on a resume is told, in the next parts too."""
 
     halt_loss_weight: float = _knob(
         1.0, "Weight of the halting loss: total loss = lm loss + weight * halt loss. 0 builds no halting head.")
     halt_bias: float = _knob(
         -5.0, "Initial bias of the halting head. About 0 is known to trap training at shallow depth.")
+    exit_gate: bool = _knob(
+        False, "Give a looped model an exit gate in place of the halting head: a probability of leaving after each "
+        "loop, which weighs the losses of all loops (Ouro).", off="--no-exit-gate")
 
 
 @dataclass(frozen=True)
@@ -101,6 +126,9 @@ class TrainingKnobs:
         off="--no-detach-between-refinements")
     backprop_depth: int = _knob(
         0, "The last so many passes of a recurrent core carry gradient; 0: all.")
+    latent_backprop_depth: str = _knob(
+        "0", "The last so many latent refinements of each block of a hierarchical family carry gradient: a number for "
+        "the last block (1 for those before it), or with commas one for each of the last blocks; 0: all.")
     init_depth_scaling: str | None = _knob(
         None, "Output projections are initialised with std / sqrt(2 L): L the layers held, or the layers unrolled over "
         "all passes. Default: held; unrolled where --state-norm is none, as in a recurrent family.",
@@ -111,6 +139,9 @@ class TrainingKnobs:
     halt_target: str = _knob(
         "correct", "A token should halt where its arg-max is the label (correct), or where its arg-max is already "
         "that of the last block (agrees-with-last).", choices=("correct", "agrees-with-last"))
+    exit_entropy_weight: float = _knob(
+        0.1, "With an exit gate: loss = sum over the loops of p * lm loss, less this times the entropy of p (Ouro: "
+        "0.1, later 0.05).")
 
 
 @dataclass(frozen=True)
@@ -160,11 +191,13 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         for name in ("num_prelude_layers", "num_coda_layers", "backprop_depth"):
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         self._check_family()
+        self._check_windows()
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
         self._require("halt_loss_weight", self.halt_loss_weight >= 0 and math.isfinite(self.halt_loss_weight),
                       "must be 0 or a positive number")
+        self._require("exit_entropy_weight", 0 <= self.exit_entropy_weight < math.inf, "must be 0 or a positive number")
         self._require("halt_bias", math.isfinite(self.halt_bias), "must be a finite number")
         multiplier = self.embedding_multiplier
         self._require("embedding_multiplier", multiplier is None or (multiplier > 0 and math.isfinite(multiplier)),
@@ -182,19 +215,50 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             holds = False
         self._require("recurrence_step", holds, "must be 1, mean, or a number above 0 and below 1")
         for knob in dataclasses.fields(self):
-            families, value = OF_FAMILIES.get(knob.name, (self.recursion_family,)), getattr(self, knob.name)
+            value = getattr(self, knob.name)
+            families = families_of(knob.name, value) or (self.recursion_family,)
             off = knob.name == "halt_loss_weight" and value == 0
             if self.recursion_family not in families and value != knob.default and not off:
-                flag = knob.metadata["off"] if isinstance(value, bool) else f"{flag_of(knob.name)} {value}"
+                flag = f"{flag_of(knob.name)} {value}"
+                if isinstance(value, bool):
+                    flag = flag_of(knob.name) if value else knob.metadata["off"]
                 raise UserError(
                     f"{flag} belongs to --recursion-family {' or '.join(families)}, but the family is "
                     f"{self.recursion_family}."
                 )
 
+        self._require("injection", self.state_init != "sampled" or self.injection != "none",
+                      "leaves a start that is sampled (--state-init) without the input; give it add or concat")
+        self._require("state_std", self.state_std > 0 and math.isfinite(self.state_std), "must be a positive number")
+        if self.exit_gate and self.num_refinement_blocks < 2:
+            raise UserError("--exit-gate chooses between loops; give --num-refinement-blocks 2 or more.")
+        idle = HALTING if self.exit_gate else ("exit_entropy_weight",)
+        for knob in (knob for knob in dataclasses.fields(self) if knob.name in idle):
+            if getattr(self, knob.name) not in (knob.default, 0.0):
+                other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
+                raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
+
     @property
     def step_size(self) -> float:
         """Of a pass of a recurrent core."""
         return 1.0 / self.num_recurrences if self.recurrence_step == "mean" else float(self.recurrence_step)
+
+    @property
+    def latent_windows(self) -> tuple[int, ...]:
+        """How many latent refinements carry gradient, of each block."""
+        given = [int(each) for each in self.latent_backprop_depth.split(",")]
+        if given == [0]:
+            return (self.num_latent_refinements,) * self.num_refinement_blocks
+        return (*(1,) * (self.num_refinement_blocks - len(given)), *given)
+
+    def _check_windows(self) -> None:
+        try:
+            given = self.latent_windows
+        except ValueError:
+            given = (0,)
+        self._require("latent_backprop_depth", min(given) >= 1 and len(given) == self.num_refinement_blocks,
+                      f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them, "
+                      "such as 1,2")  # fmt: skip
 
     def _check_type(self, knob: dataclasses.Field[Any]) -> None:
         value, wanted = getattr(self, knob.name), knob.metadata["type"]
@@ -212,7 +276,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
     @property
     def has_halting(self) -> bool:
         has_blocks = self.recursion_family != "recurrent"
-        return self.enable_recursive_refinement and has_blocks and self.halt_loss_weight > 0
+        return self.enable_recursive_refinement and has_blocks and self.halt_loss_weight > 0 and not self.exit_gate
 
     def resolved(self, *, embedding_init_std: float, from_plain_gpt: bool = False) -> RecursionConfig:
         """The same config with every "choose" replaced by what it comes to in this run."""
@@ -284,8 +348,8 @@ def retrofit(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
     The first and the last third run once, the middle third several times in steps of 1 / r (arXiv 2605.23872).
     """
     family = given.get("recursion_family")
-    foreign = [name for name in given if "recurrent" not in OF_FAMILIES.get(name, ("recurrent",))]
-    own = [name for name in given if OF_FAMILIES.get(name) == ("recurrent",)]
+    foreign = [name for name in given if "recurrent" not in (families_of(name, given[name]) or ("recurrent",))]
+    own = [name for name in given if families_of(name, given[name]) == ("recurrent",)]
     if foreign and (family == "recurrent" or own):
         raise UserError(f"{flag_of(foreign[0])} does not go with --recursion-family recurrent; leave one of them out.")
     if foreign or family not in (None, "recurrent") or not given.get("enable_recursive_refinement", True):
@@ -322,6 +386,21 @@ def add_recursion_arguments(
                                help=f"The opposite of {flag_of(knob.name)}.")
             continue
         suffix = "" if knob.default is None else f" (default: {knob.default})"
-        group.add_argument(flag_of(knob.name), default=default, choices=knob.metadata["choices"],
-                           type=knob.metadata["type"], help=text + suffix)
+        names = [flag_of(knob.name), *([OTHER_NAMES[knob.name]] if knob.name in OTHER_NAMES else [])]
+        group.add_argument(*names, default=default, choices=knob.metadata["choices"], dest=knob.name,
+                           action=_Named if len(names) > 1 else "store",
+                           type=knob.metadata["type"], help=text + suffix)  # fmt: skip
     return parser
+
+
+class _Named(argparse.Action):
+    """Stores what a flag of two names is given, which must agree where both are."""
+
+    given: tuple[Any, str, Any] = (None, "", None)  # the namespace, the name and the value of the last time
+
+    def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, name: str | None = None) -> None:
+        parsed, other, before = self.given
+        if parsed is namespace and other != name and before != value:
+            raise UserError(f"{other} {before} and {name} {value} are two names of one knob; give one of them.")
+        self.given = namespace, str(name), value
+        setattr(namespace, self.dest, value)

@@ -18,8 +18,16 @@ from typing import Any
 from megatron_recursive.errors import UserError
 
 STATES = ("output", "latent")
-STATE_INITS, STATE_NORMS = ("zeros", "trunc-normal", "input"), ("final", "none")
+# Where states start: whether the output starts at the input, and which states start at a vector; else at zeros, or, of
+# a sampled start, at a normal for each token.
+STARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "zeros": (False, ()), "trunc-normal": (False, STATES), "sampled": (False, ()),
+    "input": (True, ()), "input, trunc-normal": (True, ("latent",)),
+}  # fmt: skip
+STATE_NORMS = ("final", "none", "core", "core-end")
 READABLE = (*STATES, "input")
+COMBINES = ("sum", "concat", "diagonal")
+_SAID = {"concat": "[{}, {}]", "diagonal": "a {} + B {}"}
 WHOLE = (("core", None),)  # all layers are one stack
 
 
@@ -30,20 +38,21 @@ def is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class DecoderPass:
-    """One application of a stack of layers: ``state[target] += step * (stack(sum of what it reads) - state[target])``.
+    """One application of a stack of layers: ``state[target] += step * (stack(what it reads) - state[target])``.
 
     Attributes:
         index: position in the plan, from 0.
         block: refinement block that the pass belongs to, from 0.
         target: what the result moves: ``output``, ``latent``, or ``input`` (a prelude).
-        reads: summands, in this order, out of ``output``, ``latent`` and ``input`` (the embedding, or what a prelude
-            made of it).
+        reads: some of ``output``, ``latent`` and ``input`` (the embedding, or what a prelude made of it), in order.
         grad: whether the pass is recorded for the backward pass.
         cuts_states: whether output and latent are detached from the graph before the pass.
         supervised_weight: weight of the language-model loss on the result; 0 where there is none.
         halt_weight: weight of the halting loss on the result; 0 where there is none.
         stack: name of the layers that it runs, one of the plan's ``stacks``.
         step: how far the target moves towards the result; 1 replaces it.
+        combine: what the stack is given of the values read: their ``sum``; or of two, a linear map of both side by side
+            (``concat``), or the first times a decay below 1, plus a linear map of the second (``diagonal``).
     """
 
     index: int
@@ -56,10 +65,11 @@ class DecoderPass:
     halt_weight: float = 0.0
     stack: str = "core"
     step: float = 1.0
+    combine: str = "sum"
 
     def to_dict(self) -> dict[str, Any]:
         """Words that say nothing new are left out, so that older readers know all that they find."""
-        usual = {"stack": "core", "step": 1.0}
+        usual = {"stack": "core", "step": 1.0, "combine": "sum"}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
 
@@ -70,11 +80,12 @@ class RecursionPlan:
     Attributes:
         family: name of the builder: ``plain``, ``core``, ``recurrent``, ``looped`` or ``hierarchical``.
         passes: in the order in which they run.
-        state_init: where states start: at zeros, at a seeded vector, or the output at the ``input`` and the latent at
-            zeros.
-        state_norm, embedding_multiplier: as in ``RecursionConfig``, resolved.
+        state_init: where states start: at zeros, at a seeded vector, or the output at the ``input`` or ``sampled`` (a
+            normal of std ``state_std`` for each token) and the latent at zeros or at a seeded vector (:data:`STARTS`).
+        state_norm, embedding_multiplier: as in ``RecursionConfig``, resolved. See :meth:`closes`.
         stacks: (name, layers) in the order in which the model holds them; those without a number share the rest.
         mean_steps: the steps of a recurrent core are 1 / r, and stay that at another r.
+        exit_gate: a gate gives the probability of leaving after each block; it weighs their language-model losses.
 
     Raises:
         UserError: the passes contradict each other, or a parameter group would get no gradient.
@@ -87,6 +98,8 @@ class RecursionPlan:
     embedding_multiplier: float = 1.0
     stacks: tuple[tuple[str, int | None], ...] = WHOLE
     mean_steps: bool = False
+    state_std: float = 1.0
+    exit_gate: bool = False
 
     @classmethod
     def plain(cls, embedding_multiplier: float = 1.0) -> RecursionPlan:
@@ -97,27 +110,29 @@ class RecursionPlan:
     def __post_init__(self) -> None:
         if not self.passes:
             raise UserError("A plan needs at least one pass (--num-refinement-blocks).")
-        if self.state_init not in STATE_INITS:
-            raise UserError(f"state_init of a plan must be one of {', '.join(STATE_INITS)}, but is {self.state_init}.")
+        if self.state_init not in STARTS:
+            raise UserError(f"state_init of a plan must be one of {'; '.join(STARTS)}, but is {self.state_init}.")
         if self.state_norm not in STATE_NORMS:
             raise UserError(f"state_norm of a plan must be one of {', '.join(STATE_NORMS)}, but is {self.state_norm}.")
-        if not (is_number(self.embedding_multiplier) and self.embedding_multiplier > 0):
-            raise UserError(f"--embedding-multiplier must be a positive number, but is {self.embedding_multiplier}.")
+        for name in ("embedding_multiplier", "state_std"):
+            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} must be a positive number, but is {getattr(self, name)}.")
         if len(dict(self.stacks)) != len(self.stacks) or None not in dict(self.stacks).values():
             raise UserError("The stacks of a plan need different names, and one of them takes the rest of the layers.")
         last = self.passes[-1]
-        if last.target != "output" or last.supervised_weight <= 0:
+        learns = last.supervised_weight > 0 or (self.trains_heads_only and last.halt_weight > 0)
+        if last.target != "output" or not learns:
             raise UserError("The last pass of a plan must update the output state and be supervised.")
         for expected, decoder_pass in enumerate(self.passes):
             self._check_pass(expected, decoder_pass)
-        refining = [p.grad for p in self.passes if p.target != "input"]
-        if refining != sorted(refining):
-            raise UserError("The passes that carry gradient must stand together at the end of the plan.")
+        if self.exit_gate and (self.has_halting or not all(p.supervised_weight > 0 for p in self.block_ends)):
+            raise UserError("An exit gate stands in place of a halting head and needs every block supervised.")
         starved = [group for group, fed in self.gradient_groups(tied_embeddings=False).items() if not fed]
-        if starved:
+        if starved and not self.trains_heads_only:
             mend = "raise --num-latent-refinements"
             if self.stacks != WHOLE:
-                mend = "give --injection add, or no --backprop-depth"
+                mend = "give --injection add" + ", or no --backprop-depth" * (self.state_init == "input")
             raise UserError(
                 f"The parameter group '{starved[0]}' would receive no gradient: no pass with gradient reads the "
                 f"{'states' if starved[0] == 'layers' else f'input ({mend})'}."
@@ -142,6 +157,9 @@ class RecursionPlan:
                 raise UserError(f"{where} moves its state by a part, so that the next pass of its block must read it.")
         if not decoder_pass.reads or set(decoder_pass.reads) - set(READABLE):
             raise UserError(f"{where} must read some of {', '.join(READABLE)}.")
+        if decoder_pass.combine not in COMBINES or (decoder_pass.combine != "sum" and len(decoder_pass.reads) != 2):
+            raise UserError(f"{where} combines {len(decoder_pass.reads)} values by '{decoder_pass.combine}'; there are "
+                            f"{', '.join(COMBINES)}, the last two of two values.")  # fmt: skip
         if (decoder_pass.supervised_weight or decoder_pass.halt_weight) and decoder_pass.target != "output":
             raise UserError(f"{where} is supervised but does not update the output state.")
         for name in ("supervised_weight", "halt_weight"):
@@ -173,23 +191,51 @@ class RecursionPlan:
         """The last pass of every block: after it the output state can be read."""
         return tuple(p for p in self.passes if p is self.passes[-1] or self.passes[p.index + 1].block != p.block)
 
+    @property
+    def starts_at_input(self) -> bool:
+        """Whether the output starts at the input."""
+        return STARTS[self.state_init][0]
+
+    @property
+    def initial_vectors(self) -> tuple[str, ...]:
+        """The states that start at a vector, one [H] for all tokens."""
+        return () if self.is_plain else STARTS[self.state_init][1]
+
     @cached_property
     def first_grad_pass(self) -> int:
+        """Those before it may run in a phase of their own; behind it passes without gradient may follow."""
         return next((p.index for p in self.passes if p.grad), self.num_passes)
 
     @cached_property
     def grad_passes(self) -> tuple[DecoderPass, ...]:
         return tuple(p for p in self.passes if p.grad)
 
+    @cached_property
+    def trains_heads_only(self) -> bool:
+        """No pass carries gradient: on frozen weights, the heads learn that recursion adds."""
+        return not self.grad_passes
+
+    def heads_only(self) -> RecursionPlan:
+        """The plan that computes the same and teaches the heads alone (--train-only heads).
+
+        Raises:
+            UserError: it has none.
+        """
+        if not self.has_halting:
+            raise UserError(
+                "--train-only heads trains the heads that a recursion adds, of which this model has none; a halting "
+                "head needs a recursion of another family than recurrent, and a --halt-loss-weight above 0."
+            )
+        return replace(self, passes=tuple(replace(p, grad=False, supervised_weight=0.0) for p in self.passes))
+
     def sources(self, decoder_pass: DecoderPass) -> tuple[str, ...]:
         """What the pass reads, an output that still is the input being named ``input``."""
-        starts = self.state_init == "input" and all(p.target != "output" for p in self.passes[: decoder_pass.index])
+        starts = self.starts_at_input and all(p.target != "output" for p in self.passes[: decoder_pass.index])
         return tuple("input" if name == "output" and starts else name for name in decoder_pass.reads)
 
-    @cached_property
-    def first_input_gradient(self) -> DecoderPass | None:
-        """The first pass with gradient that reads the input: the embedding's gradient is complete behind it."""
-        return next((p for p in self.grad_passes if "input" in self.sources(p)), None)
+    def first_input_gradient(self, prelude: Sequence[DecoderPass] = ()) -> DecoderPass | None:
+        """The first pass with gradient, behind a prelude, that reads the input: its gradient is complete behind it."""
+        return next((p for p in self.grad_passes if p not in prelude and "input" in self.sources(p)), None)
 
     def layers_of(self, num_layers: int) -> dict[str, range]:
         """The layers of each stack, from 0, in a model that holds ``num_layers`` in all.
@@ -232,13 +278,18 @@ class RecursionPlan:
                 return False
             if sender.target in self.sources(later) and later.grad:
                 return True
-            if sender.target == later.target and later.step == 1:
+            if sender.target == later.target and (later.step == 1 or not later.grad):
                 return False
         return False
 
     @cached_property
     def has_halting(self) -> bool:
         return any(p.halt_weight > 0 for p in self.passes)
+
+    @cached_property
+    def maps(self) -> tuple[str, ...]:
+        """The words of its passes' ``combine`` that are no sum."""
+        return tuple(word for word in COMBINES[1:] if any(p.combine == word for p in self.passes))
 
     @cached_property
     def is_plain(self) -> bool:
@@ -248,15 +299,26 @@ class RecursionPlan:
     def is_block_end(self, decoder_pass: DecoderPass) -> bool:
         return decoder_pass in self.block_ends
 
+    def closes(self, decoder_pass: DecoderPass) -> bool:
+        """Whether the final norm closes the pass. Unless it closes every one (``final``), it stands before the heads
+        too: ``core`` closes all passes of that stack, ``core-end`` the last of them, and ``none`` no pass.
+        """
+        if self.state_norm in ("final", "none"):
+            return self.state_norm == "final"
+        core = [p.index for p in self.passes if p.stack == "core"]
+        return decoder_pass.index in (core if self.state_norm == "core" else core[-1:])
+
     def gradient_groups(self, *, tied_embeddings: bool) -> dict[str, bool]:
         """Which parameter groups receive gradient. A tied embedding is also reached through the output head."""
         fed = [p for p in self.grad_passes if p is self.passes[-1] or self.feeds_gradient(p)]
         reached, run = any("input" in self.sources(p) for p in fed), {p.stack for p in fed}
         layers = {"layers" if name == "core" else f"{name} layers": name in run for name, count in self.stacks
                   if count != 0}  # fmt: skip
-        groups = {"embedding": reached or tied_embeddings, **layers, "output head": True}
+        groups = {"embedding": reached or (tied_embeddings and bool(fed)), **layers, "output head": bool(fed)}
         if self.has_halting:
             groups["halting head"] = True
+        if self.exit_gate:
+            groups["exit gate"] = True
         return groups
 
     def with_blocks(self, count: int) -> RecursionPlan:
@@ -269,7 +331,9 @@ class RecursionPlan:
         if self.family == "recurrent":
             return self._with_core(count)
         blocks = [[p for p in self.passes if p.block == block] for block in range(self.num_blocks)]
-        inner = blocks[-2] if len(blocks) > 1 else [replace(p, supervised_weight=0.0) for p in blocks[-1]]
+        inner = blocks[-2] if len(blocks) > 1 else blocks[-1]
+        if len(blocks) == 1 and not self.exit_gate:
+            inner = [replace(p, supervised_weight=0.0) for p in inner]
         chosen = [*(blocks[:-1] + [inner] * count)[: count - 1], blocks[-1]]
         before, after = (sum(p.halt_weight for block in each for p in block) for each in (blocks, chosen))
         passes = [
@@ -293,6 +357,10 @@ class RecursionPlan:
             del values["stacks"]
         if not self.mean_steps:
             del values["mean_steps"]
+        if not self.exit_gate:
+            del values["exit_gate"]
+        if self.state_init != "sampled":
+            del values["state_std"]
         return json.dumps(values, sort_keys=True)
 
     @classmethod
@@ -325,13 +393,15 @@ class RecursionPlan:
         for run in self._runs():
             p, last = run[0], run[-1]
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
-            weights = (f"{p.supervised_weight:g}" if p.supervised_weight else "-",
+            weights = (f"{p.supervised_weight:g}{' p' * self.exit_gate}" if p.supervised_weight else "-",
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
+            reads = _SAID[p.combine].format(*p.reads) if p.combine in _SAID else " + ".join(p.reads)
             rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[f"{p.step:.3g}"] * has_steps,
-                         " + ".join(p.reads), "yes" if p.grad else "no", *weights))  # fmt: skip
+                         reads, "yes" if p.grad else "no", *weights))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        legend = ["p: the probability of leaving there, by the exit gate"] if self.exit_gate else []
+        return "\n".join([*(line.rstrip() for line in lines), *legend])
 
     def _runs(self) -> list[list[DecoderPass]]:
         """Consecutive passes of a block that differ in nothing but their index."""

@@ -6,12 +6,13 @@ import argparse
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_recursive.accounting import Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.backends import cpu
+from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.pipeline.planner import chosen_windows
 from megatron_recursive.pipeline.windows import in_flight, live_passes
+from megatron_recursive.plan.trips import trips_of
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
 MB = 1024 * 1024  # as Megatron's report
@@ -57,9 +58,10 @@ def memory_of_run(
     transformer: Any = config.transformer
     batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     phases = transformer.pipeline_phases, transformer.pipeline_window
-    windows = chosen_windows(plan, transformer.pipeline_costs, batches, *phases)  # as the run has chosen them
-    grad, interleaved = [p.grad for p in plan.passes], not plan.is_plain
-    split = [get_num_layers_to_build(transformer, None, stage) for stage in range(stages)]
+    windows = chosen_windows(transformer.pipeline_costs, batches, *phases)  # as the run has chosen them
+    split = layers_of_stages(transformer)
+    grad = [trip.grad for trip in trips_of(plan, split)]
+    interleaved = len(grad) > 1
     return stage_memory(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
         layers_per_stage=split, live_passes=live_passes(grad, stages, batches, windows, interleaved=interleaved),
@@ -93,10 +95,13 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
 
 
 def state_bytes(args: argparse.Namespace) -> StateBytes:
-    """Bytes a parameter under the optimizer of this run: Adam keeps two moments, others are counted with one."""
+    """Bytes a parameter under the optimizer of this run: SGD and Muon keep one moment, the others two."""
     parameter = args.params_dtype.itemsize
+    if args.train_only == "heads":  # a vector or two has more
+        return StateBytes(parameter, 0, 0)
     main_copy = 4 if parameter < 4 else 0
-    moments = 8 if args.optimizer == "adam" else 4
+    moments = 4 if args.optimizer in ("sgd", "muon") else 8
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or args.params_dtype == torch.float32 else parameter
     shards = args.data_parallel_size if args.use_distributed_optimizer else 1
-    return StateBytes(parameter, gradient, main_copy + moments, shards)
+    average = 0 if args.ema_decay is None else 4
+    return StateBytes(parameter, gradient, main_copy + moments + average, shards)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import scaled_init_method_normal
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
@@ -19,7 +19,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
 from megatron_recursive.models import compiled_fusions
-from megatron_recursive.models.layer_specs import engine_layer_spec, local_block_spec
+from megatron_recursive.models.layer_specs import engine_layer_spec, layers_of_stages, local_block_spec
 from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 from megatron_recursive.pipeline.pass_costs import price_passes
@@ -34,10 +34,12 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     builder: ClassVar[str] = "megatron_recursive.training.model_provider.RecursiveGPTModelBuilder"
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     norms: NormLayout = field(default_factory=NormLayout)
+    train_only: str | None = None
 
     @property
     def plan(self) -> RecursionPlan:
-        return build_plan(self.recursion)
+        plan = build_plan(self.recursion)
+        return plan.heads_only() if self.train_only == "heads" else plan
 
 
 class RecursiveGPTModelBuilder(GPTModelBuilder):
@@ -73,6 +75,7 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
             recursion=config.recursion,
+            plan=config.plan,
         )
 
 
@@ -120,11 +123,12 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
     config.norms = norm_layout(vars(args))
+    config.train_only = getattr(args, "train_only", None)  # a checkpoint of an earlier version does not say
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
-    split = [get_num_layers_to_build(transformer, None, stage) for stage in range(args.pipeline_model_parallel_size)]
     backward = 2.0 + transformer.recompute_passes + (transformer.recompute_granularity == "full")
-    transformer.pipeline_costs = price_passes(plan, model_shape(config, config.seq_length), split, backward)
+    shape = model_shape(config, config.seq_length)
+    transformer.pipeline_costs = price_passes(config.plan, shape, layers_of_stages(transformer), backward)
     return config
 
 
@@ -149,4 +153,5 @@ def model_shape(config: RecursiveGPTModelConfig, seq_length: int) -> ModelShape:
         qk_norm_full=config.norms.qk_norm_scope == "full",
         norm_bias=transformer.normalization == "LayerNorm",
         norms_per_layer=config.norms.norms_per_layer,
+        attention_gate=transformer.attention_output_gate,
     )

@@ -29,6 +29,10 @@ def add_norm_arguments(parser: argparse.ArgumentParser) -> None:
         help="With --qk-layernorm, norm queries and keys per head (head, Qwen3), or over all heads at once (full, "
         "OLMo-2).",
     )
+    group.add_argument(
+        "--norm-weights", choices=("learned", "ones"), default="learned",
+        help="Train the weights of all norms, or leave them at one, as if there were none (ones, HRM-Text).",
+    )
 
 
 def norm_layout(args: Mapping[str, Any]) -> NormLayout:
@@ -42,6 +46,10 @@ def refuse_norms(args: argparse.Namespace) -> None:
         raise UserError("--output-norm-scope residual needs --norm-placement post or sandwich.")
     if args.qk_norm_scope == "full" and not args.qk_layernorm:
         raise UserError("--qk-norm-scope full needs --qk-layernorm.")
+    switches = (("--qk-layernorm", args.qk_layernorm), ("--apply-layernorm-1p", args.layernorm_zero_centered_gamma))
+    others = "".join(f" without {name}" for name, on in switches if on)
+    if args.norm_weights == "ones" and (args.normalization != "RMSNorm" or others):
+        raise UserError(f"--norm-weights ones needs --normalization RMSNorm{others}.")
     changed = [name for name, value in vars(norm_layout(vars(args))).items() if value != getattr(NormLayout(), name)]
     if not changed:
         return

@@ -65,8 +65,14 @@ def run_passes(
     embedding = torch.empty(shape, dtype=dtype, device=input_ids.device)
     if model.pre_process:
         embedding = model.embed(input_ids, positions).to(dtype)
-    state = model.initial_state(from_stage(model, embedding, 0))
+    state = model.initial_state(from_stage(model, embedding, 0), input_ids, positions)
     state.values = {name: from_stage(model, value, 0) for name, value in state.values.items()}
+
+    def combine(decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
+        mine = model.combine(decoder_pass, *values_SBH) if model.pre_process else torch.empty_like(values_SBH[0])
+        return from_stage(model, mine, 0)
+
+    state.combine = combine
 
     def decode(decoder_pass: DecoderPass, read_SBH: Tensor) -> Tensor:
         hidden_SBH = read_SBH
@@ -74,8 +80,9 @@ def run_passes(
             if group.rank() == stage:
                 model.decoder.set_input_tensor(None if model.pre_process else hidden_SBH)
                 hidden_SBH = model.decode(
-                    hidden_SBH if model.pre_process else None, None, stack=decoder_pass.stack
-                ).to(dtype)
+                    hidden_SBH if model.pre_process else None, None, stack=decoder_pass.stack,
+                    closes=model.plan.closes(decoder_pass),
+                ).to(dtype)  # fmt: skip
             hidden_SBH = from_stage(model, hidden_SBH, stage)
         if watch is not None:
             watch(decoder_pass, read_SBH, hidden_SBH)

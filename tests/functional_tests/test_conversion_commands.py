@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import run_command, run_distributed
-from tests.unit_tests.hf.donors import make_donor
+from tests.unit_tests.hf.donors import make_donor, tokens
+from tests.unit_tests.hf.test_hrm_text import make as make_hrm_text
 from tests.unit_tests.training.runs import in_worker, losses_of, tensors_of
 
 NAME, REVISION = "acme/tiny-qwen2", "0" * 40
@@ -41,6 +43,13 @@ def _there_and_again(run: Path, back: Path, again: Path) -> tuple[dict[str, Any]
     return report, verify.agree(verify.verify(str(run), str(again), say=str))
 
 
+TRAINING = (
+    "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --seq-length 32 "
+    "--micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 251 --eval-iters 0 --log-interval 1 --num-workers 0"
+).split()
+
+
 @pytest.mark.grid
 def test_a_cached_name_in_shards_trains_in_parallel_and_returns(tmp_path: Path) -> None:
     _cache_model(tmp_path / "cache")
@@ -50,12 +59,7 @@ def test_a_cached_name_in_shards_trains_in_parallel_and_returns(tmp_path: Path) 
     report = _import_as_typed(tmp_path / "cache", "--hf", NAME, "--out", ckpt, *knobs)
     assert report["max_logit_error"] < 2e-6 and report["new"] == 2 and report["dropped"] == 0
 
-    flags = (
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --seq-length 32 "
-        "--micro-batch-size 1 --global-batch-size 4 --train-iters 3 --lr 1e-3 --lr-decay-style constant --mock-data "
-        "--tokenizer-type NullTokenizer --vocab-size 251 --eval-iters 0 --log-interval 1 --num-workers 0 "
-        "--save-interval 3"
-    ).split()
+    flags = [*TRAINING, "--train-iters=3", "--save-interval=3"]
     argv = [f"@{ckpt / 'megatron_args.txt'}", *flags, "--load", str(ckpt), "--save", str(run)]
     assert run_distributed(in_worker, 4, argv, timeout=120) == [None] * 4
     losses = losses_of(run)
@@ -68,3 +72,35 @@ def test_a_cached_name_in_shards_trains_in_parallel_and_returns(tmp_path: Path) 
 
     ((report, same),) = run_distributed(_there_and_again, 1, run, tmp_path / "hf", tmp_path / "again", timeout=120)
     assert report["max_logit_error"] < 2e-6 and report["family"] == "recursive_gpt" and same
+
+
+def _export_and_generate(run: Path, back: Path) -> tuple[dict[str, Any], list[int], list[int]]:
+    import transformers
+
+    from megatron_recursive.hf.convert import export
+    from megatron_recursive.inference.megatron_model import open_megatron
+
+    report, ids = export.export_model(str(run), str(back), say=str).summary(), tokens(8)[:1]
+    with open_megatron(str(run)) as (megatron, _):
+        ours = megatron.generate(ids, max_new_tokens=6, do_sample=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(back).eval()
+    return report, ours[0].tolist(), model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0].tolist()
+
+
+@pytest.mark.grid
+def test_hrm_text_trains_in_parallel_and_returns_as_transformers_model(tmp_path: Path) -> None:
+    """Over two stages of one stack each, the gradient in windows; weights that are frozen stay what they were."""
+    ckpt, run = tmp_path / "ckpt", tmp_path / "run"
+    make_hrm_text().save_pretrained(tmp_path / "hf")
+    report = _import_as_typed(tmp_path, "--hf", tmp_path / "hf", "--out", ckpt)
+    assert report["family"] == "hrm_text" and report["max_logit_error"] < 2e-6
+    flags = [*TRAINING, "--train-iters=2", "--save-interval=2", "--use-distributed-optimizer"]
+    argv = [f"@{ckpt / 'megatron_args.txt'}", *flags, "--load", str(ckpt), "--save", str(run)]
+    assert run_distributed(in_worker, 4, argv, timeout=120) == [None] * 4
+    before, after = tensors_of(ckpt / "release"), tensors_of(run / "iter_0000002")
+    frozen = {key for key, start in before.items() if torch.equal(after[key], start)}
+    assert frozen == {key for key in before if "norm" in key or key == "initial_latent"} and len(frozen) == 4
+
+    ((report, ours, theirs),) = run_distributed(_export_and_generate, 1, run, tmp_path / "back", timeout=120)
+    assert report["family"] == "hrm_text" and report["max_logit_error"] < 2e-6
+    assert ours == theirs and len(ours) == 14

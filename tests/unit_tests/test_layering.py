@@ -30,6 +30,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "losses": (f"{OURS}.plan", "torch", "megatron.core"),
     "models": (f"{OURS}.plan", f"{OURS}.losses", "torch", "megatron.core"),
+    "optimizers": (f"{OURS}.plan", f"{OURS}.models", "torch", "megatron.core"),
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.progress",
@@ -37,7 +38,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (
-        *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "pipeline")),
+        *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "optimizers",
+                                            "pipeline")),
         "torch", "megatron.core", "megatron.training",
     ),
     "inference": (

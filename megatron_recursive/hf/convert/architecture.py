@@ -60,9 +60,11 @@ class Architecture:
 
     Attributes:
         head_dim: width of one head, which need not be hidden_size / num_attention_heads.
+        norm_weights: ``learned``, or ``ones``, of norms that have none.
         norm_one_centered: the stored norm weight is the factor minus 1 (Megatron's --apply-layernorm-1p).
         activation: one of ACTIVATIONS; gated: the MLP multiplies activation(gate) with up.
-        qkv_bias, linear_bias: biases of the q, k and v projections; of every linear layer.
+        attention_gate: attention's result is multiplied with sigmoid(gate) before its output projection.
+        qkv_bias, linear_bias: biases of the q, k and v (and gate) projections; of every linear layer.
         qk_norm: None, ``head`` (Qwen3: over each head) or ``full`` (OLMo-2: over the whole projection).
         norm_placement: ``pre``, ``post`` or ``sandwich``.
         output_norm_scope: an output norm is taken of the ``branch``, or of its sum with the ``residual`` stream.
@@ -85,6 +87,8 @@ class Architecture:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
     norm_one_centered: bool = False
+    norm_weights: str = "learned"
+    attention_gate: bool = False
     activation: str = "silu"
     gated: bool = True
     qkv_bias: bool = False
@@ -107,7 +111,8 @@ class Architecture:
         sizes = {
             "h": self.hidden_size, "f": self.ffn_hidden_size, "v": self.vocab_size, "d": self.head_dim,
             "q": self.num_attention_heads * self.head_dim, "k": self.num_query_groups * self.head_dim,
-            "p": self.max_positions, "1": 1, "2h": 2 * self.hidden_size,
+            "p": self.max_positions, "1": 1, "2h": 2 * self.hidden_size, "u": 2 * self.ffn_hidden_size,
+            "g": 2 * (self.num_attention_heads + self.num_query_groups) * self.head_dim,
         }  # fmt: skip
         return sizes[symbol]
 
@@ -124,7 +129,7 @@ class Architecture:
             learned_positions=self.max_positions if self.positions == "learned" else 0, gated_linear_unit=self.gated,
             tied_embeddings=self.tied, linear_bias=self.linear_bias, qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm is not None, qk_norm_full=self.qk_norm == "full", norm_bias=self.norm == "layernorm",
-            norms_per_layer=4 if self.norm_placement == "sandwich" else 2,
+            norms_per_layer=4 if self.norm_placement == "sandwich" else 2, attention_gate=self.attention_gate,
         )  # fmt: skip
 
     # -- Megatron ------------------------------------------------------------------------------------------------
@@ -143,6 +148,8 @@ class Architecture:
             "normalization": "RMSNorm" if self.norm == "rmsnorm" else "LayerNorm",
             "layernorm_epsilon": self.norm_eps,
             "layernorm_zero_centered_gamma": self.norm_one_centered,
+            "norm_weights": self.norm_weights,
+            "attention_output_gate": self.attention_gate,
             "swiglu": self.gated,
             "openai_gelu": self.activation == "gelu_pytorch_tanh",
             "squared_relu": self.activation == "relu2",
@@ -183,7 +190,8 @@ class Architecture:
             ("swiglu", self.gated), ("openai-gelu", args["openai_gelu"]), ("squared-relu", args["squared_relu"]),
             ("disable-bias-linear", not self.linear_bias), ("add-qkv-bias", args["add_qkv_bias"]),
             ("no-bias-gelu-fusion", self.activation == "gelu"), ("apply-layernorm-1p", self.norm_one_centered),
-            ("group-query-attention", args["group_query_attention"]), ("qk-layernorm", args["qk_layernorm"]),
+            ("group-query-attention", args["group_query_attention"]), ("attention-output-gate", self.attention_gate),
+            ("qk-layernorm", args["qk_layernorm"]),
             ("untie-embeddings-and-output-weights", not self.tied), ("use-rope-scaling", args["use_rope_scaling"]),
         )  # fmt: skip
         flags = [f"--{flag}={args[name]}" for flag, name in valued]
@@ -192,6 +200,8 @@ class Architecture:
             flags.append(f"--num-query-groups={self.num_query_groups}")
         if self.qk_norm == "full":
             flags.append("--qk-norm-scope=full")
+        if self.norm_weights != "learned":
+            flags.append(f"--norm-weights={self.norm_weights}")
         if self.norm_placement != "pre":
             flags += [f"--norm-placement={self.norm_placement}", f"--output-norm-scope={self.output_norm_scope}"]
         if self.positions == "rope":
@@ -236,6 +246,8 @@ class Architecture:
             norm="rmsnorm" if args.get("normalization") == "RMSNorm" else "layernorm",
             norm_eps=args.get("layernorm_epsilon", 1e-5),
             norm_one_centered=bool(args.get("layernorm_zero_centered_gamma")),
+            norm_weights=args.get("norm_weights") or "learned",
+            attention_gate=bool(args.get("attention_output_gate")),
             activation="silu" if gated else plain,
             gated=bool(gated),
             qkv_bias=bool(linear_bias or args.get("add_qkv_bias")),
@@ -262,7 +274,7 @@ _WITHOUT_COUNTERPART: tuple[tuple[str, Any], ...] = (
     ("quick_geglu", None), ("qk_l2_norm", None), ("rotary_interleaved", None), ("softmax_type", "vanilla"),
     ("apply_residual_connection_post_layernorm", None), ("hybrid_layer_pattern", None), ("qk_clip", None),
     ("heterogeneous_layers_config_path", None), ("no_rope_freq", None), ("use_mup", None),
-    ("attention_output_gate", None), ("experimental_attention_variant", None),
+    ("experimental_attention_variant", None),
 )  # fmt: skip
 
 

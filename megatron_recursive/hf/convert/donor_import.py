@@ -31,6 +31,7 @@ from megatron_recursive.hf.convert.reading import Fetch, Once, Sums, remembering
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
+from megatron_recursive.hf.convert.stacks import StackChoice, ranges, stack_knobs
 from megatron_recursive.hf.convert.tokenizer_files import (
     copy_tokenizer,
     keep_class,
@@ -46,7 +47,7 @@ from megatron_recursive.models.added_modules import fresh_tensors
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY, added_parameters
-from megatron_recursive.plan.recursion_config import OF_FAMILIES, retrofit
+from megatron_recursive.plan.recursion_config import OF_FAMILIES, flag_of, retrofit
 
 ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
@@ -65,6 +66,7 @@ class ImportOptions:
     Attributes:
         recursion: knobs by name; the others are the source's own where it is a model of ours, or else the defaults.
         selection, num_layers, layers: which layers to keep (:func:`choose_layers`).
+        stacks: or which become prelude, core and coda.
         untie: give the output head a copy of the embedding of its own.
         resize_vocab: grow the embedding to the tokenizer's ids; new rows are the mean of the donor's.
         proof_dtype: float32 or float64; None skips the proof.
@@ -77,6 +79,7 @@ class ImportOptions:
     untie: bool = False
     resize_vocab: bool = False
     proof_dtype: torch.dtype | None = torch.float32
+    stacks: StackChoice = StackChoice()
 
 
 def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str], None] = print) -> Report:
@@ -86,7 +89,15 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
     source, target = open_source(hf), Path(out)
+    stacks, given = options.stacks.read(source.arch.num_layers), options.recursion
     layers = choose_layers(source.arch.num_layers, options.selection, options.num_layers, options.layers)
+    if stacks is not None:
+        if len(layers) < source.arch.num_layers or options.layers is not None:
+            raise UserError(f"{options.stacks.flags()[0]} says which layers are kept; leave the other choices out.")
+        layers, given = [layer for each in stacks.values() for layer in each], stack_knobs(stacks, given)
+    if source.own_recursion is not None and layers != list(range(source.arch.num_layers)):
+        raise UserError(f"{source.name} is recursive in itself, and imported whole; leave --layers, --num-layers and "
+                        "--layer-selection out.")  # fmt: skip
     untied = source.arch.tied and options.untie
     arch = dataclasses.replace(source.arch, num_layers=len(layers), tied=source.arch.tied and not options.untie)
     tokenizer = _donor_tokenizer(source)
@@ -95,22 +106,24 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
             raise UserError(f"--resize-vocab: {source.name} has no tokenizer that loads here; leave it out.")
         rows = max(arch.vocab_size, last_id(tokenizer) + 1)
         arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
-    recursion = _recursion(source, options.recursion, len(layers))
+    recursion = _recursion(source, given, len(layers))
     plan = build_plan(recursion)
     plan.layers_of(len(layers))
     job = _Import(source, arch, recursion, plan, layers, untied, tokenizer, options.proof_dtype)
     say(f"{source.name}: {source.family.model_type}, {source.arch.num_layers} layers, {source.origin}, "
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
     if not plan.is_plain:
-        held = plan.layers_of(len(layers)).items()
-        stacks = ", ".join(f"{name} {each.start}-{each.stop - 1}" for name, each in held if each)
-        say(f"recursion: {plan.family}, layers {stacks}\n{plan.describe()}")
+        said = ", ".join(f"{name} {ranges(each)}" for name, each in job.stacks().items() if each)
+        say(f"recursion: {plan.family}, layers {said}\n{plan.describe()}")
+    if job.left_out():
+        say(f"left out: layers {ranges(job.left_out())}")
     with new_folder(target, job.nbytes()) as folder:
         report = job.write(folder)
         report.facts.update(donor_facts(source.folder or source.gguf or Path(source.name)))
         notes = job.prove_tokenizer(folder)
         checkpoint = TorchDistCheckpoint(folder / RELEASE)
         notes += job.prove(checkpoint, report)
+        notes += [] if source.family.recursion is None else source.family.recursion.notes(source.config)
         report.facts["bytes_read"] = source.bytes_read() + checkpoint.bytes_read
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         write_manifest(folder / RELEASE, {DATA_FILE: job.sha256})
@@ -133,8 +146,14 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
 
 def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> RecursionConfig:
     """What is given, beside what the source has or, of a donor, what starts near to it (:func:`retrofit`)."""
+    if (theirs := source.own_recursion) is not None:
+        for name in ("recursion_family", "enable_recursive_refinement", "state_init"):
+            if given.get(name, getattr(theirs, name)) != getattr(theirs, name):
+                raise UserError(f"{source.name} is {theirs.recursion_family} in itself, with {flag_of(name)} "
+                                f"{getattr(theirs, name)}; leave that flag out.")  # fmt: skip
+        return RecursionConfig.from_mapping({**theirs.to_dict(), **given})
     recursion = RecursionConfig.from_mapping({**retrofit(given, layers), **given})
-    if source.family is OWN:
+    if source.family.own_class:
         knobs = RecursionConfig.from_mapping(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
         if not given and build_plan(own) != source.plan:
@@ -159,20 +178,32 @@ class _Import:
     chosen: Tensor | None = None  # the donor's logits, of the chosen layers
 
     def __post_init__(self) -> None:
-        source, recursive = self.source, self.source.family is OWN
-        self.whole = self.layers == list(range(source.arch.num_layers)) and not recursive
-        again = 1 if self.whole or self.tokenizer is None else 1 + source.plan.num_passes  # its loss is computed too
+        source, recursive = self.source, self.source.family.own_class
+        complete = self.layers == list(range(source.arch.num_layers))
+        self.whole = complete and not recursive
+        # A published recursion that is kept is proven too; our own was, when it was exported.
+        self.kept = complete and recursive and source.family is not OWN and self.plan == source.plan
+        read_twice = not self.whole and (self.kept or self.tokenizer is not None)
+        passes = 1 if source.own_recursion is None else source.plan.num_passes
+        again = 1 + source.plan.num_passes if read_twice else passes
         tied: dict[str, str] = {"lm_head.weight": EMBEDDING} if source.arch.tied else {}
         read = remembering(source.get, room_for_passes(again), [*tied.values()])
         self.read: Fetch = lambda name: read(tied.get(name, name))
         self.text = proof.proof_text(source.arch.vocab_size, self.tokenizer, self.arch.max_positions)
+
+    def stacks(self) -> dict[str, list[int]]:
+        """The donor's layers of each stack."""
+        return {name: [self.layers[i] for i in held] for name, held in self.plan.layers_of(len(self.layers)).items()}
+
+    def left_out(self) -> list[int]:
+        return sorted({*range(self.source.arch.num_layers)} - {*self.layers})
 
     # -- what is written -----------------------------------------------------------------------------------------
 
     def carried_rows(self) -> tuple[Row, ...]:
         """What the source's own recursion has and this plan wants too."""
         mine = recursive_rows(self.plan)
-        return tuple(row for row in self.source.extra_rows() if row in mine)
+        return tuple(row for row in self.source.extra_rows() if row.megatron in {each.megatron for each in mine})
 
     def items(self) -> Iterator[Item]:
         return items(self.source.family, self.arch, self.layers, self.carried_rows())
@@ -193,15 +224,17 @@ class _Import:
 
     def new_tensors(self) -> dict[str, Tensor]:
         """What the plan has and the source has not, as a fresh model starts it."""
-        dtype = DTYPES[self.source.dtypes["model.norm.weight"]]
+        dtype = DTYPES[self.source.dtypes.get("model.norm.weight", self.source.dtypes[EMBEDDING])]
         fresh = fresh_tensors(added_parameters(self.plan), self.arch.hidden_size, self.recursion)
-        carried = {row.megatron for row in self.carried_rows()}
+        carried = {item.key for item in self.items()}
         return {key: tensor.to(dtype) for key, tensor in fresh.items() if key not in carried}
 
     def nbytes(self) -> int:
         """Bytes that will be written."""
         total = 0
         for item in self.items():
+            if not item.hf:
+                continue
             stored = self.source.dtypes[self._stored_name(next(iter(item.hf)))]
             total += DTYPES[stored].itemsize * math.prod(item.megatron_shape(self.arch))
         return total
@@ -211,6 +244,7 @@ class _Import:
     def write(self, folder: Path) -> Report:
         """Convert each tensor as the donor's forward pass asks for it, or one after the other without a proof."""
         report = Report(facts={"family": self.source.family.model_type, "layers": self.layers,
+                               "stacks": self.stacks(), "left_out": self.left_out(),
                                "source": self.source.origin})  # fmt: skip
         writer = TorchDistWriter(folder / RELEASE)
         try:
@@ -229,6 +263,11 @@ class _Import:
                                                   lambda name: once(self._donor_name(name)),
                                                   self.text, self.proof_dtype)  # fmt: skip
                 once.finish()
+            for item in (item for item in self.items() if not item.hf):
+                ones = self.merged(item, []).to(DTYPES[self.source.dtypes[EMBEDDING]])
+                writer.add(item.key, ones, item.layer, self.arch.num_layers)
+                self.sums.note(item.name, ones)
+                report.add("new", item.name, "a norm without weights: ones")
             for key, tensor in self.new_tensors().items():
                 writer.add(key, tensor)
                 self.sums.note(key, tensor)
@@ -258,7 +297,7 @@ class _Import:
     def _why_dropped(self, name: str) -> str:
         if name.startswith("model.layers."):
             return "its layer was not chosen"
-        if name in (each.exported for each in EVERY):
+        if any(name in row.hf for row in self.source.extra_rows()):
             return "this recursion has none"
         raise AssertionError(f"{name} is unaccounted for")
 
@@ -291,8 +330,9 @@ class _Import:
         Donors are trained without dropout. What the command line says after the file, holds instead.
         """
         flags = [*self.arch.megatron_flags(), *self.recursion.flags()]
-        dtypes = {self.source.dtypes[name] for item in self.items() for name in map(self._stored_name, item.hf)
-                  if name not in (each.exported for each in EVERY if each.in_fp32)}  # fmt: skip
+        exact = {each.key for each in EVERY if each.in_fp32}
+        dtypes = {self.source.dtypes[self._stored_name(name)] for item in self.items() if item.key not in exact
+                  for name in item.hf}  # fmt: skip
         flags += ["--bf16"] if dtypes == {"BF16"} else ["--fp16"] if dtypes == {"F16"} else []
         if has_tokenizer:
             flags += ["--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={target / TOKENIZER}"]
@@ -318,8 +358,8 @@ class _Import:
                 "grows the embedding."]  # fmt: skip
 
     def prove(self, checkpoint: TorchDistCheckpoint, report: Report) -> list[str]:
-        """Everything reads back as written; recursion disabled, the checkpoint's logits are the donor's (of the chosen
-        layers); the losses are noted.
+        """Everything reads back as written; recursion disabled (or as the donor's own is), the checkpoint's logits are
+        the donor's (of the chosen layers); the losses are noted.
 
         Returns:
             What there is to be warned of.
@@ -335,19 +375,30 @@ class _Import:
     def _compare_logits(self, fetch: proof.Fetch, chosen: Tensor, report: Report) -> list[str]:
         assert self.proof_dtype is not None
         text, dtype, known = self.text, self.proof_dtype, self.source.arch.vocab_size
-        ours = proof.megatron_logits(self.arch, PLAIN, fetch, text, dtype)
+        own = self.source.own_recursion
+        ours = proof.megatron_logits(self.arch, own or PLAIN, fetch, text, dtype)
         report.max_logit_error = proof.relative_error(chosen, ours[..., :known])
         proof.check(report.max_logit_error, f"{self.source.name} and its conversion")
-        if self.tokenizer is None:  # there is no text to lose anything on
+        if self.tokenizer is None and not self.kept:  # there is no text to lose anything on
             return []
         donor = chosen if self.whole else proof.hf_logits(
             self.source.family, self.source.config, self.read, text, dtype)  # fmt: skip
-        losses = {"donor": donor, "imported without recursion": ours}
+        recursive = None
+        if self.kept:
+            recursive = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
+            error = proof.relative_error(donor, recursive[..., :known])
+            report.max_logit_error = max(report.max_logit_error, error)
+            proof.check(error, f"{self.source.name} at {self.plan.num_passes} loops and its conversion")
+        if self.tokenizer is None:
+            return []
+        losses = {"donor": donor, f"imported {'without' if own is None else 'with its own'} recursion": ours}
         for depth in DEPTHS if self.recursion.recursion_family in OF_FAMILIES["num_recurrences"] else ():
             deep = dataclasses.replace(self.recursion, num_recurrences=depth)
             losses[f"at r = {depth}"] = proof.megatron_logits(self.arch, deep, fetch, text, dtype)
-        if not self.plan.is_plain:
-            losses["imported with recursion"] = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
+        if not self.plan.is_plain and (own is None or self.plan != self.source.plan):
+            if recursive is None:
+                recursive = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
+            losses["imported with recursion"] = recursive
         found = {name: round(proof.loss(logits, text), 4) for name, logits in losses.items()}
         report.facts["loss"] = found
         (name, last), before = list(found.items())[-1], found["donor"]
@@ -359,9 +410,11 @@ class _Import:
 
     def _donor_config(self) -> Any:
         """The donor's config with the chosen layers only, and for a model of ours without recursion."""
+        if self.source.own_recursion is not None:  # which takes all layers
+            return self.source.config
         values = self.source.config.to_dict()
         values["num_hidden_layers"] = len(self.layers)
-        if self.source.family is OWN:
+        if self.source.family.own_class:
             values.update(num_layers=len(self.layers), plan=None)
         if values.get("layer_types"):
             values["layer_types"] = [values["layer_types"][layer] for layer in self.layers]

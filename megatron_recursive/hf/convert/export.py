@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,12 @@ from torch import Tensor
 from megatron_recursive.accounting import cache_bytes_per_token
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert import proof
+from megatron_recursive.hf.convert import proof, published_looped
 from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.configs import config_values, donor_family
 from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.files import new_folder
-from megatron_recursive.hf.convert.mappings import (
-    OWN,
-    Family,
-    Item,
-    config_values,
-    donor_family,
-    items,
-    recursive_rows,
-)
+from megatron_recursive.hf.convert.mappings import OWN, Family, Item, items, recursive_rows
 from megatron_recursive.hf.convert.model_card import Exported, write_card
 from megatron_recursive.hf.convert.reading import Once, Sums, remembering, room_for_passes
 from megatron_recursive.hf.convert.report import Report
@@ -47,11 +41,13 @@ from megatron_recursive.hf.convert.tokenizer_files import (
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
 from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.hf.model import write_remote_code
+from megatron_recursive.hf.model.exits_recursive_gpt import EXIT_ARGUMENTS
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY
 
 IN_FP32 = tuple(each.key for each in EVERY if each.in_fp32)
+Logits = Callable[[proof.Text, torch.dtype], Tensor]
 AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
     "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
@@ -61,13 +57,17 @@ AUTO_MAP = {
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """A checkpoint and what its arguments say about it; ``own_class``: not a donor's class, even for a plain GPT."""
+    """A checkpoint and what its arguments say about it.
+
+    ``own_class``: not a donor's class, even for a plain GPT; ``as_published``: as the looped model that it came from.
+    """
 
     checkpoint: TorchDistCheckpoint
     args: dict[str, Any]
     arch: Architecture
     recursion: RecursionConfig
     own_class: bool = False
+    as_published: bool = False
 
     @property
     def plan(self) -> RecursionPlan:
@@ -75,15 +75,17 @@ class MegatronModel:
 
     @property
     def family(self) -> Family:
-        """The donor's own class for a plain GPT, where there is one that can express it."""
-        donor = donor_family(self.arch) if self.plan.is_plain and not self.own_class else None
-        return donor or OWN
+        """The donor's own class, where there is one that can express it."""
+        if self.as_published:
+            return published_looped.published_family(self.arch, self.plan)
+        return (None if self.own_class else donor_family(self.arch, self.recursion)) or OWN
 
     def items(self) -> Iterator[Item]:
-        return items(self.family, self.arch, extra=recursive_rows(self.plan))
+        extra = recursive_rows(self.plan, self.family) if self.family.recursion is None else ()
+        return items(self.family, self.arch, extra=extra)
 
 
-def open_checkpoint(given: str) -> MegatronModel:
+def open_checkpoint(given: str, *, averaged: bool = False) -> MegatronModel:
     """Read a checkpoint's index and arguments, and hold its tensors against them.
 
     Raises:
@@ -91,7 +93,7 @@ def open_checkpoint(given: str) -> MegatronModel:
     """
     folder = iteration_folder(Path(given))
     check_integrity(folder)
-    checkpoint = TorchDistCheckpoint(folder)
+    checkpoint = TorchDistCheckpoint(folder, averaged=averaged)
     args = checkpoint.arguments()
     arch = Architecture.from_megatron(args, given)
     if args.get("enable_recursive_refinement") is None:
@@ -128,6 +130,8 @@ def export_model(
     say: Callable[[str], None] = print,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    as_published: bool = False,
+    averaged: bool = False,
 ) -> Report:
     """Convert, prove, and put the folder at ``out``.
 
@@ -135,23 +139,37 @@ def export_model(
         tokenizer: a tokenizer folder; None takes the one that the checkpoint was trained with, where it is found.
         proof_dtype: None skips the proof.
         dtype: of the exported weights; None leaves them as they are stored.
+        as_published: in the format of the looped model that the checkpoint came from.
+        averaged: export the averages of the weights.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
-    model, target = open_checkpoint(ckpt), Path(out)
+    model = dataclasses.replace(open_checkpoint(ckpt, averaged=averaged), as_published=as_published)
     if dtype is not None:
         model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
+    return write_model(model, Path(ckpt), Path(out), tokenizer, proof_dtype, say, shard_bytes)
+
+
+def write_model(
+    model: MegatronModel, ckpt: Path, target: Path, tokenizer: str | None, proof_dtype: torch.dtype | None,
+    say: Callable[[str], None], shard_bytes: int, expected: Logits | None = None,
+) -> Report:  # fmt: skip
+    """As :func:`export_model`, of a checkpoint that is open.
+
+    Args:
+        ckpt: where it was found; expected: the logits that the folder must give, where not the checkpoint's own.
+    """
     report, notes = Report(), []
     with new_folder(target, model.checkpoint.nbytes) as folder:
-        found = _find_tokenizer(model, Path(ckpt), tokenizer, folder)
+        found = _find_tokenizer(model, ckpt, tokenizer, folder)
         before = None if found is None else tokenizer_of(found)
         if found is not None:
             keep_class(before, folder)
         ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
-        write_settings(folder, ids)
+        write_settings(folder, ids, without=EXIT_ARGUMENTS if model.plan.is_plain else ())
         _write_config(model, folder, ids)
-        if before is not None and difference(before, tokenizer_of(folder)) and model.plan.is_plain:
+        if before is not None and difference(before, tokenizer_of(folder)) and model.family is not OWN:
             notes.append(f"transformers gives this tokenizer other ids beside a {model.family.architecture}, so that "
                          "the export is of our own class.")  # fmt: skip
             model = dataclasses.replace(model, own_class=True)
@@ -165,12 +183,12 @@ def export_model(
         if model.family is OWN:
             write_remote_code(folder)
         text = proof.proof_text(model.arch.vocab_size, tokenizer_of(folder), model.arch.max_positions)
-        sums, logits = _write_weights(model, folder, report, text, proof_dtype, shard_bytes)
+        sums, logits = _write_weights(model, folder, report, text, proof_dtype, shard_bytes, expected)
         report.facts["bytes_read"] = model.checkpoint.bytes_read
         _prove(model, folder, report, sums, logits, text, proof_dtype)
         write_card(folder, target.absolute().name, Exported(
             model.family.architecture, model.family is OWN, model.arch.num_layers, model.plan, model.checkpoint.folder,
-            Path(ckpt), model.args, report.max_logit_error, dtype is not None))  # fmt: skip
+            ckpt, model.args, report.max_logit_error, isinstance(model.checkpoint, _Cast)))  # fmt: skip
     if model.checkpoint.training_state:
         report.add("dropped", "optimizer state", f"{model.checkpoint.training_state} tensors of training")
     say(report.describe())
@@ -180,6 +198,9 @@ def export_model(
         say(f"WARNING: {note}")
     say(_cache_size(model, report))
     trust = ", trust_remote_code=True" if model.family is OWN else ""
+    if model.as_published:
+        say(f"{target}: the model, for what knows {model.family.model_type}; the code of its class is not among it.")
+        return report
     say(f"{target}: the model; load it with AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})")
     return report
 
@@ -203,7 +224,10 @@ def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) ->
 
 
 def _config(model: MegatronModel) -> dict[str, Any]:
-    config = config_values(model.family, model.arch)
+    if model.as_published:
+        config = published_looped.published_config(model.family, model.arch, model.plan)
+    else:
+        config = config_values(model.family, model.arch, model.recursion)
     if model.family is OWN:
         config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
@@ -220,7 +244,7 @@ def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder:
             raise UserError(f"--tokenizer {given} holds no tokenizer.")
         return Path(given)
     named = model.args.get("tokenizer_model") if model.args.get("tokenizer_type") == "HuggingFaceTokenizer" else None
-    places = [ckpt / TOKENIZER, model.checkpoint.folder.parent / TOKENIZER, *([Path(named)] if named else [])]
+    places = [ckpt / TOKENIZER, model.checkpoint.folder.parent / TOKENIZER, *([Path(named)] if named else []), ckpt]
     return next((place for place in places if place.is_dir() and copy_tokenizer(place, folder)), None)
 
 
@@ -250,7 +274,7 @@ class _Cast(TorchDistCheckpoint):
 
 def _write_weights(
     model: MegatronModel, folder: Path, report: Report, text: proof.Text, dtype: torch.dtype | None,
-    shard_bytes: int,
+    shard_bytes: int, expected: Logits | None,
 ) -> tuple[Sums, Tensor | None]:  # fmt: skip
     """Convert each tensor as the checkpoint's forward pass asks for it, or one after the other without a proof.
 
@@ -265,7 +289,8 @@ def _write_weights(
             where = item.key if item.layer is None else f"{item.key}[{item.layer}]"
             padding = model.arch.padded_vocab_size - model.arch.vocab_size
             cut = f" without {padding} padding rows" if padding and item.transform is VOCABULARY else ""
-            report.add("split" if len(parts) > 1 else "copied", where, ", ".join(item.hf) + cut)
+            status = "split" if len(parts) > 1 else "copied" if parts else "dropped"
+            report.add(status, where, (", ".join(item.hf) or "a norm without weights") + cut)
             for name, part in zip(item.hf, parts, strict=True):
                 if not torch.isfinite(part).all():
                     raise UserError(f"{where} of {model.checkpoint.folder} holds NaN or infinite values.")
@@ -277,7 +302,7 @@ def _write_weights(
         read = remembering(checkpoint_fetch(model.checkpoint), room_for_passes(model.plan.num_passes), tied)
         once = Once(((item, [item.name]) for item in model.items()), read, convert)
         if dtype is not None:
-            logits = proof.megatron_logits(model.arch, model.recursion, once, text, dtype)
+            logits = (expected or partial(proof.megatron_logits, model.arch, model.recursion, once))(text, dtype)
         once.finish()
     writer.close()
     return sums, logits

@@ -22,14 +22,14 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
         UserError: the target exists and is not empty, the disk has no room, or the folder cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out {target} exists already; name a new folder.")
+        raise UserError(f"The output {target} exists already; name a new folder.")
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if free < needed_bytes + SPARE_BYTES:
             raise UserError(
-                f"--out {target} needs {(needed_bytes + SPARE_BYTES) / 1e9:.2f} GB, but its disk has "
+                f"The output {target} needs {(needed_bytes + SPARE_BYTES) / 1e9:.2f} GB, but its disk has "
                 f"{free / 1e9:.2f} GB left; name a folder on another one."
             )
         partial.mkdir()
@@ -39,7 +39,7 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
         os.rename(partial, target)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"--out {target} cannot be written ({reason}); name another folder.") from error
+        raise UserError(f"The output {target} cannot be written ({reason}); name another folder.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,8 +1,9 @@
-"""Which Hugging Face tensor becomes which Megatron tensor: one table a family, and how a family's config is read.
+"""Which Hugging Face tensor becomes which Megatron tensor: one table a family (configs.py reads their configs).
 
 A table's row is ``Row(Megatron's key, transform, {HF name: shape})``. Layer rows leave out ``decoder.layers.`` and
 ``model.layers.{i}.``. Shapes are written in symbols: h hidden, q = heads x head_dim, k = groups x head_dim, d head_dim,
-f the MLP's width, v the true vocabulary, p positions. A row with ``when`` exists only for such an architecture.
+f the MLP's width, v the true vocabulary, p positions; in one, g gate, q, k and v, and u gate and up. A row with
+``when`` exists only for such an architecture.
 Megatron keeps a pre-norm's weight beside the linear layer that follows it (``linear_qkv.layer_norm_weight``).
 """
 
@@ -10,14 +11,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.architecture import Architecture, Yarn, padded_vocabulary
+from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.hrm_text import HRM_TEXT
+from megatron_recursive.hf.convert.published import OwnRecursion
 from megatron_recursive.hf.convert.torch_dist import LAYERS
-from megatron_recursive.hf.convert.transforms import COPY, GATE_UP, QKV, ROW_VECTOR, VOCABULARY, Transform
-from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.hf.convert.transforms import (
+    COPY,
+    FLAT,
+    GATE_UP,
+    GQKV,
+    ONES,
+    QKV,
+    VOCABULARY,
+    Transform,
+)
+from megatron_recursive.plan import RecursionConfig, RecursionPlan
 from megatron_recursive.plan.added_parameters import AddedParameter, added_parameters
 
 Condition = Callable[[Architecture], bool]
@@ -46,6 +57,12 @@ _QKV_WEIGHT = Row("self_attention.linear_qkv.weight", QKV, {
 _QKV_BIAS = Row("self_attention.linear_qkv.bias", QKV, {
     "self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "k", "self_attn.v_proj.bias": "k"},
     when=lambda a: a.qkv_bias)
+_QGKV_WEIGHT = Row("self_attention.linear_qkv.weight", QKV, {
+    "self_attn.q_proj.weight": "q h", "self_attn.gate_proj.weight": "q h", "self_attn.k_proj.weight": "k h",
+    "self_attn.v_proj.weight": "k h"}, when=lambda a: a.attention_gate)
+_QGKV_BIAS = Row("self_attention.linear_qkv.bias", QKV, {
+    "self_attn.q_proj.bias": "q", "self_attn.gate_proj.bias": "q", "self_attn.k_proj.bias": "k",
+    "self_attn.v_proj.bias": "k"}, when=lambda a: a.attention_gate and a.qkv_bias)
 _PROJ = Row("self_attention.linear_proj.weight", COPY, {"self_attn.o_proj.weight": "h q"})
 _GATE_UP = Row("mlp.linear_fc1.weight", GATE_UP, {"mlp.gate_proj.weight": "f h", "mlp.up_proj.weight": "f h"},
                when=lambda a: a.gated)
@@ -103,9 +120,11 @@ OLMO2 = (
 )
 
 
-def _norm(megatron: str, hf: str, when: Condition) -> tuple[Row, Row]:
+def _norm(megatron: str, hf: str, when: Condition) -> tuple[Row, ...]:
     """Weight, and under LayerNorm bias, of one norm. ``megatron`` ends where "weight" or "bias" follows."""
-    return (Row(f"{megatron}weight", COPY, {f"{hf}.weight": "h"}, when=when),
+    return (Row(f"{megatron}weight", COPY, {f"{hf}.weight": "h"},
+                when=lambda a: when(a) and a.norm_weights == "learned"),
+            Row(f"{megatron}weight", ONES, {}, when=lambda a: when(a) and a.norm_weights == "ones"),
             Row(f"{megatron}bias", COPY, {f"{hf}.bias": "h"}, when=lambda a: when(a) and a.norm == "layernorm"))
 
 
@@ -131,11 +150,25 @@ def _qk_norm(letter: str, scope: str) -> tuple[Row, Row]:
     )
 
 
+# Ouro: a norm before attention and MLP, and one on what each adds, under names that tell neither.
+OURO = (
+    Row("self_attention.linear_qkv.layer_norm_weight", COPY, {"input_layernorm.weight": "h"}),
+    _QKV_WEIGHT,
+    _PROJ,
+    Row("self_attention.linear_proj.post_layernorm.weight", COPY, {"input_layernorm_2.weight": "h"}),
+    Row("mlp.linear_fc1.layer_norm_weight", COPY, {"post_attention_layernorm.weight": "h"}),
+    _GATE_UP,
+    _DOWN,
+    Row("mlp.linear_fc2.post_layernorm.weight", COPY, {"post_attention_layernorm_2.weight": "h"}),
+)
+
 # Our own model (modeling_recursive_gpt.py): every option of the Megatron model, norms with Gemma-2's names.
 RECURSIVE_GPT = (
     *_norm("self_attention.linear_qkv.layer_norm_", "input_layernorm", _normed_before),
-    _QKV_WEIGHT,
-    _QKV_BIAS,
+    replace(_QKV_WEIGHT, when=lambda a: not a.attention_gate),
+    replace(_QKV_BIAS, when=lambda a: a.qkv_bias and not a.attention_gate),
+    _QGKV_WEIGHT,
+    _QGKV_BIAS,
     *_qk_norm("q", "head"), *_qk_norm("k", "head"), *_qk_norm("q", "full"), *_qk_norm("k", "full"),
     _PROJ,
     Row("self_attention.linear_proj.bias", COPY, {"self_attn.o_proj.bias": "h"}, when=lambda a: a.linear_bias),
@@ -153,6 +186,16 @@ RECURSIVE_GPT = (
     *_norm("mlp_bda.post_layernorm.", "post_feedforward_layernorm", _sum_normed),
 )  # fmt: skip
 
+# HRM-Text: no norm has a weight, attention is gated, projections are merged. See hrm_text.py.
+HRM_LAYERS = (
+    Row("self_attention.linear_qkv.layer_norm_weight", ONES, {}),
+    Row("self_attention.linear_qkv.weight", GQKV, {"attn.gqkv_proj.weight": "g h"}),
+    Row("self_attention.linear_proj.weight", COPY, {"attn.o_proj.weight": "h q"}),
+    Row("mlp.linear_fc1.layer_norm_weight", ONES, {}),
+    Row("mlp.linear_fc1.weight", COPY, {"mlp.gate_up_proj.weight": "u h"}),
+    _DOWN,
+)
+
 _TOP = (_EMBEDDING, _FINAL_NORM, _HEAD)
 _RECURSIVE_TOP = (
     _EMBEDDING,
@@ -162,14 +205,17 @@ _RECURSIVE_TOP = (
     _HEAD,
 )
 
-def added_row(each: AddedParameter) -> Row:
-    """The row of what recursion adds."""
-    transform = ROW_VECTOR if each.shape.startswith("1 ") else COPY
-    return Row(each.key, transform, {each.exported: each.shape})
+_HRM_TOP = (_EMBEDDING, Row("decoder.final_layernorm.weight", ONES, {}), _HEAD,
+            Row("initial_latent", COPY, {"model.z_L_init": "h"}))  # fmt: skip
 
 
-def recursive_rows(plan: RecursionPlan) -> tuple[Row, ...]:
-    return tuple(map(added_row, added_parameters(plan)))
+def added_row(each: AddedParameter, names: Mapping[str, str] = {}) -> Row:  # noqa: B006  (it is read alone)
+    """The row of what recursion adds; ``names``: our name to another one."""
+    return Row(each.key, FLAT if each.is_flat else COPY, {names.get(each.exported, each.exported): each.shape})
+
+
+def recursive_rows(plan: RecursionPlan, family: Family | None = None) -> tuple[Row, ...]:
+    return tuple(added_row(each, {} if family is None else family.added) for each in added_parameters(plan))
 
 
 # Names in a config.json to the fields of an architecture.
@@ -183,6 +229,7 @@ _DONOR_CONFIG = {**_CONFIG, "num_hidden_layers": "num_layers", "rms_norm_eps": "
 _BIASES = {"attention_bias": "linear_bias", "mlp_bias": "linear_bias"}
 _OWN_CONFIG = {
     **_CONFIG, **_BIASES, "num_layers": "num_layers", "attention_bias": "qkv_bias", "attention_out_bias": "linear_bias",
+    "attention_gate": "attention_gate", "norm_weights": "norm_weights",
     "mlp_gated": "gated", "norm_type": "norm", "norm_eps": "norm_eps", "layernorm_one_centered": "norm_one_centered",
     "qk_norm": "qk_norm", "norm_placement": "norm_placement", "output_norm_scope": "output_norm_scope",
     "position_embedding": "positions",
@@ -190,6 +237,7 @@ _OWN_CONFIG = {
 # Fields of an architecture in which a donor's class leaves no choice.
 _DONOR_FIXED = {
     "norm": "rmsnorm", "norm_one_centered": False, "norm_placement": "pre", "output_norm_scope": "branch",
+    "norm_weights": "learned", "attention_gate": False,
     "qk_norm": None, "gated": True, "activation": "silu", "positions": "rope", "rotary_percent": 1.0,
 }  # fmt: skip
 _UNBIASED = {**_DONOR_FIXED, "qkv_bias": False, "linear_bias": False}
@@ -204,6 +252,9 @@ class Family:
         config: names in config.json to fields of :class:`Architecture`; fixed: fields that have one value.
         when: what else must hold of an architecture that the class is to compute.
         besides: further entries of a config.json.
+        recursion: of a type that is recursive in itself, whose tables have all that its recursion adds.
+        own_class: transformers has no class for it; its model is ours (published_looped.py turns its config into ours).
+        added: what recursion adds, by our name, to its name.
     """
 
     model_type: str
@@ -214,10 +265,17 @@ class Family:
     when: Condition = _always
     besides: Mapping[str, Any] = field(default_factory=dict)
     top_rows: tuple[Row, ...] = _TOP
+    recursion: OwnRecursion | None = None
+    own_class: bool = False
+    added: Mapping[str, str] = field(default_factory=dict)
 
-    def computes(self, arch: Architecture) -> bool:
-        """Whether its class can be this architecture."""
-        return all(getattr(arch, name) == value for name, value in self.fixed.items()) and self.when(arch)
+    def computes(self, arch: Architecture, recursion: RecursionConfig | None = None) -> bool:
+        """Whether its class can be this architecture, with this recursion or none."""
+        if self.recursion is None:
+            able = recursion is None or not recursion.enable_recursive_refinement
+        else:
+            able = recursion is not None and self.recursion.expresses(recursion)
+        return able and all(getattr(arch, name) == value for name, value in self.fixed.items()) and self.when(arch)
 
 
 # A plain GPT is exported as what it came from, or else as the first that computes it.
@@ -229,9 +287,23 @@ DONORS = (
     Family("qwen3", "Qwen3ForCausalLM", QWEN3, {**_UNBIASED, "qk_norm": "head"}),
     Family("olmo2", "Olmo2ForCausalLM", OLMO2, {**_UNBIASED, "qk_norm": "full", "norm_placement": "post"},
            when=lambda a: a.head_dim * a.num_attention_heads == a.hidden_size),
+    Family("hrm_text", "HrmTextForCausalLM", HRM_LAYERS,
+           {**_UNBIASED, "norm_weights": "ones", "attention_gate": True, "tied": False},
+           {name: key for name, key in _DONOR_CONFIG.items() if key not in ("num_layers", "num_query_groups")},
+           when=lambda a: a.num_query_groups == a.num_attention_heads and a.hidden_size % a.num_attention_heads == 0,
+           top_rows=_HRM_TOP, recursion=HRM_TEXT),
 )  # fmt: skip
-OWN = Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP)
-FAMILIES = {family.model_type: family for family in (*DONORS, OWN)}
+OWN = Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP,
+             own_class=True)  # fmt: skip
+# Checkpoints that are recursive as they are published.
+PUBLISHED = (
+    Family("ouro", "OuroForCausalLM", OURO, {**_UNBIASED, "norm_placement": "sandwich"}, _OWN_CONFIG, own_class=True,
+           added={f"exit_gate.{each}": f"model.early_exit_gate.{each}" for each in ("weight", "bias")}),
+    Family("nanbeige", "NanbeigeForCausalLM", LLAMA, _DONOR_FIXED, _OWN_CONFIG, own_class=True),
+    # By our names: published_recurrent.py renames its tensors.
+    Family("huginn_raven", "RavenForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP, own_class=True),
+)  # fmt: skip
+FAMILIES = {family.model_type: family for family in (*DONORS, OWN, *PUBLISHED)}
 
 
 @dataclass(frozen=True)
@@ -255,8 +327,10 @@ class Item:
 
     def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
         """Of the merged tensor, without the axis of the layers."""
-        if self.transform is ROW_VECTOR:
+        if self.transform is ONES:
             return (arch.hidden_size,)
+        if self.transform is FLAT:
+            return (math.prod(next(iter(self.hf.values()))),)
         rows, *rest = next(iter(self.hf.values()))
         if self.transform is VOCABULARY:
             return (arch.padded_vocab_size, *rest)
@@ -277,167 +351,11 @@ def items(
     for layer, source in enumerate(layers or range(arch.num_layers)):
         for row in family.layer_rows:
             if row.when(arch):
-                shapes = _shapes(row, arch, f"model.layers.{source}.")
+                own = family.recursion
+                prefix = f"model.layers.{source}." if own is None else own.layer(source, arch.num_layers)
+                shapes = _shapes(row, arch, prefix)
                 yield Item(LAYERS + row.megatron, layer, row.transform, shapes)
 
 
 def _shapes(row: Row, arch: Architecture, prefix: str = "") -> dict[str, tuple[int, ...]]:
     return {prefix + name: tuple(map(arch.dimension, shape.split())) for name, shape in row.hf.items()}
-
-
-# --- configs --------------------------------------------------------------------------------------------------------
-
-
-def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a config.json; refuses what has no table, and what is quantised."""
-    quantised = config.get("quantization_config") or config.get("compression_config")
-    if quantised:
-        method = quantised.get("quant_method", "an unknown method") if isinstance(quantised, dict) else quantised
-        raise UserError(f"{where} is quantised ({method}); give the unquantised model.")
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is None:
-        raise UserError(
-            f"{where} has the model type {config.get('model_type')!r}, for which there is no table; known are "
-            f"{', '.join(FAMILIES)}."
-        )
-    named = config.get("architectures") or [family.architecture]
-    if named != [family.architecture]:
-        raise UserError(f"{where} is a {', '.join(map(str, named))}; only {family.architecture} can be converted.")
-    return family
-
-
-def read_config(family: Family, config: Any, where: str) -> Architecture:
-    """The architecture of a transformers config object.
-
-    Raises:
-        UserError: an option that Megatron's model does not have.
-    """
-    values: dict[str, Any] = {key: getattr(config, name, None) for name, key in family.config.items()}
-    values["activation"] = {"gelu_new": "gelu_pytorch_tanh"}.get(config.hidden_act, config.hidden_act)
-    if values["activation"] != family.fixed.get("activation", values["activation"]):
-        raise UserError(f"{where} has hidden_act {config.hidden_act}; a {family.model_type} model must have silu.")
-    _refuse_sliding_window(config, where)
-    values.update(_read_biases(config, where))
-    values.update(family.fixed)
-    values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
-    values["padded_vocab_size"] = padded_vocabulary(config.vocab_size)
-    values["tied"] = bool(values["tied"])
-    if values["positions"] == "rope":
-        values.update(_read_rope(config, where))
-    arch = Architecture(**values, donor=None if family is OWN else family.model_type)
-    if arch.num_attention_heads % arch.num_query_groups:
-        raise UserError(f"{where}: {arch.num_query_groups} key-value heads do not divide {arch.num_attention_heads}.")
-    return arch
-
-
-def _read_biases(config: Any, where: str) -> dict[str, bool]:
-    attention, mlp = (bool(getattr(config, name, False)) for name in ("attention_bias", "mlp_bias"))
-    out = bool(getattr(config, "attention_out_bias", attention))
-    everywhere = attention and out and mlp
-    if not everywhere and (out or mlp):
-        raise UserError(
-            f"{where} has attention_bias {attention} and mlp_bias {mlp}; Megatron has biases on every linear layer, on "
-            "q, k and v alone, or nowhere."
-        )
-    return {"qkv_bias": attention, "linear_bias": everywhere}
-
-
-def _refuse_sliding_window(config: Any, where: str) -> None:
-    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
-    others = sorted(kinds - {"full_attention", "sliding_attention"})
-    if others:
-        raise UserError(f"{where} has layers of the type {others[0]}; only full attention can be converted.")
-    slides = not kinds or "sliding_attention" in kinds
-    if slides and window is not None and window < config.max_position_embeddings:
-        raise UserError(
-            f"{where} attends to a sliding window of {window} tokens, shorter than its context of "
-            f"{config.max_position_embeddings}; only full attention can be converted."
-        )
-
-
-def _read_rope(config: Any, where: str) -> dict[str, Any]:
-    """Rotary options. Llama 3's frequency factors must be the constants that Megatron has built in."""
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    kind, base = rope.get("rope_type", "default"), rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))
-    if base is None or base != int(base):
-        raise UserError(f"{where} has rope_theta {base}; Megatron's --rotary-base is a whole number.")
-    percent = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
-    values: dict[str, Any] = {"rotary_base": int(base), "rotary_percent": float(percent)}
-    if kind == "llama3":
-        for name, constant in (("low_freq_factor", 1), ("high_freq_factor", 4),
-                               ("original_max_position_embeddings", 8192)):  # fmt: skip
-            if rope.get(name) != constant:
-                raise UserError(f"{where} has the rope {name} {rope.get(name)}; Megatron's is fixed at {constant}.")
-        values["llama3_factor"] = float(rope["factor"])
-    elif kind == "linear":
-        if rope["factor"] != int(rope["factor"]):
-            raise UserError(f"{where} has the linear rope factor {rope['factor']}; Megatron's is a whole number.")
-        values["linear_factor"] = int(rope["factor"])
-    elif kind == "yarn":
-        if percent != 1.0:
-            raise UserError(f"{where} rotates {percent:g} of each head under YaRN; Megatron's YaRN rotates all of it.")
-        values["yarn"] = _read_yarn(rope, config)
-    elif kind != "default":
-        raise UserError(f"{where} has rope scaling of type {kind}; Megatron has default, linear, llama3 and yarn.")
-    return values
-
-
-def _read_yarn(rope: Mapping[str, Any], config: Any) -> Yarn:
-    original = int(rope["original_max_position_embeddings"])
-    factor = float(rope.get("factor") or config.max_position_embeddings / original)
-    given, mscale, all_dim = rope.get("attention_factor"), rope.get("mscale"), rope.get("mscale_all_dim")
-    if given is not None and factor > 1:
-        mscale, all_dim = (given - 1) / (0.1 * math.log(factor)), 0.0
-    elif not (mscale and all_dim):  # transformers reads both or none
-        mscale, all_dim = 1.0, 0.0
-    return Yarn(factor, original, float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1),
-                float(mscale), float(all_dim), bool(rope.get("truncate", True)))  # fmt: skip
-
-
-def rope_parameters(arch: Architecture) -> dict[str, Any]:
-    """The inverse of what :func:`read_config` reads."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(arch.rotary_base)}
-    if arch.llama3_factor is not None:
-        rope.update(rope_type="llama3", factor=arch.llama3_factor, low_freq_factor=1.0, high_freq_factor=4.0,
-                    original_max_position_embeddings=8192)  # fmt: skip
-    elif arch.linear_factor is not None:
-        rope.update(rope_type="linear", factor=float(arch.linear_factor))
-    elif arch.yarn is not None:
-        yarn = arch.yarn
-        rope.update(rope_type="yarn", factor=yarn.factor, original_max_position_embeddings=yarn.original_positions,
-                    beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow, truncate=yarn.truncate)  # fmt: skip
-        if yarn.mscale and yarn.mscale_all_dim:
-            rope.update(mscale=yarn.mscale, mscale_all_dim=yarn.mscale_all_dim)
-        elif (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0):
-            rope["attention_factor"] = yarn.attention_factor
-    if arch.rotary_percent != 1.0:
-        rope["partial_rotary_factor"] = arch.rotary_percent
-    return rope
-
-
-def donor_family(arch: Architecture) -> Family | None:
-    """The family whose own class computes what this architecture does without recursion, if there is one."""
-    able = [family for family in DONORS if family.computes(arch)]
-    return next((family for family in able if family.model_type == arch.donor), able[0] if able else None)
-
-
-def config_values(family: Family, arch: Architecture) -> dict[str, Any]:
-    """The architecture's part of a config.json.
-
-    A donor's rotary options stand there twice: as ``rope_parameters``, and as transformers 4 and what builds on it read
-    them.
-    """
-    rope = rope_parameters(arch) if arch.positions == "rope" else None
-    before = {}
-    if rope is not None and family is not OWN:
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        before = {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}
-    return {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        **{name: getattr(arch, key) for name, key in family.config.items()},
-        "rope_parameters": rope,
-        **before,
-        "attention_dropout": 0.0,
-        **family.besides,
-    }

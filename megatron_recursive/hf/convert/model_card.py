@@ -61,6 +61,8 @@ def write_card(folder: Path, name: str, model: Exported) -> None:
     """Write README.md; ``name`` is the folder's, once it is complete."""
     run, iteration, plan = model.checkpoint.parent, model.checkpoint.name, model.plan
     facts = _conversion((model.ckpt, run, *_named(model.args)))
+    if (model.ckpt / "config.json").is_file():
+        facts = donor_facts(model.ckpt)
     licence: dict[str, Any] = {key: facts.get(key) for key in LICENSE}
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", base_model=facts.get("base_model"),
@@ -73,8 +75,8 @@ def write_card(folder: Path, name: str, model: Exported) -> None:
         f"gives its logits{' as cast' * model.cast} (largest difference: {model.error:.1e} of the largest logit)")
     text = [
         f"# {name}",
-        f"A language model of {model.num_layers} layers{passes}: {model.architecture}. It was exported from the "
-        f"checkpoint `{iteration}` of Megatron by megatron-recursive and {proof}.",
+        f"A language model of {model.num_layers} layers{passes}: {model.architecture}. It was converted from the "
+        f"checkpoint `{iteration}` by megatron-recursive and {proof}.",
         f"* Donor of the weights: {facts.get('donor', 'none that the checkpoint names')}\n"
         f"* Licence: {facts.get('license', 'not known here; set `license` at the head of this file')}",
         "## Plan", f"```\n{plan.describe()}\n```", *_losses(run, iteration, facts), "## Loading",

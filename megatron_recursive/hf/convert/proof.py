@@ -57,10 +57,15 @@ def proof_text(vocab_size: int, tokenizer: Any, max_positions: int) -> Text:
 
 
 def hf_logits(family: Family, config: Any, fetch: Fetch, text: Text, dtype: torch.dtype) -> Tensor:
-    """Logits [3, S, V] of transformers' class of a family; ``fetch`` gives a parameter by its name."""
+    """Logits [3, S, V] of transformers' class of a family; ``fetch`` gives a tensor by its name in the files."""
+
+    if family.own_class and family is not OWN:
+        from megatron_recursive.hf.convert.published_looped import by_our_names
+
+        fetch = by_our_names(family, config, fetch)
 
     def build() -> Any:
-        if family is OWN:
+        if family.own_class:
             from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 
             config._attn_implementation = "sdpa"
@@ -69,7 +74,7 @@ def hf_logits(family: Family, config: Any, fetch: Fetch, text: Text, dtype: torc
 
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
-    model = _offloaded(build, fetch, dtype)
+    model = _offloaded(build, fetch if family.recursion is None else family.recursion.parameters(fetch), dtype)
     with torch.no_grad():
         # Without a mask positions that jump would be taken for several texts in one row.
         return model(input_ids=text.tokens_BS, position_ids=text.positions_BS, use_cache=False,
@@ -213,7 +218,8 @@ def build_megatron(
         kv_channels=arch.head_dim, normalization="RMSNorm" if arch.norm == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=arch.norm_eps, layernorm_zero_centered_gamma=arch.norm_one_centered,
         gated_linear_unit=arch.gated, activation_func=activations[arch.activation],
-        add_bias_linear=arch.linear_bias, add_qkv_bias=arch.qkv_bias, qk_layernorm=arch.qk_norm is not None,
+        norm_weights=arch.norm_weights, attention_output_gate=arch.attention_gate, add_bias_linear=arch.linear_bias,
+        add_qkv_bias=arch.qkv_bias, qk_layernorm=arch.qk_norm is not None,
         params_dtype=dtype, use_cpu_initialization=True, perform_initialization=False, hidden_dropout=0.0,
         attention_dropout=0.0, bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",

@@ -7,35 +7,31 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import (
-    OWN,
-    Family,
-    Row,
-    family_of,
-    items,
-    read_config,
-    recursive_rows,
-)
+from megatron_recursive.hf.convert.configs import family_of, read_config
+from megatron_recursive.hf.convert.mappings import OWN, Family, Row, items, recursive_rows
+from megatron_recursive.hf.convert.published_recurrent import RenamedTensors, open_raven
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
-from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.hf.convert.stacks import layer_numbers
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 # Buffers that old checkpoints carry; every model computes them anew.
-COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "freqs_cis")
 _QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".weight_scale",
                        ".weight_scale_inv", ".SCB", ".weight_packed")  # fmt: skip
 
 
-SIZES = ("num_hidden_layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
-FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor",
-           "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")  # fmt: skip
+SIZES = ("num_hidden_layers", "num_layers", "num_layers_per_stack", "total_ut_steps", "num_loops", "H_cycles",
+         "L_cycles", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "vocab_size", "max_position_embeddings")  # fmt: skip
+FACTORS = ("rms_norm_eps", "norm_eps", "initializer_range", "embedding_scale", "rope_theta", "factor", "beta_fast",
+           "beta_slow", "partial_rotary_factor", "attention_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -65,12 +61,20 @@ class Source:
     dropped: dict[str, str] = field(default_factory=dict)  # tensors that no row takes, and why that is right
 
     @property
+    def own_recursion(self) -> RecursionConfig | None:
+        """Of a model type that is recursive in itself."""
+        own = self.family.recursion
+        return None if own is None else own.recursion(self.config, self.name)
+
+    @property
     def plan(self) -> RecursionPlan:
+        if self.own_recursion is not None:
+            return build_plan(self.own_recursion)
         return getattr(self.config, "recursion_plan", None) or RecursionPlan.plain()
 
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
-        return recursive_rows(self.plan)
+        return recursive_rows(self.plan, self.family) if self.family.recursion is None else ()
 
     def weight(self, name: str) -> Tensor:
         """A tensor by name; a tied head is the embedding."""
@@ -128,9 +132,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path, name: str) -> Source:
-    values = read_json(folder / "config.json")
-    family = family_of(values, name)
-    tensors = SafetensorsFolder.open(folder)
+    values, found = read_json(folder / "config.json"), SafetensorsFolder.open(folder)
+    family, tensors = family_of(values, name), cast("SafetensorsFolder | RenamedTensors", found)
+    if family.model_type == "huginn_raven":
+        values, tensors = open_raven(values, found, name)
     config = config_object(family, values, name)
     return Source(
         name, family, config, read_config(family, config, name), tensors.shapes, tensors.dtypes, tensors.get,
@@ -155,13 +160,19 @@ def config_object(family: Family, values: dict[str, Any], where: str) -> Any:
     _check_numbers(values, where)
     values = {k: v for k, v in values.items() if k not in ("auto_map", "architectures")}
     try:
-        if family is OWN:
+        if values.get("model_type") == OWN.model_type:
             from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 
             return RecursiveGPTConfig.from_dict(values)
+        if family.own_class:
+            from megatron_recursive.hf.convert.published_looped import our_config
+
+            return our_config(family, values, where)
         from transformers import CONFIG_MAPPING
 
         return CONFIG_MAPPING[family.model_type].from_dict(values)
+    except UserError:
+        raise
     except Exception as error:  # transformers' validators raise classes of the hub, of its own and of Python
         raise UserError(
             f"The config.json of {where} is not one that transformers takes "
@@ -227,6 +238,8 @@ def _why_surplus(source: Source, name: str) -> str:
             f"{source.name} scales its rotary frequencies (rope_freqs.weight, of Llama 3.1 and later), which is not "
             "read from GGUF; import the model from its safetensors."
         )
+    if name in source.family.added.values():
+        return "this recursion has none"
     raise UserError(
         f"{source.name} holds {name} ({_by(source.shapes[name])}), which a {source.family.model_type} model does not "
         "have; its meaning would be lost."
@@ -249,15 +262,7 @@ def choose_layers(total: int, selection: str | None, count: int | None, explicit
     if explicit is not None:
         if selection is not None or count is not None:
             raise UserError("--layers excludes --layer-selection and --num-layers; give either.")
-        try:
-            chosen = [int(part) for part in explicit.split(",")]
-        except ValueError as error:
-            raise UserError(f"--layers {explicit} must be whole numbers with commas, such as 0,8,16,23.") from error
-        if any(not 0 <= layer < total for layer in chosen):
-            raise UserError(f"--layers {explicit}: the model has the layers 0 to {total - 1}.")
-        if len(set(chosen)) != len(chosen):
-            raise UserError(f"--layers {explicit} names a layer twice.")
-        return chosen
+        return layer_numbers(explicit, "--layers", total)
     if selection is None and count is None:
         return list(range(total))
     if count is None:

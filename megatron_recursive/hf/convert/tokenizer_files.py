@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +136,12 @@ def token_ids(folder: Path, others: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values.get(name) if values.get(name) is not None else others.get(name) for name in TOKEN_IDS}
 
 
-def write_settings(folder: Path, ids: Mapping[str, Any]) -> None:
+def write_settings(folder: Path, ids: Mapping[str, Any], without: Collection[str] = ()) -> None:
     """Complete the generation settings; without the mark by which transformers drops entries of our own (exits)."""
     file = folder / SETTINGS
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    values.pop("_from_model_config", None)
+    for name in ("_from_model_config", *without):
+        values.pop(name, None)
     values.update({name: value for name, value in ids.items() if value is not None})
     if values:
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 
 
@@ -25,18 +26,17 @@ class Transform:
 
 
 def _merge_qkv(parts: Sequence[Tensor], arch: Architecture) -> Tensor:
-    """q, k, v to Megatron's fused rows: for each query group its query heads, then its key, then its value head."""
-    query, key, value = parts
-    groups, rest = arch.num_query_groups, query.shape[1:]
-    grouped = [part.view(groups, -1, *rest) for part in (query, key, value)]
+    """q, k, v (or q, gate, k, v) to Megatron's fused rows: for each query group the heads of each, in this order."""
+    groups, rest = arch.num_query_groups, parts[0].shape[1:]
+    grouped = [part.view(groups, -1, *rest) for part in parts]
     return torch.cat(grouped, dim=1).reshape(-1, *rest)
 
 
 def _split_qkv(fused: Tensor, arch: Architecture) -> tuple[Tensor, ...]:
     groups, width, rest = arch.num_query_groups, arch.head_dim, fused.shape[1:]
-    heads = arch.num_attention_heads // groups
-    grouped = fused.view(groups, (heads + 2) * width, *rest)
-    parts = grouped.split([heads * width, width, width], dim=1)
+    heads = arch.num_attention_heads // groups * width
+    sizes = [*[heads] * (2 if arch.attention_gate else 1), width, width]
+    parts = fused.view(groups, sum(sizes), *rest).split(sizes, dim=1)
     return tuple(part.reshape(-1, *rest) for part in parts)
 
 
@@ -46,11 +46,31 @@ def _pad_vocabulary(parts: Sequence[Tensor], arch: Architecture) -> Tensor:
     return rows if missing == 0 else torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
 
+def _merge_gqkv(parts: Sequence[Tensor], arch: Architecture) -> Tensor:
+    gate, query, key, value = parts[0].chunk(4)
+    return _merge_qkv((query, gate, key, value), arch)
+
+
+def _split_gqkv(fused: Tensor, arch: Architecture) -> tuple[Tensor, ...]:
+    query, gate, key, value = _split_qkv(fused, arch)
+    return (torch.cat([gate, query, key, value]),)
+
+
+def _no_weights(tensor: Tensor, _: Architecture) -> tuple[Tensor, ...]:
+    if not torch.equal(tensor, torch.ones_like(tensor)):
+        raise UserError("The checkpoint has --norm-weights ones, but norms with other weights; it cannot be exported.")
+    return ()
+
+
 COPY = Transform("copy", lambda parts, _: parts[0], lambda tensor, _: (tensor,))
 QKV = Transform("qkv", _merge_qkv, _split_qkv)
 GATE_UP = Transform(
     "gate, up", lambda parts, _: torch.cat(list(parts)), lambda tensor, _: tuple(tensor.chunk(2, dim=0))
 )
+GQKV = Transform("gate, q, k, v in one", _merge_gqkv, _split_gqkv)  # as many keys as queries
+# A norm without weights has some in Megatron, which stay at one.
+ONES = Transform("ones", lambda _, arch: torch.ones(arch.hidden_size), _no_weights)
 VOCABULARY = Transform("padded vocabulary", _pad_vocabulary, lambda tensor, arch: (tensor[: arch.vocab_size],))
-# The halting head's weight is one vector in Megatron (optimizers treat matrices apart) and a linear layer in HF.
-ROW_VECTOR = Transform("row vector", lambda parts, _: parts[0].reshape(-1), lambda tensor, _: (tensor.reshape(1, -1),))
+# A matrix of rows of the hidden size is one vector in Megatron where its optimizers shall treat it as a vector.
+FLAT = Transform("flat", lambda parts, _: parts[0].reshape(-1),
+                 lambda tensor, arch: (tensor.reshape(-1, arch.hidden_size),))  # fmt: skip

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch import Tensor
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.donor_import import TOKENIZER, checkpoint_fetch
+from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.export import open_checkpoint
 from megatron_recursive.hf.convert.mappings import Item, items
 from megatron_recursive.hf.convert.report import Report
+from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
 from megatron_recursive.hf.convert.torch_dist import TRACKER
@@ -33,6 +35,8 @@ class Side:
         tensors: reads one tensor, by its key (a layer's with its number in brackets).
         logits: of the model's own class on the text, computed in a dtype, as [3, S, true V]; with another dtype, of
             weights rounded to it.
+        dtypes: of the tensors by key, those of all layers under one.
+        args: of a Megatron checkpoint.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Side:
     tensors: dict[str, Callable[[], Tensor]]
     logits: Callable[[proof.Text, torch.dtype, torch.dtype | None], Tensor]
     tokenizer: Path
+    dtypes: Mapping[str, torch.dtype]
+    args: dict[str, Any]
 
 
 def verify(
@@ -52,7 +58,7 @@ def verify(
     two dtypes are compared at the coarser one, and so are then the logits. Logits are compared where both have the same
     vocabulary.
     """
-    left, right = _open(a), _open(b)
+    left, right = open_side(a), open_side(b)
     report, different = Report(), []
     pairs: dict[tuple[torch.dtype, torch.dtype], int] = {}
     for key, read in left.tensors.items():
@@ -109,7 +115,12 @@ def _rounded(fetch: proof.Fetch, dtype: torch.dtype | None) -> proof.Fetch:
     return fetch if dtype is None else lambda name: fetch(name).to(dtype)
 
 
-def _open(given: str) -> Side:
+def open_side(given: str) -> Side:
+    """Open a model of either kind.
+
+    Raises:
+        UserError: what is wrong with it, in one sentence.
+    """
     path = Path(given)
     if (path / TRACKER).is_file() or (path / ".metadata").is_file():
         return _open_megatron(given)
@@ -133,7 +144,7 @@ def _open_megatron(given: str) -> Side:
 
     folder = Path(given) / TOKENIZER
     place = folder if folder.is_dir() else model.checkpoint.folder.parent / TOKENIZER
-    return Side(given, model.arch, model.plan, tensors, logits, place)
+    return Side(given, model.arch, model.plan, tensors, logits, place, model.checkpoint.dtypes, model.args)
 
 
 def _open_hf(given: str) -> Side:
@@ -143,14 +154,16 @@ def _open_hf(given: str) -> Side:
     def reader(item: Item) -> Callable[[], Tensor]:
         def read() -> Tensor:
             merged = item.transform.merge([source.get(name) for name in item.hf], source.arch)
-            return merged[: source.arch.vocab_size if item.key in VOCABULARY_KEYS else None]
+            return merged[: source.arch.vocab_size if item.key in VOCABULARY_KEYS else None].to(dtypes[item.key])
 
         return read
 
+    dtypes: dict[str, torch.dtype] = {}
     for item in items(source.family, source.arch, extra=source.extra_rows()):
         tensors[item.name] = reader(item)
+        dtypes[item.key] = DTYPES[source.dtypes[next(iter(item.hf), EMBEDDING)]]  # a norm without weights has no name
 
     def logits(text: proof.Text, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
         return proof.hf_logits(source.family, source.config, _rounded(source.weight, coarse), text, dtype)
 
-    return Side(given, source.arch, source.plan, tensors, logits, source.folder or Path(given))
+    return Side(given, source.arch, source.plan, tensors, logits, source.folder or Path(given), dtypes, {})

@@ -20,6 +20,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST
 
 _CHOICES = {
     "norm_type": ("rmsnorm", "layernorm"),
+    "norm_weights": ("learned", "ones"),
     "qk_norm": (None, "head", "full"),
     "norm_placement": ("pre", "post", "sandwich"),
     "output_norm_scope": ("branch", "residual"),
@@ -37,11 +38,13 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
         num_layers: layers held; 12, where it follows from nothing.
         num_hidden_layers: layers applied, that is ``num_layers`` times the number of passes. Caches and serving engines
             count by it. It follows from ``num_layers``, and is read only where that is not given.
-        norm_type: ``rmsnorm`` or ``layernorm``; norm_eps; layernorm_one_centered: the stored weight is added to 1.
+        norm_type: ``rmsnorm`` or ``layernorm``; norm_eps; layernorm_one_centered: the stored weight is added to 1;
+            norm_weights: ``learned``, or ``ones``, of norms that have none.
         norm_placement: ``pre``, ``post`` (on what attention and MLP give) or ``sandwich`` (both); output_norm_scope:
             ``branch``, before it is added to the residual stream, or ``residual``, of their sum.
         qk_norm: None, ``head`` (each head's queries and keys) or ``full`` (all heads' together, as OLMo-2).
-        attention_bias, attention_out_bias, mlp_bias: biases of q, k, v; of the output projection; of the MLP.
+        attention_gate: attention's result is multiplied with the sigmoid of one more projection, ``gate_proj``.
+        attention_bias, attention_out_bias, mlp_bias: biases of q, k, v, gate; of the output projection; of the MLP.
         mlp_gated: ``down(act(gate(x)) * up(x))``, or without a gate ``down(act(up(x)))``.
         position_embedding: ``rope`` (rope_parameters, partial_rotary_factor), ``learned`` or ``none``.
         plan: the passes and what holds for all of them, as written by ``RecursionPlan.to_json``; None is a plain GPT.
@@ -77,9 +80,11 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
     attention_bias: bool = False
     attention_out_bias: bool = False
     attention_dropout: float = 0.0
+    attention_gate: bool = False
     qk_norm: str | None = None
     norm_type: str = "rmsnorm"
     norm_eps: float = 1e-5
+    norm_weights: str = "learned"
     norm_placement: str = "pre"
     output_norm_scope: str = "branch"
     layernorm_one_centered: bool = False
@@ -173,10 +178,12 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
         plan = dict(type(self).base_model_tp_plan)
         if not self.mlp_gated:
             del plan["layers.*.mlp.gate_proj"]
+        gate = ["gate"] * self.attention_gate
+        plan.update({f"{attention}{x}_proj": "colwise" for x in gate})
         if self.qk_norm == "head":
             plan.update({f"{attention}{x}_norm": "replicated_with_grad_allreduce" for x in "qk"})
         elif self.qk_norm == "full":  # the norm runs over all heads: they are gathered before it, and split after
-            plan.update({f"{attention}{x}_proj": "colwise_gather_output" for x in "qkv"})
+            plan.update({f"{attention}{x}_proj": "colwise_gather_output" for x in ["q", "k", "v", *gate]})
             plan[f"{attention}o_proj"] = "rowwise_split_input"
         return plan
 

@@ -20,16 +20,17 @@ from .exits_recursive_gpt import ActiveTokens
 
 
 class RecursiveGPTNorm(nn.Module):
-    """RMSNorm or LayerNorm; ``one_centered`` adds 1 to the stored weight."""
+    """RMSNorm or LayerNorm; ``one_centered`` adds 1 to the stored weight, and ``norm_weights`` may be ones: none."""
 
     def __init__(self, config: RecursiveGPTConfig, size: int) -> None:
         super().__init__()
         self.shape, self.eps, self.one_centered = (size,), config.norm_eps, config.layernorm_one_centered
-        self.weight = nn.Parameter(torch.zeros(size) if self.one_centered else torch.ones(size))
+        weight = nn.Parameter(torch.zeros(size) if self.one_centered else torch.ones(size))
+        self.weight = weight if config.norm_weights == "learned" else None
         self.bias = nn.Parameter(torch.zeros(size)) if config.norm_type == "layernorm" else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight = self.weight + 1 if self.one_centered else self.weight
+        weight = self.weight + 1 if self.one_centered and self.weight is not None else self.weight
         if self.bias is None:
             return F.rms_norm(hidden, self.shape, weight, self.eps)
         return F.layer_norm(hidden, self.shape, weight, self.bias, self.eps)
@@ -48,7 +49,7 @@ class RecursiveGPTRMSNorm(nn.Module):
 
 
 def make_norm(config: RecursiveGPTConfig, size: int) -> nn.Module:
-    plain = config.norm_type == "rmsnorm" and not config.layernorm_one_centered
+    plain = (config.norm_type, config.layernorm_one_centered, config.norm_weights) == ("rmsnorm", False, "learned")
     return RecursiveGPTRMSNorm(config, size) if plain else RecursiveGPTNorm(config, size)
 
 
@@ -86,6 +87,35 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
+
+# --- what a pass is given of what it reads --------------------------------------------------------------------------
+
+
+class RecursiveGPTAdapter(nn.Linear):
+    """``W [state; input]``."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(2 * size, size, bias=False)
+
+    def forward(self, state: Tensor, given: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.cat((state, given), dim=-1))
+
+
+class RecursiveGPTInjection(nn.Module):
+    """``a * state + delta * B input``; ``delta = softplus(dt_bias)``, and the decay ``a = exp(-delta exp(A_log))``."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.A_log, self.dt_bias = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
+        self.B = nn.Parameter(torch.zeros(size, size))
+
+    def forward(self, state: Tensor, given: Tensor) -> Tensor:
+        delta = F.softplus(self.dt_bias.float())
+        decay = torch.exp(-delta * self.A_log.float().exp()).to(state.dtype)
+        return decay * state + delta.to(state.dtype) * F.linear(given, self.B)
+
+
+COMBINING_MODULES = {"concat": RecursiveGPTAdapter, "diagonal": RecursiveGPTInjection}
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
@@ -145,6 +175,9 @@ class RecursiveGPTAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.gate_proj = None
+        if config.attention_gate:
+            self.gate_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
         self.norms_all_heads, self.norms_each_head = config.qk_norm == "full", config.qk_norm == "head"
         if config.qk_norm is not None:
@@ -181,7 +214,10 @@ class RecursiveGPTAttention(nn.Module):
             cos, sin = (each.unsqueeze(1) for each in position_embeddings)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         result, weights = self.passes[pass_index](query, key, value, attention_mask, past_key_values, **kwargs)
-        return self.o_proj(result.reshape(*input_shape, -1)), weights
+        result = result.reshape(*input_shape, -1)
+        if self.gate_proj is not None:  # in fp32, as Megatron's
+            result = (result * torch.sigmoid(self.gate_proj(hidden_states).float())).to(result.dtype)
+        return self.o_proj(result), weights
 
 
 class RecursiveGPTMLP(nn.Module):

@@ -24,12 +24,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .added_parameters import EVERY, added_parameters, start_of
+from .added_parameters import COMBINING, EVERY, SEED, added_parameters, sampled_start, start_of
 from .cache_recursive_gpt import RecursiveCache
 from .configuration_recursive_gpt import RecursiveGPTConfig
 from .exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, run_with_exits
 from .generation_recursive_gpt import RecursiveGenerationMixin
 from .layers_recursive_gpt import (
+    COMBINING_MODULES,
     RecursiveGPTAttention,
     RecursiveGPTDecoderLayer,
     RecursiveGPTNorm,
@@ -40,7 +41,6 @@ from .outputs_recursive_gpt import RecursiveGPTModelOutput, RecursiveGPTOutput
 from .recursion_plan import DecoderPass
 
 MODEL = "model."  # before the names of what the base model holds
-SEED = 20251006  # of the states that training starts from when they are not zeros
 
 
 def slice_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
@@ -84,7 +84,8 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RecursiveGPTNorm):
-            (init.zeros_ if module.one_centered else init.ones_)(module.weight)
+            if module.weight is not None:
+                (init.zeros_ if module.one_centered else init.ones_)(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, RecursiveGPTModel | RecursiveGPTForCausalLM):
@@ -101,6 +102,8 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
             if start == "trunc-normal":
                 vector = torch.empty(parameter.shape, device="cpu")
                 init.copy_(parameter, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
+            elif start == "identity":
+                init.copy_(parameter, torch.eye(*parameter.shape))
             else:
                 init.constant_(parameter, float(start))
 
@@ -125,6 +128,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         for each in self.frozen:  # parameters, since engines that load weights by name know no buffers
             start = nn.Parameter(torch.zeros(each.sizes(config.hidden_size)), requires_grad=False)
             setattr(self, each.exported.removeprefix(MODEL), start)
+        for word in config.recursion_plan.maps:
+            setattr(self, COMBINING[word][0].module, COMBINING_MODULES[word](config.hidden_size))
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
@@ -140,8 +145,9 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.passes = plan.passes
         self.block_ends = {each.index: each for each in plan.block_ends}
         self.embedding_multiplier = float(plan.embedding_multiplier)
-        self.norm_closes_passes = plan.state_norm == "final"
-        self.starts_at_input = plan.state_init == "input"
+        self.norm_closes_passes, self.closes = plan.state_norm == "final", [plan.closes(each) for each in plan.passes]
+        self.starts_at_input, self.samples_start = plan.starts_at_input, plan.state_init == "sampled"
+        self.state_std = plan.state_std
         stacks = plan.layers_of(self.config.num_layers)
         self.layers_of_pass = [stacks[each.stack] for each in self.passes]
         self.passes_per_block = plan.num_passes // plan.num_blocks
@@ -157,20 +163,28 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         known = index if index < len(self.passes) else index % self.passes_per_block
         for layer in self.layers_of_pass[known]:
             hidden_states = self.layers[layer](hidden_states, pass_index=index, **kwargs)
-        hidden_states = self.norm(hidden_states) if self.norm_closes_passes else hidden_states
+        hidden_states = self.norm(hidden_states) if self.closes[known] else hidden_states
         return hidden_states.to(state.device)  # back from the last layer's, where layers are spread over devices
 
     def read_state(self, state: Tensor) -> Tensor:
         """What the heads see of an output state."""
         return state if self.norm_closes_passes else self.norm(state).to(state.device)
 
-    def initial_states(self, embedding: Tensor) -> dict[str, Tensor]:
+    def initial_states(self, embedding: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
         states = {"input": embedding}
         for name in ("output", "latent"):
             vector = getattr(self, f"initial_{name}", None)
             states[name] = torch.zeros_like(embedding) if vector is None else vector.to(embedding).expand_as(embedding)
         if self.starts_at_input:
             states["output"] = embedding
+        elif self.samples_start:
+            draw: Any = 0
+            if self.training:  # by place in the batch; otherwise by position alone
+                like = embedding[..., 0]
+                position_ids = torch.arange(like.numel(), device=like.device).view(like.shape)
+                draw = torch.randint(2**31, (1,), device=embedding.device)
+            start = sampled_start(position_ids, embedding.shape[-1], self.state_std, draw)
+            states["output"] = start.to(embedding).expand_as(embedding)
         return states
 
     def _embed(
@@ -196,7 +210,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
 
     def _positions(self, given: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
         length = given.shape[1]
-        if self.config.position_embedding == "learned" and attention_mask is not None and attention_mask.ndim == 2:
+        counts = self.config.position_embedding == "learned" or self.samples_start  # what padding must not shift
+        if counts and attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         return (torch.arange(length, device=given.device) + past).unsqueeze(0)
 
@@ -233,7 +248,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             "past_key_values": past_key_values,
             **kwargs,
         }
-        states, blocks = self.initial_states(embedding), None
+        states, blocks = self.initial_states(embedding, position_ids), None
         if exit_rule is None:
             kept = self._run_plan(states, output_block_states, {"position_ids": position_ids, **shared})
         else:
@@ -262,16 +277,20 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
                 kept.append(states["output"])
         return kept
 
-    @staticmethod
-    def gather(each: DecoderPass, states: dict[str, Tensor]) -> Tensor:
+    def gather(self, each: DecoderPass, states: dict[str, Tensor]) -> Tensor:
+        """What a pass is given."""
         total = states[each.reads[0]]
+        if each.combine != "sum":
+            combined: Tensor = getattr(self, COMBINING[each.combine][0].module)(total, states[each.reads[1]])
+            return combined.to(total.device)
         for name in each.reads[1:]:
             total = total + states[name]
         return total
 
 
-class RecursiveGPTHaltingHead(nn.Linear):
-    """Computes in fp32, whatever it is stored in; a module, so that adapters and device maps reach it."""
+class RecursiveGPTTokenHead(nn.Linear):
+    """The halting head or exit gate: computes in fp32, whatever it is stored in; a module, which adapters and device
+    maps reach."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.float(), self.weight.float(), self.bias.float())
@@ -288,8 +307,10 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.model = RecursiveGPTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.halting_head = RecursiveGPTHaltingHead(config.hidden_size, 1) if config.has_halting else None
-        exact = [each.exported for each in added_parameters(config.recursion_plan) if each.in_fp32]
+        plan = config.recursion_plan
+        self.halting_head = RecursiveGPTTokenHead(config.hidden_size, 1) if plan.has_halting else None
+        self.exit_gate = RecursiveGPTTokenHead(config.hidden_size, 1) if plan.exit_gate else None
+        exact = [each.exported for each in added_parameters(plan) if each.in_fp32]
         if exact:
             # What quantisation leaves alone, by module; and by name, since no name may be in both.
             self._keep_in_fp32_modules = sorted({name.rpartition(".")[0] for name in exact})
@@ -309,9 +330,10 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.model.ensure_passes(len(self.model.passes), renew=True)
 
     def halting_logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] to [...], in fp32: q = w . h + b of each token's own state."""
-        assert self.halting_head is not None
-        return self.halting_head(hidden).squeeze(-1)
+        """[..., H] to [...], in fp32: q = w . h + b of each token's own state, by the halting head or the exit gate."""
+        head = self.exit_gate if self.halting_head is None else self.halting_head
+        assert head is not None
+        return head(hidden).squeeze(-1)
 
     @can_return_tuple
     def forward(
@@ -340,8 +362,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
                 shifted already; named as an argument, the trainer would take them for labels that a row must have.
             num_items_in_batch: what the loss is divided by, instead of the number of labels that count.
             output_blocks: also return what the heads say after every block.
-            exit: ``halting``, ``output-change``, ``kl`` or ``argmax``; None runs all blocks of the plan. The other
-                exit arguments are described in :class:`ExitOptions`.
+            exit: ``halting``, ``quantile``, ``output-change``, ``kl`` or ``argmax``; None runs all blocks of the plan.
+                The other exit arguments are described in :class:`ExitOptions`.
         """
         options = ExitOptions.make(
             self.config, exit, halt_threshold=halt_threshold, exit_threshold=exit_threshold,
@@ -390,6 +412,9 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         found = {"block_logits": torch.stack([self.lm_head(each) for each in hidden])}
         if self.halting_head is not None:
             found["block_halting"] = torch.stack([torch.sigmoid(self.halting_logits(each)) for each in hidden])
+        elif self.exit_gate is not None:
+            stays = torch.stack([F.sigmoid(-self.halting_logits(each)) for each in hidden[:-1]]).cumprod(0)
+            found["block_halting"] = torch.cat([1 - stays, torch.ones_like(stays[:1])])
         return found
 
     def _read_losses(
@@ -406,6 +431,9 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         lm_loss = cross_entropy(logits)
         if not states:
             return {"loss": lm_loss, "lm_loss": lm_loss.detach()}
+        if self.exit_gate is not None:
+            expected = self._expected_loss(states, hidden, logits, labels)
+            return {"loss": (expected * valid).sum() / count, "lm_loss": lm_loss.detach()}
         ends = list(self.model.block_ends.values())
         loss = ends[-1].supervised_weight * lm_loss
         halt_loss = torch.zeros_like(lm_loss)
@@ -432,6 +460,21 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
             found["halt_loss"] = halt_loss.detach()
             loss = loss + self.config.recursion.get("halt_loss_weight", 1.0) * halt_loss
         return {"loss": loss, **found}
+
+    def _expected_loss(self, states: tuple[Tensor, ...], hidden: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """[B, S]: the losses of the loops by the probabilities of leaving after them, less their weighed entropy."""
+        weight = self.config.recursion.get("exit_entropy_weight", 0.1)
+        total, stays = torch.zeros(labels.shape, device=logits.device), torch.zeros(labels.shape, device=logits.device)
+        for each, state in zip(self.model.block_ends.values(), states, strict=True):
+            is_last = each is self.model.passes[-1]
+            seen = hidden if is_last else self.model.read_state(state)
+            block_logits = logits if is_last else self.lm_head(seen)
+            loss = F.cross_entropy(block_logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+            log_p, asked = stays, None if is_last else self.halting_logits(seen).to(stays.device)
+            if asked is not None:
+                log_p, stays = stays + F.logsigmoid(asked), stays + F.logsigmoid(-asked)
+            total = total + log_p.exp() * (each.supervised_weight * loss.view_as(labels) + weight * log_p)
+        return total
 
 
 __all__ = ["RecursiveGPTForCausalLM", "RecursiveGPTModel", "RecursiveGPTPreTrainedModel"]

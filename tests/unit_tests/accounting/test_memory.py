@@ -58,6 +58,10 @@ CASES = {
     "no halting": Measured({"halt_loss_weight": 0.0}),
     "dropout": Measured(transformer={"hidden_dropout": 0.1}, recording={"dropout_mask": 4}),
     "llama-like": Measured(transformer=LLAMA_LIKE, recording={"splits_norm": True, "splits_activation": True}),
+    "gated attention": Measured(transformer={"attention_output_gate": True}),
+    "gated attention, bf16": Measured(
+        transformer={"attention_output_gate": True, "bf16": True}, recording={"element": 2}
+    ),
     "fused activation": Measured(
         transformer={**LLAMA_LIKE, "bias_activation_fusion": True}, recording={"splits_norm": True}
     ),

@@ -33,6 +33,7 @@ def shape_of(case: Case) -> ModelShape:
         qkv_bias=options.get("add_qkv_bias", False),
         qk_norm=options.get("qk_layernorm", False),
         qk_norm_full=case.norms.get("qk_norm_scope") == "full",
+        attention_gate=options.get("attention_output_gate", False),
         norms_per_layer=4 if case.norms.get("norm_placement") == "sandwich" else 2,
         norm_bias=options.get("normalization", "LayerNorm") == "LayerNorm",
     )

@@ -26,6 +26,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sandwich": {"norm_placement": "sandwich", "layernorm_one_centered": True, "partial_rotary_factor": 0.5},
     "sum normed": {"norm_placement": "post", "output_norm_scope": "residual"},
     "no positions": {"position_embedding": "none"},
+    "gated, norms without weights": {"attention_gate": True, "norm_weights": "ones", "attention_bias": True},
+    "gated, full norms": {"attention_gate": True, "qk_norm": "full", "num_key_value_heads": 4},
 }  # fmt: skip
 
 
@@ -48,7 +50,7 @@ def make_model(*args: Any, seed: int = 0, config: Any = None, **kwargs: Any) -> 
     model = RecursiveGPTForCausalLM(config or make_config(*args, **kwargs)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith("halting_head"):
+            if name.startswith(("halting_head", "exit_gate")):
                 parameter.normal_(std=0.3) if parameter.ndim > 1 else parameter.zero_()
             elif "norm" in name or name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -84,7 +84,8 @@ def _shapes() -> list[str]:
     return list(SHAPES)
 
 
-@pytest.mark.parametrize("name", grid(_shapes(), quick=["odd heads", "learned positions", "sandwich"]))
+@pytest.mark.parametrize("name", grid(_shapes(), quick=["odd heads", "learned positions", "sandwich",
+                                                       "gated, norms without weights"]))  # fmt: skip
 def test_every_option_of_our_own_model_there_and_back(name: str, tmp_path: Path) -> None:
     ((first, second, same),) = run_distributed(_option_there_and_back, 1, name, tmp_path, timeout=300)
     assert first < 2e-6 and second < 2e-6 and same
@@ -193,6 +194,7 @@ main(["convert", "verify", checkpoint, out])
 """
 
 
+@pytest.mark.grid
 def test_a_conversion_runs_on_the_cpu_of_a_machine_with_a_gpu(tmp_path: Path) -> None:
     donor = save_donor("llama3, head_dim", tmp_path / "donor")
     result = run_command([sys.executable, "-c", BESIDE_A_GPU, donor, tmp_path / "ckpt", tmp_path / "hf"], timeout=120)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import files
-from megatron_recursive.hf.convert.mappings import FAMILIES, config_values, items, read_config
+from megatron_recursive.hf.convert.configs import config_values, read_config
+from megatron_recursive.hf.convert.mappings import FAMILIES, items
 from megatron_recursive.hf.convert.sources import config_object
 from tests.distributed import run_command, run_distributed
 from tests.unit_tests.hf.donors import save_donor, write_folder

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.mappings import FAMILIES, config_values, donor_family, items, read_config
+from megatron_recursive.hf.convert.configs import config_values, donor_family, read_config
+from megatron_recursive.hf.convert.mappings import FAMILIES, items
 from megatron_recursive.hf.convert.safetensors_files import INDEX, SafetensorsFolder
 from megatron_recursive.hf.convert.sources import choose_layers, config_object, open_source
 from megatron_recursive.hf.convert.tokenizer_files import copy_tokenizer

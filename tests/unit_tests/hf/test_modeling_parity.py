@@ -81,6 +81,7 @@ def make_config(case: Case, model: Any, norms: dict[str, str]) -> Any:
         hidden_act="silu" if theirs.gated_linear_unit else "gelu", mlp_gated=theirs.gated_linear_unit,
         mlp_bias=theirs.add_bias_linear, attention_out_bias=theirs.add_bias_linear,
         attention_bias=theirs.add_bias_linear or theirs.add_qkv_bias,
+        attention_gate=theirs.attention_output_gate, norm_weights=theirs.norm_weights,
         norm_type=theirs.normalization.lower(), norm_eps=theirs.layernorm_epsilon,
         layernorm_one_centered=theirs.layernorm_zero_centered_gamma,
         qk_norm=norms.get("qk_norm_scope", "head") if theirs.qk_layernorm else None,
@@ -94,8 +95,10 @@ def make_config(case: Case, model: Any, norms: dict[str, str]) -> Any:
 RENAMED = {
     "embedding.word_embeddings.": "model.embed_tokens.", "embedding.position_embeddings.": "model.embed_positions.",
     "decoder.final_layernorm.": "model.norm.", "output_norm.": "model.norm.", "output_layer.": "lm_head.",
-    "halting_head.": "halting_head.", "decoder.layers.": "model.layers.", "initial_": "model.initial_",
+    "halting_head.": "halting_head.", "exit_gate.": "exit_gate.", "initial_": "model.initial_",
+    "decoder.layers.": "model.layers.",
 }  # fmt: skip
+ROWS = ("halting_head.weight", "exit_gate.weight")
 RENAMED_IN_LAYERS = {
     "self_attention.linear_proj.post_layernorm.": "post_attention_layernorm.",
     "self_attn_bda.post_layernorm.": "post_attention_layernorm.",
@@ -118,16 +121,19 @@ def converted(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         if not name.startswith("decoder.layers."):
-            found[renamed(name, RENAMED)] = tensor[None] if name == "halting_head.weight" else tensor
+            found[renamed(name, RENAMED)] = tensor[None] if name in ROWS else tensor
             continue
         number, _, rest = name.removeprefix("decoder.layers.").partition(".")
         kind, layer = rest.rpartition(".")[2], f"model.layers.{number}."
         if rest.startswith("self_attention.linear_qkv."):
             # Rows by query group: its queries' heads, its key's, its value's.
             queries = config.num_attention_heads // config.num_key_value_heads
-            groups = tensor.view(config.num_key_value_heads, queries + 2, config.head_dim, *tensor.shape[1:])
-            parts = groups[:, :queries], groups[:, queries], groups[:, queries + 1]
-            for letter, part in zip("qkv", parts, strict=True):
+            gates = queries if config.attention_gate else 0  # behind the queries
+            groups = tensor.view(config.num_key_value_heads, queries + gates + 2, config.head_dim, *tensor.shape[1:])
+            parts = {"q": groups[:, :queries], "k": groups[:, -2], "v": groups[:, -1]}
+            if gates:
+                parts["gate"] = groups[:, queries:-2]
+            for letter, part in parts.items():
                 found[f"{layer}self_attn.{letter}_proj.{kind}"] = part.reshape(-1, *tensor.shape[1:])
         elif rest.startswith("mlp.linear_fc1."):
             halves = tensor.chunk(2) if config.mlp_gated else (tensor,)
@@ -151,7 +157,7 @@ def megatron_answer(model: Any, batch: dict[str, Tensor], config: Any) -> Answer
     for name in ("lm loss", "halt loss"):
         if name in metrics:
             losses[name.replace(" ", "_")] = float(metrics[name][0] / metrics[name][1])
-    gradients = converted({name: p.grad for name, p in model.named_parameters()}, config)
+    gradients = converted({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, config)
     with torch.no_grad():
         logits = model(batch["input_ids"], batch["position_ids"], batch["attention_mask"])
     return Answer(logits.clone(), losses, gradients)
@@ -176,7 +182,8 @@ def both_answers(name: str) -> tuple[Answer, Answer]:
     theirs = build(case, norms)
     config = make_config(case, theirs, norms)
     ours = RecursiveGPTForCausalLM(config)
-    tensors = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
+    trained = {name: weight for name, weight in theirs.named_parameters() if weight.requires_grad}
+    tensors = {**trained, **dict(theirs.named_buffers())}
     weights = converted({k: v.detach() for k, v in tensors.items()}, config)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]

@@ -28,6 +28,7 @@ OPTIONS: dict[str, Case] = {
         transformer={"qk_layernorm": True}, norms={"norm_placement": "sandwich", "qk_norm_scope": "full"}
     ),
     "sandwich-residual": Case(norms={"norm_placement": "sandwich", "output_norm_scope": "residual"}),
+    "gated": Case(transformer={"attention_output_gate": True, "num_query_groups": 2}),
     "no-halting": Case(recursion={"halt_loss_weight": 0.0}),
     "state-norm-none": Case(recursion={"state_norm": "none"}, model={"share_embeddings_and_output_weights": False}),
     "trunc-normal": Case(recursion={"state_init": "trunc-normal"}),

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_recursive.plan.added_parameters import sampled_start, tokens_so_far
 from tests.distributed import run_distributed
 from tests.models import SEQ, Case, Layout, Training, build_wrapped, full_gradients, make_batches, run_schedule, train
 from tests.unit_tests.models.comparing import worst_error
 
+HUGINN = {"norm_placement": "sandwich", "output_norm_scope": "residual"}
+BIASED = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "add_qkv_bias": True}
 UNTIED = {"share_embeddings_and_output_weights": False}
 FOUR, SIX = {"num_layers": 4}, {"num_layers": 6}
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -43,29 +46,83 @@ CASES = {
         recurrent(1, 2, num_recurrences=3, backprop_depth=1, injection="add"), transformer={**SIX, **FULL_RECOMPUTE},
         model=UNTIED,
     ),
+    "huginn": Case(
+        recurrent(1, 1, num_recurrences=2, injection="concat", state_init="sampled", state_norm="core-end",
+                  backprop_depth=1), transformer={**FOUR, **BIASED}, norms=HUGINN,
+    ),
+    "parcae": Case(
+        recurrent(2, 0, num_recurrences=4, injection="diagonal", state_init="sampled", state_std=0.1, backprop_depth=3),
+        transformer=SIX, model=UNTIED,
+    ),
+    "norm-in-core": Case(
+        recurrent(0, 1, num_recurrences=3, injection="concat", state_norm="core", recurrence_step="0.6"),
+        transformer={**FOUR, **FULL_RECOMPUTE},
+    ),
+    # A prelude and a coda that the first and the last of two and of four stages hold alone; the last is one trip.
+    "recurrent-folded": Case(
+        recurrent(1, 1, num_recurrences=4, backprop_depth=2, injection="add"), transformer=FOUR, model=UNTIED,
+        evaluate=True,
+    ),
+    "recurrent-folded-phases": Case(
+        recurrent(0, 1, num_recurrences=4, backprop_depth=2, injection="add"), transformer=FOUR
+    ),
+    "recurrent-once": Case(recurrent(1, 1, num_recurrences=1, injection="add"), transformer=FOUR, evaluate=True),
+    "recurrent-bare-once": Case(recurrent(0, 0, num_recurrences=1), transformer=FOUR, model=UNTIED),
     "looped": Case({"recursion_family": "looped", "num_refinement_blocks": 3}, transformer=FOUR),
     "looped-one-norm": Case(
         {"recursion_family": "looped", "num_refinement_blocks": 3, "state_norm": "none", "halt_loss_weight": 0.0},
         transformer=FOUR, model=UNTIED,
     ),
+    "looped-gate": Case({"recursion_family": "looped", "num_refinement_blocks": 3, "exit_gate": True},
+                        transformer=FOUR),
+    "looped-gate-one-norm": Case(
+        {"recursion_family": "looped", "num_refinement_blocks": 4, "exit_gate": True, "state_norm": "none",
+         "exit_entropy_weight": 0.5},
+        transformer=FOUR, model=UNTIED,
+    ),
     "hierarchical": Case({"recursion_family": "hierarchical"}, transformer=FOUR),
+    "hierarchical-window": Case(
+        {"recursion_family": "hierarchical", "num_latent_refinements": 3, "latent_backprop_depth": "2",
+         "state_init": "trunc-normal"}, transformer=FOUR, model=UNTIED,
+    ),
+    "hierarchical-hrm-text": Case(
+        {"recursion_family": "hierarchical", "num_latent_refinements": 3, "latent_backprop_depth": "2",
+         "state_init": "trunc-normal", "halt_loss_weight": 0.0}, model=UNTIED,
+        transformer={**FOUR, "normalization": "RMSNorm", "norm_weights": "ones", "attention_output_gate": True,
+                     "swiglu": True, "add_bias_linear": False},
+    ),
+    "hierarchical-windows": Case(
+        {"recursion_family": "hierarchical", "num_refinement_blocks": 3, "num_latent_refinements": 3,
+         "latent_backprop_depth": "2,1,3", "state_norm": "none"}, transformer={**FOUR, **FULL_RECOMPUTE},
+    ),
     "hierarchical-recomputed": Case({"recursion_family": "hierarchical", "state_norm": "none"},
                                     transformer={**SIX, **FULL_RECOMPUTE}),
 }  # fmt: skip
 
 
-def states(model: Any, x: Tensor, knobs: Any, layers: Any) -> list[Tensor]:
+def combined(model: Any, s: Tensor, e: Tensor, injection: str) -> Tensor:
+    if injection == "concat":
+        return torch.cat((s, e), -1) @ model.adapter.weight.T
+    if injection == "diagonal":
+        own, delta = model.injection, F.softplus(model.injection.dt_bias)
+        return torch.exp(-delta * torch.exp(own.A_log)) * s + delta * (e @ own.B.view(len(delta), -1).T)
+    return s + e if injection == "add" else s
+
+
+def states(model: Any, x: Tensor, knobs: Any, layers: Any, start: Tensor) -> list[Tensor]:
     """The output state after each block, as the papers write it. ``layers(a, b)`` applies the layers from a to b."""
     total = model.config.num_layers
     if knobs.recursion_family == "recurrent":
         p, c, r = knobs.num_prelude_layers, knobs.num_coda_layers, knobs.num_recurrences
         step = 1 / r if knobs.recurrence_step == "mean" else float(knobs.recurrence_step)
         e = layers(0, p)(x)
-        s = e
+        s = start if knobs.state_init == "sampled" else e
+        norms = {"final": [], "core": range(r), "core-end": [r - 1]}[knobs.state_norm]
         for i in range(r):
             if knobs.backprop_depth and i == r - knobs.backprop_depth:
                 s = s.detach()
-            s = s + step * (layers(p, total - c)(s + e if knobs.injection == "add" else s) - s)
+            result = layers(p, total - c)(combined(model, s, e, knobs.injection))
+            s = s + step * ((model.output_norm(result) if i in norms else result) - s)
         return [layers(total - c, total)(s)]
     norm = model.decoder.final_layernorm or (lambda h: h)
     out, z = x, torch.zeros_like(x)
@@ -75,9 +132,15 @@ def states(model: Any, x: Tensor, knobs: Any, layers: Any) -> list[Tensor]:
             out = norm(layers(0, total)(out))
             found.append(out)
         return found
-    for _ in range(knobs.num_refinement_blocks):
-        for _ in range(knobs.num_latent_refinements):
-            z = norm(layers(0, total // 2)(z + out))
+    if knobs.state_init != "zeros":
+        z = model.initial_latent.expand_as(x)
+    blocks, latents = knobs.num_refinement_blocks, knobs.num_latent_refinements
+    window = [int(each) for each in knobs.latent_backprop_depth.split(",")]
+    window = [1] * (blocks - len(window)) + window if window != [0] else [latents] * blocks
+    for block in range(blocks):
+        for i in range(latents):  # as HRM-Text: the last so many calls of the low module carry gradient
+            low = norm(layers(0, total // 2)(z + out))
+            z = low if i >= latents - window[block] else low.detach()
         out = norm(layers(total // 2, total)(out + z))
         found.append(out)
     return found
@@ -96,8 +159,11 @@ def reference(model: Any, batch: dict[str, Tensor], knobs: Any) -> tuple[Tensor,
         return apply
 
     x = model.embedding(input_ids=batch["input_ids"], position_ids=batch["position_ids"]) * knobs.embedding_multiplier
-    found = [s.transpose(0, 1) for s in states(model, x, knobs, layers)]
+    start = sampled_start(tokens_so_far(batch["input_ids"]).T, x.shape[-1], knobs.state_std)
+    found = [s.transpose(0, 1) for s in states(model, x, knobs, layers, start)]
     head = (model.embedding.word_embeddings if model.share_embeddings_and_output_weights else model.output_layer).weight
+    if hasattr(model, "exit_gate"):
+        return expected(model, [getattr(model, "output_norm", lambda h: h)(s) for s in found], head, batch, knobs)
     losses, halting = [], []
     for state in found:
         last = state is found[-1]
@@ -114,6 +180,17 @@ def reference(model: Any, batch: dict[str, Tensor], knobs: Any) -> tuple[Tensor,
     return losses[-1] + sum(halting) / len(found), losses[-1]  # type: ignore[operator]
 
 
+def expected(model: Any, found: list[Tensor], head: Tensor, batch: dict[str, Tensor], knobs: Any) -> Any:
+    """The loss over the exits: the gate leaves with its probability, the last loop takes the rest."""
+    total, left = 0.0, 1.0
+    for state in found:
+        loss = F.cross_entropy((state @ head.T).transpose(1, 2), batch["labels"], reduction="none")
+        leaves = torch.sigmoid(state @ model.exit_gate.weight + model.exit_gate.bias) if state is not found[-1] else 1.0
+        p = left * leaves
+        total, left = total + p * loss + knobs.exit_entropy_weight * p * torch.log(p), left * (1 - leaves)
+    return total, loss
+
+
 def compare(case: Case) -> tuple[tuple[float, str], float, float]:
     wrapped = build_wrapped(case, Layout())
     model = wrapped.module
@@ -124,9 +201,9 @@ def compare(case: Case) -> tuple[tuple[float, str], float, float]:
         objective, lm = reference(model, batch, case.resolved_recursion())
         total = total + (objective * mask).sum() / (mask.sum() * case.micro_batches)
         expected, tokens = expected + float((lm.detach() * mask).sum()), tokens + float(mask.sum())
-    names = [name for name, _ in model.named_parameters()]
-    gradients = torch.autograd.grad(total, list(model.parameters()))
-    return worst_error(full_gradients(wrapped), dict(zip(names, gradients, strict=True))), loss, expected / tokens
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    gradients = torch.autograd.grad(total, list(trained.values()))
+    return worst_error(full_gradients(wrapped), dict(zip(trained, gradients, strict=True))), loss, expected / tokens
 
 
 def in_one_process(cases: dict[str, Case]) -> dict[str, Any]:
@@ -181,5 +258,9 @@ def test_ranks_are_one_process(layout: str) -> None:
         for rank in ranks:
             error, name = worst_error({**expected.gradients[0], **rank[case].gradients[0]}, expected.gradients[0])
             assert error <= bound, (case, name, error)
-            for metric, value in rank[case].metrics[0].items():
-                assert value == pytest.approx(expected.metrics[0][metric], rel=bound, abs=1e-8), (case, metric)
+            told = [*zip(rank[case].metrics + rank[case].evaluations, expected.metrics + expected.evaluations,
+                         strict=True)]  # fmt: skip
+            assert len(told) == 1 + CASES[case].evaluate
+            for mine, alone in told:
+                for metric, value in mine.items():
+                    assert value == pytest.approx(alone[metric], rel=bound, abs=1e-8), (case, metric)

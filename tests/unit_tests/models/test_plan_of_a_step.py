@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 
+from megatron_recursive.plan import RecursionPlan
 from tests.distributed import run_distributed
 from tests.models import Case, Layout, Training, build_wrapped, full_gradients, run_schedule, train
 from tests.unit_tests.models.comparing import worst_error
@@ -29,6 +30,8 @@ def at_changing_depth(layout: Layout, detach: bool) -> list[Training]:
     for blocks in DEPTHS:
         wrapped.zero_grad_buffer()
         metrics = run_schedule(wrapped, case, plan=wrapped.module.plan.with_blocks(blocks))
+        with pytest.raises(ValueError, match="another embedding_multiplier than"):
+            run_schedule(wrapped, case, plan=RecursionPlan.plain())
         found.append(Training([metrics], [full_gradients(wrapped)], [], {}))
     return found
 

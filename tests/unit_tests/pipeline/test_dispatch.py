@@ -12,6 +12,7 @@ from tests.unit_tests.pipeline.cases import ADAM, FULL
 from tests.unit_tests.pipeline.test_ring import error_over_stages, last_stage, metrics_error
 
 PLAIN = Case({"enable_recursive_refinement": False}, optimizer=ADAM, steps=2, evaluate=True)
+ONCE = {"recursion_family": "recurrent", "num_recurrences": 1}  # one trip, also of fewer micro-batches than stages
 PIPELINE_SIZES = {"pp_size": 2, "vp_size": None}
 
 
@@ -40,7 +41,8 @@ def test_megatron_resolves_the_name_at_call_time() -> None:
 
 
 def schedules_used(recursion: dict[str, Any]) -> list[str]:
-    """The schedules of Megatron that one training step and one evaluation of a case reach, on two stages."""
+    """The schedules of Megatron that one training step and one evaluation of a case of four layers reach, on two
+    stages."""
     from megatron.core.pipeline_parallel import schedules
 
     from megatron_recursive.pipeline import dispatch
@@ -60,7 +62,7 @@ def schedules_used(recursion: dict[str, Any]) -> list[str]:
         for name, original in originals.items():
             setattr(schedules, name, spy(name, getattr(original, "__wrapped__", original)))
         dispatch.install()
-        case = Case(recursion)
+        case = Case(recursion, transformer={"num_layers": 4}, micro_batches=1 if "num_recurrences" in recursion else 4)
         wrapped = build_wrapped(case, Layout(pp=2, phases="one"))
         run_schedule(wrapped, case)
         run_schedule(wrapped, case, forward_only=True)
@@ -73,9 +75,10 @@ def schedules_used(recursion: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("recursion", "schedule"),
     [({"enable_recursive_refinement": False}, "without_interleaving"), ({}, "with_interleaving"),
-     (FULL, "with_interleaving")],
+     (FULL, "with_interleaving"), ({**ONCE, "num_prelude_layers": 1, "num_coda_layers": 2}, "without_interleaving"),
+     (ONCE, "without_interleaving")],
 )  # fmt: skip
-def test_only_recursive_models_take_the_ring(recursion: dict[str, Any], schedule: str) -> None:
+def test_recursive_models_of_more_than_one_trip_take_the_ring(recursion: dict[str, Any], schedule: str) -> None:
     for used in run_distributed(schedules_used, 2, recursion):
         assert used == [schedule, schedule]
 

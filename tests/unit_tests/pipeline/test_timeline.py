@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.trips import trips_of
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.models import Case, Layout, build_wrapped, run_schedule
@@ -206,8 +207,8 @@ def _recorded(case: Case, layout: Layout) -> tuple[list[tuple[str, int, int]], l
     def forward_step(*args: Any, **kwargs: Any) -> Any:
         result = forward(*args, **kwargs)
         view = args[2]
-        outputs.append((result[0], view.decoder_pass.index, view.micro_batch))
-        operations.append(("F", view.decoder_pass.index, view.micro_batch))
+        outputs.append((result[0], view.trip.index, view.micro_batch))
+        operations.append(("F", view.trip.index, view.micro_batch))
         return result
 
     def backward_step(received: Any, output: Any, *args: Any) -> Any:
@@ -222,13 +223,14 @@ def _recorded(case: Case, layout: Layout) -> tuple[list[tuple[str, int, int]], l
         run_schedule(wrapped, case)
     finally:
         schedules.forward_step, schedules.backward_step = forward, backward
-    plan = build_plan(case.resolved_recursion())
+    plan, layers = build_plan(case.resolved_recursion()), wrapped.config.num_layers // layout.pp
     rank, expected = parallel_state.get_pipeline_model_parallel_rank(), []
-    windows = chosen_windows(plan, equal_costs(plan, layout.pp), case.micro_batches, layout.phases, layout.window)
+    costs = equal_costs(plan, layout.pp, layers_per_stage=(layers,) * layout.pp)
+    windows = chosen_windows(costs, case.micro_batches, layout.phases, layout.window)
     split = plan.first_grad_pass if windows else 0
     for size in windows or (case.micro_batches,):  # a window counts its micro-batches from 0
         expected += schedule_order(layout.pp, rank, split, size, forward_only=True) if split else []
-        for op in schedule_order(layout.pp, rank, plan.num_passes - split, size):
+        for op in schedule_order(layout.pp, rank, len(costs.grad) - split, size, interleaved=len(costs.grad) > 1):
             expected.append(op._replace(pass_index=op.pass_index + split))
     return operations, expected, works
 
@@ -240,19 +242,28 @@ RUNS = {
     "full, 2 stages, ragged": (Case(recursion=FULL, micro_batches=5), Layout(pp=2, phases="one")),
     "detached, 2 stages": (Case(), Layout(pp=2, phases="one")),
     "detached, 2 stages, two phases": (Case(micro_batches=5), Layout(pp=2, phases="two", window=2)),
+    "windows in blocks, 2 stages, two phases": (
+        Case({"recursion_family": "hierarchical", "num_latent_refinements": 3, "latent_backprop_depth": "2"},
+             transformer=FOUR_LAYERS, micro_batches=4), Layout(pp=2, phases="two")),
+    "prelude and coda, 2 stages": (Case(
+        {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda_layers": 1, "num_recurrences": 3,
+         "injection": "add", "backprop_depth": 1}, transformer=FOUR_LAYERS), Layout(pp=2)),
     "detached, 4 stages": (Case(transformer=FOUR_LAYERS, micro_batches=6), Layout(pp=4, phases="one")),
     "detached, 4 stages, two phases": (Case(transformer=FOUR_LAYERS, micro_batches=8), Layout(pp=4, phases="two")),
 }
 
 
-@pytest.mark.parametrize("name", grid(RUNS, quick=["full, 2 stages, ragged", "detached, 2 stages, two phases"]))
+@pytest.mark.parametrize("name", grid(RUNS, quick=["full, 2 stages, ragged", "detached, 2 stages, two phases",
+                                                     "prelude and coda, 2 stages"]))
 def test_megatron_runs_in_the_simulated_order(name: str) -> None:
     case, layout = RUNS[name]
     plan = build_plan(case.resolved_recursion())
     first_answered = plan.first_grad_pass if layout.phases == "two" else 0
-    for operations, expected, works in run_distributed(_recorded, layout.pp, case, layout, timeout=180):
+    trips = trips_of(plan, (case.transformer.get("num_layers", 2) // layout.pp,) * layout.pp)
+    ranks = run_distributed(_recorded, layout.pp, case, layout, timeout=180)
+    for rank, (operations, expected, works) in enumerate(ranks):
         assert operations == [tuple(op) for op in expected]
-        assert works == {p.index: {p.grad} for p in plan.passes[first_answered:]}
+        assert works == {trip.index: {trip.around.grad or (rank == 0 and trip.grad)} for trip in trips[first_answered:]}
 
 
 # --- what is planned with it ----------------------------------------------------------------------------------------
@@ -272,30 +283,36 @@ def _planned() -> dict[str, Any]:
     from megatron_recursive.plots.pipeline_timeline import described
 
     shape, plain = ModelShape(**SHAPE), RecursionConfig(enable_recursive_refinement=False)
+    windows = build_plan(RecursionConfig(recursion_family="hierarchical", num_refinement_blocks=2,
+        num_latent_refinements=3, latent_backprop_depth="2").resolved(embedding_init_std=0.02))  # fmt: skip
     steps = []
     for stages, batches, detach in ((2, 16, True), (4, 24, False), (4, 23, True), (8, 40, True)):
-        plan = plan_of(2, 2, detach=detach)
-        timeline, _ = plan_pipeline(plan, stages, batches, shape)
-        step = simulated_step(plan, price_passes(plan, shape, (8 // stages,) * stages), batches)
+        deep = plan_of(2, 2, detach=detach)
+        timeline, _ = plan_pipeline(deep, stages, batches, shape)
+        step = simulated_step(price_passes(deep, shape, (8 // stages,) * stages), batches)
         steps.append(((timeline.makespan, timeline.efficiency, tuple(timeline.peak_live)),
                       (step.makespan, step.efficiency, step.live)))  # fmt: skip
-    timeline, report = plan_pipeline(plan_of(2, 1, detach=True), 2, 8)
+    plan = plan_of(2, 1, detach=True)
+    timeline, report = plan_pipeline(plan, 2, 8)
     said = []
-    for plan, stages in ((plan_of(2, 1), 1), (build_plan(plain.resolved(embedding_init_std=0.02)), 4)):
+    for refused, stages in ((plan, 1), (build_plan(plain.resolved(embedding_init_std=0.02)), 4)):
         try:
-            plan_pipeline(plan, stages, 4)
+            plan_pipeline(refused, stages, 4)
         except UserError as error:
             said.append(str(error))
     deep = plan_of(3, 2, detach=True)
     try:
-        chosen_windows(deep, equal_costs(deep, 4), 64, window=3)
+        chosen_windows(equal_costs(deep, 4), 64, window=3)
     except UserError as error:
         said.append(str(error))
-    phases = {kind: said_of_phases(deep, equal_costs(deep, 4), batches, kind)
+    phases = {kind: said_of_phases(equal_costs(deep, 4), batches, kind)
               for kind, batches in (("auto", 64), ("one", 64), ("two", 37))}  # fmt: skip
-    text = described(timeline, plan_of(2, 1, detach=True), report)
+    text = described(timeline, plan, report)
     return {"phases": phases, "steps": steps, "text": text, "refusals": said,
-            "messages": messages(plan_of(2, 1, detach=True), 1, two_phases=False)}  # fmt: skip
+            "messages": messages(plan, trips_of(plan), 1, two_phases=False),
+            "zero answers": [messages(windows, trips_of(windows), 1, two_phases=each)["neighbours"]["zero answers"]
+                             for each in (True, False)],
+            }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +336,7 @@ def test_messages_and_refusals(planned: dict[str, Any]) -> None:
         "neighbours": {"forward": 4, "backward": 4, "zero answers": 2},
         "last to first": {"forward": 3, "backward": 3, "zero answers": 2},
     }
+    assert planned["zero answers"] == [1, 3]  # of a hierarchy whose gradient has a window in each block
     *timeline, window = planned["refusals"]
     assert len(timeline) == 2 and all("--timeline" in said for said in timeline)
     assert "--pipeline-window 3 is less than --pipeline-model-parallel-size 4" in window

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.added_parameters import sampled_start, tokens_so_far
 
 
 def make_plan(blocks: int = 2, latents: int = 2, **knobs: object) -> RecursionPlan:
@@ -73,7 +74,8 @@ def test_a_plan_is_frozen_and_hashable() -> None:
 def test_json_round_trip(blocks: int) -> None:
     plan = make_plan(blocks, state_init="trunc-normal", detach_between_refinements=False)
     assert RecursionPlan.from_json(plan.to_json()) == plan
-    words = {field.name for field in dataclasses.fields(RecursionPlan)} - {"stacks", "mean_steps"}  # unsaid where usual
+    unsaid = {"stacks", "mean_steps", "exit_gate", "state_std"}  # where usual
+    words = {field.name for field in dataclasses.fields(RecursionPlan)} - unsaid
     assert set(json.loads(plan.to_json())) == words
 
 
@@ -117,7 +119,9 @@ REFUSED = {
     "supervised without gradient": (replaced(2, supervised_weight=1.0), "carries no gradient"),
     "unsupervised end": (replaced(5, supervised_weight=0.0), "last pass"),
     "latent end": (replaced(5, target="latent", halt_weight=0.0), "last pass"),
-    "gradient with a gap": (replaced(4, grad=False), "together at the end"),
+    "a map of three": (replaced(1, combine="concat"), "combines 3 values by 'concat'"),
+    "unknown combination": (replaced(2, combine="product"), "'product'"),
+    "gradient with a gap": (replaced(4, grad=False), "'embedding' would receive no gradient"),
 }
 
 
@@ -158,7 +162,8 @@ def test_a_loss_inside_a_block_is_refused(weight: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"state_init": "learned"}, {"state_norm": "each"}, {"embedding_multiplier": -1.0}], ids=str
+    "changes", [{"state_init": "learned"}, {"state_norm": "each"}, {"embedding_multiplier": -1.0}, {"state_std": 0.0}],
+    ids=str,
 )
 def test_senseless_values_for_all_passes_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(UserError):
@@ -189,6 +194,38 @@ def test_a_recurrent_plan_reads_as_its_formula() -> None:
     assert [p.step for p in mean.passes] == [1, 1 / 3, 1 / 3, 1 / 3, 1] and "0.333" in mean.describe()
 
 
+def test_what_a_core_combines_where_it_starts_and_what_norms_it() -> None:
+    knobs = {**RECURRENT, "injection": "concat", "state_init": "sampled", "state_std": 0.5}
+    ends, every = (family("recurrent", **knobs, state_norm=norm) for norm in ("core-end", "core"))
+    assert [p.combine for p in ends.passes] == ["sum", "concat", "concat", "concat", "sum"]
+    assert [ends.closes(p) for p in ends.passes] == [False, False, False, True, False]
+    assert [every.closes(p) for p in every.passes] == [False, True, True, True, False]
+    assert all(make_plan().closes(p) for p in make_plan().passes) and not any(map(make_plan(state_norm="none").closes,
+                                                                                  make_plan().passes))  # fmt: skip
+    assert ends.state_init == "sampled" and ends.sources(ends.passes[1]) == ("output", "input")
+    assert RecursionPlan.from_json(ends.to_json()) == ends and '"state_std": 0.5' in ends.to_json()
+    assert "[output, input]" in ends.describe()
+    assert "a output + B input" in family("recurrent", **RECURRENT, injection="diagonal").describe()
+    once = family("recurrent", **{**knobs, "num_recurrences": 1}, state_norm="core-end")
+    assert once.with_blocks(3) == ends
+
+
+def test_a_sampled_start_is_a_truncated_normal_of_each_token_and_of_none_behind_it() -> None:
+    torch = pytest.importorskip("torch")
+    found = sampled_start(torch.arange(512)[None], 64, 0.5, draw=7)
+    assert abs(float(found.mean())) < 0.01 and float(found.std()) == pytest.approx(0.5 * 0.9867, abs=0.01)
+    assert 1.4 < float(found.abs().max()) <= 1.5 and len(found.unique()) > 0.99 * found.numel()
+    rows, columns = torch.corrcoef(found[0]), torch.corrcoef(found[0].T)
+    assert (rows - torch.eye(512)).abs().max() < 0.75 and (columns - torch.eye(64)).abs().max() < 0.25
+    assert torch.equal(found[:, 100:], sampled_start(torch.arange(100, 512)[None], 64, 0.5, draw=7))
+    assert not torch.equal(found, sampled_start(torch.arange(512)[None], 64, 0.5, draw=8))
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    told, moved = tokens_so_far(ids), ids.clone()
+    moved[:, 5] += 1
+    assert torch.equal(tokens_so_far(moved)[:, :5], told[:, :5]) and (tokens_so_far(moved) != told)[:, 5:].all()
+    assert len(told.unique()) == told.numel() and int(told.max()) < 2**32
+
+
 def test_two_stacks_share_the_layers() -> None:
     plan = family("hierarchical", num_refinement_blocks=2, num_latent_refinements=2)
     assert [p.stack for p in plan.passes] == ["low", "low", "high"] * 2
@@ -197,6 +234,18 @@ def test_two_stacks_share_the_layers() -> None:
         plan.layers_of(5)
     with pytest.raises(UserError, match="--num-layers 3 must hold 2 of the prelude, 1 of the coda"):
         family("recurrent", **RECURRENT).layers_of(3)
+
+
+def test_each_block_of_a_hierarchy_has_its_window() -> None:
+    """HRM-Text's [2] over two blocks of three: padded with 1 before, five of eight passes with gradient."""
+    knobs = {"num_refinement_blocks": 2, "num_latent_refinements": 3, "latent_backprop_depth": "2"}
+    plan = family("hierarchical", **knobs, state_init="trunc-normal")
+    assert [p.grad for p in plan.passes] == [False, False, True, True, False, True, True, True]
+    assert plan.first_grad_pass == 2 and plan.first_input_gradient() is plan.passes[2] and plan.num_blocks == 2
+    assert not plan.feeds_gradient(plan.passes[1]) and all(map(plan.feeds_gradient, plan.grad_passes[:-1]))
+    assert plan.starts_at_input and plan.initial_vectors == ("latent",)
+    assert plan == family("hierarchical", **{**knobs, "latent_backprop_depth": "1,2"}, state_init="trunc-normal")
+    assert RecursionPlan.from_json(plan.to_json()) == plan
 
 
 @pytest.mark.parametrize("prelude", [0, 2])
@@ -212,3 +261,17 @@ def test_another_depth_of_a_core_is_that_of_the_knobs(knobs: dict[str, object]) 
     plans = {depth: family("recurrent", **{**knobs, "num_recurrences": depth}) for depth in (1, 2, 4, 8)}
     for start in plans.values():
         assert all(start.with_blocks(depth) == plan for depth, plan in plans.items())
+
+
+def test_a_gated_plan_supervises_every_loop_at_any_depth() -> None:
+    knobs = {"recursion_family": "looped", "exit_gate": True, "embedding_multiplier": 1.0}
+    plan = build_plan(RecursionConfig(**knobs, num_refinement_blocks=3))  # type: ignore[arg-type]
+    assert [p.supervised_weight for p in plan.passes] == [1.0] * 3 and plan.exit_gate and not plan.has_halting
+    assert plan.with_blocks(1).with_blocks(5).passes == build_plan(
+        RecursionConfig(**knobs, num_refinement_blocks=5)  # type: ignore[arg-type]
+    ).passes
+    assert RecursionPlan.from_json(plan.to_json()) == plan
+    assert plan.gradient_groups(tied_embeddings=False)["exit gate"]
+    assert "1 p" in plan.describe() and "by the exit gate" in plan.describe()
+    with pytest.raises(UserError, match="every block supervised"):
+        dataclasses.replace(plan, passes=(dataclasses.replace(plan.passes[0], supervised_weight=0.0), *plan.passes[1:]))

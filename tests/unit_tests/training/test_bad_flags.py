@@ -10,6 +10,7 @@ import pytest
 
 from megatron_recursive.data.preparation import Preparation, vocabulary_digest
 from tests.distributed import run_distributed
+from tests.quick_start import start_quickly
 from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, metrics_of, train
 
 DATA = [flag for flag in FLAGS if flag != "--mock-data"]
@@ -50,8 +51,14 @@ FEATURES = [
     ("--dataloader-type external", "--dataloader-type external"),
     ("--init-method-xavier-uniform", "use --init-method-std"),
     ("--pretrained-checkpoint x", "use --init-from-gpt"),
-    ("--optimizer muon", "--optimizer muon needs the package emerging-optimizers"),
-    ("--optimizer lion", "--optimizer lion needs the package emerging-optimizers"),
+    ("--optimizer lion", "--optimizer lion yet; give adam, sgd, muon, adam_atan2, ellis_adam"),
+    ("--optimizer muon --use-distributed-optimizer", "--optimizer muon does not go with --use-distributed-optimizer"),
+    ("--optimizer ellis_adam --optimizer-cpu-offload", "ellis_adam does not go with --optimizer-cpu-offload"),
+    ("--optimizer muon --muon-scalar-optimizer lion", "--muon-scalar-optimizer lion"),
+    ("--optimizer muon --muon-coefficient-type best", "--muon-coefficient-type best is none of simple, quintic"),
+    ("--head-lr-factor -1", "--head-lr-factor is -1.0; give a number of 0 or more"),
+    ("--adapter-lr-factor 2", "--adapter-lr-factor needs an adapter, which this model does not have"),
+    ("--throttle --disable-recursive-refinement", "--throttle needs layers that are applied more than once"),
     ("--enable-ft-package", "--enable-ft-package needs the package nvidia-resiliency-ext"),
     ("--log-straggler", "--log-straggler needs the package nvidia-ml-py"),
 ]
@@ -140,6 +147,7 @@ def sentences(cases: list[list[str]]) -> list[str]:
     from megatron_recursive.errors import UserError
     from megatron_recursive.training.arguments import parse_arguments
 
+    start_quickly()
     said = []
     for flags in cases:
         sys.argv = ["pretrain", *flags]

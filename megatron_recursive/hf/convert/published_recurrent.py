@@ -1,0 +1,161 @@
+"""Published recurrent models of the type ``huginn_raven``, read as models of ours under their own names.
+
+Huginn-0125 (Geiping et al. 2025), and the Llamas and OLMos that were made recurrent in its shape (arXiv 2511.07384).
+Their code differs, their ``config.json`` does not say how: the norms that a layer holds tell them apart. Huginn rotates
+neighbouring numbers of a head, where ours rotates its halves, so that rows of q and k, and their biases, change places;
+and its final norm also closes the last pass of the core. The retrofits do neither.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.safetensors_files import SafetensorsFolder
+from megatron_recursive.plan import RecursionConfig, build_plan
+
+Part = tuple[str, Callable[[Tensor], Tensor]]  # a tensor of the original, and what ours is of it
+STACKS = ("prelude", "core_block", "coda")
+SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+NORMS = {"sandwich": SANDWICH, "pre": SANDWICH[::2], "post": SANDWICH[1::2]}
+
+
+class RenamedTensors:
+    """A folder's tensors under other names; what has no other name keeps its own."""
+
+    def __init__(self, tensors: SafetensorsFolder, parts: Mapping[str, Part]) -> None:
+        self.tensors, self.parts = tensors, {n: part for n, part in parts.items() if part[0] in tensors.shapes}
+        taken = {original for original, _ in parts.values()}
+        self.parts.update({name: (name, _same) for name in tensors.shapes if name not in taken})
+        self.shapes = {name: self._shape(*part) for name, part in self.parts.items()}
+        self.dtypes = {name: tensors.dtypes[original] for name, (original, _) in self.parts.items()}
+        self.nbytes, self._last = tensors.nbytes, ("", torch.empty(0))
+
+    def _shape(self, original: str, part: Callable[[Tensor], Tensor]) -> tuple[int, ...]:
+        stored = self.tensors.shapes[original]
+        try:
+            return tuple(part(torch.empty(stored, device="meta")).shape)
+        except (RuntimeError, IndexError) as error:
+            raise UserError(f"{original} of {self.tensors.folder} has the shape {' x '.join(map(str, stored))}, which "
+                            "does not fit its config.json.") from error  # fmt: skip
+
+    @property
+    def bytes_read(self) -> int:
+        return self.tensors.bytes_read
+
+    def get(self, name: str) -> Tensor:
+        original, part = self.parts[name]
+        if self._last[0] != original:  # several of ours are parts of one
+            self._last = original, self.tensors.get(original)
+        return part(self._last[1]).contiguous()
+
+
+def open_raven(
+    values: Mapping[str, Any], tensors: SafetensorsFolder, where: str
+) -> tuple[dict[str, Any], RenamedTensors]:
+    """What a config.json of ours would say, and the tensors by our names.
+
+    Raises:
+        UserError: it computes what our model does not.
+    """
+    held = {suffix for suffix in ("norm_4", "attn.q_norm") if any(f".{suffix}." in name for name in tensors.shapes)}
+    placement = "sandwich" if "norm_4" in held else "post" if "attn.q_norm" in held else "pre"
+    is_huginn = placement == "sandwich"
+    for name, known in (("injection_type", ("linear",)), ("state_init", ("like-init",)), ("bias", (False,)),
+                        ("initial_state_mode", ("random", "embed-init"))):  # fmt: skip
+        if values.get(name, known[0]) not in known:
+            raise UserError(f"{where} has {name} {values[name]!r}; of this kind of model only "
+                            f"{' and '.join(map(repr, known))} can be converted.")  # fmt: skip
+    try:
+        config = _config(values, placement)
+        recursion = RecursionConfig(**_knobs(values, is_huginn)).resolved(embedding_init_std=1.0)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"The config.json of {where} is no config of this kind of model ({type(error).__name__}: "
+                        f"{error}); fetch the model again.") from error  # fmt: skip
+    config.update(plan=json.loads(build_plan(recursion).to_json()), recursion=recursion.to_dict())
+    return config, RenamedTensors(tensors, _parts(values, config, placement))
+
+
+def _config(values: Mapping[str, Any], placement: str) -> dict[str, Any]:
+    width, heads = values["n_embd"], values.get("n_heads") or values["num_attention_heads"]
+    is_huginn = placement == "sandwich"
+    rope = values.get("rope_parameters") or {
+        "rope_type": "default", **(values.get("rope_scaling") or {}),
+        "rope_theta": values.get("rope_base", 50000.0) if is_huginn else values["rope_theta"],
+    }  # fmt: skip
+    return {
+        "model_type": "recursive_gpt", "vocab_size": values["vocab_size"], "hidden_size": width,
+        "intermediate_size": values["intermediate_size"], "num_attention_heads": heads,
+        "num_key_value_heads": values.get("num_key_value_heads") or heads,
+        "head_dim": (None if placement == "pre" else values.get("head_dim")) or width // heads,
+        "num_layers": sum(values[f"n_layers_in_{name}"] for name in ("prelude", "recurrent_block", "coda")),
+        "norm_eps": values.get("norm_eps", 1e-6), "norm_placement": placement,
+        "output_norm_scope": "residual" if is_huginn else "branch", "qk_norm": "full" if placement == "post" else None,
+        "attention_bias": bool(values.get("qk_bias", True)), "rope_parameters": rope,
+        "max_position_embeddings": values.get("block_size", 4096) if is_huginn else values["max_position_embeddings"],
+        "tie_word_embeddings": bool(values.get("tie_embeddings", True)),
+        **{name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }  # fmt: skip
+
+
+def _knobs(values: Mapping[str, Any], is_huginn: bool) -> dict[str, Any]:
+    """Retrofits keep in ``init_values`` the scale and the deviation that they were made with, which are Huginn's."""
+    width, stated = values["n_embd"], values.get("init_values") or {}
+    scale = math.sqrt(width) if is_huginn else float(stated.get("embed_scale", math.sqrt(width)))
+    recurrences, window = values.get("mean_recurrence", 32), values.get("mean_backprop_depth", 8)
+    sampled = {"state_init": "sampled", "state_std": stated.get("std", math.sqrt(2 / (5 * width))) * scale}
+    return {
+        "recursion_family": "recurrent", "num_prelude_layers": values["n_layers_in_prelude"],
+        "num_coda_layers": values["n_layers_in_coda"], "num_recurrences": recurrences,
+        "backprop_depth": window if window < recurrences else 0, "injection": "concat", "embedding_multiplier": scale,
+        **({} if values.get("initial_state_mode") == "embed-init" else sampled),
+        **({"state_norm": "core-end"} if is_huginn else {}),
+    }  # fmt: skip
+
+
+def _parts(values: Mapping[str, Any], config: Mapping[str, Any], placement: str) -> dict[str, Part]:
+    counts = [values[f"n_layers_in_{name}"] for name in ("prelude", "recurrent_block", "coda")]
+    places = [f"transformer.{stack}.{i}." for stack, count in zip(STACKS, counts, strict=True) for i in range(count)]
+    heads, groups, size = (config[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    queries, keys = heads * size, groups * size
+    turned = half_split if placement == "sandwich" else _as_it_is
+    parts: dict[str, Part] = {f"model.{ours}.weight": (f"transformer.{theirs}.weight", _same) for ours, theirs in (
+        ("embed_tokens", "wte"), ("norm", "ln_f"), ("adapter", "adapter"))}  # fmt: skip
+    for layer, place in enumerate(places):
+        ours, qkv, bias, mlp = f"model.layers.{layer}.", *(f"{place}{x}" for x in (
+            "attn.Wqkv.weight", "attn.qk_bias", "mlp.fc.weight"))  # fmt: skip
+        parts.update({
+            f"{ours}self_attn.q_proj.weight": (qkv, lambda x: turned(x[:queries], heads)),
+            f"{ours}self_attn.k_proj.weight": (qkv, lambda x: turned(x[queries : queries + keys], groups)),
+            f"{ours}self_attn.v_proj.weight": (qkv, lambda x: x[queries + keys :]),
+            f"{ours}self_attn.o_proj.weight": (f"{place}attn.proj.weight", _same),
+            f"{ours}mlp.gate_proj.weight": (mlp, lambda x: x.chunk(2)[0]),
+            f"{ours}mlp.up_proj.weight": (mlp, lambda x: x.chunk(2)[1]),
+            f"{ours}mlp.down_proj.weight": (f"{place}mlp.proj.weight", _same),
+            f"{ours}self_attn.q_proj.bias": (bias, lambda x: turned(x[0].flatten(), heads)),
+            f"{ours}self_attn.k_proj.bias": (bias, lambda x: turned(x[1].flatten(), groups)),
+            f"{ours}self_attn.v_proj.bias": (bias, lambda x: torch.zeros_like(x[1].flatten())),
+            **{f"{ours}self_attn.{x}_norm.weight": (f"{place}attn.{x}_norm.weight", _same) for x in "qk"},
+            **{f"{ours}{norm}.weight": (f"{place}norm_{number}.weight", _same)
+               for number, norm in enumerate(NORMS[placement], 1)},
+        })  # fmt: skip
+    return parts
+
+
+def half_split(rows: Tensor, heads: int) -> Tensor:
+    """Rows of heads whose neighbours are rotated together, in the order of heads whose halves are."""
+    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _as_it_is(rows: Tensor, _: int) -> Tensor:
+    return rows
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

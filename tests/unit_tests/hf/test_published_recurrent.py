@@ -1,0 +1,167 @@
+"""Published recurrent checkpoints in their original names, against their formula in plain torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.sources import open_source
+from megatron_recursive.plan.added_parameters import sampled_start
+from tests.distributed import run_distributed
+from tests.unit_tests.hf.test_convert import _export, _import, _quiet
+
+WIDTH, HEADS, FFN, VOCAB, RECURRENCES = 60, 5, 52, 131, 4
+COUNTS = {"prelude": 2, "core_block": 3, "coda": 1}
+CONFIG: dict[str, Any] = {
+    "model_type": "huginn_raven", "architectures": ["RavenForCausalLM"], "n_embd": WIDTH, "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS, "intermediate_size": FFN, "vocab_size": VOCAB, "block_size": 64,
+    "n_layers_in_prelude": 2, "n_layers_in_recurrent_block": 3, "n_layers_in_coda": 1, "norm_eps": 1e-6,
+    "mean_recurrence": RECURRENCES, "mean_backprop_depth": 2, "qk_bias": True, "tie_embeddings": True, "bias": False,
+    "injection_type": "linear", "state_init": "like-init", "torch_dtype": "bfloat16",
+}  # fmt: skip
+RETROFIT = {**CONFIG, "qk_bias": False, "tie_embeddings": False, "max_position_embeddings": 48, "rope_theta": 500.0,
+            "init_values": {"std": 0.3, "embed_scale": 1.0}, "n_heads": HEADS}  # fmt: skip
+KINDS = {
+    "huginn": CONFIG,
+    "llama": {**RETROFIT, "num_key_value_heads": 1, "initial_state_mode": "random"},
+    "olmo": {**RETROFIT, "head_dim": 14},
+    "olmo from the input": {**RETROFIT, "head_dim": 14, "initial_state_mode": "embed-init"},
+}
+
+
+def original(kind: str) -> dict[str, Tensor]:
+    """Random tensors under the names of the original modelling files."""
+    config, generator = KINDS[kind], torch.Generator().manual_seed(3)
+    size = config.get("head_dim", WIDTH // HEADS)
+    queries, keys = HEADS * size, config["num_key_value_heads"] * size
+    norms = 4 if kind == "huginn" else 2
+    shapes = {"transformer.wte.weight": (VOCAB, WIDTH), "transformer.ln_f.weight": (WIDTH,),
+              "transformer.adapter.weight": (WIDTH, 2 * WIDTH), "freqs_cis": (1, 64, 1, size // 2, 2),
+              **({} if config["tie_embeddings"] else {"lm_head.weight": (VOCAB, WIDTH)})}  # fmt: skip
+    for place in (f"transformer.{stack}.{i}." for stack, count in COUNTS.items() for i in range(count)):
+        layer = {"attn.Wqkv": (queries + 2 * keys, WIDTH), "attn.proj": (WIDTH, queries), "mlp.fc": (2 * FFN, WIDTH),
+                 "mlp.proj": (WIDTH, FFN), **{f"norm_{n + 1}": (WIDTH,) for n in range(norms)}}  # fmt: skip
+        layer.update({"attn.q_norm": (queries,), "attn.k_norm": (keys,)} if "olmo" in kind else {})
+        shapes.update({f"{place}{name}.weight": shape for name, shape in layer.items()})
+        shapes.update({f"{place}attn.qk_bias": (2, 1, HEADS, size)} if config["qk_bias"] else {})
+    return {name: 0.09 * torch.randn(shape, generator=generator) + ("norm" in name or "ln_f" in name)
+            for name, shape in shapes.items()}  # fmt: skip
+
+
+def formula(kind: str, w: dict[str, Tensor], ids: Tensor, start: Tensor) -> Tensor:
+    config = KINDS[kind]
+    size, groups = config.get("head_dim", WIDTH // HEADS), config["num_key_value_heads"]
+    base = 50000.0 if kind == "huginn" else config["rope_theta"]
+    angles = torch.arange(ids.shape[1])[:, None] / base ** (torch.arange(0, size, 2) / size)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w[f"{name}.weight"]
+
+    def turn(x: Tensor) -> Tensor:  # [B, heads, S, size]: neighbours (Huginn), or halves
+        a, b = (x[..., 0::2], x[..., 1::2]) if kind == "huginn" else x.chunk(2, -1)
+        turned = a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()
+        return torch.stack(turned, -1).flatten(-2) if kind == "huginn" else torch.cat(turned, -1)
+
+    def attend(x: Tensor, place: str) -> Tensor:
+        q, k, v = (x @ w[f"{place}attn.Wqkv.weight"].T).split([HEADS * size, groups * size, groups * size], -1)
+        if "olmo" in kind:
+            q, k = norm(q, f"{place}attn.q_norm"), norm(k, f"{place}attn.k_norm")
+        q, k, v = (each.unflatten(-1, (-1, size)) for each in (q, k, v))
+        if config["qk_bias"]:
+            q, k = q + w[f"{place}attn.qk_bias"][0], k + w[f"{place}attn.qk_bias"][1]
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        out = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2) @ w[f"{place}attn.proj.weight"].T
+
+    def mlp(x: Tensor, place: str) -> Tensor:
+        gate, up = (x @ w[f"{place}mlp.fc.weight"].T).chunk(2, -1)
+        return (F.silu(gate) * up) @ w[f"{place}mlp.proj.weight"].T
+
+    def stack(x: Tensor, name: str) -> Tensor:
+        for p in (f"transformer.{name}.{i}." for i in range(COUNTS[name])):
+            if kind == "huginn":
+                x = norm(x + attend(norm(x, f"{p}norm_1"), p), f"{p}norm_2")
+                x = norm(x + mlp(norm(x, f"{p}norm_3"), p), f"{p}norm_4")
+            elif kind == "llama":
+                x = x + attend(norm(x, f"{p}norm_1"), p)
+                x = x + mlp(norm(x, f"{p}norm_2"), p)
+            else:
+                x = x + norm(attend(x, p), f"{p}norm_1")
+                x = x + norm(mlp(x, p), f"{p}norm_2")
+        return x
+
+    e = stack(w["transformer.wte.weight"][ids] * (math.sqrt(WIDTH) if kind == "huginn" else 1.0), "prelude")
+    s = e if "input" in kind else start.expand_as(e)
+    for _ in range(RECURRENCES):
+        s = stack(torch.cat([s, e], -1) @ w["transformer.adapter.weight"].T, "core_block")
+    s = stack(norm(s, "transformer.ln_f") if kind == "huginn" else s, "coda")
+    return norm(s, "transformer.ln_f") @ w.get("lm_head.weight", w["transformer.wte.weight"]).T
+
+
+def written(kind: str, folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    save_file(original(kind), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**KINDS[kind], **changes}))
+    return folder
+
+
+def _imported(folder: Path) -> list[tuple[float, float, float, bool]]:
+    from megatron_recursive.hf.convert.verify import agree, verify
+    from megatron_recursive.inference.megatron_model import open_megatron
+
+    found = []
+    for number, kind in enumerate(KINDS):
+        source, target = written(kind, folder / f"{number}"), folder / f"{number}-ckpt"
+        proven = _import(source, target)
+        _export(target, folder / f"{number}-back")
+        ids = torch.randint(0, VOCAB, (2, 17), generator=torch.Generator().manual_seed(1))
+        std = math.sqrt(2 / 5) if kind == "huginn" else 0.3
+        start = sampled_start(torch.arange(17), WIDTH, std)
+        expected, zeros = (formula(kind, original(kind), ids, s) for s in (start, torch.zeros_like(start)))
+        with open_megatron(str(target)) as (megatron, _):
+            ours = megatron(ids).logits
+        error, moved = ((each - expected).abs().max() / expected.abs().max() for each in (ours, zeros))
+        same = agree(verify(str(source), str(folder / f"{number}-back"), say=_quiet))
+        found.append((proven["max_logit_error"], float(error), float(moved), same))
+    return found
+
+
+def test_the_import_computes_the_formula_and_exports(tmp_path: Path) -> None:
+    (found,) = run_distributed(_imported, 1, tmp_path, timeout=240)
+    for kind, (proven, error, moved, same) in zip(KINDS, found, strict=True):
+        assert 0 < proven < 2e-6 and error < 2e-6 and same, (kind, proven, error)
+        assert (moved < 1e-6) == ("input" in kind), (kind, moved)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [("huginn", {"injection_type": "add"}, "injection_type 'add'.*only 'linear'"),
+     ("olmo", {"initial_state_mode": "skip-adapter"}, "initial_state_mode 'skip-adapter'"),
+     ("llama", {"n_heads": 7}, "v_proj.weight has the shape 20 x 60, where its config.json says"),
+     ("huginn", {"n_embd": 30}, "has the shape"), ("huginn", {"mean_recurrence": "4"}, "is no config .*TypeError"),
+     ("huginn", {"num_attention_heads": 7}, "qk_bias of .* does not fit its config.json"),
+     ("huginn", {"n_layers_in_coda": 2}, "lacks model.layers.6")],
+)  # fmt: skip
+def test_what_is_not_known_is_refused_in_a_sentence(
+    kind: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        open_source(str(written(kind, tmp_path / "model", **changes)))
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    folder = written("llama", tmp_path / "model")
+    values = json.loads((folder / "config.json").read_text())
+    del values["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="is no config .*rope_theta"):
+        open_source(str(folder))
