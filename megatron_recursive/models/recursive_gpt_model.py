@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_recursive.losses.exit_gate import expected_loss
+from megatron_recursive.losses.exit_gate import expected_loss, improvement_loss
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
 from megatron_recursive.models.added_modules import MODULES, fresh_tensors
@@ -238,7 +238,8 @@ class RecursiveGPTModel(GPTModel):
 
         The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
         the plan weighs it, on all blocks but the last through their detached state. In evaluation every block is read
-        in full. The last block needs no gate: what has not left leaves there.
+        in full. The last block needs no gate: what has not left leaves there; a
+        gate that is trained alone learns there too.
         """
         readout, is_last = BlockReadout(decoder_pass), decoder_pass is plan.passes[-1]
         supervised = decoder_pass.supervised_weight > 0
@@ -247,10 +248,12 @@ class RecursiveGPTModel(GPTModel):
             asked_SBH = hidden_SBH if is_last else hidden_SBH.detach()
             with torch.set_grad_enabled(torch.is_grad_enabled() and decoder_pass.halt_weight > 0):
                 readout.halt_logits_BS = self.uses.apart("halting head", self.halting_head, asked_SBH)
-        if plan.exit_gate and not is_last:
+        if plan.exit_gate and (not is_last or plan.trains_heads_only):
             readout.gate_logits_BS = self.uses.apart("exit gate", self.exit_gate, hidden_SBH)
-            readout.lm_loss_BS = self._replayed_loss(hidden_SBH, labels_BS)
-        elif supervised or decoder_pass.halt_weight > 0 or not self.training:
+        if plan.exit_gate and not is_last:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
+                readout.lm_loss_BS = self._replayed_loss(hidden_SBH, labels_BS)
+        elif plan.is_projected(decoder_pass) or not self.training:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
                 logits_SBV = self._logits(hidden_SBH)
                 if plan.has_halting:
@@ -369,9 +372,13 @@ class RecursiveGPTModel(GPTModel):
         halt_loss_BS = torch.zeros_like(objective_BS)
         gated: dict[str, Tensor] = {}
         if plan.exit_gate:
-            losses = [r.decoder_pass.supervised_weight * r.lm_loss_BS for r in readouts if r.lm_loss_BS is not None]
+            weighed = ((r.decoder_pass.supervised_weight or 1.0, r.lm_loss_BS) for r in readouts)
+            losses = [weight * loss_BS for weight, loss_BS in weighed if loss_BS is not None]
             gates = [r.gate_logits_BS for r in readouts if r.gate_logits_BS is not None]
-            objective_BS, gated = expected_loss(losses, gates, self.recursion.exit_entropy_weight)
+            objective_BS, gated = expected_loss(losses, gates[: len(losses) - 1], self.recursion.exit_entropy_weight)
+            if plan.trains_heads_only:
+                objective_BS = improvement_loss(losses, gates)
+                gated["gate loss"] = objective_BS.detach()
         for readout in readouts if not plan.exit_gate else ():
             if readout.lm_loss_BS is not None and readout.decoder_pass.supervised_weight > 0:
                 objective_BS = objective_BS + readout.decoder_pass.supervised_weight * readout.lm_loss_BS.float()
