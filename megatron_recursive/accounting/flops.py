@@ -29,6 +29,16 @@ class FlopsPerToken:
     def total(self) -> float:
         return self.forward + self.passes_backward + self.head_backward
 
+    @property
+    def grad_free_passes(self) -> float:
+        """Of passes without gradient: 2 N for their N parameters, and their attention."""
+        return self.passes_forward - self.passes_backward / 2
+
+    @property
+    def graded_passes(self) -> float:
+        """Of passes with gradient: 6 N, and their attention."""
+        return 1.5 * self.passes_backward
+
 
 def layer_forward_flops(shape: ModelShape, *, causal: bool = True) -> float:
     """Forward FLOPs per token of one layer. ``causal`` counts the half of the score matrix that is used."""

@@ -166,18 +166,23 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
 
     The cross-entropy keeps fp32 probabilities; in other dtypes the logits that it last reads are there beside them. The
     halting head keeps the state that it read, at every block end that teaches it; of the last one the language-model
-    head keeps the same tensor.
+    head keeps the same tensor. With an exit gate the logits of all blocks but the last are computed again.
     """
     tokens, hidden = shape.seq_length * recording.micro_batch, hidden_bytes(shape, recording)
     supervised = [p for p in plan.passes if p.supervised_weight > 0]
     halting = [p for p in plan.passes if p.halt_weight > 0 and p not in supervised]
-    probabilities = len(supervised) * tokens * shape.vocab_size * 4 / recording.tensor_parallel
+    probabilities = (1 if plan.exit_gate else len(supervised)) * tokens * shape.vocab_size * 4 / recording.tensor_parallel
     if supervised and recording.element < 4:
         probabilities += tokens * shape.vocab_size * recording.element / recording.tensor_parallel
     kept = len(supervised) * hidden
     if plan.state_norm != "final":  # the norm before the head
         kept += hidden * (2 if recording.splits_norm else 1)
     return probabilities + kept, len(halting) * hidden
+
+
+def cache_bytes_per_token(shape: ModelShape, plan: RecursionPlan, element: int) -> int:
+    """Keys and values of a token at inference, whose cache has a layer for every layer that is applied."""
+    return plan.unrolled_layers(shape.num_layers) * shape.key_value_size * element
 
 
 def states_held(stages: int, in_flight: int, window: int = 0) -> int:
@@ -227,9 +232,9 @@ def stage_memory(
                 recorded.append((kept + hidden * beside, replay))
         stages.append(StageMemory(
             weights=sizes[stage] * state.total,
-            # Where stacks differ, those of an average trip.
-            decoder=passes * sum(kept for trip in passing for kept, _ in trip) / len(passing),
-            replay=max(replay for trip in passing for _, replay in trip),
+            # Where stacks differ, those of an average trip; none is recorded where heads alone are trained.
+            decoder=passes * sum(kept for trip in passing for kept, _ in trip) / max(len(passing), 1),
+            replay=max((replay for trip in passing for _, replay in trip), default=0.0),
             heads=head + max(in_flight, window) * waiting if is_last else 0.0,
             states=hidden * states_held(len(split), in_flight, window) if is_first else 0.0,
         ))  # fmt: skip

@@ -13,7 +13,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cuda", "cpu")
 DEVICE_HELP = "default: MEGATRON_RECURSIVE_DEVICE of the environment, or auto: a GPU where there is one"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-EXITS = ("halting", "output-change", "kl", "argmax")
+EXITS = ("halting", "quantile", "output-change", "kl", "argmax")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPT
 from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, Work
 from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTOutput
 from megatron_recursive.inference.pass_contexts import PassContexts
+from megatron_recursive.losses.exit_gate import log_exit_probabilities
 from megatron_recursive.models.recursion_state import RecursionState, run_plan
 from megatron_recursive.plan import DecoderPass
 
@@ -108,6 +109,10 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             result.block_logits = torch.stack([self._logits(state[kept]) for state in states])
             if self.megatron.plan.has_halting:
                 result.block_halting = torch.stack([torch.sigmoid(self._halting(state[kept])) for state in states])
+            elif self.megatron.plan.exit_gate:
+                said = [self._halting(state[kept]) for state in states[:-1]]
+                log_p_T = log_exit_probabilities(said, result.logits[..., 0])
+                result.block_halting = log_p_T.exp().cumsum(0)
         if options is not None and taken_BS is not None and contexts is not None:
             report = ExitReport(self.config) if self._open_report is None else self._open_report
             work.logits = result.logits.shape[:2].numel()
@@ -157,7 +162,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         plan, per_block = self.megatron.plan, self._passes_per_block
         rule = ExitRule(options, self._halting_of_tokens, self._logits_of_tokens, work)
         state, mask = self._start(input_ids, contexts, hidden_BK)
-        final_BH = torch.empty_like(state.output[0])
+        final_BH = torch.empty_like(state.values["input"][0])  # of a state that starts at it there is no output yet
         staying_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         real_B = staying_B if hidden_BK is None else ~hidden_BK[:, contexts.length]
         blocks_B = torch.zeros_like(staying_B, dtype=torch.long)
@@ -188,10 +193,14 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         return self.megatron.logits_BSV(state_SBH)[..., : self.config.vocab_size]
 
     def _halting(self, state_SBH: Tensor) -> Tensor:
-        return self.megatron.halting_head(self.megatron._final_state(state_SBH, True))
+        return self._token_head(self.megatron._final_state(state_SBH, True))
 
     def _halting_of_tokens(self, read_NH: Tensor) -> Tensor:
-        return self.megatron.halting_head(read_NH[None])[:, 0]
+        return self._token_head(read_NH[None])[:, 0]
+
+    @property
+    def _token_head(self) -> Any:
+        return self.megatron.exit_gate if self.megatron.plan.exit_gate else self.megatron.halting_head
 
     def _logits_of_tokens(self, state_NH: Tensor) -> Tensor:
         return self._logits(state_NH[None])[:, 0]

@@ -53,8 +53,9 @@ class AddedModule(MegatronModule):
             getattr(self, name).sequence_parallel = config.sequence_parallel
 
 
-class HaltingHead(AddedModule):
-    """``q = w . h + b`` per token, in fp32; ``w`` starts at zero and ``b`` well below it, so that training starts deep.
+class TokenHead(AddedModule):
+    """``q = w . h + b`` per token, in fp32: the halting head, or an exit gate. ``w`` starts at zero, and ``b`` of a
+    halting head well below it, so that training starts deep.
 
     A token's own state only: a head over pooled states would see the future in a causal model.
     """
@@ -119,5 +120,5 @@ class _Logits(torch.autograd.Function):
 
 
 MODULES: dict[str, type[AddedModule]] = {  # by the model's attribute
-    "halting_head": HaltingHead, "adapter": Adapter, "injection": Injection,
+    "halting_head": TokenHead, "exit_gate": TokenHead, "adapter": Adapter, "injection": Injection,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_recursive.losses.exit_gate import expected_loss
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
 from megatron_recursive.models.added_modules import MODULES, fresh_tensors
@@ -53,6 +54,7 @@ class BlockReadout:
     lm_loss_BS: Tensor | None = None
     arg_max_BS: Tensor | None = None
     halt_logits_BS: Tensor | None = None
+    gate_logits_BS: Tensor | None = None
 
 
 @dataclass
@@ -103,6 +105,10 @@ class RecursiveGPTModel(GPTModel):
             # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
             self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
         self._add(added_parameters(plan))
+        if plan.trains_heads_only:
+            heads = {each.key for each in added_parameters(plan) if each.is_head}
+            for name, weight in self.named_parameters():
+                weight.requires_grad_(name in heads)
 
     def _add(self, declared: Sequence[AddedParameter]) -> None:
         """The modules and buffers of what the recursion adds on this stage."""
@@ -135,7 +141,9 @@ class RecursiveGPTModel(GPTModel):
         """
         if given is None:
             return self.plan
-        for word in ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "maps"):
+        words = ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "exit_gate", "maps",
+                 "trains_heads_only")  # fmt: skip
+        for word in words:
             if getattr(given, word) != getattr(self.plan, word):
                 raise ValueError(f"the model was built with another {word} than the plan of this step has")
         return given
@@ -230,16 +238,19 @@ class RecursiveGPTModel(GPTModel):
 
         The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
         the plan weighs it, on all blocks but the last through their detached state. In evaluation every block is read
-        in full.
+        in full. The last block needs no gate: what has not left leaves there.
         """
-        readout = BlockReadout(decoder_pass)
+        readout, is_last = BlockReadout(decoder_pass), decoder_pass is plan.passes[-1]
         supervised = decoder_pass.supervised_weight > 0
         hidden_SBH = self._final_state(output_SBH if supervised else output_SBH.detach(), supervised)
         if plan.has_halting:
-            asked_SBH = hidden_SBH if decoder_pass is plan.passes[-1] else hidden_SBH.detach()
+            asked_SBH = hidden_SBH if is_last else hidden_SBH.detach()
             with torch.set_grad_enabled(torch.is_grad_enabled() and decoder_pass.halt_weight > 0):
                 readout.halt_logits_BS = self.uses.apart("halting head", self.halting_head, asked_SBH)
-        if supervised or decoder_pass.halt_weight > 0 or not self.training:
+        if plan.exit_gate and not is_last:
+            readout.gate_logits_BS = self.uses.apart("exit gate", self.exit_gate, hidden_SBH)
+            readout.lm_loss_BS = self._replayed_loss(hidden_SBH, labels_BS)
+        elif supervised or decoder_pass.halt_weight > 0 or not self.training:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
                 logits_SBV = self._logits(hidden_SBH)
                 if plan.has_halting:
@@ -255,15 +266,23 @@ class RecursiveGPTModel(GPTModel):
             return self.uses.apart("output norm", self.output_norm, output_SBH)
 
     def _logits(self, hidden_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-
-        def project(hidden_SBH: Tensor) -> Tensor:
-            logits_SBV: Tensor = self.output_layer(
-                hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output
-            )[0]
-            return logits_SBV
-
+        project = partial(self._project, runtime_gather_output=runtime_gather_output)
         return self.uses.apart("output layer", project, hidden_SBH)
+
+    def _project(self, hidden_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_SBV: Tensor
+        logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output)
+        return logits_SBV
+
+    def _replayed_loss(self, hidden_SBH: Tensor, labels_BS: Tensor) -> Tensor:
+        """The loss [B, S], its logits computed again in the backward, so that those of one block live at a time."""
+
+        def loss_of(hidden_SBH: Tensor) -> Tensor:
+            loss_BS: Tensor = self.compute_language_model_loss(labels_BS, self._project(hidden_SBH))
+            return loss_BS
+
+        return self.uses.apart("output layer", partial(tensor_parallel.checkpoint, loss_of, False), hidden_SBH)
 
     def logits_BSV(self, output_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
         """Logits [B, S, V] of an output state (this rank's shard of V unless gathered)."""
@@ -348,7 +367,12 @@ class RecursiveGPTModel(GPTModel):
         assert last.lm_loss_BS is not None
         objective_BS = torch.zeros_like(last.lm_loss_BS, dtype=torch.float)
         halt_loss_BS = torch.zeros_like(objective_BS)
-        for readout in readouts:
+        gated: dict[str, Tensor] = {}
+        if plan.exit_gate:
+            losses = [r.decoder_pass.supervised_weight * r.lm_loss_BS for r in readouts if r.lm_loss_BS is not None]
+            gates = [r.gate_logits_BS for r in readouts if r.gate_logits_BS is not None]
+            objective_BS, gated = expected_loss(losses, gates, self.recursion.exit_entropy_weight)
+        for readout in readouts if not plan.exit_gate else ():
             if readout.lm_loss_BS is not None and readout.decoder_pass.supervised_weight > 0:
                 objective_BS = objective_BS + readout.decoder_pass.supervised_weight * readout.lm_loss_BS.float()
             if readout.decoder_pass.halt_weight > 0:
@@ -365,6 +389,7 @@ class RecursiveGPTModel(GPTModel):
             reported["mean halting probability"] = masked(torch.sigmoid(logits_TBS).mean(0), mask_BS)
             steps_BS = steps_until_halt(logits_TBS, self.recursion.halt_threshold)
             reported["expected refinement steps"] = masked(steps_BS, mask_BS)
+        reported |= {name: masked(value_BS, mask_BS) for name, value_BS in gated.items()}
         reported["total loss"] = masked(objective_BS.detach(), mask_BS)
         for readout in readouts:
             if readout.lm_loss_BS is not None and len(readouts) > 1:

@@ -1,8 +1,8 @@
-"""Two autograd functions that join graphs which the pipeline cuts at every pass."""
+"""Autograd functions that join graphs which the pipeline cuts at every trip."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,20 +28,38 @@ class JoinLeafGradient(torch.autograd.Function):
         return (grad if gathered is None else grad + gathered), None
 
 
-class InjectLoss(torch.autograd.Function):
-    """Identity on ``hidden``; its backward also backpropagates ``scale() * loss`` (as Megatron's MTPLossAutoScaler).
+class CarryGraph(torch.autograd.Function):
+    """Identity on ``sent``; its backward also backpropagates through ``graph`` what later trips left in ``leaf.grad``.
 
-    A loss at a block boundary belongs to a tensor that is sent on, whose backward starts with the gradient that comes
-    back. The scale is asked for at that time, because a loss scaler may have changed it.
+    For a prelude in a first trip that does not record its reading: so its backward stands in that trip's own slot,
+    where it keeps the last stage's coda company, and not in that of a later trip.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: Callable[[], float | Tensor]) -> Tensor:
-        ctx.save_for_backward(loss)
-        ctx.scale = scale
+    def forward(ctx: Any, sent: Tensor, graph: Tensor, leaf: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        return sent.view_as(sent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        gathered, ctx.leaf.grad = ctx.leaf.grad, None
+        return grad, gathered, None
+
+
+class JoinReadings(torch.autograd.Function):
+    """Identity on ``hidden``; its backward also goes into what heads made of it, by what is in the leaves' ``.grad``.
+
+    What the heads say after a block enters the loss that is put together behind the last one, as leaves. The backward
+    of that loss runs first; the block's own begins when the gradient of the hidden tensor, which was sent on, is back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, leaves: Sequence[Tensor], *graphs: Tensor) -> Tensor:
+        ctx.leaves = leaves
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (loss,) = ctx.saved_tensors
-        return grad, torch.ones_like(loss) * ctx.scale(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gathered = [leaf.grad for leaf in ctx.leaves]
+        ctx.leaves = None
+        return grad, None, *gathered

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.accounting.flops import layer_forward_flops
-from megatron_recursive.plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plan.added_parameters import combining_flops
 from megatron_recursive.plan.trips import trips_of
 
@@ -78,19 +78,11 @@ def price_passes(
 def _by_trip(
     plan: RecursionPlan, layers_per_stage: Sequence[int], forward: Sequence[Work], backward: Sequence[Work]
 ) -> PassCosts:
-    """The costs of passes, added up over those that share a trip.
-
-    A prelude inside the first trip is backpropagated behind the first pass with gradient that reads its result.
-    """
+    """The costs of passes, added up over those that share a trip."""
     trips = trips_of(plan, layers_per_stage)
-    prelude = trips[0].before
-    reader = plan.first_input_gradient(prelude)
 
-    def added(costs: Sequence[Work], passes: Sequence[DecoderPass]) -> Work:
-        return tuple(map(sum, zip(*(costs[p.index] for p in passes), strict=True)))
+    def added(costs: Sequence[Work]) -> tuple[Work, ...]:
+        return tuple(tuple(map(sum, zip(*(costs[p.index] for p in trip.passes), strict=True))) for trip in trips)
 
-    behind = [(trip.around, *trip.behind, *(prelude if trip.around is reader else ())) for trip in trips]
-    return PassCosts(
-        tuple(added(forward, trip.passes) for trip in trips), tuple(added(backward, passes) for passes in behind),
-        tuple(trip.grad for trip in trips), tuple(tuple(p.index + 1 for p in trip.passes) for trip in trips),
-    )  # fmt: skip
+    passes = tuple(tuple(p.index + 1 for p in trip.passes) for trip in trips)
+    return PassCosts(added(forward), added(backward), tuple(trip.grad for trip in trips), passes)

@@ -63,7 +63,7 @@ def chosen_windows(
 
 def possible_windows(costs: PassCosts, micro_batches: int, window: int = 0) -> tuple[int, ...]:
     """The windows of two phases, each of which needs two trips, as the interleaved schedule does; none otherwise."""
-    free = costs.grad.index(True)
+    free = next((trip for trip, grad in enumerate(costs.grad) if grad), len(costs.grad))
     runs = costs.stages > 1 and min(free, len(costs.grad) - free) >= 2
     return window_sizes(costs.stages, micro_batches, window) if runs else ()
 

@@ -18,8 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
-from megatron_recursive.pipeline.autograd import InjectLoss, JoinLeafGradient
+from megatron_recursive.pipeline.autograd import CarryGraph, JoinLeafGradient, JoinReadings
 from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
@@ -119,7 +118,10 @@ class RingStep:
         self.config = self._schedule_config(get_model_config(wrapped))
         self.micro_batches: dict[int, MicroBatch] = first_phase.micro_batches if first_phase else {}
         self.zeros: Tensor | None = None
-        self.input_reader = self.plan.first_input_gradient(totals.trips[0].before)
+        first = totals.trips[0]
+        self.input_reader = self.plan.first_input_gradient(first.before)
+        if first.before and self.input_reader is not first.around:
+            self.input_reader = None  # the input's graph goes with what the first trip sends
         self.views = [PassView(self, trip) for trip in self.trips]
 
     def _schedule_config(self, config: Any) -> Any:
@@ -212,6 +214,10 @@ class RingStep:
             output = output.detach()  # Megatron's blocks may mark it as requiring gradient
             if model.post_process and self.hands_over and trip is self.trips[-1]:
                 batch.output = output
+        if self.train and model.pre_process and trip.before and self.input_reader is None:
+            assert batch.state is not None and batch.start is not None
+            output = CarryGraph.apply(output, batch.start, batch.state.values["input"])
+            output = make_viewless_tensor(output, True, True)  # the schedule swaps the data of what it has sent
         return output
 
     def _decode(self, batch: MicroBatch, decoder_pass: DecoderPass, given: Any) -> Tensor:
@@ -337,23 +343,14 @@ class RingStep:
         model.observe_state(self.plan, before, output, mask_BS, decoder_pass, batch.metrics)
         batch.before = None if is_last else output.detach()
         if self.train and decoder_pass.supervised_weight > 0 and not is_last:
-            assert readout.lm_loss_BS is not None
-            loss = (readout.lm_loss_BS.float() * mask_BS).sum() * decoder_pass.supervised_weight
-            if not self.config.calculate_per_token_loss:
-                loss = loss / mask_BS.sum().clamp(min=1)
+            said = {name: getattr(readout, name) for name in ("lm_loss_BS", "gate_logits_BS")}
+            graphs = {name: tensor for name, tensor in said.items() if tensor is not None}
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in graphs.items()}
             # Viewless, since the schedule swaps the data of what it has sent.
-            scale = partial(self._loss_scale, loss.device)
-            output = make_viewless_tensor(InjectLoss.apply(output, loss, scale), True, True)
-            readout.lm_loss_BS = readout.lm_loss_BS.detach()
+            joined = JoinReadings.apply(output, [*leaves.values()], *graphs.values())
+            output, readout = make_viewless_tensor(joined, True, True), replace(readout, **leaves)
         batch.readouts.append(readout)
         return model.objective(self.plan, batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
-
-    def _loss_scale(self, device: torch.device) -> float | Tensor:
-        """What the schedule multiplies the objective with before it is backpropagated."""
-        scale: float | Tensor = 1.0
-        if self.config.grad_scale_func is not None:
-            scale = self.config.grad_scale_func(torch.ones(1, device=device)).reshape(())
-        return scale if self.config.calculate_per_token_loss else scale / self.totals.micro_batches
 
 
 def hand_over(step: RingStep, group: ProcessGroup) -> None:

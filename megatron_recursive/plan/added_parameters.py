@@ -28,6 +28,7 @@ class AddedParameter:
         start: value of a fresh one, or the name of the knob that has it; ``trunc-normal`` is a seeded vector of std 1,
             ``identity`` a matrix with ones on its diagonal.
         trained: False for a buffer, which belongs to the function and is not counted as a parameter.
+        is_head: --train-only heads trains it.
         in_fp32: computes in fp32, and keeps its dtype where others are cast or quantised.
         decays: False for a matrix without weight decay.
     """
@@ -38,6 +39,7 @@ class AddedParameter:
     stage: str
     start: float | str = 0.0
     trained: bool = True
+    is_head: bool = False
     in_fp32: bool = False
     decays: bool = True
 
@@ -62,8 +64,12 @@ class AddedParameter:
 
 
 HALTING_HEAD = (
-    AddedParameter("halting_head.weight", "halting_head.weight", "1 h", "last", in_fp32=True),
-    AddedParameter("halting_head.bias", "halting_head.bias", "1", "last", "halt_bias", in_fp32=True),
+    AddedParameter("halting_head.weight", "halting_head.weight", "1 h", "last", is_head=True, in_fp32=True),
+    AddedParameter("halting_head.bias", "halting_head.bias", "1", "last", "halt_bias", is_head=True, in_fp32=True),
+)
+EXIT_GATE = (
+    AddedParameter("exit_gate.weight", "exit_gate.weight", "1 h", "last", is_head=True, in_fp32=True),
+    AddedParameter("exit_gate.bias", "exit_gate.bias", "1", "last", is_head=True, in_fp32=True),
 )
 INITIAL_STATES = (
     AddedParameter("initial_output", "model.initial_output", "h", "first", "trunc-normal", trained=False),
@@ -77,7 +83,7 @@ COMBINING = {  # by the word of a pass
         AddedParameter("injection.B", "model.injection.B", "h h", "first", "identity", decays=False),
     ),
 }  # fmt: skip
-EVERY = (*HALTING_HEAD, *INITIAL_STATES, *COMBINING["concat"], *COMBINING["diagonal"])
+EVERY = (*HALTING_HEAD, *EXIT_GATE, *INITIAL_STATES, *COMBINING["concat"], *COMBINING["diagonal"])
 
 
 def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
@@ -85,6 +91,8 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
     asked: tuple[AddedParameter, ...] = ()
     if plan.has_halting:
         asked += HALTING_HEAD
+    if plan.exit_gate:
+        asked += EXIT_GATE
     asked += tuple(each for each in INITIAL_STATES if each.key.removeprefix("initial_") in plan.initial_vectors)
     for word in plan.maps:
         asked += COMBINING[word]

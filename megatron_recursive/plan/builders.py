@@ -80,14 +80,17 @@ def looped_plan(config: RecursionConfig) -> RecursionPlan:
 
         output = input
         repeat T times:  output = core(output)
+
+    With an exit gate every loop is supervised, by its probability p of leaving there.
     """
-    loops = config.num_refinement_blocks
+    loops, gated = config.num_refinement_blocks, config.exit_gate
     passes = tuple(
-        DecoderPass(loop, loop, "output", ("output",), grad=True, supervised_weight=float(loop == loops - 1),
+        DecoderPass(loop, loop, "output", ("output",), grad=True, supervised_weight=float(gated or loop == loops - 1),
                     halt_weight=_halt_weight(config, loop))
         for loop in range(loops)
     )  # fmt: skip
-    return RecursionPlan("looped", passes, "input", config.state_norm, config.embedding_multiplier or 1.0)
+    multiplier = config.embedding_multiplier or 1.0
+    return RecursionPlan("looped", passes, "input", config.state_norm, multiplier, exit_gate=gated)
 
 
 def hierarchical_plan(config: RecursionConfig) -> RecursionPlan:

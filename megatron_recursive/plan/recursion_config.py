@@ -19,6 +19,7 @@ def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, of
     return field(default=default, metadata=meta)
 
 
+HALTING = ("halt_loss_weight", "halt_bias", "halt_supervision", "halt_target")
 OF_FAMILIES = {  # knobs that not every family knows
     "num_refinement_blocks": ("core", "looped", "hierarchical"),
     "num_latent_refinements": ("core", "hierarchical"),
@@ -31,9 +32,9 @@ OF_FAMILIES = {  # knobs that not every family knows
     "injection": ("recurrent",),
     "recurrence_step": ("recurrent",),
     "backprop_depth": ("recurrent",),
+    **dict.fromkeys(HALTING, ("core", "looped", "hierarchical")),
+    **dict.fromkeys(("exit_gate", "exit_entropy_weight"), ("looped",)),
     "latent_backprop_depth": ("hierarchical",),
-    **dict.fromkeys(("halt_loss_weight", "halt_bias", "halt_supervision", "halt_target"),
-                    ("core", "looped", "hierarchical")),
 }
 
 OTHER_NAMES = {"num_refinement_blocks": "--H-cycles", "num_latent_refinements": "--L-cycles",
@@ -104,12 +105,15 @@ class FunctionKnobs:
 
 @dataclass(frozen=True)
 class HeadKnobs:
-    """The halting head that a model is built with. A change on a resume is told, here and in the next two parts."""
+    """The halting head or exit gate that a model is built with. A change on a resume is told, in the next parts too."""
 
     halt_loss_weight: float = _knob(
         1.0, "Weight of the halting loss: total loss = lm loss + weight * halt loss. 0 builds no halting head.")
     halt_bias: float = _knob(
         -5.0, "Initial bias of the halting head. About 0 is known to trap training at shallow depth.")
+    exit_gate: bool = _knob(
+        False, "Give a looped model an exit gate in place of the halting head: a probability of leaving after each "
+        "loop, which weighs the losses of all loops (Ouro).", off="--no-exit-gate")
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,9 @@ class TrainingKnobs:
     halt_target: str = _knob(
         "correct", "A token should halt where its arg-max is the label (correct), or where its arg-max is already "
         "that of the last block (agrees-with-last).", choices=("correct", "agrees-with-last"))
+    exit_entropy_weight: float = _knob(
+        0.1, "With an exit gate: loss = sum over the loops of p * lm loss, less this times the entropy of p (Ouro: "
+        "0.1, later 0.05).")
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
         self._require("halt_loss_weight", self.halt_loss_weight >= 0 and math.isfinite(self.halt_loss_weight),
                       "must be 0 or a positive number")
+        self._require("exit_entropy_weight", 0 <= self.exit_entropy_weight < math.inf, "must be 0 or a positive number")
         self._require("halt_bias", math.isfinite(self.halt_bias), "must be a finite number")
         multiplier = self.embedding_multiplier
         self._require("embedding_multiplier", multiplier is None or (multiplier > 0 and math.isfinite(multiplier)),
@@ -211,7 +219,9 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             families = families_of(knob.name, value) or (self.recursion_family,)
             off = knob.name == "halt_loss_weight" and value == 0
             if self.recursion_family not in families and value != knob.default and not off:
-                flag = knob.metadata["off"] if isinstance(value, bool) else f"{flag_of(knob.name)} {value}"
+                flag = f"{flag_of(knob.name)} {value}"
+                if isinstance(value, bool):
+                    flag = flag_of(knob.name) if value else knob.metadata["off"]
                 raise UserError(
                     f"{flag} belongs to --recursion-family {' or '.join(families)}, but the family is "
                     f"{self.recursion_family}."
@@ -220,6 +230,13 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         self._require("injection", self.state_init != "sampled" or self.injection != "none",
                       "leaves a start that is sampled (--state-init) without the input; give it add or concat")
         self._require("state_std", self.state_std > 0 and math.isfinite(self.state_std), "must be a positive number")
+        if self.exit_gate and self.num_refinement_blocks < 2:
+            raise UserError("--exit-gate chooses between loops; give --num-refinement-blocks 2 or more.")
+        idle = HALTING if self.exit_gate else ("exit_entropy_weight",)
+        for knob in (knob for knob in dataclasses.fields(self) if knob.name in idle):
+            if getattr(self, knob.name) not in (knob.default, 0.0):
+                other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
+                raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
 
     @property
     def step_size(self) -> float:
@@ -259,7 +276,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
     @property
     def has_halting(self) -> bool:
         has_blocks = self.recursion_family != "recurrent"
-        return self.enable_recursive_refinement and has_blocks and self.halt_loss_weight > 0
+        return self.enable_recursive_refinement and has_blocks and self.halt_loss_weight > 0 and not self.exit_gate
 
     def resolved(self, *, embedding_init_std: float, from_plain_gpt: bool = False) -> RecursionConfig:
         """The same config with every "choose" replaced by what it comes to in this run."""

@@ -85,6 +85,7 @@ class RecursionPlan:
         state_norm, embedding_multiplier: as in ``RecursionConfig``, resolved. See :meth:`closes`.
         stacks: (name, layers) in the order in which the model holds them; those without a number share the rest.
         mean_steps: the steps of a recurrent core are 1 / r, and stay that at another r.
+        exit_gate: a gate gives the probability of leaving after each block; it weighs their language-model losses.
 
     Raises:
         UserError: the passes contradict each other, or a parameter group would get no gradient.
@@ -98,6 +99,7 @@ class RecursionPlan:
     stacks: tuple[tuple[str, int | None], ...] = WHOLE
     mean_steps: bool = False
     state_std: float = 1.0
+    exit_gate: bool = False
 
     @classmethod
     def plain(cls, embedding_multiplier: float = 1.0) -> RecursionPlan:
@@ -119,12 +121,15 @@ class RecursionPlan:
         if len(dict(self.stacks)) != len(self.stacks) or None not in dict(self.stacks).values():
             raise UserError("The stacks of a plan need different names, and one of them takes the rest of the layers.")
         last = self.passes[-1]
-        if last.target != "output" or last.supervised_weight <= 0:
+        learns = last.supervised_weight > 0 or (self.trains_heads_only and last.halt_weight > 0)
+        if last.target != "output" or not learns:
             raise UserError("The last pass of a plan must update the output state and be supervised.")
         for expected, decoder_pass in enumerate(self.passes):
             self._check_pass(expected, decoder_pass)
+        if self.exit_gate and (self.has_halting or not all(p.supervised_weight > 0 for p in self.block_ends)):
+            raise UserError("An exit gate stands in place of a halting head and needs every block supervised.")
         starved = [group for group, fed in self.gradient_groups(tied_embeddings=False).items() if not fed]
-        if starved:
+        if starved and not self.trains_heads_only:
             mend = "raise --num-latent-refinements"
             if self.stacks != WHOLE:
                 mend = "give --injection add" + ", or no --backprop-depth" * (self.state_init == "input")
@@ -204,6 +209,24 @@ class RecursionPlan:
     @cached_property
     def grad_passes(self) -> tuple[DecoderPass, ...]:
         return tuple(p for p in self.passes if p.grad)
+
+    @cached_property
+    def trains_heads_only(self) -> bool:
+        """No pass carries gradient: on frozen weights, the heads learn that recursion adds."""
+        return not self.grad_passes
+
+    def heads_only(self) -> RecursionPlan:
+        """The plan that computes the same and teaches the heads alone (--train-only heads).
+
+        Raises:
+            UserError: it has none.
+        """
+        if not self.has_halting:
+            raise UserError(
+                "--train-only heads trains the heads that a recursion adds, of which this model has none; a halting "
+                "head needs a recursion of another family than recurrent, and a --halt-loss-weight above 0."
+            )
+        return replace(self, passes=tuple(replace(p, grad=False, supervised_weight=0.0) for p in self.passes))
 
     def sources(self, decoder_pass: DecoderPass) -> tuple[str, ...]:
         """What the pass reads, an output that still is the input being named ``input``."""
@@ -291,9 +314,11 @@ class RecursionPlan:
         reached, run = any("input" in self.sources(p) for p in fed), {p.stack for p in fed}
         layers = {"layers" if name == "core" else f"{name} layers": name in run for name, count in self.stacks
                   if count != 0}  # fmt: skip
-        groups = {"embedding": reached or tied_embeddings, **layers, "output head": True}
+        groups = {"embedding": reached or (tied_embeddings and bool(fed)), **layers, "output head": bool(fed)}
         if self.has_halting:
             groups["halting head"] = True
+        if self.exit_gate:
+            groups["exit gate"] = True
         return groups
 
     def with_blocks(self, count: int) -> RecursionPlan:
@@ -306,7 +331,9 @@ class RecursionPlan:
         if self.family == "recurrent":
             return self._with_core(count)
         blocks = [[p for p in self.passes if p.block == block] for block in range(self.num_blocks)]
-        inner = blocks[-2] if len(blocks) > 1 else [replace(p, supervised_weight=0.0) for p in blocks[-1]]
+        inner = blocks[-2] if len(blocks) > 1 else blocks[-1]
+        if len(blocks) == 1 and not self.exit_gate:
+            inner = [replace(p, supervised_weight=0.0) for p in inner]
         chosen = [*(blocks[:-1] + [inner] * count)[: count - 1], blocks[-1]]
         before, after = (sum(p.halt_weight for block in each for p in block) for each in (blocks, chosen))
         passes = [
@@ -330,6 +357,8 @@ class RecursionPlan:
             del values["stacks"]
         if not self.mean_steps:
             del values["mean_steps"]
+        if not self.exit_gate:
+            del values["exit_gate"]
         if self.state_init != "sampled":
             del values["state_std"]
         return json.dumps(values, sort_keys=True)
@@ -364,14 +393,15 @@ class RecursionPlan:
         for run in self._runs():
             p, last = run[0], run[-1]
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
-            weights = (f"{p.supervised_weight:g}" if p.supervised_weight else "-",
+            weights = (f"{p.supervised_weight:g}{' p' * self.exit_gate}" if p.supervised_weight else "-",
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
             reads = _SAID[p.combine].format(*p.reads) if p.combine in _SAID else " + ".join(p.reads)
             rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[f"{p.step:.3g}"] * has_steps,
                          reads, "yes" if p.grad else "no", *weights))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        legend = ["p: the probability of leaving there, by the exit gate"] if self.exit_gate else []
+        return "\n".join([*(line.rstrip() for line in lines), *legend])
 
     def _runs(self) -> list[list[DecoderPass]]:
         """Consecutive passes of a block that differ in nothing but their index."""

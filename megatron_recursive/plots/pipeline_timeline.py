@@ -1,4 +1,4 @@
-"""Pictures and words for a simulated pipeline. A code is pass + 1 forward, -(pass + 1) backward, 0 idle."""
+"""Pictures and words for a simulated pipeline. A code is trip + 1 forward, -(trip + 1) backward, 0 idle."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron_recursive.plots.picture import pyplot_for, save_picture
 EXACT_COLUMNS, SAMPLED_COLUMNS = 160, 120
 MAX_ROWS, MAX_TEXT_RANKS = 64, 16  # a picture of more ranks shows every n-th
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+Trips = Sequence[Sequence[int]]  # the numbers of the passes of each, from 1
 
 
 def described(timeline: Any, plan: RecursionPlan, report: dict[str, Any]) -> str:
@@ -21,23 +22,29 @@ def described(timeline: Any, plan: RecursionPlan, report: dict[str, Any]) -> str
         return report_text(report)
     units = timeline.makespan * stages  # of one forward of a stage's layers
     rows = timeline.sample(range(stages), round(units) if units <= EXACT_COLUMNS else SAMPLED_COLUMNS)
-    return f"{text_timeline(rows, plan, timeline.makespan)}\n\n{report_text(report)}"
+    return f"{text_timeline(rows, plan, timeline.costs.passes, timeline.makespan)}\n\n{report_text(report)}"
 
 
-def text_timeline(rows: Sequence[Sequence[int]], plan: RecursionPlan, makespan: float) -> str:
-    """A line per rank: a letter per pass (or block, where passes are too many), capital in the backward, idle a dot."""
-    by_pass = plan.num_passes <= len(LETTERS)
+def trip_names(trips: Trips) -> list[str]:
+    """Each trip by its passes."""
+    return [f"pass {each[0]}" if len(each) == 1 else f"passes {each[0]}-{each[-1]}" for each in trips]
+
+
+def text_timeline(rows: Sequence[Sequence[int]], plan: RecursionPlan, trips: Trips, makespan: float) -> str:
+    """A line per rank: a letter per trip (or block, where trips are too many), capital in the backward, idle a dot."""
+    by_trip = len(trips) <= len(LETTERS)
     lines = []
     for rank, row in enumerate(rows):
         letters = []
         for code in row:
-            group = abs(code) - 1 if by_pass or not code else plan.passes[abs(code) - 1].block
+            group = abs(code) - 1 if by_trip or not code else plan.passes[trips[abs(code) - 1][-1] - 1].block
             letter = LETTERS[group % len(LETTERS)]
             letters.append("." if code == 0 else letter if code > 0 else letter.upper())
         lines.append(f"rank {rank:<4}{''.join(letters)}")
-    what = "pass" if by_pass else "block"
-    lines.append(f"(a = forward of {what} 1, A = its backward, b and B those of {what} 2, ..., . = idle; a column "
-                 f"is {makespan / len(rows[0]):.3g} time units)")  # fmt: skip
+    first, *others = trip_names(trips) if by_trip else ("block 1", "block 2")
+    more = f"b and B those of {others[0]}, ..., " if others else ""
+    lines.append(f"(a = forward of {first}, A = its backward, {more}. = idle; a column is "
+                 f"{makespan / len(rows[0]):.3g} time units)")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -46,7 +53,8 @@ def report_text(report: dict[str, Any]) -> str:
     idle, peak = report["idle"], report["peak_live_activations"]
     lines = [
         f"{report['stages']} stages, {report['micro_batches']} micro-batches, {report['passes']} passes "
-        f"({report['passes_with_gradient']} with gradient), {'two phases' if report['phases'] == 2 else 'one phase'}",
+        f"({report['passes_with_gradient']} with gradient){said_of_trips(report['trips'])}, "
+        f"{'two phases' if report['phases'] == 2 else 'one phase'}",
         "time unit: one forward of a micro-batch through all layers on one rank (or TP group); messages take no time",
         "",
         f"{'schedule':<32}{'efficiency':>10}{'step time':>12}",
@@ -65,8 +73,14 @@ def report_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def said_of_trips(trips: Trips) -> str:
+    """Nothing where every pass is a trip."""
+    shared = any(len(each) > 1 for each in trips)
+    return f" in {len(trips)} trip{'s' * (len(trips) > 1)} around the stages" if shared else ""
+
+
 def plot_timeline(timeline: Any, plan: RecursionPlan, output: str | Path) -> Path:
-    """Draw a simulated step, a row per rank: forwards blue, backwards red, darker from pass to pass.
+    """Draw a simulated step, a row per rank: forwards blue, backwards red, darker from trip to trip.
 
     Raises:
         UserError: the suffix is no picture's, matplotlib is not installed, or the picture cannot be written.
@@ -74,6 +88,7 @@ def plot_timeline(timeline: Any, plan: RecursionPlan, output: str | Path) -> Pat
     output = Path(output)
     pyplot, stages = pyplot_for(output, "--timeline"), len(timeline.busy)
     ranks = range(0, stages, -(-stages // MAX_ROWS))
+    trips: Trips = timeline.costs.passes
     rows: list[list[tuple[float, float, int]]] = [timeline.boxes(rank) for rank in ranks]
     height = min(max(0.38 * len(rows), 1.0), 9.0) + 1.5
     figure, axis = pyplot.subplots(figsize=(12, height), layout="constrained")
@@ -81,12 +96,13 @@ def plot_timeline(timeline: Any, plan: RecursionPlan, output: str | Path) -> Pat
         edge = 0.4 if sum(map(len, rows)) < 2500 else 0.0
         for at, row in enumerate(rows):
             spans = [(start, end - start) for start, end, _ in row]
-            axis.broken_barh(spans, (at - 0.45, 0.9), facecolors=[_color(code, plan) for *_, code in row],
+            axis.broken_barh(spans, (at - 0.45, 0.9), facecolors=[_color(code, trips) for *_, code in row],
                              edgecolors="white", linewidth=edge)  # fmt: skip
         _axes(axis, ranks, max(end for row in rows for _, end, _ in row))
-        axis.set_title(f"{stages} stages, {timeline.micro_batches} micro-batches, {plan.num_passes} passes: "
-                       f"efficiency {timeline.efficiency:.3f}", fontsize="medium")  # fmt: skip
-        figure.legend(handles=_legend(plan), loc="outside lower center", ncols=8, fontsize="small", frameon=False)
+        axis.set_title(f"{stages} stages, {timeline.micro_batches} micro-batches, {plan.num_passes} passes"
+                       f"{said_of_trips(trips)}: efficiency {timeline.efficiency:.3f}", fontsize="medium")  # fmt: skip
+        handles = _legend(timeline.costs)
+        figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small", frameon=False)
         save_picture(figure, output, dpi=130)
     finally:
         pyplot.close(figure)
@@ -102,19 +118,21 @@ def _axes(axis: Any, ranks: Sequence[int], end: float) -> None:
     axis.set_facecolor("#eeeeee")
 
 
-def _color(code: int, plan: RecursionPlan) -> tuple[float, float, float]:
-    """Forward: blue, backward: red, pale in the first pass and full in the last."""
-    depth = (abs(code) - 1) / max(plan.num_passes - 1, 1)
+def _color(code: int, trips: Trips) -> tuple[float, float, float]:
+    """Forward: blue, backward: red, pale in the first trip and full in the last."""
+    depth = (abs(code) - 1) / max(len(trips) - 1, 1)
     pale, full = ((0.78, 0.87, 0.97), (0.05, 0.25, 0.55)) if code > 0 else ((0.99, 0.85, 0.75), (0.70, 0.07, 0.10))
     red, green, blue = (a + depth * (b - a) for a, b in zip(pale, full, strict=True))
     return red, green, blue
 
 
-def _legend(plan: RecursionPlan) -> list[Any]:
+def _legend(costs: Any) -> list[Any]:
     from matplotlib.patches import Patch
 
-    shown = sorted({0, plan.num_passes // 2, plan.num_passes - 1})
-    grad = sorted({plan.first_grad_pass, plan.num_passes - 1})
-    handles = [Patch(color=_color(k + 1, plan), label=f"forward of pass {k + 1}") for k in shown]
-    handles += [Patch(color=_color(-k - 1, plan), label=f"backward of pass {k + 1}") for k in grad]
+    trips, names = costs.passes, trip_names(costs.passes)
+    shown = sorted({0, len(trips) // 2, len(trips) - 1})
+    worked = [k for k, stages in enumerate(costs.backward) if any(stages)]
+    handles = [Patch(color=_color(k + 1, trips), label=f"forward of {names[k]}") for k in shown]
+    handles += [Patch(color=_color(-k - 1, trips), label=f"backward of {names[k]}")
+                for k in sorted({worked[0], worked[-1]})]  # fmt: skip
     return [*handles, Patch(color="#eeeeee", label="idle")]

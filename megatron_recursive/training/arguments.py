@@ -115,6 +115,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--num-recurrences.",
     )
     group.add_argument(
+        "--train-only", choices=("heads",),
+        help="Train the heads that the recursion adds (the halting head) and freeze all other weights: no pass is "
+        "recorded. From a checkpoint of all weights start with --finetune, into another --save.",
+    )
+    group.add_argument(
         "--device", choices=device.CHOICES, default=os.environ.get(device.VARIABLE, "auto"),
         help="Train on GPUs (cuda), on CPUs on purpose (cpu), or on GPUs unless no host of the job has one (auto). "
         f"Without the flag {device.VARIABLE} of the environment is asked.",

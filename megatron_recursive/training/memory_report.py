@@ -97,6 +97,8 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
 def state_bytes(args: argparse.Namespace) -> StateBytes:
     """Bytes a parameter under the optimizer of this run: SGD and Muon keep one moment, the others two."""
     parameter = args.params_dtype.itemsize
+    if args.train_only == "heads":  # a vector or two has more
+        return StateBytes(parameter, 0, 0)
     main_copy = 4 if parameter < 4 else 0
     moments = 4 if args.optimizer in ("sgd", "muon") else 8
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 or args.params_dtype == torch.float32 else parameter

@@ -34,10 +34,12 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     builder: ClassVar[str] = "megatron_recursive.training.model_provider.RecursiveGPTModelBuilder"
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     norms: NormLayout = field(default_factory=NormLayout)
+    train_only: str | None = None
 
     @property
     def plan(self) -> RecursionPlan:
-        return build_plan(self.recursion)
+        plan = build_plan(self.recursion)
+        return plan.heads_only() if self.train_only == "heads" else plan
 
 
 class RecursiveGPTModelBuilder(GPTModelBuilder):
@@ -73,6 +75,7 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
             recursion=config.recursion,
+            plan=config.plan,
         )
 
 
@@ -120,11 +123,12 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
     config.norms = norm_layout(vars(args))
+    config.train_only = getattr(args, "train_only", None)  # a checkpoint of an earlier version does not say
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
     backward = 2.0 + transformer.recompute_passes + (transformer.recompute_granularity == "full")
     shape = model_shape(config, config.seq_length)
-    transformer.pipeline_costs = price_passes(plan, shape, layers_of_stages(transformer), backward)
+    transformer.pipeline_costs = price_passes(config.plan, shape, layers_of_stages(transformer), backward)
     return config
 
 

@@ -36,6 +36,13 @@ def check_optimizer(folder: Path, common: Mapping[str, Any], run: argparse.Names
     if run.finetune or run.no_load_optim or saved.get("no_save_optim") or folder.name == "release":
         return
     start_anew = "start its moments anew with --no-load-optim"
+    of_heads = saved.get("train_only") == "heads"
+    if of_heads != (run.train_only == "heads"):
+        flag = f"--train-only heads {'on (this run: off)' if of_heads else 'off (this run: on)'}"
+        raise UserError(
+            f"The checkpoint {folder} was trained with {flag}, so that its optimizer has other weights; start from the "
+            f"checkpoint's weights with --finetune, or {start_anew}."
+        )
     for flag, theirs, mine in (
         ("--optimizer", saved.get("optimizer", "adam"), run.optimizer),
         ("--use-distributed-optimizer", *(_on(a.get("use_distributed_optimizer")) for a in (saved, vars(run)))),

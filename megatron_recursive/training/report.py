@@ -7,6 +7,8 @@ import sys
 from typing import Any
 
 from megatron_recursive.accounting import count_parameters, flops_per_token
+from megatron_recursive.models.layer_specs import layers_of_stages
+from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.training import console
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
@@ -23,7 +25,8 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
         costs = config.transformer.pipeline_costs
         said = said_of_phases(costs, batches, args.pipeline_phases, args.pipeline_window)
-        phases = f"\npipeline: {said}"
+        balance = said_of_balance(plan, shape, layers_of_stages(config.transformer))
+        phases = f"\npipeline: {'; '.join(filter(None, (said, balance)))}"
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
     if path is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import run_distributed
+from tests.quick_start import ALL
 from tests.unit_tests.training.runs import in_worker
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
@@ -33,7 +34,7 @@ RUNS = {
 def losses_of(flags: str, folder: Path) -> list[dict[str, float]]:
     metrics, cache = folder / "metrics.jsonl", folder / "cache"
     argv = [*COMMON.split(), *flags.split(), "--metrics-file", str(metrics), "--data-cache-path", str(cache)]
-    assert run_distributed(in_worker, 1, argv, timeout=240) == [None]
+    assert run_distributed(in_worker, 1, argv, mock_documents=ALL, timeout=240) == [None]
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [{key: record[key] for key in KEYS} for record in records if record["kind"] == "train"]
 

@@ -181,6 +181,14 @@ def test_a_killed_worker_is_reported(expendable_pool: WorkerPool) -> None:
         run_distributed(rank_zero_is_killed, 1)
 
 
+@pytest.mark.grid
+def test_workers_are_started_ahead(expendable_pool: WorkerPool) -> None:
+    run_distributed(process_id, 1)
+    expendable_pool.prepare(3)
+    ahead = [worker.process.pid for worker in (*expendable_pool.workers, *expendable_pool.coming)]
+    assert len(ahead) >= 3 and run_distributed(process_id, 3) == ahead[:3]
+
+
 def test_a_command_returns_its_output_and_exit_code() -> None:
     code = "import os, sys; print(os.environ['FLAVOUR']); sys.exit(5)"
     done = run_command([sys.executable, "-c", code], timeout=30, env={"FLAVOUR": "sour"})

@@ -17,6 +17,7 @@ from megatron_recursive.commands import parser_of
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.recursion_config import flag_of
 from tests.distributed import run_distributed
+from tests.quick_start import start_quickly
 from tests.quotes import DOCUMENTS, ROOT, renewed
 
 TEXTS = {name: (ROOT / name).read_text() for name in (*DOCUMENTS, "CHANGELOG.md")}
@@ -70,6 +71,7 @@ def _parse(commands: list[str]) -> int:
 
     from megatron_recursive.training.arguments import _add_arguments
 
+    start_quickly()
     for command in commands:
         parser = _add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
         parser.parse_args(shlex.split(command))

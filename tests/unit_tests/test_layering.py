@@ -33,7 +33,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "optimizers": (f"{OURS}.plan", f"{OURS}.models", "torch", "megatron.core"),
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
-        *(f"{OURS}.{module}" for module in ("plan", "backends", "models", "data.progress", "data.tokenizer")),
+        *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.progress",
+                                            "data.tokenizer")),
         "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (
@@ -49,11 +50,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"{OURS}.{folder}" for folder in ("backends", "data.files", "data.tokenizer", "hf")), "torch", "transformers",
         "accelerate", "lm_eval",
     ),
+    "analysis": (
+        *(f"{OURS}.{folder}" for folder in ("backends", "data", "hf", "inference")), "torch", "transformers", "kneed",
+    ),
     "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "tqdm", "yaml"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
-                                            "plots", "ablation", "evaluation", "launch", "__version__")),
-        "torch", "transformers", "lm_eval",
+                                            "plots", "ablation", "analysis", "evaluation", "launch", "__version__")),
+        "torch", "transformers", "lm_eval", "tqdm",
     ),
     "launch": (f"{OURS}.training.pretrain", "torch"),
     "pretrain": (f"{OURS}.training.pretrain",),

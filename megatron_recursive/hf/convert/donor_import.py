@@ -383,6 +383,7 @@ class _Import:
             return []
         donor = chosen if self.whole else proof.hf_logits(
             self.source.family, self.source.config, self.read, text, dtype)  # fmt: skip
+        recursive = None
         if self.kept:
             recursive = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
             error = proof.relative_error(donor, recursive[..., :known])
@@ -394,8 +395,10 @@ class _Import:
         for depth in DEPTHS if self.recursion.recursion_family in OF_FAMILIES["num_recurrences"] else ():
             deep = dataclasses.replace(self.recursion, num_recurrences=depth)
             losses[f"at r = {depth}"] = proof.megatron_logits(self.arch, deep, fetch, text, dtype)
-        if not self.plan.is_plain and self.plan != self.source.plan:
-            losses["imported with recursion"] = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
+        if not self.plan.is_plain and (own is None or self.plan != self.source.plan):
+            if recursive is None:
+                recursive = proof.megatron_logits(self.arch, self.recursion, fetch, text, dtype)
+            losses["imported with recursion"] = recursive
         found = {name: round(proof.loss(logits, text), 4) for name, logits in losses.items()}
         report.facts["loss"] = found
         (name, last), before = list(found.items())[-1], found["donor"]

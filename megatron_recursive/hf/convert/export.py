@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_recursive.accounting import cache_bytes_per_token
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert import proof
+from megatron_recursive.hf.convert import proof, published_looped
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.configs import config_values, donor_family
 from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
@@ -56,13 +57,17 @@ AUTO_MAP = {
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """A checkpoint and what its arguments say about it; ``own_class``: not a donor's class, even for a plain GPT."""
+    """A checkpoint and what its arguments say about it.
+
+    ``own_class``: not a donor's class, even for a plain GPT; ``as_published``: as the looped model that it came from.
+    """
 
     checkpoint: TorchDistCheckpoint
     args: dict[str, Any]
     arch: Architecture
     recursion: RecursionConfig
     own_class: bool = False
+    as_published: bool = False
 
     @property
     def plan(self) -> RecursionPlan:
@@ -71,10 +76,12 @@ class MegatronModel:
     @property
     def family(self) -> Family:
         """The donor's own class, where there is one that can express it."""
+        if self.as_published:
+            return published_looped.published_family(self.arch, self.plan)
         return (None if self.own_class else donor_family(self.arch, self.recursion)) or OWN
 
     def items(self) -> Iterator[Item]:
-        extra = recursive_rows(self.plan) if self.family.recursion is None else ()
+        extra = recursive_rows(self.plan, self.family) if self.family.recursion is None else ()
         return items(self.family, self.arch, extra=extra)
 
 
@@ -123,6 +130,7 @@ def export_model(
     say: Callable[[str], None] = print,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    as_published: bool = False,
     averaged: bool = False,
 ) -> Report:
     """Convert, prove, and put the folder at ``out``.
@@ -131,12 +139,13 @@ def export_model(
         tokenizer: a tokenizer folder; None takes the one that the checkpoint was trained with, where it is found.
         proof_dtype: None skips the proof.
         dtype: of the exported weights; None leaves them as they are stored.
+        as_published: in the format of the looped model that the checkpoint came from.
         averaged: export the averages of the weights.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
-    model = open_checkpoint(ckpt, averaged=averaged)
+    model = dataclasses.replace(open_checkpoint(ckpt, averaged=averaged), as_published=as_published)
     if dtype is not None:
         model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
     return write_model(model, Path(ckpt), Path(out), tokenizer, proof_dtype, say, shard_bytes)
@@ -189,6 +198,9 @@ def write_model(
         say(f"WARNING: {note}")
     say(_cache_size(model, report))
     trust = ", trust_remote_code=True" if model.family is OWN else ""
+    if model.as_published:
+        say(f"{target}: the model, for what knows {model.family.model_type}; the code of its class is not among it.")
+        return report
     say(f"{target}: the model; load it with AutoModelForCausalLM.from_pretrained({str(target)!r}{trust})")
     return report
 
@@ -197,7 +209,7 @@ def _cache_size(model: MegatronModel, report: Report) -> str:
     """What keys and values of a token take, which is easily taken for that of a plain model of so many layers."""
     arch, dtype, passes = model.arch, _config(model)["dtype"], model.plan.num_passes
     layers = model.plan.unrolled_layers(arch.num_layers)
-    size = 2 * layers * arch.num_query_groups * arch.head_dim * getattr(torch, dtype).itemsize
+    size = cache_bytes_per_token(arch.shape(1), model.plan, getattr(torch, dtype).itemsize)
     report.facts["cache_bytes_per_token"] = size
     line = f"cache: {size:,} bytes a token in {dtype}"
     return line if model.plan.is_plain else (
@@ -212,7 +224,10 @@ def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) ->
 
 
 def _config(model: MegatronModel) -> dict[str, Any]:
-    config = config_values(model.family, model.arch, model.recursion)
+    if model.as_published:
+        config = published_looped.published_config(model.family, model.arch, model.plan)
+    else:
+        config = config_values(model.family, model.arch, model.recursion)
     if model.family is OWN:
         config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.configs import read_config
-from megatron_recursive.hf.convert.mappings import OWN, Family, items, recursive_rows
+from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.configs import read_config, rope_parameters
+from megatron_recursive.hf.convert.mappings import OWN, PUBLISHED, Family, items, recursive_rows
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
-from megatron_recursive.plan import RecursionConfig, build_plan
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
 _SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
          "hidden_act", "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id",
@@ -44,13 +46,17 @@ def our_config(family: Family, values: Mapping[str, Any], where: str) -> Recursi
     others = sorted({*(values.get("layer_types") or ())} - {"full_attention"})
     if others:
         raise UserError(f"{where} has layers of the type {others[0]}; only full attention can be converted.")
+    loops = _loops(kind, values)
     recursion = RecursionConfig(
-        recursion_family="looped", num_refinement_blocks=_loops(kind, values), halt_loss_weight=0.0,
+        recursion_family="looped", num_refinement_blocks=loops, halt_loss_weight=0.0,
+        exit_gate=bool(family.added) and loops > 1,
         state_norm="none" if values.get("skip_loop_final_norm") else "final", embedding_multiplier=1.0,
     ).resolved(embedding_init_std=1.0)  # fmt: skip
-    scaling = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    scaling = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {}),
+               **(values.get("rope_parameters") or {})}  # fmt: skip
     scaling.setdefault("rope_type", scaling.pop("type", "default"))
-    scaling.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    if scaling["rope_theta"] is None:
+        raise UserError(f"The config.json of {where} lacks rope_theta, which {family.architecture} needs.")
     bias = bool(values.get("attention_bias"))
     return RecursiveGPTConfig.from_dict({
         **{name: values[name] for name in _SAME if name in values},
@@ -64,6 +70,44 @@ def our_config(family: Family, values: Mapping[str, Any], where: str) -> Recursi
 def _loops(kind: str, values: Mapping[str, Any]) -> int:
     weighed = values.get("loop_loss_weights") if kind == "nanbeige" else None
     return len(weighed) + 1 if weighed else int(values[_LOOPS[kind]])  # as Nanbeige's own code counts them
+
+
+def published_config(family: Family, arch: Architecture, plan: RecursionPlan) -> dict[str, Any]:
+    """The inverse of :func:`our_config`, without token ids."""
+    rope = rope_parameters(arch)
+    theta, scaling = rope.pop("rope_theta"), {"type": rope.pop("rope_type"), **rope}
+    extra: dict[str, Any] = {"early_exit_threshold": 1.0, "use_sliding_window": False, "sliding_window": None}
+    if family.model_type == "nanbeige":
+        extra = {"skip_loop_final_norm": plan.state_norm == "none", "loop_loss_weights": [],
+                 "attention_bias": arch.qkv_bias, "mlp_bias": arch.linear_bias}  # fmt: skip
+    return {
+        "architectures": [family.architecture], "model_type": family.model_type, _LOOPS[family.model_type]: plan.depth,
+        **{name: getattr(arch, key) for name, key in family.config.items() if name in (*_SAME, "tie_word_embeddings")},
+        "num_hidden_layers": arch.num_layers, "rms_norm_eps": arch.norm_eps, "rope_theta": theta,
+        "rope_scaling": None if scaling["type"] == "default" else scaling, "attention_dropout": 0.0, **extra,
+    }  # fmt: skip
+
+
+def published_family(arch: Architecture, plan: RecursionPlan) -> Family:
+    """The published model that a checkpoint came from, and still is.
+
+    Raises:
+        UserError: it came from none, or computes what that one does not.
+    """
+    family = next((each for each in PUBLISHED if each.model_type == arch.donor), None)
+    if family is None:
+        names = " or ".join(each.model_type for each in PUBLISHED)
+        raise UserError(f"--as-published is for checkpoints that were imported from {names}; this one was not.")
+    same = family.computes(arch)
+    if same:
+        config = our_config(family, published_config(family, arch, plan), family.model_type)
+        read = replace(read_config(family, config, ""), padded_vocab_size=arch.padded_vocab_size)
+        same = config.recursion_plan == plan and read == arch
+    if not same:
+        raise UserError(
+            f"--as-published: {family.architecture} does not compute what this checkpoint does; leave the flag out."
+        )
+    return family
 
 
 def by_our_names(family: Family, config: RecursiveGPTConfig, fetch: Callable[[str], Tensor]) -> Callable[[str], Tensor]:

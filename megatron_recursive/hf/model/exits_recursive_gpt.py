@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-EXITS = ("halting", "output-change", "kl", "argmax")
+EXITS = ("halting", "quantile", "output-change", "kl", "argmax")
 EXIT_ARGUMENTS = ("exit", "halt_threshold", "exit_threshold", "exit_stable_blocks", "max_inference_refinement_steps")
-_THRESHOLDS = {"output-change": 0.03, "kl": 1e-3}
+_THRESHOLDS = {"quantile": 0.5, "output-change": 0.03, "kl": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class ExitOptions:
     """When a token leaves. It is asked after each block, and leaves at the latest after ``max_blocks``.
 
     Attributes:
-        exit: ``halting``: its halting probability is at least ``halt_threshold``. The others need no training, and
-            compare with the block before: ``output-change``: its output state changed by less than ``exit_threshold``
+        exit: ``halting``: its halting probability is at least ``halt_threshold``. ``quantile``: by its exit gate, the
+            probability of having left is at least ``exit_threshold``. The others need no training, and compare with the
+            block before: ``output-change``: its output state changed by less than ``exit_threshold``
             (relative L2); ``kl``: KL(this block's next-token distribution || the one before) is below it (nats);
             ``argmax``: the last ``exit_stable_blocks`` blocks have the same most likely token.
         max_blocks: from ``max_inference_refinement_steps``. Not given, it is the config's, but at most the T blocks of
@@ -73,11 +74,15 @@ class ExitOptions:
             raise ValueError(f"exit={exit} needs a plan of refinement blocks that are alike, which this model has not.")
         if exit == "halting" and not plan.has_halting:
             raise ValueError("exit=halting needs a halting head, which this model was trained without.")
+        if exit == "quantile" and not plan.exit_gate:
+            raise ValueError("exit=quantile needs an exit gate, which this model was trained without.")
         knobs, trained = config.recursion, len(blocks)
         threshold = knobs.get("halt_threshold", 0.5) if halt_threshold is None else halt_threshold
         if not 0.0 < threshold < 1.0:
             raise ValueError(f"halt_threshold must lie strictly between 0 and 1, but is {threshold}.")
         change = _THRESHOLDS.get(exit, 0.0) if exit_threshold is None else exit_threshold
+        if exit == "quantile" and not 0 < change <= 1:
+            raise ValueError(f"exit_threshold of exit=quantile must lie above 0 and be at most 1, but is {change}.")
         stable = 2 if exit_stable_blocks is None else exit_stable_blocks
         cap = max_inference_refinement_steps
         if cap is None:
@@ -135,6 +140,10 @@ class ExitRule:
         self.work.asked += len(state_NH)
         if kind == "halting":
             return torch.sigmoid(self.halting_logits(read_NH)) >= self.options.halt_threshold
+        if kind == "quantile":
+            left_N = torch.zeros_like(read_NH[:, 0], dtype=torch.float) if before is None else before
+            self.before = left_N + torch.sigmoid(self.halting_logits(read_NH)) * (1 - left_N)
+            return self.before >= self.options.exit_threshold
         if kind == "output-change":
             self.before = now = state_NH.float()
             if before is None:
@@ -377,7 +386,7 @@ class ExitReport:
                 if taken and count:
                     self._histogram[taken] = self._histogram.get(taken, 0) + count
             head, vocabulary = 2 * config.hidden_size, 2 * config.hidden_size * config.vocab_size
-            asking = {"halting": head, "output-change": 0}.get(options.exit, vocabulary)
+            asking = {"halting": head, "quantile": head, "output-change": 0}.get(options.exit, vocabulary)
             always, layers = work.logits * vocabulary, config.num_hidden_layers
             self._flops += _layer_flops(config, work.tokens, work.scores) + work.asked * asking + always
             self._fixed_depth_flops += layers * _layer_flops(config, *work.fixed_depth) + always

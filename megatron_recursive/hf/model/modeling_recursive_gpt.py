@@ -288,8 +288,9 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         return total
 
 
-class RecursiveGPTHaltingHead(nn.Linear):
-    """Computes in fp32, whatever it is stored in; a module, so that adapters and device maps reach it."""
+class RecursiveGPTTokenHead(nn.Linear):
+    """The halting head or exit gate: computes in fp32, whatever it is stored in; a module, which adapters and device
+    maps reach."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.float(), self.weight.float(), self.bias.float())
@@ -306,8 +307,10 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.model = RecursiveGPTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.halting_head = RecursiveGPTHaltingHead(config.hidden_size, 1) if config.has_halting else None
-        exact = [each.exported for each in added_parameters(config.recursion_plan) if each.in_fp32]
+        plan = config.recursion_plan
+        self.halting_head = RecursiveGPTTokenHead(config.hidden_size, 1) if plan.has_halting else None
+        self.exit_gate = RecursiveGPTTokenHead(config.hidden_size, 1) if plan.exit_gate else None
+        exact = [each.exported for each in added_parameters(plan) if each.in_fp32]
         if exact:
             # What quantisation leaves alone, by module; and by name, since no name may be in both.
             self._keep_in_fp32_modules = sorted({name.rpartition(".")[0] for name in exact})
@@ -327,9 +330,10 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.model.ensure_passes(len(self.model.passes), renew=True)
 
     def halting_logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] to [...], in fp32: q = w . h + b of each token's own state."""
-        assert self.halting_head is not None
-        return self.halting_head(hidden).squeeze(-1)
+        """[..., H] to [...], in fp32: q = w . h + b of each token's own state, by the halting head or the exit gate."""
+        head = self.exit_gate if self.halting_head is None else self.halting_head
+        assert head is not None
+        return head(hidden).squeeze(-1)
 
     @can_return_tuple
     def forward(
@@ -358,8 +362,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
                 shifted already; named as an argument, the trainer would take them for labels that a row must have.
             num_items_in_batch: what the loss is divided by, instead of the number of labels that count.
             output_blocks: also return what the heads say after every block.
-            exit: ``halting``, ``output-change``, ``kl`` or ``argmax``; None runs all blocks of the plan. The other
-                exit arguments are described in :class:`ExitOptions`.
+            exit: ``halting``, ``quantile``, ``output-change``, ``kl`` or ``argmax``; None runs all blocks of the plan.
+                The other exit arguments are described in :class:`ExitOptions`.
         """
         options = ExitOptions.make(
             self.config, exit, halt_threshold=halt_threshold, exit_threshold=exit_threshold,
@@ -408,6 +412,9 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         found = {"block_logits": torch.stack([self.lm_head(each) for each in hidden])}
         if self.halting_head is not None:
             found["block_halting"] = torch.stack([torch.sigmoid(self.halting_logits(each)) for each in hidden])
+        elif self.exit_gate is not None:
+            stays = torch.stack([F.sigmoid(-self.halting_logits(each)) for each in hidden[:-1]]).cumprod(0)
+            found["block_halting"] = torch.cat([1 - stays, torch.ones_like(stays[:1])])
         return found
 
     def _read_losses(
@@ -424,6 +431,9 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         lm_loss = cross_entropy(logits)
         if not states:
             return {"loss": lm_loss, "lm_loss": lm_loss.detach()}
+        if self.exit_gate is not None:
+            expected = self._expected_loss(states, hidden, logits, labels)
+            return {"loss": (expected * valid).sum() / count, "lm_loss": lm_loss.detach()}
         ends = list(self.model.block_ends.values())
         loss = ends[-1].supervised_weight * lm_loss
         halt_loss = torch.zeros_like(lm_loss)
@@ -450,6 +460,21 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
             found["halt_loss"] = halt_loss.detach()
             loss = loss + self.config.recursion.get("halt_loss_weight", 1.0) * halt_loss
         return {"loss": loss, **found}
+
+    def _expected_loss(self, states: tuple[Tensor, ...], hidden: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """[B, S]: the losses of the loops by the probabilities of leaving after them, less their weighed entropy."""
+        weight = self.config.recursion.get("exit_entropy_weight", 0.1)
+        total, stays = torch.zeros(labels.shape, device=logits.device), torch.zeros(labels.shape, device=logits.device)
+        for each, state in zip(self.model.block_ends.values(), states, strict=True):
+            is_last = each is self.model.passes[-1]
+            seen = hidden if is_last else self.model.read_state(state)
+            block_logits = logits if is_last else self.lm_head(seen)
+            loss = F.cross_entropy(block_logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+            log_p, asked = stays, None if is_last else self.halting_logits(seen).to(stays.device)
+            if asked is not None:
+                log_p, stays = stays + F.logsigmoid(asked), stays + F.logsigmoid(-asked)
+            total = total + log_p.exp() * (each.supervised_weight * loss.view_as(labels) + weight * log_p)
+        return total
 
 
 __all__ = ["RecursiveGPTForCausalLM", "RecursiveGPTModel", "RecursiveGPTPreTrainedModel"]

@@ -21,10 +21,12 @@ class RecursiveGPTOutput(CausalLMOutputWithPast):
     """Beside what every causal model returns:
 
     Attributes:
-        loss: the training objective: supervised blocks, plus halt_loss_weight times the halting loss.
+        loss: the training objective: supervised blocks, plus halt_loss_weight times the halting loss; or the expected
+            loss over the loops at which an exit gate leaves.
         lm_loss: cross-entropy after the last block. halt_loss: of the halting head, as the plan weighs the blocks.
         block_logits: [T, B, S, V], on ``output_blocks=True``: what the model would say after each block.
-        block_halting: [T, B, S], on ``output_blocks=True``: halting probability after each block (None: no head).
+        block_halting: [T, B, S], on ``output_blocks=True``: halting probability after each block; of an exit gate, the
+            probability of having left by then (None: no head).
         blocks: [B, S], under an exit: blocks that each token took.
     """
 

@@ -26,6 +26,7 @@ from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.data.work_folder import WorkFolder
 from megatron_recursive.errors import UserError
 from tests.distributed import processes_with
+from tests.grids import grid
 
 ROOT = Path(__file__).parents[3]
 TEXTS = [f"Document {n} says {'again and ' * (n % 7)}that the loss falls." for n in range(200)]
@@ -336,7 +337,8 @@ class Troubled(PipelineStep):
             time.sleep(300)
 
 
-@pytest.mark.parametrize(("how", "said"), [("killed", "a worker was killed"), ("refuses", "this part is bad")])
+@pytest.mark.parametrize(("how", "said"), grid([("killed", "a worker was killed"), ("refuses", "this part is bad")],
+                                               quick=[("killed", "a worker was killed")]))
 def test_a_worker_that_dies_or_fails_ends_the_run(tmp_path, how, said):
     executor = build_executor("local", [Troubled(how)], 4, 2, tmp_path / "logs", {})
     start = time.monotonic()

@@ -50,7 +50,7 @@ def make_model(*args: Any, seed: int = 0, config: Any = None, **kwargs: Any) -> 
     model = RecursiveGPTForCausalLM(config or make_config(*args, **kwargs)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith("halting_head"):
+            if name.startswith(("halting_head", "exit_gate")):
                 parameter.normal_(std=0.3) if parameter.ndim > 1 else parameter.zero_()
             elif "norm" in name or name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -194,6 +194,7 @@ main(["convert", "verify", checkpoint, out])
 """
 
 
+@pytest.mark.grid
 def test_a_conversion_runs_on_the_cpu_of_a_machine_with_a_gpu(tmp_path: Path) -> None:
     donor = save_donor("llama3, head_dim", tmp_path / "donor")
     result = run_command([sys.executable, "-c", BESIDE_A_GPU, donor, tmp_path / "ckpt", tmp_path / "hf"], timeout=120)

@@ -20,6 +20,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "parcae": {**RECURRENT, "injection": "diagonal", "state_init": "sampled", "recurrence_step": "0.6"},
     "norm in core": {**RECURRENT, "injection": "concat", "state_norm": "core"},
     "looped": {"recursion_family": "looped", "num_refinement_blocks": 3},
+    "looped, gated": {"recursion_family": "looped", "num_refinement_blocks": 4, "exit_gate": True},
     "hierarchical": {"recursion_family": "hierarchical", "num_refinement_blocks": 2, "num_latent_refinements": 2},
 }
 
@@ -37,15 +38,21 @@ def _there_and_back(name: str, folder: Path) -> tuple[float, float, bool, list[i
     first, second = _import(folder / "hf", folder / "ckpt"), _export(folder / "ckpt", folder / "back")
     same = agree(verify(str(folder / "hf"), str(folder / "back"), say=_quiet))
     ids = make_tokens(1, 6)
+    exits = {"exit": "quantile", "exit_threshold": 0.6} if "exit_gate" in FAMILIES[name] else {}
     with open_megatron(str(folder / "ckpt")) as (megatron, _):
-        theirs = megatron.generate(ids, max_new_tokens=6, do_sample=False)
-    mine = model.generate(ids, max_new_tokens=6, do_sample=False)
+        theirs = megatron.generate(ids, max_new_tokens=6, do_sample=False, **exits)
+    mine = model.generate(ids, max_new_tokens=6, do_sample=False, **exits)
+    if exits:
+        assert megatron.last_exit_report.histogram == model.last_exit_report.histogram
+        assert len(model.last_exit_report.histogram) > 1
     return first["max_logit_error"], second["max_logit_error"], same, theirs[0].tolist(), mine[0].tolist()
 
 
-@pytest.mark.parametrize("name", ["recurrent, mean", "huginn",
-                                  *(pytest.param(name, marks=pytest.mark.grid) for name in FAMILIES
-                                    if name not in ("recurrent, mean", "huginn"))])  # fmt: skip
+QUICK = ("recurrent, mean", "huginn", "looped, gated")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.grid) for name in FAMILIES
+                                            if name not in QUICK)])  # fmt: skip
 def test_there_and_back_and_generation_from_both(name: str, tmp_path: Path) -> None:
     ((first, second, same, theirs, mine),) = run_distributed(_there_and_back, 1, name, tmp_path, timeout=240)
     assert first < 2e-6 and second < 2e-6 and same
@@ -74,6 +81,42 @@ def test_exits_leave_between_loops_and_not_within_a_core() -> None:
     assert 1 <= looped.last_exit_report.mean_blocks < 3
     with pytest.raises(ValueError, match="needs a plan of refinement blocks"):
         family_model("recurrent")(ids, exit="argmax")
+
+
+def test_a_quantile_is_where_the_gate_has_let_go_of_so_much() -> None:
+    model, ids = family_model("looped, gated"), make_tokens(3, 9)
+    whole = model(ids, output_blocks=True)
+    leaving = torch.sigmoid(model.exit_gate(torch.stack(model.model(ids, output_block_states=True).block_states)))
+    stays = (1 - leaving[:-1, ..., 0]).cumprod(0)
+    cumulative = torch.cat([1 - stays, torch.ones_like(stays[:1])])
+    assert torch.allclose(whole.block_halting, cumulative, atol=1e-6)
+    taken = set()
+    for quantile in (0.3, 0.6, 0.9):
+        found = model(ids, exit="quantile", exit_threshold=quantile)
+        # The first token sees none but itself, so that it leaves with what the whole depth says at that loop.
+        expected = 1 + (cumulative[:, :, 0] < quantile).sum(0)
+        assert torch.equal(found.blocks[:, 0], expected)
+        there = whole.block_logits[expected - 1, torch.arange(3), 0]
+        assert torch.allclose(found.logits[:, 0], there, atol=1e-5)
+        taken |= {*found.blocks.flatten().tolist()}
+    assert len(taken) >= 3
+    assert torch.allclose(model(ids, exit="quantile", exit_threshold=1.0).logits, whole.logits, atol=1e-5)
+    with pytest.raises(ValueError, match="needs an exit gate"):
+        family_model("looped")(ids, exit="quantile")
+    with pytest.raises(ValueError, match="at most 1"):
+        model(ids, exit="quantile", exit_threshold=1.5)
+
+
+def test_a_quantile_with_a_cache_is_that_of_the_prompt_at_once() -> None:
+    model, ids = family_model("looped, gated"), make_tokens(2, 8)
+    options = {"exit": "quantile", "exit_threshold": 0.6, "use_cache": True}
+    whole, cached = model(ids, **options), model(ids[:, :4], **options)
+    logits, blocks = [cached.logits], [cached.blocks]
+    for i in range(4, 8):
+        step = model(ids[:, i : i + 1], past_key_values=cached.past_key_values, **options)
+        logits, blocks = [*logits, step.logits], [*blocks, step.blocks]
+    assert torch.equal(torch.cat(blocks, 1), whole.blocks) and len({*whole.blocks.flatten().tolist()}) > 1
+    assert torch.allclose(torch.cat(logits, 1), whole.logits, atol=1e-5)
 
 
 def test_a_core_of_another_depth_is_that_of_the_knobs() -> None:

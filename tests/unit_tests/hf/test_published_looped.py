@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.published_looped import published_family
 from megatron_recursive.hf.convert.sources import open_source
+from megatron_recursive.plan import RecursionConfig, build_plan
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.test_convert import _export, _import
 
@@ -108,16 +111,18 @@ def loops(config: dict[str, Any], w: dict[str, Tensor], ids: Tensor) -> list[Ten
 
 
 def _through(kind: str, folder: Path) -> dict[str, Any]:
+    from megatron_recursive.hf.convert.export import export_model
     from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
     from megatron_recursive.inference.megatron_model import open_megatron
 
     ids = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(2))
     found: dict[str, Any] = {"import": _import(folder / "published", folder / "ckpt")}
     found["export"] = _export(folder / "ckpt", folder / "hf")
+    export_model(str(folder / "ckpt"), str(folder / "back"), as_published=True, say=lambda _: None)
     with open_megatron(str(folder / "ckpt")) as (megatron, _):
-        found["megatron"] = megatron(ids).logits
+        found["megatron"] = megatron(ids, output_blocks=True)
     with torch.no_grad():
-        found["ours"] = RecursiveGPTForCausalLM.from_pretrained(folder / "hf").eval()(ids).logits
+        found["ours"] = RecursiveGPTForCausalLM.from_pretrained(folder / "hf").eval()(ids, output_blocks=True)
     return {"ids": ids, **found}
 
 
@@ -130,12 +135,35 @@ def test_a_published_checkpoint_computes_what_it_is_said_to(kind: str, tmp_path:
     save(kind, tmp_path / "published")
     (found,) = run_distributed(_through, 1, kind, tmp_path, timeout=240)
     weights = tensors(CONFIGS[kind])
-    reference = loops(CONFIGS[kind], weights, found["ids"])[-1] @ weights["lm_head.weight"].T
+    states = torch.stack(loops(CONFIGS[kind], weights, found["ids"]))
+    reference = states[-1] @ weights["lm_head.weight"].T
     assert found["import"]["max_logit_error"] < 2e-5 and found["export"]["max_logit_error"] < 2e-5
-    assert error(reference, found["megatron"]) < 2e-5 and error(reference, found["ours"]) < 2e-5
+    for model in (found["megatron"], found["ours"]):
+        assert error(reference, model.logits) < 2e-5
+        if kind == "ouro":
+            gate = states @ weights["model.early_exit_gate.weight"][0] + weights["model.early_exit_gate.bias"]
+            stays = torch.sigmoid(-gate[:-1]).cumprod(0)
+            assert torch.allclose(model.block_halting[:-1], 1 - stays, atol=1e-5)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    unsaid = ("rope_scaling", "bos_token_id", "eos_token_id")  # a tokenizer has the ids
+    said = {name: value for name, value in config.items() if name in CONFIGS[kind] and name not in unsaid}
+    assert said == {name: CONFIGS[kind][name] for name in said} and len(said) > 18
     args = (tmp_path / "ckpt" / "megatron_args.txt").read_text().split()
     depth = {"ouro": 4, "nanbeige": 2}[kind]
     assert {"--recursion-family=looped", f"--num-refinement-blocks={depth}", "--state-norm=final"} <= {*args}
+
+
+def test_only_what_a_published_class_computes_is_written_as_it(tmp_path: Path) -> None:
+    source = open_source(str(save("ouro", tmp_path / "published")))
+    assert published_family(source.arch, source.plan).model_type == "ouro"
+    for changed in (dataclasses.replace(source.plan, state_norm="none"),
+                    build_plan(RecursionConfig(recursion_family="looped", embedding_multiplier=1.0))):  # fmt: skip
+        with pytest.raises(UserError, match="OuroForCausalLM does not compute"):
+            published_family(source.arch, changed)
+    with pytest.raises(UserError, match="imported from ouro or nanbeige; this one was not"):
+        published_family(dataclasses.replace(source.arch, donor="llama"), source.plan)
 
 
 REFUSED = {

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_recursive.accounting import ModelShape, Recording, StateBytes, stage_memory
 from megatron_recursive.commands import main
+from megatron_recursive.pipeline.balance import balanced_split, said_of_balance, split_flags
 from megatron_recursive.plan import RecursionConfig, build_plan
 from tests.distributed import run_distributed
 
@@ -21,6 +22,7 @@ SHAPE = ModelShape(8, 256, 1024, 8, 4, 32, 1024, 512, gated_linear_unit=True)
 PLAN = build_plan(RecursionConfig(num_refinement_blocks=2, num_latent_refinements=2).resolved(embedding_init_std=0.02))
 MODEL = ["--num-layers", "8", "--hidden-size", "256", "--num-attention-heads", "8", "--num-query-groups", "4",
          "--swiglu", "--vocab-size", "1000", "--seq-length", "512", "--num-refinement-blocks", "2"]  # fmt: skip
+RECURRENT = ["--recursion-family", "recurrent", "--num-prelude-layers", "2", "--num-coda-layers", "2"]
 
 
 def job_of(**settings: Any) -> Any:
@@ -108,10 +110,15 @@ def _printed(folder: str) -> dict[str, Any]:
     found = plan(*job, *MODEL, "--tp", "2", "--pp", "2", "--tokens", "1B", "--timeline", picture)
     with contextlib.redirect_stdout(text):
         main(["plan", *job, *MODEL, "--tokens", "1B"])
-    words = shlex.split(found["command"])
-    flags = [w for w in words[words.index("pretrain") + 1 :] if not w.startswith(("--nproc", "--data-path", "--tok"))]
-    stand_ins = ["--mock-data", "--tokenizer-type=NullTokenizer", f"--save={folder}/save"]
-    facts = facts_of({"line": Command([], [*flags, *stand_ins], 8)})["line"]
+    recurrent = plan(*job, *MODEL[:-2], *RECURRENT, "--tp", "1", "--pp", "4")
+
+    def line(report: dict[str, Any]) -> Command:
+        words = shlex.split(report["command"])
+        flags = [w for w in words[words.index("pretrain") + 1 :]
+                 if not w.startswith(("--nproc", "--data-path", "--tok"))]  # fmt: skip
+        return Command([], [*flags, "--mock-data", "--tokenizer-type=NullTokenizer", f"--save={folder}/save"], 8)
+
+    facts = facts_of({"line": line(found), "recurrent": line(recurrent)})
 
     writer = TorchDistWriter(Path(folder) / "ckpt" / "release")
     stored = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "seq_length": 32,
@@ -122,7 +129,8 @@ def _printed(folder: str) -> dict[str, Any]:
     llama = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
              "intermediate_size": 128, "vocab_size": 200, "num_key_value_heads": 2, "hidden_act": "silu"}  # fmt: skip
     (Path(folder) / "config.json").write_text(json.dumps(llama))
-    return {"found": found, "facts": facts, "text": text.getvalue(), "picture": Path(picture).read_bytes()[:4],
+    return {"found": found, "facts": facts["line"], "recurrent": (recurrent, facts["recurrent"]),
+            "text": text.getvalue(), "picture": Path(picture).read_bytes()[:4],
             "ckpt": plan("--gpus", "4", "--ckpt", f"{folder}/ckpt/release"), "hf": plan("--gpus", "4", "--hf", folder)}
 
 
@@ -144,6 +152,31 @@ def test_the_printed_line_is_a_run_of_the_memory_and_flops_that_were_told(printe
     assert facts["held"] == pytest.approx(found["parameters_held"], rel=0.05)  # padded for --tp 2
     days = layout["days"] * 86400 * layout["tokens_per_second"]
     assert days == pytest.approx(1e9) and facts["train"] == -(-(10**9) // (32 * 512))
+
+
+def test_a_core_is_spread_over_the_stages(printed: dict[str, Any]) -> None:
+    """Equal stages would leave the first and the last one with a prelude and a coda, which run once."""
+    found, facts = printed["recurrent"]
+    (layout,) = found["layouts"]
+    assert layout["layers_per_stage"] == [3, 1, 1, 3]
+    assert "--decoder-first-pipeline-num-layers=3 --decoder-last-pipeline-num-layers=3" in found["command"]
+    assert isinstance(facts, dict), facts
+    assert facts["activations"] / 2**30 == pytest.approx(layout["passes_gib"] + layout["head_gib"])
+
+
+def test_flags_that_balance_the_stages_are_told() -> None:
+    plan = build_plan(RecursionConfig(
+        recursion_family="recurrent", num_prelude_layers=2, num_coda_layers=2, num_recurrences=4
+    ).resolved(embedding_init_std=0.02))  # fmt: skip
+    shape = replace(SHAPE, hidden_size=4096, ffn_hidden_size=16384)
+    assert [balanced_split(plan, shape, stages) for stages in (1, 2, 4)] == [(8,), (4, 4), (3, 1, 1, 3)]
+    assert balanced_split(PLAN, shape, 4) == (2, 2, 2, 2)  # one stack
+    assert said_of_balance(plan, shape, (3, 1, 1, 3)) == said_of_balance(plan, shape, (4, 4)) == ""
+    said = said_of_balance(plan, shape, (2, 2, 2, 2))
+    assert said.startswith("stages of 2, 2, 2, 2 layers: with --decoder-first-pipeline-num-layers=3 --decoder-last-pip")
+    assert said.endswith("the fullest works 25% less")
+    assert "with equal stages the fullest works" in said_of_balance(plan, shape, (2, 6))
+    assert split_flags((3, 5)) == ["--decoder-first-pipeline-num-layers=3"]
 
 
 def test_the_table_and_the_timeline(printed: dict[str, Any]) -> None:

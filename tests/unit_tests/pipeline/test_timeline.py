@@ -260,9 +260,10 @@ def test_megatron_runs_in_the_simulated_order(name: str) -> None:
     plan = build_plan(case.resolved_recursion())
     first_answered = plan.first_grad_pass if layout.phases == "two" else 0
     trips = trips_of(plan, (case.transformer.get("num_layers", 2) // layout.pp,) * layout.pp)
-    for operations, expected, works in run_distributed(_recorded, layout.pp, case, layout, timeout=180):
+    ranks = run_distributed(_recorded, layout.pp, case, layout, timeout=180)
+    for rank, (operations, expected, works) in enumerate(ranks):
         assert operations == [tuple(op) for op in expected]
-        assert works == {trip.index: {trip.around.grad} for trip in trips[first_answered:]}
+        assert works == {trip.index: {trip.around.grad or (rank == 0 and trip.grad)} for trip in trips[first_answered:]}
 
 
 # --- what is planned with it ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ KNOBS = {knob.name: knob for knob in dataclasses.fields(RecursionConfig)}
 SWITCHES = {
     "enable_recursive_refinement": "--disable-recursive-refinement",
     "detach_between_refinements": "--no-detach-between-refinements",
+    "exit_gate": "--no-exit-gate",
 }
 # A value other than the default, and values that are refused.
 OTHER: dict[str, tuple[Any, list[Any]]] = {
@@ -35,23 +36,28 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "embedding_multiplier": (2.5, [0.0, -1.0, math.nan, math.inf]),
     "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
     "halt_bias": (-2.0, [math.nan, -math.inf]),
+    "exit_gate": (True, []),
     "detach_between_refinements": (False, []),
     "backprop_depth": (2, [-1]),
     "latent_backprop_depth": ("1,2", ["", "-1", "1,0", "two", "1,1,1,1"]),
     "init_depth_scaling": ("unrolled", ["both"]),
     "halt_supervision": ("last", ["first"]),
     "halt_target": ("agrees-with-last", ["wrong"]),
+    "exit_entropy_weight": (0.5, [-0.1, math.nan, math.inf]),
     "halt_threshold": (0.9, [0.0, 1.0, -1.0, 2.0, math.nan]),
     "max_inference_refinement_steps": (4, [0]),
     "recursion_alarm_after": (0, [-1]),
 }
 RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
              "backprop_depth", "state_std"}  # fmt: skip
+GATED = {"exit_gate", "exit_entropy_weight"}
 BAD = [(name, value) for name, (_, values) in OTHER.items() for value in values]
 
 
 def beside(name: str) -> dict[str, Any]:
     """What must be said for a knob to mean something."""
+    if name in GATED:
+        return {"recursion_family": "looped", "exit_gate": True}
     if name == "latent_backprop_depth":
         return {"recursion_family": "hierarchical"}
     return {"recursion_family": "recurrent"} if name in RECURRENT else {}
@@ -69,7 +75,7 @@ def test_the_table_above_knows_every_knob() -> None:
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=flag_of(name)):
-        RecursionConfig(**{name: value}, **beside(name))
+        RecursionConfig(**{**beside(name), name: value})
 
 
 @pytest.mark.parametrize(
@@ -77,10 +83,13 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
     [("num_recurrences", 8, "core"), ("num_latent_refinements", 2, "looped"), ("injection", "add", "hierarchical"),
      ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
-     ("halt_bias", -1.0, "recurrent"), ("halt_loss_weight", 0.5, "recurrent")],
+     ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
+     ("halt_loss_weight", 0.5, "recurrent")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
-    flag = SWITCHES.get(name, f"{flag_of(name)} {value}")
+    flag = f"{flag_of(name)} {value}"
+    if isinstance(value, bool):
+        flag = flag_of(name) if value else SWITCHES[name]
     with pytest.raises(UserError, match=f"{flag} belongs to --recursion-family .*is {family}"):
         RecursionConfig(recursion_family=family, **{name: value})
     assert not RecursionConfig(recursion_family="recurrent", halt_loss_weight=0.0).has_halting
@@ -90,18 +99,20 @@ def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, fami
 def test_every_knob_has_a_flag_and_a_text(name: str) -> None:
     value = OTHER[name][0]
     assert KNOBS[name].metadata["help"].endswith(".")
-    flags = [SWITCHES[name]] if name in SWITCHES else [flag_of(name), str(value)]
-    config = parse(*flags, *(word for knob, said in beside(name).items() for word in (flag_of(knob), said)))
-    assert config == RecursionConfig(**{name: value}, **beside(name))
+    words = {**beside(name), name: value}
+    flags = [[flag_of(knob) if said else SWITCHES[knob]] if knob in SWITCHES else [flag_of(knob), str(said)]
+             for knob, said in words.items()]  # fmt: skip
+    assert parse(*(word for flag in flags for word in flag)) == RecursionConfig(**words)
 
 
 @pytest.mark.parametrize(("name", "off"), SWITCHES.items())
 def test_switches_have_both_flags_and_the_last_one_counts(name: str, off: str) -> None:
-    assert getattr(parse(), name) is True
-    assert getattr(parse(flag_of(name)), name) is True
-    assert getattr(parse(off), name) is False
-    assert getattr(parse(off, flag_of(name)), name) is True
-    assert getattr(parse(flag_of(name), off), name) is False
+    beside = ["--recursion-family", "looped"] if name == "exit_gate" else []
+    assert getattr(parse(), name) is KNOBS[name].default
+    assert getattr(parse(*beside, flag_of(name)), name) is True
+    assert getattr(parse(*beside, off), name) is False
+    assert getattr(parse(*beside, off, flag_of(name)), name) is True
+    assert getattr(parse(*beside, flag_of(name), off), name) is False
 
 
 def test_a_knob_of_two_names_takes_one_value() -> None:
@@ -166,7 +177,8 @@ def test_frozen_hashable_and_made_of_primitives() -> None:
 
 def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
     config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()
-                                if name not in RECURRENT | {"recursion_family", "latent_backprop_depth"}})  # fmt: skip
+                                if name not in RECURRENT | GATED | {"recursion_family", "latent_backprop_depth"}
+                                })  # fmt: skip
     kept = dataclasses.replace(config, recursion_alarm_after=None)  # what only observes is not kept with weights
     assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == kept != config
     assert RecursionConfig.from_mapping(vars(config)) == config
@@ -175,14 +187,15 @@ def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
 
 @pytest.mark.parametrize("name", list(RecursionConfig().to_dict())[1:])
 def test_one_difference(name: str) -> None:
-    mine, theirs = RecursionConfig(**beside(name)), RecursionConfig(**{name: OTHER[name][0]}, **beside(name))
+    others = {knob: value for knob, value in beside(name).items() if knob != name}
+    mine, theirs = RecursionConfig(**others), RecursionConfig(**{name: OTHER[name][0]}, **others)
     (found,) = mine.differences(theirs)
     assert (found.name, found.mine, found.theirs) == (name, getattr(mine, name), OTHER[name][0])
     assert found.is_depth == (name in ("num_refinement_blocks", "num_latent_refinements", "num_recurrences"))
     shapes_the_function = ("num_refinement_blocks", "num_latent_refinements", "state_init", "state_norm")
     families = ("recursion_family", *RECURRENT - {"backprop_depth"})
     assert found.binds == (name in (*shapes_the_function, *families, "embedding_multiplier"))
-    assert mine.differences(mine) == [] == mine.differences(RecursionConfig(recursion_alarm_after=3, **beside(name)))
+    assert mine.differences(mine) == [] == mine.differences(RecursionConfig(recursion_alarm_after=3, **others))
 
 
 def test_the_parts_hold_every_knob_once_and_a_command_takes_the_parts_it_reads() -> None:
@@ -192,6 +205,17 @@ def test_the_parts_hold_every_knob_once_and_a_command_takes_the_parts_it_reads()
     assert knobs_in(vars(parser.parse_args(["--halt-bias", "-1"]))) == {"halt_bias": -1.0}
     with pytest.raises(SystemExit):
         parser.parse_args(["--num-refinement-blocks", "2"])
+
+
+def test_knobs_of_a_head_that_is_not_there_are_refused() -> None:
+    looped: dict[str, Any] = {"recursion_family": "looped"}
+    with pytest.raises(UserError, match="--halt-bias says nothing with --exit-gate"):
+        RecursionConfig(**looped, exit_gate=True, halt_bias=-1.0)
+    with pytest.raises(UserError, match="--exit-entropy-weight says nothing without --exit-gate"):
+        RecursionConfig(**looped, exit_entropy_weight=0.05)
+    with pytest.raises(UserError, match="--exit-gate chooses between loops"):
+        RecursionConfig(**looped, exit_gate=True, num_refinement_blocks=1)
+    assert not RecursionConfig(**looped, exit_gate=True).has_halting
 
 
 def test_once_recursion_is_off_only_that_counts() -> None:

@@ -74,8 +74,9 @@ def test_a_plan_is_frozen_and_hashable() -> None:
 def test_json_round_trip(blocks: int) -> None:
     plan = make_plan(blocks, state_init="trunc-normal", detach_between_refinements=False)
     assert RecursionPlan.from_json(plan.to_json()) == plan
-    words = {field.name for field in dataclasses.fields(RecursionPlan)} - {"stacks", "mean_steps", "state_std"}
-    assert set(json.loads(plan.to_json())) == words  # what is usual is unsaid
+    unsaid = {"stacks", "mean_steps", "exit_gate", "state_std"}  # where usual
+    words = {field.name for field in dataclasses.fields(RecursionPlan)} - unsaid
+    assert set(json.loads(plan.to_json())) == words
 
 
 def broken_json(**changes: object) -> str:
@@ -260,3 +261,17 @@ def test_another_depth_of_a_core_is_that_of_the_knobs(knobs: dict[str, object]) 
     plans = {depth: family("recurrent", **{**knobs, "num_recurrences": depth}) for depth in (1, 2, 4, 8)}
     for start in plans.values():
         assert all(start.with_blocks(depth) == plan for depth, plan in plans.items())
+
+
+def test_a_gated_plan_supervises_every_loop_at_any_depth() -> None:
+    knobs = {"recursion_family": "looped", "exit_gate": True, "embedding_multiplier": 1.0}
+    plan = build_plan(RecursionConfig(**knobs, num_refinement_blocks=3))  # type: ignore[arg-type]
+    assert [p.supervised_weight for p in plan.passes] == [1.0] * 3 and plan.exit_gate and not plan.has_halting
+    assert plan.with_blocks(1).with_blocks(5).passes == build_plan(
+        RecursionConfig(**knobs, num_refinement_blocks=5)  # type: ignore[arg-type]
+    ).passes
+    assert RecursionPlan.from_json(plan.to_json()) == plan
+    assert plan.gradient_groups(tied_embeddings=False)["exit gate"]
+    assert "1 p" in plan.describe() and "by the exit gate" in plan.describe()
+    with pytest.raises(UserError, match="every block supervised"):
+        dataclasses.replace(plan, passes=(dataclasses.replace(plan.passes[0], supervised_weight=0.0), *plan.passes[1:]))

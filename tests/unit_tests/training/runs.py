@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import REPOSITORY, run_distributed
+from tests.quick_start import FEW, start_quickly
 
 SCRIPT = REPOSITORY / "examples" / "recursive_gpt" / "pretrain_recursive_gpt.py"
 
@@ -29,8 +30,8 @@ PATCHED = (
 )  # fmt: skip
 
 
-def in_worker(argv: list[str]) -> str | None:
-    """What the entry script does, in a process that has Megatron imported.
+def in_worker(argv: list[str], mock_documents: int = FEW) -> str | None:
+    """What the entry script does, in a process that has Megatron imported, on fewer mock documents.
 
     Returns:
         None, or the sentence that the run ended with.
@@ -40,6 +41,7 @@ def in_worker(argv: list[str]) -> str | None:
     from megatron_recursive.errors import UserError
     from megatron_recursive.training import pretrain
 
+    start_quickly(mock_documents)
     # Left by an earlier job on this worker; a rank without would skip an all-reduce that the others wait in.
     training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
     sys.argv = [str(SCRIPT), *argv]
@@ -53,10 +55,12 @@ def in_worker(argv: list[str]) -> str | None:
 
 
 def train(
-    *argv: str | Path, recursion: Sequence[str] = RECURSION, flags: Sequence[str] = FLAGS, world_size: int = 1
-) -> str | None:
+    *argv: str | Path, recursion: Sequence[str] = RECURSION, flags: Sequence[str] = FLAGS, world_size: int = 1,
+    mock_documents: int = FEW,
+) -> str | None:  # fmt: skip
     """Train the tiny model; later flags win. Returns None, or the sentence of a refusal."""
-    return run_distributed(in_worker, world_size, [*flags, *recursion, *map(str, argv)], timeout=120)[0]
+    words = [*flags, *recursion, *map(str, argv)]
+    return run_distributed(in_worker, world_size, words, mock_documents=mock_documents, timeout=120)[0]
 
 
 def save_to(folder: Path, every: int = 3) -> list[str]:
@@ -130,6 +134,7 @@ def stock_gpt_in_worker(argv: list[str], our_layers: bool = False) -> None:
     from megatron_recursive.training.forward_step import datasets_provider, forward_step
     from megatron_recursive.training.patches import wheel
 
+    start_quickly()
     for name in PATCHED:
         function = getattr(training, name)  # an earlier job on this worker wrapped it
         setattr(training, name, getattr(function, "__wrapped__", function))

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_recursive.data.preparation import Preparation, vocabulary_digest
 from tests.distributed import run_distributed
+from tests.quick_start import start_quickly
 from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, metrics_of, train
 
 DATA = [flag for flag in FLAGS if flag != "--mock-data"]
@@ -146,6 +147,7 @@ def sentences(cases: list[list[str]]) -> list[str]:
     from megatron_recursive.errors import UserError
     from megatron_recursive.training.arguments import parse_arguments
 
+    start_quickly()
     said = []
     for flags in cases:
         sys.argv = ["pretrain", *flags]

@@ -198,7 +198,7 @@ OTHER_SCHEDULES = [
 ]  # fmt: skip
 
 
-def test_another_schedule_is_told_by_flag_and_what_settles_it(recursive: Path, tmp_path: Path) -> None:
+def test_another_schedule_is_told_by_flag_and_what_settles_it(recursive: Path) -> None:
     before = files_of(recursive)
     for flags, expected in OTHER_SCHEDULES:
         said = str(train(*save_to(recursive), *flags))
@@ -206,6 +206,10 @@ def test_another_schedule_is_told_by_flag_and_what_settles_it(recursive: Path, t
         assert "this run's with --override-opt_param-scheduler" in said and "beside" not in said
         assert "the checkpoint's with --use-checkpoint-opt_param-scheduler" in said
     assert files_of(recursive) == before  # nor does the refused start leave a record
+
+
+@pytest.mark.grid
+def test_either_schedule_goes_on_where_a_flag_chooses_it(recursive: Path, tmp_path: Path) -> None:
     copy_checkpoint(recursive, tmp_path, 3)
     other = ["--lr", "2e-2", "--weight-decay", "0.2"]
     for name, distributed, flag, factor in (

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import REPOSITORY, run_command
+from tests.quick_start import ALL
 from tests.unit_tests.training.runs import (
     FLAGS,
     RECURSION,
@@ -57,7 +58,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     """Killed in the middle of a save; the losses equal an undisturbed run's."""
     many = ["--train-iters", "60", "--lr-decay-iters", "60"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert train(*save_to(whole, every=60), *many) is None
+    assert train(*save_to(whole, every=60), *many, mock_documents=ALL) is None
 
     def is_saving() -> bool:
         named, newest = saved_iterations(killed)
@@ -66,7 +67,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     run_and_kill([*FLAGS, *RECURSION, *many, *save_to(killed, every=7)], tmp_path / "log", is_saving)
     named, newest = saved_iterations(killed)
     assert newest > named > 0, "the save was over before the kill"
-    assert train(*save_to(killed, every=50), *many) is None
+    assert train(*save_to(killed, every=50), *many, mock_documents=ALL) is None
     assert metrics_of(killed) == metrics_of(whole)
 
 
@@ -100,6 +101,7 @@ def test_plain_python_refuses_what_only_shows_while_training_starts(tmp_path: Pa
 SENTENCE = "--num-attention-heads 1 is not divisible by --tensor-model-parallel-size 2."
 
 
+@pytest.mark.grid
 def test_torchrun_shows_the_sentence_once() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = [*FLAGS, "--num-attention-heads", "1", "--tensor-model-parallel-size", "2"]

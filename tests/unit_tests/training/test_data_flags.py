@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.distributed import run_distributed
 from tests.grids import grid
+from tests.quick_start import start_quickly
 from tests.unit_tests.training.runs import FLAGS, RECURSION, SCRIPT, losses_of, train
 
 EOD, SEQ = 126, 16  # the NullTokenizer's last id of 127
@@ -65,6 +66,7 @@ def parse(argv: list[str]) -> Any:
     destroy_global_vars()
     destroy_num_microbatches_calculator()
     sys.argv = [str(SCRIPT), *argv]
+    start_quickly()
     wheel.install()
     args, _ = parse_arguments()
     args.iteration = 0

@@ -7,11 +7,10 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tests.distributed import REPOSITORY, run_distributed
+from tests.quick_start import start_quickly
 from tests.unit_tests.training import megatron_flags as lists
 from tests.unit_tests.training.runs import FLAGS, RECURSION
 from tests.unit_tests.training.test_bad_flags import forget, write_dataset
@@ -92,7 +91,8 @@ def answers(lines: list[str]) -> list[str]:
 
     said, before = [], dict(os.environ)
     os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "RANK": "0", "LOCAL_RANK": "0"}
-    with helps_read_once(), contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all 800 arguments
+    start_quickly()
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all 800 arguments
         for line in lines:
             sys.argv = ["pretrain", *command_line(line)]
             try:
@@ -108,25 +108,6 @@ def answers(lines: list[str]) -> list[str]:
     os.environ.clear()
     os.environ |= before
     return said
-
-
-@contextlib.contextmanager
-def helps_read_once() -> Iterator[None]:
-    """Megatron parses the source of its configs for the help of their flags, which is most of what a parser costs."""
-    from megatron.training.argument_utils import ArgumentGroupFactory as Factory
-
-    original, read = Factory._get_field_docstrings, {}
-
-    def once(self: Any, config: type) -> dict[str, str]:
-        if config not in read:
-            read[config] = original(self, config)
-        return dict(read[config])
-
-    Factory._get_field_docstrings = once
-    try:
-        yield
-    finally:
-        Factory._get_field_docstrings = original
 
 
 def test_refused_flags_are_refused_and_tried_flags_taken(tmp_path: Path) -> None:

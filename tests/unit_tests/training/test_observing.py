@@ -18,6 +18,7 @@ from megatron_recursive.accounting import ModelShape, flops_per_token
 from megatron_recursive.plan import RecursionConfig, build_plan
 from tests.distributed import run_command, run_distributed
 from tests.grids import grid
+from tests.quick_start import ALL
 from tests.unit_tests.training.runs import (
     FLAGS,
     RECURSION,
@@ -241,7 +242,8 @@ def test_a_nan_in_a_weight_stops_the_run_with_a_sentence(tmp_path: Path, mode: s
 @pytest.mark.grid
 def test_a_run_can_be_made_again_from_its_record(tmp_path: Path) -> None:
     """The command in run.json, run by a shell, gives the same losses: two ranks, dropout on."""
-    assert train(*save_to(tmp_path, 3), f"--tensorboard-dir={tmp_path / 'events'}", world_size=2) is None
+    assert train(*save_to(tmp_path, 3), f"--tensorboard-dir={tmp_path / 'events'}", world_size=2,
+                 mock_documents=ALL) is None  # fmt: skip
     record = json.loads((tmp_path / "run.json").read_text())
     for folder, iteration in (("iter_0000003", 3), ("iter_0000006", 6), (".", 6)):
         assert json.loads((tmp_path / folder / "run.json").read_text()) == {**record, "iteration": iteration}
@@ -290,6 +292,7 @@ def straggler_starts(argv: list[str]) -> tuple[str | None, list[bool]]:
         STRAGGLER.start = STRAGGLER.null_method
 
 
+@pytest.mark.grid
 def test_the_straggler_detector_times_data_and_model() -> None:
     """--log-straggler divides by this time. The detector needs CUDA events, so that its start is watched here."""
     ((said, starts),) = run_distributed(straggler_starts, 1, [*FLAGS, *RECURSION, "--train-iters", "2"], timeout=120)

@@ -16,9 +16,9 @@ import pytest
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.training import console, ending, progress_lines
-from tests.distributed import run_distributed
+from tests.distributed import run_command, run_distributed
 from tests.forked_runs import RunServer, wait_until
-from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, save_to
+from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, save_to, train
 
 # --- lines ----------------------------------------------------------------------------------------------------------
 
@@ -117,6 +117,12 @@ def test_a_terminal_gets_a_line_an_interval(tmp_path: Path) -> None:
     assert sum(line.startswith("held out at iteration") for line in lines) == 2
     assert sum(line.startswith("checkpoint of iteration") for line in lines) == 2
     assert not any("lm loss value" in line or "consumed samples" in line for line in lines)
+
+
+@pytest.mark.grid
+def test_a_run_that_only_evaluates_says_so(tmp_path: Path) -> None:
+    flags = [*FLAGS, *RECURSION, *EVALUATED, *save_to(tmp_path), "--log-style", "compact"]
+    assert train(*flags, flags=(), recursion=()) is None
     before = (tmp_path / "metrics.jsonl").read_text()
     ((out, _),) = run_distributed(shown_in_worker, 1, [*flags, "--train-iters", "9", "--skip-train"], timeout=120)
     assert "nothing was trained: iteration 6 of 9 is the last one" in out and "test set at iteration 6" in out
@@ -182,6 +188,22 @@ def test_a_defect_keeps_its_traceback_in_the_file_that_the_last_line_names(ended
     assert "Traceback" in recorded["extraInfo"]["py_callstack"]
 
 
+INTERRUPTED = """
+import os, signal, time
+from megatron_recursive.training import ending
+ending.watch_for_interrupts()
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(30)
+"""
+
+
+def test_ctrl_c_before_training_is_a_sentence() -> None:
+    done = run_command([sys.executable, "-c", INTERRUPTED], timeout=25)
+    assert done.returncode == ending.EXIT_INTERRUPTED and done.stdout == ""
+    assert done.stderr == "stopped by Ctrl-C before training began; nothing was trained.\n"
+
+
+@pytest.mark.grid
 def test_ctrl_c_says_what_goes_on_and_leaves_the_trace(tmp_path: Path) -> None:
     server = RunServer(tmp_path)
     try:
