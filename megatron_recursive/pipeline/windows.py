@@ -60,7 +60,7 @@ def _most(grad: Sequence[bool], stages: int, stage: int, micro_batches: int) -> 
         start * len(grad) + (n + 1) * min(group, micro_batches - start)
         for start in {*starts[:2], starts[-1]} for n, one in enumerate(grad) if one
     )  # fmt: skip
-    return max(recorded(end, grad) - recorded(end - lag, grad[::-1]) for end in ends)
+    return max((recorded(end, grad) - recorded(end - lag, grad[::-1]) for end in ends), default=0)
 
 
 def in_flight(stages: int, micro_batches: int, windows: Sequence[int] = (), *, interleaved: bool = True) -> int:

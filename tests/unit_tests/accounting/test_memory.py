@@ -66,6 +66,7 @@ CASES = {
         transformer={**LLAMA_LIKE, "bias_activation_fusion": True}, recording={"splits_norm": True}
     ),
     "norm once": Measured({"state_norm": "none"}),
+    "exit gate": Measured({"recursion_family": "looped", "exit_gate": True, "num_refinement_blocks": 3}),
     "documents": Measured(documents=True, recording={"attention_mask": 1}),
     "bf16": Measured(transformer={"bf16": True}, recording={"element": 2}),
     "replay passes": Measured(FULL, layout=Layout(recompute_passes=True), recording={"recompute_passes": True}),
