@@ -171,7 +171,8 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
     tokens, hidden = shape.seq_length * recording.micro_batch, hidden_bytes(shape, recording)
     supervised = [p for p in plan.passes if p.supervised_weight > 0]
     halting = [p for p in plan.passes if p.halt_weight > 0 and p not in supervised]
-    probabilities = (1 if plan.exit_gate else len(supervised)) * tokens * shape.vocab_size * 4 / recording.tensor_parallel
+    at_once = 1 if plan.exit_gate else len(supervised)
+    probabilities = at_once * tokens * shape.vocab_size * 4 / recording.tensor_parallel
     if supervised and recording.element < 4:
         probabilities += tokens * shape.vocab_size * recording.element / recording.tensor_parallel
     kept = len(supervised) * hidden
