@@ -26,8 +26,10 @@ STARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
 }  # fmt: skip
 STATE_NORMS = ("final", "none", "core", "core-end")
 READABLE = (*STATES, "input")
-COMBINES = ("sum", "concat", "diagonal")
-_SAID = {"concat": "[{}, {}]", "diagonal": "a {} + B {}"}
+MAPS = {  # ways to combine two values that are no sum: as a table says it, and as help does
+    "concat": ("[{}, {}]", "a linear map of both side by side (Huginn)"),
+    "diagonal": ("a {} + B {}", "the state times a learned decay below 1, plus a linear map of the input (Parcae)"),
+}
 WHOLE = (("core", None),)  # all layers are one stack
 
 
@@ -158,9 +160,9 @@ class RecursionPlan:
                 raise UserError(f"{where} moves its state by a part, so that the next pass of its block must read it.")
         if not decoder_pass.reads or set(decoder_pass.reads) - set(READABLE):
             raise UserError(f"{where} must read some of {', '.join(READABLE)}.")
-        if decoder_pass.combine not in COMBINES or (decoder_pass.combine != "sum" and len(decoder_pass.reads) != 2):
+        if decoder_pass.combine != "sum" and (decoder_pass.combine not in MAPS or len(decoder_pass.reads) != 2):
             raise UserError(f"{where} combines {len(decoder_pass.reads)} values by '{decoder_pass.combine}'; there are "
-                            f"{', '.join(COMBINES)}, the last two of two values.")  # fmt: skip
+                            f"sum, and of two values {', '.join(MAPS)}.")  # fmt: skip
         if (decoder_pass.supervised_weight or decoder_pass.halt_weight) and decoder_pass.target != "output":
             raise UserError(f"{where} is supervised but does not update the output state.")
         for name in ("supervised_weight", "halt_weight"):
@@ -290,7 +292,7 @@ class RecursionPlan:
     @cached_property
     def maps(self) -> tuple[str, ...]:
         """The words of its passes' ``combine`` that are no sum."""
-        return tuple(word for word in COMBINES[1:] if any(p.combine == word for p in self.passes))
+        return tuple(word for word in MAPS if any(p.combine == word for p in self.passes))
 
     @cached_property
     def is_plain(self) -> bool:
@@ -401,7 +403,7 @@ class RecursionPlan:
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
             weights = (f"{p.supervised_weight:g}{' p' * self.exit_gate}" if p.supervised_weight else "-",
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
-            reads = _SAID[p.combine].format(*p.reads) if p.combine in _SAID else " + ".join(p.reads)
+            reads = MAPS[p.combine][0].format(*p.reads) if p.combine in MAPS else " + ".join(p.reads)
             rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[f"{p.step:.3g}"] * has_steps,
                          reads, "yes" if p.grad else "no", *weights))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
