@@ -107,6 +107,6 @@ def test_what_is_patched_is_still_where_it_was() -> None:
 
 def test_our_builder_passes_what_upstream_passes() -> None:
     (facts,) = run_distributed(_facts, 1)
-    assert set(facts["our builder"]) - set(facts["upstream builder"]) == {"recursion"}
+    assert set(facts["our builder"]) - set(facts["upstream builder"]) == {"recursion", "plan"}
     # Multi-token prediction is refused, so its spec is not passed on.
     assert set(facts["upstream builder"]) - set(facts["our builder"]) == {"mtp_block_spec"}
