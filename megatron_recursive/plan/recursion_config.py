@@ -194,8 +194,9 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         for name in ("num_prelude_layers", "num_coda_layers", "backprop_depth"):
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         self._check_family()
-        windows = re.fullmatch(r"0|[1-9]\d*(,[1-9]\d*)*", self.latent_backprop_depth)
-        self._require("latent_backprop_depth", windows is not None and windows[0].count(",") < self.num_refinement_blocks,
+        windows = self.latent_backprop_depth
+        holds = re.fullmatch(r"0|[1-9]\d*(,[1-9]\d*)*", windows) and windows.count(",") < self.num_refinement_blocks
+        self._require("latent_backprop_depth", bool(holds),
                       f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
