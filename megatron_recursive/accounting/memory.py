@@ -166,12 +166,13 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
 
     The cross-entropy keeps fp32 probabilities; in other dtypes the logits that it last reads are there beside them. The
     halting head keeps the state that it read, at every block end that teaches it; of the last one the language-model
-    head keeps the same tensor.
+    head keeps the same tensor. With an exit gate the logits of all blocks but the last are computed again.
     """
     tokens, hidden = shape.seq_length * recording.micro_batch, hidden_bytes(shape, recording)
     supervised = [p for p in plan.passes if p.supervised_weight > 0]
-    halting = [p for p in plan.passes if p.halt_weight > 0 and p not in supervised]
-    probabilities = len(supervised) * tokens * shape.vocab_size * 4 / recording.tensor_parallel
+    halting = [p for p in plan.passes if plan.is_projected(p) and p not in supervised]
+    at_once = 1 if plan.exit_gate and supervised else len(supervised)
+    probabilities = at_once * tokens * shape.vocab_size * 4 / recording.tensor_parallel
     if supervised and recording.element < 4:
         probabilities += tokens * shape.vocab_size * recording.element / recording.tensor_parallel
     kept = len(supervised) * hidden

@@ -41,7 +41,7 @@ def score_layers(layers: Sequence[nn.Module], run: Callable[[Tensor], Any], batc
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             angle = angles(_read(args, kwargs), _first(result))
             one_minus_cosine = 2 * torch.sin(angle / 2) ** 2
-            sums[at] += torch.tensor([one_minus_cosine.sum(), angle.sum() / math.pi, angle.numel()])
+            sums[at] += torch.stack([one_minus_cosine.sum(), angle.sum() / math.pi, torch.ones_like(angle).sum()]).cpu()
 
         return look
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from megatron_recursive.data.cpython_corpus import cpython_documents
 from megatron_recursive.data.hub import HubChoice
 from megatron_recursive.data.readers import iter_documents
 from megatron_recursive.data.sources import find_files
+from megatron_recursive.data.tokenizer import load_tokenizer
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
-from megatron_recursive.inference.loading import Loaded, open_model
+from megatron_recursive.inference.loading import NEEDS_ITS_OWN, Loaded, open_model
 from megatron_recursive.inference.text import NumberText, Text, TokenizerText
 
 
@@ -34,15 +36,19 @@ def open_subject(given: str, tokenizer: str | None, device: str | None) -> Itera
     source = open_source(given)
     model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
     model.load_state_dict({name: source.weight(name) for name in model.state_dict()})
-    text = TokenizerText(tokenizer_of(source.gguf.parent, gguf_file=source.gguf.name))  # type: ignore[union-attr]
-    yield Loaded(given, model.to(of_this_process(device)).eval(), text, source.arch.max_positions, False)
+    found = (load_tokenizer(tokenizer, NEEDS_ITS_OWN) if tokenizer is not None
+             else tokenizer_of(Path(given).parent, gguf_file=Path(given).name))  # fmt: skip
+    if found is None:
+        raise UserError(f"--model {given} has no tokenizer that loads here; give --tokenizer DIR.")
+    model = model.to(of_this_process(device)).eval()
+    yield Loaded(given, model, TokenizerText(found), source.arch.max_positions, recursive=False)
 
 
 def layers_of(model: Any) -> list[nn.Module]:
     """The decoder layers of such a model, of transformers or of Megatron."""
     found = model.megatron.decoder.layers if hasattr(model, "megatron") else getattr(model.base_model, "layers", None)
     if not isinstance(found, nn.ModuleList):
-        raise UserError(f"--model is a {type(model).__name__}, whose layers are not known here; import it first.")
+        raise UserError(f"--model is a {type(model).__name__}, no model of a family that convert import takes.")
     return list(found)
 
 

@@ -54,9 +54,7 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(record) if args.json else "\n".join(tables(record)))
 
 
-class Model(NamedTuple):
-    """``rows`` of the embedding are those that the source holds: a folder the true ones, Megatron padded ones."""
-
+class Model(NamedTuple):  # rows: of the embedding, in a folder the true ones, Megatron's the padded ones
     source: str
     arch: Architecture
     plan: RecursionPlan
@@ -113,7 +111,7 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
     planning.complete_job(args, model.values)
     shape = arch.shape(args.seq_length, model.rows)
     cache = accounting.cache_bytes_per_token(shape, plan, 4 if model.dtype == "float32" else 2)
-    job = planning.job_of(args, arch, plan, 0.0, 1.0, pads_vocabulary=args.model is None)
+    job = planning.job_of(args, arch, plan, memory=0.0, flops=1.0, pads_vocabulary=args.model is None)
     found = layout_of(job, args.tp, args.pp)
     return {
         "format": "megatron-recursive count", "version": VERSION,

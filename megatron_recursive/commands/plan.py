@@ -94,9 +94,11 @@ def run(args: argparse.Namespace) -> None:
     args.peak_tflops = args.peak_tflops or (989.0 if args.bf16 else 67.0)
     recursion = RecursionConfig.from_mapping({**values, **knobs_in(vars(args))})
     arch = Architecture.from_megatron(values, args.ckpt or args.hf or "The model")
-    from megatron_recursive.pipeline.layouts import fitting_layouts, what_would_fit
+    from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
 
-    job = _job(args, arch, recursion)
+    plan, flops = build_plan(recursion.resolved(embedding_init_std=arch.init_std)), args.peak_tflops * 1e12 * args.mfu
+    job = job_of(args, arch, plan, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
+                 pads_vocabulary=not (args.ckpt or args.hf))  # fmt: skip
     fitting = fitting_layouts(job)
     if not fitting:
         raise UserError(what_would_fit(job))
@@ -205,18 +207,7 @@ def open_config(folder: Path) -> tuple[Any, Architecture, dict[str, Any]]:
     return config, read_config(family, config, str(folder)), getattr(config, "recursion", own)
 
 
-def _job(args: argparse.Namespace, arch: Architecture, recursion: RecursionConfig) -> Job:
-    from megatron_recursive.pipeline.layouts import GIB
-
-    return job_of(
-        args, arch, build_plan(recursion.resolved(embedding_init_std=arch.init_std)), args.gpu_memory * GIB,
-        args.peak_tflops * 1e12 * args.mfu, pads_vocabulary=not (args.ckpt or args.hf), node=args.gpus_per_node,
-    )  # fmt: skip
-
-
-def job_of(
-    args: argparse.Namespace, arch: Architecture, plan: RecursionPlan, memory: float, flops: float, **settings: Any
-) -> Job:
+def job_of(args: argparse.Namespace, arch: Architecture, plan: RecursionPlan, **settings: Any) -> Job:
     from megatron_recursive.pipeline.layouts import Job
 
     # As with Transformer Engine on a GPU: fused norms and activations; no dropout.
@@ -225,8 +216,8 @@ def job_of(
         recompute_passes=args.recompute_passes, recompute_layers=int(args.recompute_granularity is not None),
     )  # fmt: skip
     return Job(
-        arch.shape(args.seq_length), plan, args.gpus, memory, flops, args.global_batch_size, recording,
-        StateBytes() if args.bf16 else StateBytes(4, 4, 8), args.use_distributed_optimizer,
+        arch.shape(args.seq_length), plan, args.gpus, global_batch=args.global_batch_size, recording=recording,
+        state=StateBytes() if args.bf16 else StateBytes(4, 4, 8), distributed_optimizer=args.use_distributed_optimizer,
         window=args.pipeline_window or 0, **settings,
     )  # fmt: skip
 

@@ -79,9 +79,10 @@ def _three_sources(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     import_model(str(donor), str(folder / "ckpt"), ImportOptions(knobs, proof_dtype=None), lambda _: None)
     export_model(str(folder / "ckpt"), str(folder / "hf"), proof_dtype=None, say=lambda _: None)
     words = [word for name, value in knobs.items() for word in (f"--{name.replace('_', '-')}", value)]
-    shape = f"""--num-layers {LAYERS} --hidden-size 60 --ffn-hidden-size 100 --num-attention-heads 6 --num-query-groups 2
-        --kv-channels 14 --vocab-size 256 --swiglu --disable-bias-linear --normalization RMSNorm --qk-layernorm
-        --position-embedding-type rope --untie-embeddings-and-output-weights""".split()
+    shape = f"""--num-layers {LAYERS} --hidden-size 60 --ffn-hidden-size 100 --num-attention-heads 6
+        --num-query-groups 2 --kv-channels 14 --vocab-size 256 --swiglu --disable-bias-linear
+        --normalization RMSNorm --qk-layernorm --untie-embeddings-and-output-weights
+        --position-embedding-type rope""".split()
     layout = ["--seq-length", 32, "--tp", 2, "--pp", 2, "--gpus", 8]
     sources = [["--model", folder / "ckpt"], ["--model", folder / "hf"], ["--model", donor, *words], [*shape, *words]]
     found = [count(*source, *layout) for source in sources]
@@ -122,7 +123,7 @@ def test_vocabulary_rows_are_those_of_the_source(tmp_path: Path, capsys: pytest.
         (["--num-layers", "4"], "--hidden-size and --num-attention-heads missing"),
         (["--model", "x", "--num-layers", "2"], "--num-layers is decided by the model of --model"),
         (["--model", "./no/such"], "./no/such does not exist"),
-        ("--num-layers 3 --hidden-size 60 --num-attention-heads 6 --pp 2".split(), "--tp 1 and --pp 2 on 2 GPUs divide"),
+        ("--num-layers 3 --hidden-size 60 --num-attention-heads 6 --pp 2".split(), "--tp 1 and --pp 2 on 2 GPUs"),
         (["--tp", "0"], "--tp must be positive"),
     ],
 )

@@ -191,7 +191,8 @@ def _of_checkpoint(folder: Path) -> list[dict[str, Any]]:
 
     cpu.install(on_purpose=True)
     donor = write_plain(folder / "donor")
-    import_model(str(donor), str(folder / "ckpt"), ImportOptions({"enable_recursive_refinement": False}), lambda _: None)
+    plain = ImportOptions({"enable_recursive_refinement": False})
+    import_model(str(donor), str(folder / "ckpt"), plain, lambda _: None)
     words = ["--num-samples", "2", "--seq-length", "24", "--loop-windows", "1", "2", "--output", str(folder / "a.json")]
     return [layers("--model", str(model), *words) for model in (donor, folder / "ckpt")]
 
