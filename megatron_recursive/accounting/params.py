@@ -92,6 +92,13 @@ def count_parameters(shape: ModelShape, plan: RecursionPlan) -> ParameterCount:
     )
 
 
+def parameters_by_stack(shape: ModelShape, plan: RecursionPlan) -> dict[str, tuple[int, int]]:
+    """The parameters that each stack of layers holds, and what they would be with a layer for every pass through it."""
+    layer = count_parameters(shape, plan).layers // shape.num_layers
+    held = {name: len(layers) * layer for name, layers in plan.layers_of(shape.num_layers).items()}
+    return {name: (size, size * sum(p.stack == name for p in plan.passes)) for name, size in held.items()}
+
+
 def tensor_parallel_parameters(
     shape: ModelShape, plan: RecursionPlan, tensor_parallel: int, layers_per_stage: Sequence[int]
 ) -> list[float]:

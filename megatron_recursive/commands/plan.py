@@ -8,11 +8,11 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_recursive.accounting import ModelShape, Recording, StateBytes, count_parameters, flops_per_token
+from megatron_recursive.accounting import Recording, StateBytes, count_parameters, flops_per_token
 from megatron_recursive.command_line import command, example
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.plan import RecursionConfig, build_plan
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.recursion_config import TRAINED, add_recursion_arguments, flag_of, knobs_in
 
 if TYPE_CHECKING:
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 SUMMARY = "Say which layouts of a model fit a number of GPUs, what each needs, and how fast it would be."
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
-SIZES = (*NEEDED, "ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size")
-SWITCHES = ("swiglu", "disable_bias_linear", "untie_embeddings_and_output_weights")
-CHOICES = {"normalization": ("LayerNorm", "RMSNorm"), "position_embedding_type": ("learned_absolute", "rope", "none")}
+SIZES = (*NEEDED, "ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings")
+SWITCHES = ("swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights")
+CHOICES = {"normalization": ("LayerNorm", "RMSNorm"), "position_embedding_type": ("learned_absolute", "rope", "none"),
+           "norm_placement": ("pre", "post", "sandwich"), "qk_norm_scope": ("head", "full")}  # fmt: skip
 DEFAULTS = {"vocab_size": 32768, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
 UNSAID = ("--norm-epsilon=1e-05", "--init-method-std=0.02", "--rotary-base=10000", "--rotary-percent=1.0",
           "--normalization=LayerNorm", "--position-embedding-type=learned_absolute")  # fmt: skip
@@ -46,21 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model: a checkpoint, a Hugging Face folder, or Megatron's flags")
     model.add_argument("--ckpt", metavar="DIR", help="a --save folder, or one iteration's folder")
     model.add_argument("--hf", metavar="DIR", help="a folder with a config.json")
-    for name in (*SIZES, *CHOICES, *SWITCHES):
-        kind: dict[str, Any] = {"type": int} if name in SIZES else {"choices": CHOICES.get(name)}
-        told = f" (default: {DEFAULTS[name]})" if name in DEFAULTS else ""
-        model.add_argument(flag_of(name), default=argparse.SUPPRESS, help=f"as in training{told}",
-                           **({"action": "store_true"} if name in SWITCHES else kind))
-    model.add_argument("--seq-length", type=int, help="default: the checkpoint's, or 4096 and at most the model's")
-    add_recursion_arguments(parser, TRAINED, only_given=True)  # the rest is the source's own
-    job = parser.add_argument_group("training")
-    job.add_argument("--micro-batch-size", type=int, help="default: the checkpoint's, or 1")
-    job.add_argument("--global-batch-size", type=int, help="default: the checkpoint's, or 4 micro-batches a GPU")
-    job.add_argument("--bf16", action="store_true", help="weights in bf16, Adam in fp32 (default: all in fp32)")
-    job.add_argument("--use-distributed-optimizer", action="store_true", help="spread Adam's states over DP")
-    job.add_argument("--recompute-passes", action="store_true", help="keep one hidden tensor a pass, replay the pass")
-    job.add_argument("--recompute-granularity", choices=("full",), help="replay layer by layer")
-    job.add_argument("--pipeline-window", type=int, metavar="N", help="micro-batches of a window of two phases at most")
+    job = add_model_and_job(parser, model)
     job.add_argument("--tokens", metavar="N", help="also tell the days that so many take: 100B, 300M, ...")
     gpus = parser.add_argument_group("GPUs")
     gpus.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each; 90%% of it may be filled")
@@ -79,14 +66,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             "--use-distributed-optimizer")  # fmt: skip
 
 
+def add_model_and_job(parser: argparse.ArgumentParser, model: Any) -> Any:
+    """Megatron's flags of a model into a group of the parser, and the group of its training, which is returned."""
+    # fmt: off
+    for name in (*SIZES, *CHOICES, *SWITCHES):
+        kind: dict[str, Any] = {"type": int} if name in SIZES else {"choices": CHOICES.get(name)}
+        told = f" (default: {DEFAULTS[name]})" if name in DEFAULTS else ""
+        model.add_argument(flag_of(name), default=argparse.SUPPRESS, help=f"as in training{told}",
+                           **({"action": "store_true"} if name in SWITCHES else kind))
+    model.add_argument("--seq-length", type=int, help="default: the checkpoint's, or 4096 and at most the model's")
+    add_recursion_arguments(parser, TRAINED, only_given=True)  # the rest is the source's own
+    job = parser.add_argument_group("training")
+    job.add_argument("--micro-batch-size", type=int, help="default: the checkpoint's, or 1")
+    job.add_argument("--global-batch-size", type=int, help="default: the checkpoint's, or 4 micro-batches a GPU")
+    job.add_argument("--bf16", action="store_true", help="weights in bf16, Adam in fp32 (default: all in fp32)")
+    job.add_argument("--use-distributed-optimizer", action="store_true", help="spread Adam's states over DP")
+    job.add_argument("--recompute-passes", action="store_true", help="keep one hidden tensor a pass, replay the pass")
+    job.add_argument("--recompute-granularity", choices=("full",), help="replay layer by layer")
+    job.add_argument("--pipeline-window", type=int, metavar="N", help="micro-batches of a window of two phases at most")
+    # fmt: on
+    return job
+
+
 def run(args: argparse.Namespace) -> None:
-    _check(args)
+    check(args)
     values, tokens = _model(args), _count(args.tokens)
+    args.peak_tflops = args.peak_tflops or (989.0 if args.bf16 else 67.0)
     recursion = RecursionConfig.from_mapping({**values, **knobs_in(vars(args))})
     arch = Architecture.from_megatron(values, args.ckpt or args.hf or "The model")
-    from megatron_recursive.pipeline.layouts import fitting_layouts, what_would_fit
+    from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
 
-    job = _job(args, arch, recursion)
+    plan, flops = build_plan(recursion.resolved(embedding_init_std=arch.init_std)), args.peak_tflops * 1e12 * args.mfu
+    job = job_of(args, arch, plan, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
+                 pads_vocabulary=not (args.ckpt or args.hf))  # fmt: skip
     fitting = fitting_layouts(job)
     if not fitting:
         raise UserError(what_would_fit(job))
@@ -121,42 +133,55 @@ def run(args: argparse.Namespace) -> None:
 # --- what is asked --------------------------------------------------------------------------------------------------
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     knobs = knobs_in(vars(args))
     for name, value in vars(args).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and name not in knobs
         if is_number and not 0 < value <= (1 if name == "mfu" else 1e15):
             raise UserError(f"{flag_of(name)} must be positive{' and at most 1' * (name == 'mfu')}, but is {value}.")
-    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+    if "gpus_per_node" in args and args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise UserError(f"--gpus {args.gpus} fill no nodes of --gpus-per-node {args.gpus_per_node}; change either.")
 
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
     """Megatron's arguments of the model, by the names under which a checkpoint stores them; fills in the job's."""
-    given = {name: vars(args)[name] for name in (*SIZES, *CHOICES, *SWITCHES) if name in vars(args)}
-    missing = [flag_of(name) for name in NEEDED if name not in given]
     if args.ckpt or args.hf:
+        given = given_sizes(args)
         if given or (args.ckpt and args.hf):
             flag, source = flag_of(next(iter(given), "hf")), "--ckpt" if args.ckpt else "--hf"
             raise UserError(f"{flag} is decided by the model of {source}; leave out either.")
         values = _of_checkpoint(Path(args.ckpt)) if args.ckpt else _of_hugging_face(Path(args.hf))
-    elif missing:
-        raise UserError(f"{' and '.join(missing)} missing; describe the model, or name one with --ckpt or --hf.")
     else:
-        values = {**DEFAULTS, "max_position_embeddings": args.seq_length or 4096, **given}
-        hidden, heads = values["hidden_size"], values["num_attention_heads"]
-        if (hidden % heads and "kv_channels" not in given) or heads % given.get("num_query_groups", 1):
-            raise UserError("--num-attention-heads must divide --hidden-size and be divided by --num-query-groups.")
-        values.setdefault("ffn_hidden_size", int(hidden * 8 / 3 / 64) * 64 if "swiglu" in given else 4 * hidden)
-        values |= {"group_query_attention": "num_query_groups" in given, "padded_vocab_size": values["vocab_size"],
-                   "add_bias_linear": "disable_bias_linear" not in given}  # fmt: skip
+        values = values_of_flags(args, "--ckpt or --hf")
+    complete_job(args, values)
+    return values
+
+
+def given_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: vars(args)[name] for name in (*SIZES, *CHOICES, *SWITCHES) if name in vars(args)}
+
+
+def values_of_flags(args: argparse.Namespace, instead: str) -> dict[str, Any]:
+    given = given_sizes(args)
+    missing = [flag_of(name) for name in NEEDED if name not in given]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing; describe the model, or name one with {instead}.")
+    values = {**DEFAULTS, "max_position_embeddings": args.seq_length or 4096, **given}
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if (hidden % heads and "kv_channels" not in given) or heads % given.get("num_query_groups", 1):
+        raise UserError("--num-attention-heads must divide --hidden-size and be divided by --num-query-groups.")
+    values.setdefault("ffn_hidden_size", int(hidden * 8 / 3 / 64) * 64 if "swiglu" in given else 4 * hidden)
+    return values | {"group_query_attention": "num_query_groups" in given, "padded_vocab_size": values["vocab_size"],
+                     "add_bias_linear": "disable_bias_linear" not in given}  # fmt: skip
+
+
+def complete_job(args: argparse.Namespace, values: dict[str, Any]) -> None:
+    """What is not given is the checkpoint's, or a default."""
     args.seq_length = args.seq_length or values.get("seq_length") or min(4096, values["max_position_embeddings"])
     args.micro_batch_size = args.micro_batch_size or values.get("micro_batch_size") or 1
     batch = args.global_batch_size or values.get("global_batch_size")
     args.global_batch_size = batch or 4 * args.gpus * args.micro_batch_size
     args.bf16 = bool(args.bf16 or values.get("bf16"))
-    args.peak_tflops = args.peak_tflops or (989.0 if args.bf16 else 67.0)
-    return values
 
 
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
@@ -166,6 +191,12 @@ def _of_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _of_hugging_face(folder: Path) -> dict[str, Any]:
+    config, arch, knobs = open_config(folder)
+    return {**knobs, **arch.to_megatron()}
+
+
+def open_config(folder: Path) -> tuple[Any, Architecture, dict[str, Any]]:
+    """transformers' config of a folder, of which only the config.json is read, what it says, and its recursion."""
     from megatron_recursive.hf.convert.configs import family_of, read_config
     from megatron_recursive.hf.convert.sources import config_object, read_json
 
@@ -173,30 +204,21 @@ def _of_hugging_face(folder: Path) -> dict[str, Any]:
     family = family_of(values, str(folder))
     config = config_object(family, values, str(folder))
     own = {} if family.recursion is None else family.recursion.knobs(config, str(folder))
-    return {**getattr(config, "recursion", own), **read_config(family, config, str(folder)).to_megatron()}
+    return config, read_config(family, config, str(folder)), getattr(config, "recursion", own)
 
 
-def _job(args: argparse.Namespace, arch: Architecture, recursion: RecursionConfig) -> Job:
-    from megatron_recursive.pipeline.layouts import GIB, Job
+def job_of(args: argparse.Namespace, arch: Architecture, plan: RecursionPlan, **settings: Any) -> Job:
+    from megatron_recursive.pipeline.layouts import Job
 
-    shape = ModelShape(
-        arch.num_layers, arch.hidden_size, arch.ffn_hidden_size, arch.num_attention_heads, arch.num_query_groups,
-        arch.head_dim, arch.padded_vocab_size, args.seq_length, args.seq_length if arch.positions == "learned" else 0,
-        arch.gated, arch.tied, arch.linear_bias, arch.qkv_bias, arch.qk_norm is not None, arch.qk_norm == "full",
-        arch.norm == "layernorm", 4 if arch.norm_placement == "sandwich" else 2,
-        arch.attention_gate,
-    )  # fmt: skip
     # As with Transformer Engine on a GPU: fused norms and activations; no dropout.
     recording = Recording(
         args.micro_batch_size, element=2 if args.bf16 else 4, rotary=arch.positions == "rope",
         recompute_passes=args.recompute_passes, recompute_layers=int(args.recompute_granularity is not None),
     )  # fmt: skip
-    plan = build_plan(recursion.resolved(embedding_init_std=arch.init_std))
     return Job(
-        shape, plan, args.gpus, args.gpu_memory * GIB, args.peak_tflops * 1e12 * args.mfu,
-        args.global_batch_size, recording, StateBytes() if args.bf16 else StateBytes(4, 4, 8),
-        args.use_distributed_optimizer, pads_vocabulary=not (args.ckpt or args.hf), node=args.gpus_per_node,
-        window=args.pipeline_window or 0,
+        arch.shape(args.seq_length), plan, args.gpus, global_batch=args.global_batch_size, recording=recording,
+        state=StateBytes() if args.bf16 else StateBytes(4, 4, 8), distributed_optimizer=args.use_distributed_optimizer,
+        window=args.pipeline_window or 0, **settings,
     )  # fmt: skip
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, stage_memory
 from megatron_recursive.accounting.flops import layer_forward_flops
+from megatron_recursive.errors import UserError
 from megatron_recursive.pipeline.balance import balanced_split
 from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
 from megatron_recursive.pipeline.planner import Step, simulated_step
+from megatron_recursive.pipeline.windows import most_held
 from megatron_recursive.plan import RecursionPlan
 
 GIB = 2**30
@@ -56,7 +59,7 @@ class Job:
 class Layout:
     """How a job is spread, ``split`` being the layers of each stage.
 
-    ``memory`` is that of the fullest stage, ``stage``; a step takes ``seconds``.
+    ``memory`` is that of the fullest stage, ``stage``, of all ``stages``; a step takes ``seconds``.
     """
 
     tensor: int
@@ -68,6 +71,7 @@ class Layout:
     efficiency: float
     seconds: float
     split: tuple[int, ...]
+    stages: tuple[StageMemory, ...]
 
 
 def fitting_layouts(job: Job) -> list[Layout]:
@@ -78,6 +82,21 @@ def fitting_layouts(job: Job) -> list[Layout]:
 
 def stage_layers(job: Job, pipeline: int) -> tuple[int, ...]:
     return balanced_split(job.plan, job.shape, pipeline, job.backward_cost)
+
+
+def layout_of(job: Job, tensor: int, pipeline: int) -> Layout:
+    """The layout of these sizes, whether it fits or not.
+
+    Raises:
+        UserError: they divide something unevenly, or leave a stage without a micro-batch.
+    """
+    found = [sizes for sizes in _sizes(replace(job, node=job.gpus)) if sizes[:2] == (tensor, pipeline)]
+    if not found:
+        raise UserError(
+            f"--tp {tensor} and --pp {pipeline} on {job.gpus} GPUs divide the heads, groups, layers, vocabulary and "
+            f"the batch of {job.global_batch} into no equal ranks with a micro-batch for each stage; change them."
+        )
+    return _layout(replace(job, memory=math.inf), *found[0])
 
 
 def stage_costs(job: Job, pipeline: int) -> PassCosts:
@@ -108,17 +127,20 @@ def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> La
     recording = replace(job.recording, tensor_parallel=tensor, sequence_parallel=tensor > 1)
     state = replace(job.state, optimizer_shards=data if job.distributed_optimizer else 1)
 
-    def fullest(step: Step) -> tuple[int, StageMemory]:
-        stages = stage_memory(shape, plan, recording, state, layers_per_stage=split, live_passes=step.live,
-                              in_flight=step.in_flight, window=step.window)  # fmt: skip
-        return max(enumerate(stages), key=lambda numbered: numbered[1].total)
+    def stages_at(step: Step) -> list[StageMemory]:
+        held = partial(most_held, costs.grad, pipeline, batches, step.windows) if step.live else None
+        return stage_memory(shape, plan, recording, state, layers_per_stage=split, most_held=held,
+                            in_flight=step.in_flight, window=step.window)  # fmt: skip
 
-    step = Step(math.inf, 0.0, (len(plan.grad_passes),) * pipeline, 1)
-    if fullest(step)[1].total <= USABLE * job.memory:
-        step = simulated_step(stage_costs(job, pipeline), batches, window=job.window)
+    step, costs = Step(math.inf, 0.0, (), 1), stage_costs(job, pipeline)
+    if max(stage.total for stage in stages_at(step)) <= USABLE * job.memory:
+        step = simulated_step(costs, batches, window=job.window)
     forward = layer_forward_flops(shape) * shape.num_layers * shape.seq_length * recording.micro_batch / job.flops
     seconds = step.makespan * forward / tensor * (1 + TENSOR_COST * math.log2(tensor))
-    return Layout(tensor, pipeline, data, batches, *fullest(step), step.efficiency, seconds, split)
+    stages = stages_at(step)
+    fullest = max(range(pipeline), key=lambda stage: stages[stage].total)
+    return Layout(tensor, pipeline, data, batches, fullest, stages[fullest], step.efficiency, seconds, split,
+                  tuple(stages))  # fmt: skip
 
 
 _CHANGES: dict[str, Callable[[Job], Job]] = {

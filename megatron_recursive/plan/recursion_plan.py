@@ -123,12 +123,13 @@ class RecursionPlan:
         if len(dict(self.stacks)) != len(self.stacks) or None not in dict(self.stacks).values():
             raise UserError("The stacks of a plan need different names, and one of them takes the rest of the layers.")
         last = self.passes[-1]
-        learns = last.supervised_weight > 0 or (self.trains_heads_only and last.halt_weight > 0)
+        learns = last.supervised_weight > 0 or (self.trains_heads_only and (last.halt_weight > 0 or self.exit_gate))
         if last.target != "output" or not learns:
             raise UserError("The last pass of a plan must update the output state and be supervised.")
         for expected, decoder_pass in enumerate(self.passes):
             self._check_pass(expected, decoder_pass)
-        if self.exit_gate and (self.has_halting or not all(p.supervised_weight > 0 for p in self.block_ends)):
+        supervised = self.trains_heads_only or all(p.supervised_weight > 0 for p in self.block_ends)
+        if self.exit_gate and (self.has_halting or not supervised):
             raise UserError("An exit gate stands in place of a halting head and needs every block supervised.")
         starved = [group for group, fed in self.gradient_groups(tied_embeddings=False).items() if not fed]
         if starved and not self.trains_heads_only:
@@ -223,7 +224,7 @@ class RecursionPlan:
         Raises:
             UserError: it has none.
         """
-        if not self.has_halting:
+        if not (self.has_halting or self.exit_gate):
             raise UserError(
                 "--train-only heads trains the heads that a recursion adds, of which this model has none; a halting "
                 "head needs a recursion of another family than recurrent, and a --halt-loss-weight above 0."
@@ -300,6 +301,11 @@ class RecursionPlan:
 
     def is_block_end(self, decoder_pass: DecoderPass) -> bool:
         return decoder_pass in self.block_ends
+
+    def is_projected(self, decoder_pass: DecoderPass) -> bool:
+        """Whether training asks what the language-model head says of the pass."""
+        gated = self.exit_gate and self.is_block_end(decoder_pass)
+        return decoder_pass.supervised_weight > 0 or decoder_pass.halt_weight > 0 or gated
 
     def closes(self, decoder_pass: DecoderPass) -> bool:
         """Whether the final norm closes the pass. Unless it closes every one (``final``), it stands before the heads

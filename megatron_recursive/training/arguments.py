@@ -19,7 +19,7 @@ from megatron.training.global_vars import get_tokenizer, rebuild_tokenizer, set_
 from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.gradient_fusion import APEX_KERNEL
-from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.plan.recursion_config import DEPTHS, add_recursion_arguments, flag_of, initial_std
 from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
@@ -27,6 +27,7 @@ from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, r
 from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
+from megatron_recursive.training.optimizer_arguments import add_optimizer_arguments, refuse_optimizers, settle_rates
 from megatron_recursive.training.patches import gpt2_tokenizer
 from megatron_recursive.training.ranges import restrict_numbers
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
@@ -50,6 +51,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         RecursionConfig.from_mapping(vars(args))  # refuses bad knobs before anything else is looked at
     if args.tokenizer_type is None and args.vocab_file is not None and args.merge_file is not None:
         args.tokenizer_type = "GPT2BPETokenizer"  # as Megatron's own GPT script
+    refuse_optimizers(args)
     refusals.refuse_features(args, on_cpu=cpu.is_installed())
     folder, from_plain_gpt = checkpoint_to_read(args)
     if (args.exit_on_missing_checkpoint and folder is None) or (
@@ -74,6 +76,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.init_from_gpt is not None:
         args.pretrained_checkpoint = args.init_from_gpt  # Megatron's name for "weights only, start at iteration 0"
     recursion = _resolve_recursion(args)
+    settle_rates(args, build_plan(recursion))
     with megatron_speaks_in_sentences(args):
         megatron_arguments.validate_args(args, {})
         set_global_variables(args, build_tokenizer=False)
@@ -99,6 +102,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_recursion_arguments(parser)
     add_norm_arguments(parser)
     add_sample_arguments(parser)
+    add_optimizer_arguments(parser)
     group = parser.add_argument_group("recursive runs")
     group.add_argument(
         "--init-from-gpt", metavar="DIR",
@@ -112,8 +116,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--train-only", choices=("heads",),
-        help="Train the heads that the recursion adds (the halting head) and freeze all other weights: no pass is "
-        "recorded. From a checkpoint of all weights start with --finetune, into another --save.",
+        help="Train the head that the recursion adds (halting head or exit gate) and freeze all other weights: no pass "
+        "is recorded. From a checkpoint of all weights start with --finetune, into another --save.",
     )
     group.add_argument(
         "--device", choices=device.CHOICES, default=os.environ.get(device.VARIABLE, "auto"),

@@ -43,12 +43,18 @@ def check_optimizer(folder: Path, common: Mapping[str, Any], run: argparse.Names
             f"The checkpoint {folder} was trained with {flag}, so that its optimizer has other weights; start from the "
             f"checkpoint's weights with --finetune, or {start_anew}."
         )
-    theirs, mine = bool(saved.get("use_distributed_optimizer")), bool(run.use_distributed_optimizer)
-    if theirs != mine:
-        raise UserError(
-            f"The checkpoint {folder} holds the state of another optimizer, with --use-distributed-optimizer "
-            f"{'on' if theirs else 'off'} (this run: {'on' if mine else 'off'}); give it as it was, or {start_anew}."
-        )
+    for flag, theirs, mine in (
+        ("--optimizer", saved.get("optimizer", "adam"), run.optimizer),
+        ("--use-distributed-optimizer", *(_on(a.get("use_distributed_optimizer")) for a in (saved, vars(run)))),
+        ("learning-rate factors (--core-lr-factor, --adapter-lr-factor, --head-lr-factor, --throttle)",
+         _factors(saved.get("rate_factors")), _factors(run.rate_factors)),
+    ):  # fmt: skip
+        if theirs != mine:
+            raise UserError(
+                f"The checkpoint {folder} holds the state of another optimizer, with {flag} {theirs} (this run: "
+                f"{mine}); give it as it was, or {start_anew}."
+            )
+    mine = run.use_distributed_optimizer
     changed = [name for name in LAYOUT if saved.get(name, 1) != getattr(run, name)]
     if mine and changed and not is_fully_reshardable(common):
         told = ", ".join(f"{flag_of(name)} {saved.get(name, 1)} (this run: {getattr(run, name)})" for name in changed)
@@ -57,6 +63,14 @@ def check_optimizer(folder: Path, common: Mapping[str, Any], run: argparse.Names
             f"that layout with --dist-ckpt-optim-fully-reshardable up to a save, which any layout reads, or "
             f"{start_anew}."
         )
+
+
+def _on(flag: object) -> str:
+    return "on" if flag else "off"
+
+
+def _factors(by_part: Mapping[str, float] | None) -> str:
+    return ", ".join(f"{part} x {factor:g}" for part, factor in sorted((by_part or {}).items())) or "none"
 
 
 def is_fully_reshardable(common: Mapping[str, Any]) -> bool:

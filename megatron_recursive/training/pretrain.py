@@ -42,7 +42,7 @@ def _run() -> None:
         from megatron_recursive.training.forward_step import datasets_provider, forward_step
         from megatron_recursive.training.metrics_log import MetricsLog
         from megatron_recursive.training.model_provider import model_config_from_args
-        from megatron_recursive.training.patches import accounts, checkpoints, observing, profiler, wheel
+        from megatron_recursive.training.patches import accounts, checkpoints, observing, optimizers, profiler, wheel
         from megatron_recursive.training.progress import Progress
         from megatron_recursive.training.report import announce, run_description
         from megatron_recursive.training.result_checks import said_in_a_sentence
@@ -58,8 +58,10 @@ def _run() -> None:
     dispatch.install()
     wheel.install()
     accounts.install(model_config)
-    checkpoints.install(args, model_config, progress)
-    observing.install(args, MetricsLog(recursion, run_description(args, model_config), progress))
+    averages = optimizers.install(args)
+    checkpoints.install(args, model_config, progress, averages)
+    log = MetricsLog(recursion, run_description(args, model_config), progress)
+    observing.install(args, log, averages if args.evaluate_ema else ())
     try:
         with said_in_a_sentence(), profiler.stopped_at_exit(args):
             pretrain(container, _in_sentences(datasets_provider), ModelType.encoder_or_decoder, forward_step)

@@ -24,7 +24,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples log_interval eval_interval save_interval "
      "tensorboard_log_interval tensorboard_queue_size recompute_num_layers seed adam_eps loss_scale initial_loss_scale "
      "min_loss_scale loss_scale_window hysteresis distributed_timeout_minutes num_distributed_optimizer_instances "
-     "num_dataset_builder_threads dist_ckpt_workers ddp_bucket_size ddp_num_buckets"),
+     "num_dataset_builder_threads dist_ckpt_workers ddp_bucket_size ddp_num_buckets "
+     "muon_num_ns_steps muon_extra_scale_factor"),
     ("a number from 0 to 1", lambda x: 0 <= x <= 1, "hidden_dropout attention_dropout"),
     ("a number of at least 0 and below 1", lambda x: 0 <= x < 1,
      "adam_beta1 adam_beta2 sgd_momentum muon_momentum lion_beta1 lion_beta2 lr_warmup_fraction"),

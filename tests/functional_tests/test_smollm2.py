@@ -98,6 +98,22 @@ def test_the_recursive_import_trains_on_over_two_stages(exported: Path) -> None:
     assert report["max_logit_error"] < 1e-4 and report["family"] == "recursive_gpt"
 
 
+def test_layers_of_the_file_and_of_the_export(exported: Path) -> None:
+    found = []
+    for name, model in (("gguf", gguf_file()), ("hf", exported)):
+        words = ["--model", model, "--num-samples", 4, "--seq-length", 64, "--output", exported.parent / f"{name}.json"]
+        command = [sys.executable, "tools/analyze_layers.py", *map(str, words)]
+        result = run_command(command, timeout=580)
+        assert result.returncode == 0, result.stderr[-2000:]
+        found.append(json.loads((exported.parent / f"{name}.json").read_text()))
+    influence = [[layer["influence"] for layer in each["layers"]] for each in found]
+    assert influence[0] == pytest.approx(influence[1], abs=1e-4)
+    assert (found[0]["prelude"], found[0]["core"], found[0]["coda"]) == ([0, 1], [*range(2, 29)], [29])
+    assert influence[0][0] > 0.9 and 0.3 < influence[0][-1] < 0.6 and max(influence[0][2:29]) < 0.2
+    result = run_command([sys.executable, "tools/count.py", "--model", str(gguf_file()), "--json"], timeout=300)
+    assert json.loads(result.stdout)["parameters"]["held"]["total"] == 134_515_008
+
+
 # Losses on the first 512 tokens of the topic "assignment" of Python's language reference, in fp32: layers 10-19 run r
 # times, nothing injected. The donor has 2.772.
 MEAN, FULL = {1: 2.772, 2: 2.840, 4: 2.906, 8: 2.990}, {1: 2.772, 2: 3.001, 4: 4.210, 8: 7.854}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.stored_arguments import DONOR
 
@@ -119,6 +120,17 @@ class Architecture:
     def position_embedding_type(self) -> str:
         """Megatron's word for the positions."""
         return "yarn" if self.yarn else {"learned": "learned_absolute"}.get(self.positions, self.positions)
+
+    def shape(self, seq_length: int, rows: int | None = None) -> ModelShape:
+        """For accounting; ``rows`` of the embedding are the padded ones unless told."""
+        return ModelShape(
+            self.num_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads, self.num_query_groups,
+            self.head_dim, rows or self.padded_vocab_size, seq_length,
+            learned_positions=self.max_positions if self.positions == "learned" else 0, gated_linear_unit=self.gated,
+            tied_embeddings=self.tied, linear_bias=self.linear_bias, qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm is not None, qk_norm_full=self.qk_norm == "full", norm_bias=self.norm == "layernorm",
+            norms_per_layer=4 if self.norm_placement == "sandwich" else 2, attention_gate=self.attention_gate,
+        )  # fmt: skip
 
     # -- Megatron ------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_recursive.accounting import cache_bytes_per_token
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof, published_looped
@@ -84,7 +85,7 @@ class MegatronModel:
         return items(self.family, self.arch, extra=extra)
 
 
-def open_checkpoint(given: str) -> MegatronModel:
+def open_checkpoint(given: str, *, averaged: bool = False) -> MegatronModel:
     """Read a checkpoint's index and arguments, and hold its tensors against them.
 
     Raises:
@@ -92,7 +93,7 @@ def open_checkpoint(given: str) -> MegatronModel:
     """
     folder = iteration_folder(Path(given))
     check_integrity(folder)
-    checkpoint = TorchDistCheckpoint(folder)
+    checkpoint = TorchDistCheckpoint(folder, averaged=averaged)
     args = checkpoint.arguments()
     arch = Architecture.from_megatron(args, given)
     if args.get("enable_recursive_refinement") is None:
@@ -130,6 +131,7 @@ def export_model(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     as_published: bool = False,
+    averaged: bool = False,
 ) -> Report:
     """Convert, prove, and put the folder at ``out``.
 
@@ -138,11 +140,12 @@ def export_model(
         proof_dtype: None skips the proof.
         dtype: of the exported weights; None leaves them as they are stored.
         as_published: in the format of the looped model that the checkpoint came from.
+        averaged: export the averages of the weights.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
     """
-    model = dataclasses.replace(open_checkpoint(ckpt), as_published=as_published)
+    model = dataclasses.replace(open_checkpoint(ckpt, averaged=averaged), as_published=as_published)
     if dtype is not None:
         model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
     return write_model(model, Path(ckpt), Path(out), tokenizer, proof_dtype, say, shard_bytes)
@@ -206,7 +209,7 @@ def _cache_size(model: MegatronModel, report: Report) -> str:
     """What keys and values of a token take, which is easily taken for that of a plain model of so many layers."""
     arch, dtype, passes = model.arch, _config(model)["dtype"], model.plan.num_passes
     layers = model.plan.unrolled_layers(arch.num_layers)
-    size = 2 * layers * arch.num_query_groups * arch.head_dim * getattr(torch, dtype).itemsize
+    size = cache_bytes_per_token(arch.shape(1), model.plan, getattr(torch, dtype).itemsize)
     report.facts["cache_bytes_per_token"] = size
     line = f"cache: {size:,} bytes a token in {dtype}"
     return line if model.plan.is_plain else (

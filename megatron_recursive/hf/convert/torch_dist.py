@@ -33,6 +33,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.models.stored_arguments import name_as_today
 
 LAYERS = "decoder.layers."
+AVERAGE = "optimizer.state.ema."  # the average of a weight (optimizers/weight_average.py), before its key
 COMMON = "common_state/shard_0_1"  # a sharded object's key in the index: name, number, of how many
 COMMON_FILE = "common.pt"  # the same, before Megatron-Core 0.19
 DATA_FILE = "__0_0.distcp"
@@ -76,11 +77,12 @@ class TorchDistCheckpoint:
     """One iteration's folder.
 
     Attributes:
-        shapes, dtypes: of the model's tensors by key; optimizer and random states are left out.
+        shapes, dtypes: of the model's tensors by key; optimizer and random states are left out. ``averaged`` reads the
+            average of each weight in its place, in its dtype.
         bytes_read: of the files behind the index, so far.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, averaged: bool = False) -> None:
         self.folder, self.bytes_read = folder, 0
         try:
             with open(folder / ".metadata", "rb") as stream:
@@ -94,6 +96,12 @@ class TorchDistCheckpoint:
         self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
         self.dtypes = {key: entry.properties.dtype for key, entry in self._tensors.items()}
         self.nbytes = sum(e.size.numel() * e.properties.dtype.itemsize for e in self._tensors.values())
+        self._stored = {k: AVERAGE + k for k in self._tensors if averaged and AVERAGE + k in tensors}
+        if averaged and not self._stored:
+            raise UserError(
+                f"The checkpoint {folder} holds no averaged weights in the model's shape, which --ema-decay writes "
+                "without --no-dist-ckpt-optim-fully-reshardable; leave --ema out."
+            )
         self.training_state = len(tensors) - len(self._tensors)
 
     def arguments(self) -> dict[str, Any]:
@@ -115,18 +123,19 @@ class TorchDistCheckpoint:
 
     def get(self, key: str, layer: int | None = None) -> Tensor:
         """A whole tensor, or the slice of a stacked one that belongs to a layer."""
-        entry = self._tensors[key]
+        stored = self._stored.get(key, key)
+        entry: TensorStorageMetadata = self._index.state_dict_metadata[stored]  # type: ignore[assignment]
         start, size = [0] * len(entry.size), list(entry.size)
         if layer is not None:
             start[0], size[0] = layer, 1
-        result = torch.empty(size, dtype=entry.properties.dtype)
+        result = torch.empty(size, dtype=self.dtypes[key])
         filled = 0
         for chunk in entry.chunks:
             low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            piece = self._load(self._index.storage_data[MetadataIndex(key, chunk.offsets)])
+            piece = self._load(self._index.storage_data[MetadataIndex(stored, chunk.offsets)])
             theirs = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
             mine = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
             result[mine].copy_(piece[theirs])

@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -33,20 +33,23 @@ from megatron_recursive.models.checkpoint_integrity import (
     check_integrity,
 )
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
+from megatron_recursive.optimizers.weight_average import WeightAverage, read_where_stored
 from megatron_recursive.training import run_record
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
 from megatron_recursive.training.checkpointing import check_checkpoint, reason_of
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 from megatron_recursive.training.optimizer_state import choose_format
 from megatron_recursive.training.patches import wrap
-from megatron_recursive.training.patches.adam import torch_adam_mended
+from megatron_recursive.training.patches.adam import tell_step, torch_adam_mended
 from megatron_recursive.training.progress import Progress
 from megatron_recursive.training.schedule_check import groups_of_the_checkpoint
 
 STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
 
 
-def install(args: argparse.Namespace, config: RecursiveGPTModelConfig, progress: Progress) -> None:
+def install(
+    args: argparse.Namespace, config: RecursiveGPTModelConfig, progress: Progress, averages: Sequence[WeightAverage]
+) -> None:
     """Wrap the ``load_checkpoint`` and ``save_checkpoint`` that ``pretrain`` calls, and the writing of the tracker."""
     from megatron.training import checkpointing, training
 
@@ -55,15 +58,16 @@ def install(args: argparse.Namespace, config: RecursiveGPTModelConfig, progress:
     if asked is None:  # the same answer on every rank, before there is a file to measure
         args.verify_integrity = parameters * STATE_BYTES <= LIMIT_BYTES
     record = run_record.record_of(args, config) if args.save is not None else {}
-    wrap(training, "load_checkpoint", partial(_load, config, asked))
+    wrap(training, "load_checkpoint", partial(_load, config, asked, averages))
     wrap(training, "save_checkpoint", partial(_save, record, progress))
     original = checkpointing.maybe_msc
     checkpointing.maybe_msc = FilesWithAtomicTracker(getattr(original, "__wrapped__", original))
 
 
 def _load(
-    config: RecursiveGPTModelConfig, verify: bool | None, call: Callable[[], Any], given: dict[str, Any]
-) -> Any:
+    config: RecursiveGPTModelConfig, verify: bool | None, averages: Sequence[WeightAverage], call: Callable[[], Any],
+    given: dict[str, Any],
+) -> Any:  # fmt: skip
     """``verify`` is what the flags say: True needs a manifest, None checks one that is there, False does not look."""
     run, optimizer, scheduler = get_args(), given["optimizer"], given["opt_param_scheduler"]
     writes_manifest = run.verify_integrity
@@ -75,11 +79,14 @@ def _load(
         common = check_checkpoint(folder, config.recursion, scheduler, run, from_plain_gpt=from_plain_gpt)
     try:
         run.verify_integrity = False  # it is done, where there was a manifest
+        if run.train_only is not None:
+            tell_step(optimizer)
         with (
             reading_only(run, folder, from_plain_gpt=from_plain_gpt),
             reading_checkpoint(from_plain_gpt=from_plain_gpt),
             torch_adam_mended(optimizer, reading=folder is not None),
             groups_of_the_checkpoint({} if from_plain_gpt else common, optimizer, scheduler, run),
+            read_where_stored(averages, stored=bool(common) and vars(common["args"]).get("ema_decay") is not None),
         ):
             return call()
     except (Exception, CheckpointException) as error:
@@ -106,6 +113,8 @@ def _save(record: dict[str, Any], progress: Progress, call: Callable[[], Any], g
             if run.rank == 0:  # a folder that is written again is not complete meanwhile; the manifest names all files
                 for name in (COMPLETE, MANIFEST, run_record.FILE):
                     (folder / name).unlink(missing_ok=True)
+            if run.train_only is not None:
+                tell_step(given["optimizer"])
             result = call()
             if run.rank == 0:
                 run_record.write(record, iteration, folder, root)

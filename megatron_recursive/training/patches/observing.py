@@ -3,25 +3,30 @@
 ``train``, ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of
 ``megatron.training.training``, which see the model, and metrics that are already averaged over micro-batches and ranks;
 Megatron has no hook there. The observers are plain: ``metrics_log``, ``progress``, ``samples``, ``start_check``. The
-wrappers pass everything through unchanged, but for two things. An evaluation at the end of a run of what was evaluated
-at its last iteration just before is left out. And the line of a process's first iteration ends its interval where it
+wrappers pass everything through unchanged, but for three things. Under ``--evaluate-ema`` an evaluation is of the
+averaged weights. An evaluation at the end of a run of what was evaluated at its last iteration just before is left out.
+And the line of a process's first iteration ends its interval where it
 falls on one, as Megatron's pull request 7092 has it later: in 0.19 the second line was the mean of two iterations.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_recursive.optimizers.weight_average import WeightAverage, in_place
 from megatron_recursive.training import samples
 from megatron_recursive.training.metrics_log import MetricsLog
 from megatron_recursive.training.patches import wrap
 from megatron_recursive.training.start_check import tell_start
 
 
-def install(args: argparse.Namespace, log: MetricsLog) -> None:
-    """Let ``log`` and its progress see the run, and print samples where they are asked for."""
+def install(args: argparse.Namespace, log: MetricsLog, averages: Sequence[WeightAverage] = ()) -> None:
+    """Let ``log`` and its progress see the run, and print samples where they are asked for.
+
+    ``averages``: of weights, which are evaluated in the place of the weights.
+    """
     from megatron.training import get_args, get_tokenizer, training
 
     prompts = samples.encode_prompts(args, get_tokenizer()) if args.generate_interval else []
@@ -64,7 +69,7 @@ def install(args: argparse.Namespace, log: MetricsLog) -> None:
                 return None
             last_valid = iteration
         evaluated.clear()
-        with log.progress.pausing():
+        with log.progress.pausing(), in_place(averages, given["model"]):
             result = call()
         log.evaluated(run, kind, iteration, evaluated)
         return result

@@ -29,15 +29,20 @@ CASES: dict[str, Case] = {
     "llama-like-full": Case(FULL, None, LLAMA_LIKE.transformer, LLAMA_LIKE.model),
     "grouped-queries": OPTIONS["grouped-queries-qkv-bias"],
     "wide-heads": OPTIONS["qk-norm-layernorm-wide-heads"],
+    "recurrent, two of four passes": Case(
+        {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda_layers": 1, "num_recurrences": 4,
+         "backprop_depth": 2, "injection": "add"}, transformer={"num_layers": 4},
+    ),
 }
 
 
-def counted_by_torch() -> dict[str, tuple[int, int]]:
-    """FLOPs of the forward pass and of the whole step, for one micro-batch.
+def counted_by_torch() -> dict[str, tuple[int, int, int]]:
+    """FLOPs of the forward pass, of the whole step, and of the passes without gradient, for one micro-batch.
 
     On the CPU the counter does not know torch's fused attention, so the attention is decomposed into the two matrix
     products that it does know. It counts both in full, hence ``causal=False`` below.
     """
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,15 +51,24 @@ def counted_by_torch() -> dict[str, tuple[int, int]]:
     for name, case in CASES.items():
         model, batch = build_model(case), make_batches(case, 0)[0]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            grad_free, decode = [0], model.decode
+
+            def decode_counted(*args, decode=decode, grad_free=grad_free, counter=counter, **kwargs):
+                before = counter.get_total_flops()
+                result = decode(*args, **kwargs)
+                grad_free[0] += 0 if torch.is_grad_enabled() else counter.get_total_flops() - before
+                return result
+
+            model.decode = decode_counted
             output = model.train()(**batch)
             forward = counter.get_total_flops()
             getattr(output, "objective_BS", output).sum().backward()
-        counts[name] = (forward, counter.get_total_flops())
+        counts[name] = (forward, counter.get_total_flops(), grad_free[0])
     return counts
 
 
 @cache
-def counted() -> dict[str, tuple[int, int]]:
+def counted() -> dict[str, tuple[int, int, int]]:
     return run_distributed(counted_by_torch, 1)[0]
 
 
@@ -63,9 +77,12 @@ def test_flops_of_a_step(name: str) -> None:
     """1%: the halting head (2 H of a token's FLOPs) and the rotary tables are not counted."""
     case, tokens = CASES[name], MICRO_BATCH * SEQ
     flops = flops_per_token(shape_of(case), build_plan(case.resolved_recursion()), causal=False)
-    forward, total = counted()[name]
+    forward, total, grad_free = counted()[name]
     assert flops.forward == pytest.approx(forward / tokens, rel=0.01)
     assert flops.total == pytest.approx(total / tokens, rel=0.01)
+    assert flops.grad_free_passes == pytest.approx(grad_free / tokens, rel=0.01)
+    graded = total - grad_free - tokens * (flops.head_forward + flops.head_backward)
+    assert flops.graded_passes == pytest.approx(graded / tokens, rel=0.01)
 
 
 def test_gradient_free_passes_have_no_backward() -> None:

@@ -44,7 +44,7 @@ FAMILIES: dict[str, str] = {
     "--cpu-offloading-": "--cpu-offloading-num-layers and --fine-grained-activation-offloading are refused",
     "--hierarchical-context --max-seqlen-per-dp --hybrid-context --cp-comm": "--context-parallel-size is refused",
     "--kitchen- --use-kitchen": "of the package kitchen, which is not installed with this one",
-    "--muon- --lion-": "--optimizer is refused where its package is missing, and is adam or sgd otherwise",
+    "--muon- --lion-": "of --optimizer muon, which test_optimizer_runs tries; lion is refused",
     "--megatron-fsdp- --fsdp- --torch-fsdp2- --outer-dp --data-parallel-sharding --enable-full-sharding "
     "--suggested-communication --create-all-gather --disable-strict-fsdp": (
         "--use-megatron-fsdp and --use-torch-fsdp2 are refused"),
@@ -181,7 +181,7 @@ REFUSED = """
 --ckpt-format torch
 --non-persistent-ckpt-type local
 --non-persistent-save-interval 2
---optimizer muon
+--optimizer lion
 --wandb-project x
 --enable-ft-package
 --log-straggler

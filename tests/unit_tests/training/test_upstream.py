@@ -39,6 +39,8 @@ def _facts() -> dict[str, Any]:
             "evaluate_and_print_results": calls(training.train, "evaluate_and_print_results"),
             "evaluate": calls(training.evaluate_and_print_results, "evaluate"),
             "train": calls(training.pretrain, "train"),
+            "second parser": calls(training.pretrain, "ft_integration.setup"),
+            "get_megatron_optimizer": calls(training.setup_model_and_optimizer, "get_megatron_optimizer"),
             "load_checkpoint": calls(training.setup_model_and_optimizer, "load_checkpoint"),
             "num_floating_point_operations": calls(training.training_log, "num_floating_point_operations"),
             "rotary positions": calls(rope_utils.apply_rotary_pos_emb, "_apply_rotary_pos_emb_bshd"),

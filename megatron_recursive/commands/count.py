@@ -1,0 +1,193 @@
+"""``megatron-recursive count``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_recursive import accounting
+from megatron_recursive.accounting import ModelShape, flops_per_token
+from megatron_recursive.command_line import example
+from megatron_recursive.commands import plan as planning
+from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.added_parameters import added_parameters
+from megatron_recursive.plan.recursion_config import flag_of, knobs_in, retrofit
+
+SUMMARY = "Count a model's parameters, FLOPs and cache by part, and the memory of each rank in a layout."
+VERSION = 1  # of the record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    parser.description = (
+        "Count parameters by part, held and unrolled; FLOPs of a training step by token, those of passes without "
+        "gradient apart; bytes of the cache by token; and the memory of a rank of each pipeline stage."
+    )
+    model = parser.add_argument_group("model: --model, or Megatron's flags")
+    model.add_argument("--model", metavar="DIR_OR_CKPT", help="a Hugging Face folder (its config.json suffices), a "
+                       ".gguf file, a name in the hub's cache, or a Megatron checkpoint")
+    layout = planning.add_model_and_job(parser, model)
+    layout.add_argument("--tensor-model-parallel-size", "--tp", type=int, dest="tp", default=1, help="ranks of a layer")
+    layout.add_argument("--pipeline-model-parallel-size", "--pp", type=int, dest="pp", default=1, help="stages")
+    layout.add_argument("--gpus", type=int, help="how many, the rest data-parallel (default: TP x PP)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    output.add_argument("--output", metavar="FILE", help="also write that object into a file")
+    # fmt: on
+    parser.epilog = example("count", "--model", "DIR_OR_CKPT", "--tp", "2", "--pp", "4", "--bf16")
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_recursive.data.files import replacing
+
+    planning.check(args)
+    record = count(args)
+    if args.output:
+        with replacing(Path(args.output)) as (partial,):
+            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record) if args.json else "\n".join(tables(record)))
+
+
+class Model(NamedTuple):  # rows: of the embedding, in a folder the true ones, Megatron's the padded ones
+    source: str
+    arch: Architecture
+    plan: RecursionPlan
+    rows: int
+    dtype: str
+    values: dict[str, Any]
+
+
+def open_model(args: argparse.Namespace) -> Model:
+    """The model of --model or of flags, with the recursion flags that are given."""
+    given, knobs, name = planning.given_sizes(args), knobs_in(vars(args)), args.model
+    if name is None:
+        values = planning.values_of_flags(args, "--model")
+        arch, multiple = Architecture.from_megatron(values, "The model"), 128 * args.tp  # as Megatron pads
+        rows = -(-arch.vocab_size // multiple) * multiple
+        return Model("flags", arch, _plan(arch, knobs), rows, "bfloat16" if args.bf16 else "float32", values)
+    if given:
+        raise UserError(f"{flag_of(next(iter(given)))} is decided by the model of --model; leave out either.")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
+
+        checkpoint = TorchDistCheckpoint(iteration_folder(Path(name)))
+        values, stored = checkpoint.arguments(), checkpoint.dtypes["embedding.word_embeddings.weight"]
+        arch = Architecture.from_megatron(values, name)
+        is_plain = values.get("enable_recursive_refinement") is None and not knobs  # of Megatron's own training
+        plan = _plan(arch, {"enable_recursive_refinement": False} if is_plain else {**values, **knobs})
+        return Model("checkpoint", arch, plan, arch.padded_vocab_size, str(stored).removeprefix("torch."), values)
+    from megatron_recursive.hf.convert.sources import cached_folder, open_source
+
+    if Path(name).suffix == ".gguf":
+        config, arch, theirs = (source := open_source(name)).config, source.arch, dict[str, Any]()
+    else:
+        config, arch, theirs = planning.open_config(Path(name) if Path(name).is_dir() else cached_folder(name))
+    own = getattr(config, "recursion_plan", None)
+    started = theirs or retrofit(knobs, arch.num_layers)
+    asked = knobs or (theirs and own is None)
+    plan = _plan(arch, {**started, **knobs}) if asked else own or RecursionPlan.plain()
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    return Model("Hugging Face", arch, plan, arch.vocab_size, dtype, arch.to_megatron())
+
+
+def _plan(arch: Architecture, values: dict[str, Any]) -> RecursionPlan:
+    return build_plan(RecursionConfig.from_mapping(values).resolved(embedding_init_std=arch.init_std))
+
+
+def count(args: argparse.Namespace) -> dict[str, Any]:
+    """The record of ``--json``, which section 11 of the guide documents; all figures are those of ``accounting``."""
+    from megatron_recursive.pipeline.layouts import layout_of
+
+    model = open_model(args)
+    arch, plan = model.arch, model.plan
+    args.gpus = args.gpus or args.tp * args.pp
+    args.bf16 = args.bf16 or model.dtype == "bfloat16"
+    planning.complete_job(args, model.values)
+    shape = arch.shape(args.seq_length, model.rows)
+    cache = accounting.cache_bytes_per_token(shape, plan, 4 if model.dtype == "float32" else 2)
+    job = planning.job_of(args, arch, plan, memory=0.0, flops=1.0, pads_vocabulary=args.model is None)
+    found = layout_of(job, args.tp, args.pp)
+    return {
+        "format": "megatron-recursive count", "version": VERSION,
+        "model": {
+            "name": args.model or "flags", "source": model.source, "family": plan.family, "layers": arch.num_layers,
+            "layers_applied": plan.unrolled_layers(arch.num_layers), "hidden_size": arch.hidden_size,
+            "vocabulary": arch.vocab_size, "rows": model.rows, "sequence_length": args.seq_length,
+            "passes": plan.num_passes, "passes_with_gradient": len(plan.grad_passes), "dtype": model.dtype,
+        },
+        "parameters": parameters_of(shape, plan), "flops_per_token": flops_of(shape, plan),
+        "cache_bytes_per_token": cache,
+        "memory": {
+            **{name: getattr(found, name) for name in ("tensor", "pipeline", "data", "micro_batches")},
+            "micro_batch_size": args.micro_batch_size, "dtype": "bfloat16" if args.bf16 else "float32",
+            "bytes_by_stage": [
+                {"weights": each.weights, "passes": each.decoder + each.states, "head": max(each.heads, each.replay),
+                 "total": each.total} for each in found.stages
+            ],
+        },
+    }  # fmt: skip
+
+
+def parameters_of(shape: ModelShape, plan: RecursionPlan) -> dict[str, dict[str, int]]:
+    """By part; unrolled, the layers once for every pass through them, as in a plain model of that depth."""
+    counted, stacks = accounting.count_parameters(shape, plan), accounting.parameters_by_stack(shape, plan)
+    rest = {"final_norm": counted.final_norm, "output_head": counted.output_head}
+    rest |= {each.key: each.size(shape.hidden_size) for each in added_parameters(plan) if each.trained}
+    return {
+        kind: {"embedding": counted.embedding, **{name: sizes[at] for name, sizes in stacks.items()}, **rest,
+               "total": getattr(counted, kind)} for at, kind in enumerate(("held", "unrolled"))
+    }  # fmt: skip
+
+
+def flops_of(shape: ModelShape, plan: RecursionPlan) -> dict[str, Any]:
+    """Of a training step under one plan; over a distribution of depths, the mean over its plans.
+
+    ``attention``: of these, what grows with the sequence: the scores, of which the causal half is counted.
+    """
+    flops, flat = flops_per_token(shape, plan), flops_per_token(replace(shape, seq_length=0), plan)
+    columns = ("forward", "backward", "attention")
+    parts = {
+        "grad_free_passes": (flops.grad_free_passes, 0.0, flops.grad_free_passes - flat.grad_free_passes),
+        "graded_passes": (flops.passes_backward / 2, flops.passes_backward, flops.graded_passes - flat.graded_passes),
+        "vocabulary": (flops.head_forward, flops.head_backward, 0.0),
+        "total": (flops.forward, flops.total - flops.forward, flops.total - flat.total),
+    }
+    one_projection = flops_per_token(shape, RecursionPlan.plain()).head_forward
+    return {
+        **{part: dict(zip(columns, values, strict=True)) for part, values in parts.items()},
+        "training": flops.total, "inference": flops.passes_forward + one_projection,
+    }  # fmt: skip
+
+
+def tables(record: dict[str, Any]) -> list[str]:
+    model, memory, flops, sizes = (record[part] for part in ("model", "memory", "flops_per_token", "parameters"))
+    return [
+        f"{model['name']}: {model['family']}, {model['layers']} layers of width {model['hidden_size']}, "
+        f"{model['layers_applied']} applied in {model['passes']} passes, {model['passes_with_gradient']} with gradient",
+        f"vocabulary {model['vocabulary']:,} in {model['rows']:,} rows", "",
+        *_table(["parameters", "held", "unrolled"],
+                [[part, f"{size:,}", f"{sizes['unrolled'][part]:,}"] for part, size in sizes["held"].items() if size]),
+        "", *_table([f"MFLOPs a token at {model['sequence_length']:,}", "forward", "backward", "of both, attention"],
+                    [[part.replace("_", " "), *(f"{value / 1e6:,.2f}" for value in values.values())]
+                     for part, values in flops.items() if isinstance(values, dict)]),
+        f"training {flops['training'] / 1e6:,.2f}, inference {flops['inference'] / 1e6:,.2f}; cache "
+        f"{record['cache_bytes_per_token']:,} bytes a token in {model['dtype']}",
+        "", *_table([f"GiB a rank, of {memory['pipeline']} stages", *memory["bytes_by_stage"][0]],
+                    [[str(stage), *(f"{value / 2**30:.3f}" for value in each.values())]
+                     for stage, each in enumerate(memory["bytes_by_stage"])]),
+        "TP {tensor} x PP {pipeline} x DP {data}, {micro_batches} micro-batches of {micro_batch_size} in {dtype}; "
+        "weights with gradients and Adam's states; computed, not measured".format_map(memory),
+    ]  # fmt: skip
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    sides = ("<", *">" * len(heads))
+    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False))
+            for row in (heads, *rows)]  # fmt: skip

@@ -1,0 +1,43 @@
+"""Patch of megatron-core 0.19: the optimizer of a run knows the parts of a recursive model.
+
+``megatron.training.training`` calls ``get_megatron_optimizer`` as a global of its own, with overrides for parameter
+groups to which it has no hook. The wrapper adds ours (``optimizers/parameter_groups.py``), and under ``--ema-decay``
+puts an average beside what was built (``optimizers/weight_average.py``). ``ft_integration.setup`` reads the command
+line a second time with Megatron's own parser, which knows no ``--optimizer`` of ours: it is called where it has work.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.utils import unwrap_model
+
+from megatron_recursive.optimizers import registry
+from megatron_recursive.optimizers.parameter_groups import group_overrides
+from megatron_recursive.optimizers.weight_average import WeightAverage, averages_of
+from megatron_recursive.training.patches import wrap
+
+
+def install(args: argparse.Namespace) -> list[WeightAverage]:
+    """Wrap the ``get_megatron_optimizer`` that a run calls, and add our optimizers to Megatron's registry.
+
+    Returns:
+        A list that will hold the run's averages of weights.
+    """
+    from megatron.training import ft_integration, training
+
+    registry.register()
+    averages: list[WeightAverage] = []
+
+    def build(call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        ours = group_overrides(unwrap_model(given["model_chunks"]), given["config"], args.rate_factors)
+        given["config_overrides"] = {**(given["config_overrides"] or {}), **ours}
+        optimizer = call()
+        averages[:] = [] if args.ema_decay is None else averages_of(optimizer, args.ema_decay)
+        return optimizer
+
+    wrap(training, "get_megatron_optimizer", build)
+    wrap(ft_integration, "setup", lambda call, given: call() if args.enable_ft_package else None)
+    return averages
