@@ -76,9 +76,11 @@ class FunctionKnobs:
     num_recurrences: int = _knob(
         4, "r: passes of the core of a recurrent family.")
     num_prelude_layers: int = _knob(
-        0, "Layers that run once before the core of a recurrent family.")
+        0, "Layers that run once before the core of a recurrent family. The first pipeline stage is best to hold all "
+        "(--decoder-first-pipeline-num-layers): then they cost no trip around the stages.")
     num_coda_layers: int = _knob(
-        0, "Layers that run once behind the core of a recurrent family.")
+        0, "Layers that run once behind the core of a recurrent family. The last pipeline stage is best to hold all "
+        "(--decoder-last-pipeline-num-layers).")
     injection: str = _knob(
         "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too: the "
         f"sum (add), or {', or '.join(f'{said} ({word})' for word, (_, said) in MAPS.items())}.",

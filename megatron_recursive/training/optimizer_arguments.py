@@ -18,10 +18,9 @@ NEEDS = {"core": "layers that are applied more than once", "adapter": "an adapte
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Our names among Megatron's ``--optimizer``, Muon on whole matrices, and our own flags."""
+    """The names that ``--optimizer`` takes here, Muon on whole matrices, and our own flags."""
     (optimizer,) = (action for action in parser._actions if action.dest == "optimizer")
-    optimizer.choices = [*(optimizer.choices or ()), *OURS]
-    optimizer.help = f"One of {', '.join(KNOWN)}. Muon moves the matrices of layers and adapters, Adam the rest."
+    optimizer.choices, optimizer.help = KNOWN, "Muon moves the matrices of layers and adapters, Adam the rest."
     parser.set_defaults(muon_tp_mode="duplicated")  # Megatron's blockwise makes another function of each TP size
     group = parser.add_argument_group("optimizers of recursive runs")
     whose = {"core": "the layers that a recursion applies more than once", "adapter": "what joins states and inputs",
@@ -44,9 +43,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_optimizers(args: argparse.Namespace) -> None:
-    """What Megatron's optimizers other than Adam and SGD do not go with."""
-    if args.optimizer not in KNOWN:
-        raise UserError(f"Recursive models do not support --optimizer {args.optimizer} yet; give {', '.join(KNOWN)}.")
+    """What optimizers other than Adam and SGD, and averages, do not go with."""
     for role in ROLES:
         if getattr(args, f"{role}_lr_factor") < 0:
             raise UserError(f"--{role}-lr-factor is {getattr(args, f'{role}_lr_factor')}; give a number of 0 or more.")

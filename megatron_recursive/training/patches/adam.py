@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from megatron_recursive.optimizers.adam_variants import AdamATan2, ELLISAdam
+
 NOWHERE = "no parameter"  # the key of a state that belongs to none; torch hands it through
 
 
@@ -33,7 +35,7 @@ def tell_step(optimizer: Any) -> None:
     torch.distributed.all_gather_object(known, max(map(float, steps), default=0.0))
     for each in empty:
         state: Any = each.state
-        if isinstance(each, torch.optim.Adam | torch.optim.AdamW):
+        if isinstance(each, torch.optim.Adam | torch.optim.AdamW | AdamATan2 | ELLISAdam):
             state[NOWHERE] = {"step": torch.tensor(max(known))}
         for group in each.param_groups:
             group["step"] = int(max(known))

@@ -27,6 +27,7 @@ TOLERANCE = 0.1
 WIDE = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "ffn_hidden_size": FFN}
 LLAMA_LIKE = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "num_query_groups": 4}
 FULL = {"detach_between_refinements": False}
+RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_recurrences": 5}
 REPLAY = {"recompute_granularity": "full", "recompute_method": "uniform"}
 
 
@@ -65,6 +66,11 @@ CASES = {
     ),
     "fused activation": Measured(
         transformer={**LLAMA_LIKE, "bias_activation_fusion": True}, recording={"splits_norm": True}
+    ),
+    "concat": Measured({**RECURRENT, "injection": "concat", "state_norm": "core"}, {"num_layers": 3}),
+    "diagonal, replay passes": Measured(
+        {**RECURRENT, "injection": "diagonal", "state_norm": "core-end"}, {"num_layers": 3},
+        Layout(recompute_passes=True), {"recompute_passes": True},
     ),
     "norm once": Measured({"state_norm": "none"}),
     "exit gate": Measured({"recursion_family": "looped", "exit_gate": True, "num_refinement_blocks": 3}),

@@ -143,3 +143,15 @@ def test_an_export_has_the_average(average: Path, tmp_path: Path) -> None:
     mine = averaged(average, 6)
     assert (weights["model.embed_tokens.weight"] == mine["embedding.word_embeddings.weight"][:127]).all()
     assert (weights["halting_head.bias"] == mine["halting_head.bias"]).all()
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_heads_alone_go_on_where_a_stage_trains_nothing(optimizer: str, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*STILL, *OPTIMIZERS[optimizer], "--ema-decay", "0.5", "--train-only", "heads", *LAYOUTS["PP 2"]]
+    assert train(*save_to(whole), *flags, world_size=2) is None
+    copy_checkpoint(whole, resumed, 3)
+    assert train(*save_to(resumed), *flags, world_size=2) is None
+    assert [metrics_of(resumed)[i] for i in (4, 5, 6)] == [metrics_of(whole)[i] for i in (4, 5, 6)]
+    assert averaged(resumed, 6).keys() == {"halting_head.weight", "halting_head.bias"}
