@@ -105,6 +105,8 @@ def test_a_quantile_is_where_the_gate_has_let_go_of_so_much() -> None:
         family_model("looped")(ids, exit="quantile")
     with pytest.raises(ValueError, match="at most 1"):
         model(ids, exit="quantile", exit_threshold=1.5)
+    model.set_num_refinement_blocks(1)
+    assert torch.equal(model(ids, output_blocks=True).block_halting, torch.ones(1, *ids.shape))
 
 
 def test_a_quantile_with_a_cache_is_that_of_the_prompt_at_once() -> None:
