@@ -68,13 +68,10 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     required = parser.add_argument_group("required")
     required.add_argument("--ckpt", required=True, metavar="CKPT", help="a --save folder, or one iteration's folder")
     required.add_argument("--out", required=True, metavar="DIR", help="model folder to make")
-    tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the one trained with)")
-    files = parser.add_argument_group("weights")
+    files = _add_files(parser)
     files.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                        help="of the weights (default: as they are stored); a halting head keeps its own")
     files.add_argument("--ema", action="store_true", help="the averaged weights, of a run with --ema-decay")
-    _add_shard_size(files)
     files.add_argument("--as-published", action="store_true",
                        help="in names and config of the looped model that it was imported from (ouro, nanbeige)")
     _add_proof(parser)
@@ -87,13 +84,17 @@ def _add_unroll(parser: argparse.ArgumentParser) -> None:
     required = parser.add_argument_group("required")
     required.add_argument("src", metavar="SRC", help="an export of ours or a Megatron checkpoint")
     required.add_argument("out", metavar="OUT", help="model folder to make")
-    _add_shard_size(parser.add_argument_group("weights"))
+    _add_files(parser)
     _add_proof(parser)
 
 
-def _add_shard_size(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", default="5GB",
+def _add_files(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the model's own)")
+    files = parser.add_argument_group("weights")
+    files.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", default="5GB",
                        help="of a file, such as 500MB (default: %(default)s)")  # fmt: skip
+    return files
 
 
 def _bytes(text: str) -> int:
@@ -135,7 +136,8 @@ def run(args: argparse.Namespace) -> None:
             args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size,
             as_published=args.as_published, averaged=args.ema)  # fmt: skip
     elif args.action == "unroll":
-        report = unroll.unroll_model(args.src, args.out, dtype, shard_bytes=args.max_shard_size)
+        report = unroll.unroll_model(
+            args.src, args.out, dtype, shard_bytes=args.max_shard_size, tokenizer=args.tokenizer)  # fmt: skip
     else:
         report = verify.verify(args.a, args.b, dtype)
         agreed = verify.agree(report)

@@ -68,8 +68,8 @@ HALTING_HEAD = (
     AddedParameter("halting_head.bias", "halting_head.bias", "1", "last", "halt_bias", is_head=True, in_fp32=True),
 )
 EXIT_GATE = (
-    AddedParameter("exit_gate.weight", "exit_gate.weight", "1 h", "last", in_fp32=True),
-    AddedParameter("exit_gate.bias", "exit_gate.bias", "1", "last", in_fp32=True),
+    AddedParameter("exit_gate.weight", "exit_gate.weight", "1 h", "last", is_head=True, in_fp32=True),
+    AddedParameter("exit_gate.bias", "exit_gate.bias", "1", "last", is_head=True, in_fp32=True),
 )
 INITIAL_STATES = (
     AddedParameter("initial_output", "model.initial_output", "h", "first", "trunc-normal", trained=False),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.recursion_plan import MAPS
 
 
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, off: str | None = None,
@@ -80,9 +81,8 @@ class FunctionKnobs:
         0, "Layers that run once behind the core of a recurrent family.")
     injection: str = _knob(
         "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too: the "
-        "sum (add), a linear map of both side by side (concat; Huginn), or the state times a learned decay below 1 "
-        "plus a linear map of the input (diagonal; Parcae).",
-        choices=("none", "add", "concat", "diagonal"))
+        f"sum (add), or {', or '.join(f'{said} ({word})' for word, (_, said) in MAPS.items())}.",
+        choices=("none", "add", *MAPS))
     recurrence_step: str = _knob(
         "1", "How far a pass of a recurrent core moves its state towards its result: 1, mean (1 / r, for layers that "
         "were pretrained to run once), or a number between.")

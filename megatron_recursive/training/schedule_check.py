@@ -106,7 +106,9 @@ def groups_of_the_checkpoint(
 
 def _exchange(optimizer: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     for group in optimizer.param_groups:
-        group.update({key: new[key] for key in ("max_lr", "min_lr") if group.get(key) == old[key]})
+        factor = group.get("lr_mult", 1.0)  # of a part of the model (optimizers/parameter_groups.py)
+        keys = [key for key in ("max_lr", "min_lr") if group.get(key) == factor * old[key]]
+        group.update({key: factor * new[key] for key in keys})
 
 
 def _tell(value: Any) -> str:

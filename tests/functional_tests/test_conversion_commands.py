@@ -12,6 +12,7 @@ import torch
 
 from tests.distributed import run_command, run_distributed
 from tests.unit_tests.hf.donors import make_donor, tokens
+from tests.unit_tests.hf.test_convert import _import
 from tests.unit_tests.hf.test_hrm_text import make as make_hrm_text
 from tests.unit_tests.training.runs import in_worker, losses_of, tensors_of
 
@@ -92,7 +93,7 @@ def test_hrm_text_trains_in_parallel_and_returns_as_transformers_model(tmp_path:
     """Over two stages of one stack each, the gradient in windows; weights that are frozen stay what they were."""
     ckpt, run = tmp_path / "ckpt", tmp_path / "run"
     make_hrm_text().save_pretrained(tmp_path / "hf")
-    report = _import_as_typed(tmp_path, "--hf", tmp_path / "hf", "--out", ckpt)
+    (report,) = run_distributed(_import, 1, tmp_path / "hf", ckpt, timeout=120)
     assert report["family"] == "hrm_text" and report["max_logit_error"] < 2e-6
     flags = [*TRAINING, "--train-iters=2", "--save-interval=2", "--use-distributed-optimizer"]
     argv = [f"@{ckpt / 'megatron_args.txt'}", *flags, "--load", str(ckpt), "--save", str(run)]

@@ -52,9 +52,11 @@ def our_config(family: Family, values: Mapping[str, Any], where: str) -> Recursi
         exit_gate=bool(family.added) and loops > 1,
         state_norm="none" if values.get("skip_loop_final_norm") else "final", embedding_multiplier=1.0,
     ).resolved(embedding_init_std=1.0)  # fmt: skip
-    scaling = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    scaling = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {}),
+               **(values.get("rope_parameters") or {})}  # fmt: skip
     scaling.setdefault("rope_type", scaling.pop("type", "default"))
-    scaling.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    if scaling["rope_theta"] is None:
+        raise UserError(f"The config.json of {where} lacks rope_theta, which {family.architecture} needs.")
     bias = bool(values.get("attention_bias"))
     return RecursiveGPTConfig.from_dict({
         **{name: values[name] for name in _SAME if name in values},

@@ -31,7 +31,7 @@ KNOWN = set(
 
 def unroll_model(
     src: str, out: str, proof_dtype: torch.dtype | None = torch.float32, say: Callable[[str], None] = print,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES, tokenizer: str | None = None,
 ) -> Report:  # fmt: skip
     """Write the passes of a model out as layers, prove the logits, and put the folder at ``out``.
 
@@ -50,8 +50,8 @@ def unroll_model(
     left = [key for key in side.tensors if not key.startswith(LAYERS) and key not in held.dtypes]
     say(f"{src}: {side.arch.num_layers} layers in {side.plan.num_passes} passes become {len(layers)} layers, "
         f"{held.nbytes:,} bytes; left behind: {', '.join(left) or 'nothing'}")  # fmt: skip
-    return write_model(MegatronModel(held, side.args, arch, PLAIN), Path(src), Path(out), None, proof_dtype, say,
-                       shard_bytes, lambda text, dtype: side.logits(text, dtype, None))  # fmt: skip
+    return write_model(MegatronModel(held, side.args, arch, PLAIN), Path(src), Path(out), tokenizer, proof_dtype,
+                       say, shard_bytes, lambda text, dtype: side.logits(text, dtype, None))  # fmt: skip
 
 
 def chain(plan: RecursionPlan, num_layers: int) -> list[int]:

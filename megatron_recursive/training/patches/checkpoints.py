@@ -40,7 +40,7 @@ from megatron_recursive.training.checkpointing import check_checkpoint, reason_o
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 from megatron_recursive.training.optimizer_state import choose_format
 from megatron_recursive.training.patches import wrap
-from megatron_recursive.training.patches.adam import torch_adam_mended
+from megatron_recursive.training.patches.adam import tell_step, torch_adam_mended
 from megatron_recursive.training.progress import Progress
 from megatron_recursive.training.schedule_check import groups_of_the_checkpoint
 
@@ -79,6 +79,8 @@ def _load(
         common = check_checkpoint(folder, config.recursion, scheduler, run, from_plain_gpt=from_plain_gpt)
     try:
         run.verify_integrity = False  # it is done, where there was a manifest
+        if run.train_only is not None:
+            tell_step(optimizer)
         with (
             reading_only(run, folder, from_plain_gpt=from_plain_gpt),
             reading_checkpoint(from_plain_gpt=from_plain_gpt),
@@ -111,6 +113,8 @@ def _save(record: dict[str, Any], progress: Progress, call: Callable[[], Any], g
             if run.rank == 0:  # a folder that is written again is not complete meanwhile; the manifest names all files
                 for name in (COMPLETE, MANIFEST, run_record.FILE):
                     (folder / name).unlink(missing_ok=True)
+            if run.train_only is not None:
+                tell_step(given["optimizer"])
             result = call()
             if run.rank == 0:
                 run_record.write(record, iteration, folder, root)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_recursive.plan.added_parameters import EVERY
 from tests.distributed import run_distributed
 from tests.models import SEQ, VOCAB, Case, Layout, make_batches, start_parallel, transformer_config
 from tests.parameters import fill_weights
@@ -95,10 +96,10 @@ def make_config(case: Case, model: Any, norms: dict[str, str]) -> Any:
 RENAMED = {
     "embedding.word_embeddings.": "model.embed_tokens.", "embedding.position_embeddings.": "model.embed_positions.",
     "decoder.final_layernorm.": "model.norm.", "output_norm.": "model.norm.", "output_layer.": "lm_head.",
-    "halting_head.": "halting_head.", "exit_gate.": "exit_gate.", "initial_": "model.initial_",
+    **{each.key: each.exported for each in EVERY},
     "decoder.layers.": "model.layers.",
 }  # fmt: skip
-ROWS = ("halting_head.weight", "exit_gate.weight")
+ADDED = {each.key: each.shape.split() for each in EVERY}  # in an export; Megatron may hold a vector of it
 RENAMED_IN_LAYERS = {
     "self_attention.linear_proj.post_layernorm.": "post_attention_layernorm.",
     "self_attn_bda.post_layernorm.": "post_attention_layernorm.",
@@ -121,7 +122,9 @@ def converted(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         if not name.startswith("decoder.layers."):
-            found[renamed(name, RENAMED)] = tensor[None] if name in ROWS else tensor
+            letters = {"h": config.hidden_size, "2h": 2 * config.hidden_size}
+            shape = [letters.get(each) or int(each) for each in ADDED.get(name, ())]
+            found[renamed(name, RENAMED)] = tensor.reshape(shape) if shape else tensor
             continue
         number, _, rest = name.removeprefix("decoder.layers.").partition(".")
         kind, layer = rest.rpartition(".")[2], f"model.layers.{number}."

@@ -46,7 +46,7 @@ def test_a_layout_moves_weights_as_one_process(serial: dict[str, Any], layout: s
             assert error <= 2e-5, (name, where, error)
 
 
-def groups_of(optimizer: str, factors: dict[str, float], case: Case, tp: int = 1) -> dict[str, dict[str, Any]]:
+def groups_of(optimizer: str, factors: dict[str, float], case: Case) -> dict[str, dict[str, Any]]:
     """By weight: its torch optimizer and the settings of its group."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
     from megatron.core.utils import unwrap_model
@@ -71,6 +71,9 @@ def groups_of(optimizer: str, factors: dict[str, float], case: Case, tp: int = 1
 def test_muon_has_the_matrices_of_layers_alone() -> None:
     """Learned positions are a matrix which Megatron itself would give to it."""
     case = Case(model={"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": False})
+    adapted = Case(recursion={"recursion_family": "recurrent", "injection": "concat"})
+    (groups,) = run_distributed(groups_of, 1, "muon", {}, adapted)
+    assert groups["adapter.weight"]["kind"] == "TensorParallelMuon"
     (groups,) = run_distributed(groups_of, 1, "muon", {}, case)
     muon = {name for name, group in groups.items() if group["kind"] == "TensorParallelMuon"}
     ends = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
@@ -93,17 +96,19 @@ def factors_of(knobs: list[dict[str, Any]]) -> list[dict[str, float]]:
     from megatron_recursive.plan import RecursionConfig, build_plan
 
     plans = [build_plan(RecursionConfig(**each).resolved(embedding_init_std=0.02)) for each in knobs]
-    return [rate_factors(plan, {"core": 1.0, "adapter": 1.0, "head": 2.0}, throttle=True) for plan in plans]
+    return [rate_factors(plan, {"core": 1.0, "adapter": 0.5, "head": 2.0}, throttle=True) for plan in plans]
 
 
 def test_the_throttle_counts_passes_with_gradient() -> None:
     core = {"num_refinement_blocks": 3, "num_latent_refinements": 4}
     recurrent = {"recursion_family": "recurrent", "num_recurrences": 6, "backprop_depth": 4,
                  "injection": "add", "num_prelude_layers": 1, "num_coda_layers": 1}  # fmt: skip
-    asked = [core, {**core, "detach_between_refinements": False}, recurrent]
+    adapted = {**recurrent, "injection": "concat"}
+    asked = [core, {**core, "detach_between_refinements": False}, recurrent, adapted]
     (factors,) = run_distributed(factors_of, 1, asked)
     assert factors == [
         {"layers": 1 / 5, "halting head": 2.0},  # the last block's passes
         {"layers": 1 / 15, "halting head": 2.0},
         {"layers": 1 / 4},  # prelude and coda run once
+        {"layers": 1 / 4, "adapter": 0.5},
     ]

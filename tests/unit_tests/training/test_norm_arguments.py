@@ -51,10 +51,12 @@ def refused_beside_transformer_engine() -> list[str]:
 
     flags = {"norm_placement": "post", "output_norm_scope": "branch", "qk_norm_scope": "full", "qk_layernorm": True,
              "spec": None, "transformer_impl": "transformer_engine", "apply_wd_to_qk_layernorm": False,
-             "use_transformer_engine_op_fuser": False}  # fmt: skip
+             "use_transformer_engine_op_fuser": False, "norm_weights": "learned", "normalization": "RMSNorm",
+             "layernorm_zero_centered_gamma": False}  # fmt: skip
     refuse_norms(argparse.Namespace(**flags))
     said = []
-    for change in ({"transformer_impl": "inference_optimized"}, {"use_transformer_engine_op_fuser": True}):
+    for change in ({"transformer_impl": "inference_optimized"}, {"use_transformer_engine_op_fuser": True},
+                   {"norm_weights": "ones"}):  # fmt: skip
         with pytest.raises(UserError) as error:
             refuse_norms(argparse.Namespace(**flags | change))
         said.append(str(error.value))
@@ -65,4 +67,5 @@ def test_transformer_engine_has_every_norm() -> None:
     assert run_distributed(refused_beside_transformer_engine, 1)[0] == [
         "--norm-placement post is not there for --transformer-impl inference_optimized; leave that out.",
         "--norm-placement post and --use-transformer-engine-op-fuser exclude each other; leave either out.",
+        "--norm-weights ones needs --normalization RMSNorm without --qk-layernorm.",
     ]
