@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_recursive.plan import RecursionConfig, RecursionPlan
-from megatron_recursive.plan.recursion_config import OF_FAMILIES
+from megatron_recursive.plan.recursion_config import families_of
 from tests.distributed import ON_GPU
 from tests.parameters import EMBEDDING_STD, Tensors, fill_weights, full_gradients, gathered, named_parameters
 
@@ -56,7 +56,7 @@ class Case:
     def resolved_recursion(self) -> RecursionConfig:
         knobs = {"num_refinement_blocks": 2, "num_latent_refinements": 2, **self.recursion}
         family = knobs.get("recursion_family", "core")
-        knobs = {name: value for name, value in knobs.items() if family in OF_FAMILIES.get(name, (family,))}
+        knobs = {name: value for name, value in knobs.items() if family in (families_of(name, value) or (family,))}
         return RecursionConfig(**knobs).resolved(embedding_init_std=EMBEDDING_STD)
 
 

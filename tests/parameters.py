@@ -59,7 +59,7 @@ def fill_weights(model: Any) -> None:
             full = EMBEDDING_STD * torch.randn(shape, generator=generator)
             if "norm" in name and name.endswith("weight") and not model.config.layernorm_zero_centered_gamma:
                 full += 1.0
-            if not parameter.requires_grad:  # --norm-weights ones
+            if not parameter.requires_grad and getattr(model.config, "norm_weights", "") == "ones":
                 full.fill_(1.0)
             parameter.copy_(_shard(full, parameter, pieces))
 

@@ -58,7 +58,7 @@ def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = Tr
     layer = layer_forward_flops(shape, causal=causal)
     layers = {p: count for p, (count,) in zip(plan.passes, plan.layers_by_pass([shape.num_layers]), strict=True)}
     vocabulary = 2 * shape.hidden_size * shape.vocab_size
-    projected = sum(p.supervised_weight > 0 or p.halt_weight > 0 for p in plan.passes)
+    projected = sum(map(plan.is_projected, plan.passes))
     supervised = sum(p.supervised_weight > 0 for p in plan.passes)
     cost = {p: count * layer + combining_flops(p, shape.hidden_size) for p, count in layers.items()}
     return FlopsPerToken(

@@ -7,7 +7,7 @@ log-sum-exp) and rotary tables are left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_recursive.accounting.params import ModelShape, tensor_parallel_parameters
@@ -170,8 +170,9 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
     """
     tokens, hidden = shape.seq_length * recording.micro_batch, hidden_bytes(shape, recording)
     supervised = [p for p in plan.passes if p.supervised_weight > 0]
-    halting = [p for p in plan.passes if p.halt_weight > 0 and p not in supervised]
-    probabilities = (1 if plan.exit_gate else len(supervised)) * tokens * shape.vocab_size * 4 / recording.tensor_parallel
+    halting = [p for p in plan.passes if plan.is_projected(p) and p not in supervised]
+    at_once = 1 if plan.exit_gate and supervised else len(supervised)
+    probabilities = at_once * tokens * shape.vocab_size * 4 / recording.tensor_parallel
     if supervised and recording.element < 4:
         probabilities += tokens * shape.vocab_size * recording.element / recording.tensor_parallel
     kept = len(supervised) * hidden
@@ -201,6 +202,7 @@ def stage_memory(
     *,
     layers_per_stage: Sequence[int] = (),
     live_passes: Sequence[int] = (),
+    most_held: Callable[[int, Sequence[float]], float] | None = None,
     in_flight: int = 1,
     window: int = 0,
 ) -> list[StageMemory]:
@@ -209,32 +211,35 @@ def stage_memory(
     Args:
         layers_per_stage: all layers on one stage if left out.
         live_passes: the most recorded passes (over stages, trips) that each stage holds at once; all if left out.
+        most_held: the same where trips differ: of a stage, and of what each trip keeps there, the most at once.
         in_flight: micro-batches that are under way at once. window: those of a window of two phases, all of which
             wait between the phases; 0 in one phase.
     """
     split = tuple(layers_per_stage) or (shape.num_layers,)
-    live = tuple(live_passes) or (len(plan.grad_passes),)
+    counts, trips = plan.layers_by_pass(split), trips_of(plan, split)
+    recorded = sum(trip.grad for trip in trips)
+    live = tuple(live_passes) or (recorded,) * len(split)
     sizes = tensor_parallel_parameters(shape, plan, recording.tensor_parallel, split)
     hidden, (head, waiting) = hidden_bytes(shape, recording), head_bytes(shape, plan, recording)
-    counts, trips = plan.layers_by_pass(split), [trip for trip in trips_of(plan, split) if trip.grad]
     stages = []
     for stage, passes in enumerate(live):
         is_first, is_last = stage == 0, stage == len(split) - 1
         # A norm that also stands before the heads is not replayed.
         unplayed = recording.recompute_passes and is_last and plan.state_norm != "final"
-        passing: list[list[tuple[float, float]]] = [[] for _ in trips]
-        for recorded, trip in zip(passing, trips, strict=True):
+        by_trip, most = [0.0] * len(trips), 0.0
+        for trip in trips:
             for p in (p for p in trip.passes if p.grad and (p is trip.around or counts[p.index][stage])):
                 closes = is_last and plan.closes(p)
                 kept, replay = pass_bytes(shape, recording, counts[p.index][stage], closing_norm=closes)
                 # A linear map keeps what it read, and a decay too.
                 beside = 2 * (is_first and p.combine != "sum") + (unplayed and closes)
-                recorded.append((kept + hidden * beside, replay))
+                by_trip[trip.index] += kept + hidden * beside
+                most = max(most, replay)
+        decoder = passes * sum(by_trip) / max(recorded, 1)  # none is recorded where heads alone are trained
         stages.append(StageMemory(
             weights=sizes[stage] * state.total,
-            # Where stacks differ, those of an average trip; none is recorded where heads alone are trained.
-            decoder=passes * sum(kept for trip in passing for kept, _ in trip) / max(len(passing), 1),
-            replay=max((replay for trip in passing for _, replay in trip), default=0.0),
+            decoder=most_held(stage, by_trip) if most_held else decoder,
+            replay=most,
             heads=head + max(in_flight, window) * waiting if is_last else 0.0,
             states=hidden * states_held(len(split), in_flight, window) if is_first else 0.0,
         ))  # fmt: skip

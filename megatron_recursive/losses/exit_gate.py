@@ -36,3 +36,20 @@ def expected_loss(
     mean_loop = sum((number * p for number, p in enumerate(p_T, start=1)), torch.zeros_like(expected))
     facts = {"expected lm loss": expected, "mean exit loop": mean_loop, "exit entropy": entropy}
     return expected - entropy_weight * entropy, {name: value.detach() for name, value in facts.items()}
+
+
+STEEPNESS, LEAST_GAIN = 50.0, 0.005
+
+
+def improvement_loss(losses: Sequence[Tensor], gate_logits: Sequence[Tensor]) -> Tensor:
+    """Per token, how badly T gates tell whether their loop was worth it: trains a gate alone (Ouro's second stage).
+
+    After a loop t > 1 that lowered the loss by ``gain = max(0, loss_(t-1) - loss_t)``, going on is right with
+    ``w = sigmoid(50 (gain - 0.005))``; the sum over those loops of the cross-entropy of ``1 - lambda_t`` to it, over T.
+    """
+    terms = []
+    for before, after, logits in zip(losses, losses[1:], gate_logits[1:], strict=False):
+        gain = (before.float() - after.float()).detach().clamp(min=0.0)
+        leaves = 1.0 - torch.sigmoid(STEEPNESS * (gain - LEAST_GAIN))
+        terms.append(F.binary_cross_entropy_with_logits(logits.float(), leaves, reduction="none"))
+    return torch.stack(terms).sum(0) / len(losses)

@@ -10,8 +10,8 @@ from typing import Any
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch.nn import Parameter
 
+from megatron_recursive.models.recursion_core import part_of
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
-from megatron_recursive.models.recursive_gpt_model import _part_of as part_of
 from megatron_recursive.optimizers.registry import OUTSIDE
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plan.added_parameters import added_parameters

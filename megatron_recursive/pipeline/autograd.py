@@ -31,8 +31,8 @@ class JoinLeafGradient(torch.autograd.Function):
 class CarryGraph(torch.autograd.Function):
     """Identity on ``sent``; its backward also backpropagates through ``graph`` what later trips left in ``leaf.grad``.
 
-    For a prelude in a first trip that does not record its reading: so its backward stands in that trip's own slot,
-    where it keeps the last stage's coda company, and not in that of a later trip.
+    For a prelude in a first trip that does not record its reading. Its backward takes that trip's slot, which is empty,
+    and does not make that of a later trip longer.
     """
 
     @staticmethod

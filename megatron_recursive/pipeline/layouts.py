@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, stage_memory
@@ -13,6 +14,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.pipeline.balance import balanced_split
 from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
 from megatron_recursive.pipeline.planner import Step, simulated_step
+from megatron_recursive.pipeline.windows import most_held
 from megatron_recursive.plan import RecursionPlan
 
 GIB = 2**30
@@ -126,12 +128,13 @@ def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> La
     state = replace(job.state, optimizer_shards=data if job.distributed_optimizer else 1)
 
     def stages_at(step: Step) -> list[StageMemory]:
-        return stage_memory(shape, plan, recording, state, layers_per_stage=split, live_passes=step.live,
+        held = partial(most_held, costs.grad, pipeline, batches, step.windows) if step.live else None
+        return stage_memory(shape, plan, recording, state, layers_per_stage=split, most_held=held,
                             in_flight=step.in_flight, window=step.window)  # fmt: skip
 
-    step = Step(math.inf, 0.0, (len(plan.grad_passes),) * pipeline, 1)
+    step, costs = Step(math.inf, 0.0, (), 1), stage_costs(job, pipeline)
     if max(stage.total for stage in stages_at(step)) <= USABLE * job.memory:
-        step = simulated_step(stage_costs(job, pipeline), batches, window=job.window)
+        step = simulated_step(costs, batches, window=job.window)
     forward = layer_forward_flops(shape) * shape.num_layers * shape.seq_length * recording.micro_batch / job.flops
     seconds = step.makespan * forward / tensor * (1 + TENSOR_COST * math.log2(tensor))
     stages = stages_at(step)

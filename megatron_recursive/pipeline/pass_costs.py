@@ -67,7 +67,7 @@ def price_passes(
     for p, counts in zip(plan.passes, plan.layers_by_pass(layers_per_stage), strict=True):
         layers = [count * layer for count in counts]
         layers[0] += combining_flops(p, shape.hidden_size) / unit
-        projected, supervised = p.supervised_weight > 0 or p.halt_weight > 0, p.supervised_weight > 0
+        projected, supervised = plan.is_projected(p), p.supervised_weight > 0
         forward.append(tuple(c + head * (projected and stage == last) for stage, c in enumerate(layers)))
         backward.append(tuple(
             backward_cost * c * p.grad + 2 * head * (supervised and stage == last) for stage, c in enumerate(layers)

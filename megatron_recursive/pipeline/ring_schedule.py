@@ -29,8 +29,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.layer_specs import layers_of_stages
+from megatron_recursive.models.recursion_core import BlockReadout, RecursiveOutput
 from megatron_recursive.models.recursion_state import RecursionState, expanded
-from megatron_recursive.models.recursive_gpt_model import BlockReadout, RecursiveGPTModel, RecursiveOutput
+from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.pipeline.autograd import CarryGraph, JoinLeafGradient, JoinReadings
 from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs

@@ -30,37 +30,44 @@ def window_sizes(stages: int, num_microbatches: int, window: int = 0) -> tuple[i
 def live_passes(
     grad: Sequence[bool], stages: int, micro_batches: int, windows: Sequence[int] = (), *, interleaved: bool = True
 ) -> tuple[int, ...]:
-    """The most recorded passes that each stage holds at once; ``grad`` says of each pass whether it is recorded.
-
-    Stage p runs (V - 1) N + 2 (P - 1 - p) forwards before its first backward, N micro-batches a group, and then one of
-    each in turn; both take the groups one by one and in a group pass by pass. So what it holds after a forward is known
-    without simulating: recorded forwards up to there less the backwards of as many slots earlier. It is most at the end
-    of a pass; all groups but the first and the last are alike.
-    """
+    """The most recorded trips that each stage holds at once; ``grad`` says of each trip whether it is recorded."""
     if not interleaved:
         return tuple(min(stages - stage, micro_batches) for stage in range(stages))
+    return tuple(int(most_held(grad, stages, micro_batches, windows, stage, grad)) for stage in range(stages))
+
+
+def most_held(
+    grad: Sequence[bool], stages: int, micro_batches: int, windows: Sequence[int], stage: int, kept: Sequence[float]
+) -> float:
+    """The most that a stage holds at once, of trips that each keep so much of a micro-batch there.
+
+    Stage p runs (V - 1) N + 2 (P - 1 - p) forwards before its first backward, N micro-batches a group, and then one of
+    each in turn; both take the groups one by one and in a group trip by trip. So what it holds after a forward is known
+    without simulating: recorded forwards up to there less the backwards of as many slots earlier. It is most at the end
+    of a trip; all groups but the first and the last are alike.
+    """
+    if len(kept) == 1:  # 1F1B
+        return min(stages - stage, micro_batches) * kept[0]
     if windows:
-        grad = grad[grad.index(True) :]
-    return tuple(
-        max(_most(grad, stages, stage, size) for size in set(windows or (micro_batches,))) for stage in range(stages)
-    )
+        kept = kept[grad.index(True) :]
+    return max(_most(kept, stages, stage, size) for size in set(windows or (micro_batches,)))
 
 
-def _most(grad: Sequence[bool], stages: int, stage: int, micro_batches: int) -> int:
+def _most(kept: Sequence[float], stages: int, stage: int, micro_batches: int) -> float:
     group = microbatch_group_size(stages, micro_batches)
-    lag = (len(grad) - 1) * group + 2 * (stages - 1 - stage) + 1
+    lag = (len(kept) - 1) * group + 2 * (stages - 1 - stage) + 1
 
-    def recorded(slots: int, order: Sequence[bool]) -> int:
+    def recorded(slots: int, order: Sequence[float]) -> float:
         before = max(slots, 0) // (len(order) * group) * group
         rest, size = slots - before * len(order), min(group, micro_batches - before)
-        return before * sum(order) + sum(min(max(rest - n * size, 0), size) for n, one in enumerate(order) if one)
+        return before * sum(order) + sum(min(max(rest - n * size, 0), size) * each for n, each in enumerate(order))
 
     starts = range(0, micro_batches, group)
     ends = (
-        start * len(grad) + (n + 1) * min(group, micro_batches - start)
-        for start in {*starts[:2], starts[-1]} for n, one in enumerate(grad) if one
+        start * len(kept) + (n + 1) * min(group, micro_batches - start)
+        for start in {*starts[:2], starts[-1]} for n in range(len(kept))
     )  # fmt: skip
-    return max((recorded(end, grad) - recorded(end - lag, grad[::-1]) for end in ends), default=0)
+    return max(recorded(end, kept) - recorded(end - lag, kept[::-1]) for end in ends)
 
 
 def in_flight(stages: int, micro_batches: int, windows: Sequence[int] = (), *, interleaved: bool = True) -> int:

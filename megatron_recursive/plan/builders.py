@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_recursive.plan.recursion_config import RecursionConfig
-from megatron_recursive.plan.recursion_plan import COMBINES, DecoderPass, RecursionPlan
+from megatron_recursive.plan.recursion_plan import MAPS, DecoderPass, RecursionPlan
 
 
 def build_plan(config: RecursionConfig) -> RecursionPlan:
@@ -57,7 +57,7 @@ def recurrent_plan(config: RecursionConfig) -> RecursionPlan:
     """
     r, window = config.num_recurrences, config.backprop_depth or config.num_recurrences
     reads = ("output",) if config.injection == "none" else ("output", "input")
-    combine = config.injection if config.injection in COMBINES else "sum"
+    combine = config.injection if config.injection in MAPS else "sum"
     passes: list[DecoderPass] = []
     if config.num_prelude_layers:
         passes.append(DecoderPass(0, 0, "input", ("input",), grad=True, stack="prelude"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.recursion_plan import MAPS
 
 
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, off: str | None = None,
@@ -75,14 +76,15 @@ class FunctionKnobs:
     num_recurrences: int = _knob(
         4, "r: passes of the core of a recurrent family.")
     num_prelude_layers: int = _knob(
-        0, "Layers that run once before the core of a recurrent family.")
+        0, "Layers that run once before the core of a recurrent family. The first pipeline stage is best to hold all "
+        "(--decoder-first-pipeline-num-layers): then they cost no trip around the stages.")
     num_coda_layers: int = _knob(
-        0, "Layers that run once behind the core of a recurrent family.")
+        0, "Layers that run once behind the core of a recurrent family. The last pipeline stage is best to hold all "
+        "(--decoder-last-pipeline-num-layers).")
     injection: str = _knob(
         "none", "What a pass of a recurrent core reads besides its state: nothing, or the prelude's result too: the "
-        "sum (add), a linear map of both side by side (concat; Huginn), or the state times a learned decay below 1 "
-        "plus a linear map of the input (diagonal; Parcae).",
-        choices=("none", "add", "concat", "diagonal"))
+        f"sum (add), or {', or '.join(f'{said} ({word})' for word, (_, said) in MAPS.items())}.",
+        choices=("none", "add", *MAPS))
     recurrence_step: str = _knob(
         "1", "How far a pass of a recurrent core moves its state towards its result: 1, mean (1 / r, for layers that "
         "were pretrained to run once), or a number between.")

@@ -26,8 +26,10 @@ STARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
 }  # fmt: skip
 STATE_NORMS = ("final", "none", "core", "core-end")
 READABLE = (*STATES, "input")
-COMBINES = ("sum", "concat", "diagonal")
-_SAID = {"concat": "[{}, {}]", "diagonal": "a {} + B {}"}
+MAPS = {  # ways to combine two values that are no sum: as a table says it, and as help does
+    "concat": ("[{}, {}]", "a linear map of both side by side (Huginn)"),
+    "diagonal": ("a {} + B {}", "the state times a learned decay below 1, plus a linear map of the input (Parcae)"),
+}
 WHOLE = (("core", None),)  # all layers are one stack
 
 
@@ -121,12 +123,13 @@ class RecursionPlan:
         if len(dict(self.stacks)) != len(self.stacks) or None not in dict(self.stacks).values():
             raise UserError("The stacks of a plan need different names, and one of them takes the rest of the layers.")
         last = self.passes[-1]
-        learns = last.supervised_weight > 0 or (self.trains_heads_only and last.halt_weight > 0)
+        learns = last.supervised_weight > 0 or (self.trains_heads_only and (last.halt_weight > 0 or self.exit_gate))
         if last.target != "output" or not learns:
             raise UserError("The last pass of a plan must update the output state and be supervised.")
         for expected, decoder_pass in enumerate(self.passes):
             self._check_pass(expected, decoder_pass)
-        if self.exit_gate and (self.has_halting or not all(p.supervised_weight > 0 for p in self.block_ends)):
+        supervised = self.trains_heads_only or all(p.supervised_weight > 0 for p in self.block_ends)
+        if self.exit_gate and (self.has_halting or not supervised):
             raise UserError("An exit gate stands in place of a halting head and needs every block supervised.")
         starved = [group for group, fed in self.gradient_groups(tied_embeddings=False).items() if not fed]
         if starved and not self.trains_heads_only:
@@ -157,9 +160,9 @@ class RecursionPlan:
                 raise UserError(f"{where} moves its state by a part, so that the next pass of its block must read it.")
         if not decoder_pass.reads or set(decoder_pass.reads) - set(READABLE):
             raise UserError(f"{where} must read some of {', '.join(READABLE)}.")
-        if decoder_pass.combine not in COMBINES or (decoder_pass.combine != "sum" and len(decoder_pass.reads) != 2):
+        if decoder_pass.combine != "sum" and (decoder_pass.combine not in MAPS or len(decoder_pass.reads) != 2):
             raise UserError(f"{where} combines {len(decoder_pass.reads)} values by '{decoder_pass.combine}'; there are "
-                            f"{', '.join(COMBINES)}, the last two of two values.")  # fmt: skip
+                            f"sum, and of two values {', '.join(MAPS)}.")  # fmt: skip
         if (decoder_pass.supervised_weight or decoder_pass.halt_weight) and decoder_pass.target != "output":
             raise UserError(f"{where} is supervised but does not update the output state.")
         for name in ("supervised_weight", "halt_weight"):
@@ -221,7 +224,7 @@ class RecursionPlan:
         Raises:
             UserError: it has none.
         """
-        if not self.has_halting:
+        if not (self.has_halting or self.exit_gate):
             raise UserError(
                 "--train-only heads trains the heads that a recursion adds, of which this model has none; a halting "
                 "head needs a recursion of another family than recurrent, and a --halt-loss-weight above 0."
@@ -289,7 +292,7 @@ class RecursionPlan:
     @cached_property
     def maps(self) -> tuple[str, ...]:
         """The words of its passes' ``combine`` that are no sum."""
-        return tuple(word for word in COMBINES[1:] if any(p.combine == word for p in self.passes))
+        return tuple(word for word in MAPS if any(p.combine == word for p in self.passes))
 
     @cached_property
     def is_plain(self) -> bool:
@@ -298,6 +301,11 @@ class RecursionPlan:
 
     def is_block_end(self, decoder_pass: DecoderPass) -> bool:
         return decoder_pass in self.block_ends
+
+    def is_projected(self, decoder_pass: DecoderPass) -> bool:
+        """Whether training asks what the language-model head says of the pass."""
+        gated = self.exit_gate and self.is_block_end(decoder_pass)
+        return decoder_pass.supervised_weight > 0 or decoder_pass.halt_weight > 0 or gated
 
     def closes(self, decoder_pass: DecoderPass) -> bool:
         """Whether the final norm closes the pass. Unless it closes every one (``final``), it stands before the heads
@@ -395,7 +403,7 @@ class RecursionPlan:
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
             weights = (f"{p.supervised_weight:g}{' p' * self.exit_gate}" if p.supervised_weight else "-",
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
-            reads = _SAID[p.combine].format(*p.reads) if p.combine in _SAID else " + ".join(p.reads)
+            reads = MAPS[p.combine][0].format(*p.reads) if p.combine in MAPS else " + ".join(p.reads)
             rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[f"{p.step:.3g}"] * has_steps,
                          reads, "yes" if p.grad else "no", *weights))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

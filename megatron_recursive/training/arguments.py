@@ -116,8 +116,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--train-only", choices=("heads",),
-        help="Train the heads that the recursion adds (the halting head) and freeze all other weights: no pass is "
-        "recorded. From a checkpoint of all weights start with --finetune, into another --save.",
+        help="Train the head that the recursion adds (halting head or exit gate) and freeze all other weights: no pass "
+        "is recorded. From a checkpoint of all weights start with --finetune, into another --save.",
     )
     group.add_argument(
         "--device", choices=device.CHOICES, default=os.environ.get(device.VARIABLE, "auto"),

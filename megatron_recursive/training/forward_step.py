@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_recursive.data.content_keyed import ContentKeyedGPTDataset
 from megatron_recursive.errors import UserError
 from megatron_recursive.losses.telemetry import masked
-from megatron_recursive.models.recursive_gpt_model import RecursiveOutput
+from megatron_recursive.models.recursion_core import RecursiveOutput
 
 SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
 STRAGGLER = StragglerDetector()  # of --log-straggler, which divides by the time between its start and stop

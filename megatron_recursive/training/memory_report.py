@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megatron_recursive.accounting import Recording, StageMemory, StateBytes, st
 from megatron_recursive.backends import cpu
 from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.pipeline.planner import chosen_windows
-from megatron_recursive.pipeline.windows import in_flight, live_passes
+from megatron_recursive.pipeline.windows import in_flight, most_held
 from megatron_recursive.plan.trips import trips_of
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
@@ -64,7 +65,7 @@ def memory_of_run(
     interleaved = len(grad) > 1
     return stage_memory(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
-        layers_per_stage=split, live_passes=live_passes(grad, stages, batches, windows, interleaved=interleaved),
+        layers_per_stage=split, most_held=partial(most_held, grad, stages, batches, windows),
         in_flight=in_flight(stages, batches, windows, interleaved=interleaved), window=max(windows, default=0),
     )  # fmt: skip
 

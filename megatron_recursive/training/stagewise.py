@@ -97,6 +97,7 @@ def from_stage(model: RecursiveGPTModel, tensor: Tensor, stage: int) -> Tensor:
     """``tensor`` of a pipeline stage, on all of them."""
     group = model.pg_collection.pp
     if group.size() > 1:
-        tensor = tensor.contiguous()
+        # Into memory of its own: without layers a stage's result is what it read.
+        tensor = tensor.contiguous() if group.rank() == stage else tensor.new_empty(tensor.shape)
         torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, stage), group=group)
     return tensor

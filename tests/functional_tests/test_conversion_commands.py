@@ -14,7 +14,8 @@ from tests.distributed import run_command, run_distributed
 from tests.unit_tests.hf.donors import make_donor, tokens
 from tests.unit_tests.hf.test_convert import _import
 from tests.unit_tests.hf.test_hrm_text import make as make_hrm_text
-from tests.unit_tests.training.runs import in_worker, losses_of, tensors_of
+from tests.unit_tests.hf.test_published_looped import CONFIGS, loops, save
+from tests.unit_tests.training.runs import in_worker, losses_of, metrics_of, tensors_of
 
 NAME, REVISION = "acme/tiny-qwen2", "0" * 40
 
@@ -105,3 +106,45 @@ def test_hrm_text_trains_in_parallel_and_returns_as_transformers_model(tmp_path:
     ((report, ours, theirs),) = run_distributed(_export_and_generate, 1, run, tmp_path / "back", timeout=120)
     assert report["family"] == "hrm_text" and report["max_logit_error"] < 2e-6
     assert ours == theirs and len(ours) == 14
+
+
+def _leave_and_go_back(run: Path, hf: Path, back: Path) -> tuple[list[float], list[int], list[int], set[int]]:
+    import transformers
+
+    from megatron_recursive.hf.convert import export
+    from megatron_recursive.inference.megatron_model import open_megatron
+
+    ids = torch.randint(0, 61, (1, 8), generator=torch.Generator().manual_seed(3))
+    exits = {"max_new_tokens": 6, "do_sample": False, "exit": "quantile", "exit_threshold": 0.6}
+    errors = [export.export_model(str(run), str(place), as_published=place == back, say=str).max_logit_error
+              for place in (hf, back)]  # fmt: skip
+    with open_megatron(str(run)) as (megatron, _):
+        ours = megatron.generate(ids, **exits)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True).eval()
+    theirs = model.generate(ids, pad_token_id=0, **exits)
+    return errors, ours[0].tolist(), theirs[0].tolist(), {*model.last_exit_report.histogram}
+
+
+@pytest.mark.grid
+def test_ouro_trains_on_in_parallel_leaves_by_its_gate_and_returns_as_it_came(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    ckpt, run, shape = tmp_path / "ckpt", tmp_path / "run", {"num_hidden_layers": 4, "layer_types": None}
+    shape |= {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10}
+    save("ouro", tmp_path / "ouro", **shape)
+    report = _import_as_typed(tmp_path, "--hf", tmp_path / "ouro", "--out", ckpt)
+    assert report["family"] == "ouro" and report["max_logit_error"] < 2e-5 and not report["new"] + report["dropped"]
+    flags = [*TRAINING, "--train-iters=2", "--save-interval=2", "--use-distributed-optimizer", "--vocab-size=61"]
+    argv = [f"@{ckpt / 'megatron_args.txt'}", *flags, "--load", str(ckpt), "--save", str(run)]
+    assert run_distributed(in_worker, 4, argv, timeout=120) == [None] * 4
+    before, after = tensors_of(ckpt / "release"), tensors_of(run / "iter_0000002")
+    assert before.keys() <= after.keys() and not any(torch.equal(after[key], start) for key, start in before.items())
+    assert {"mean exit loop", "exit entropy", "expected lm loss"} <= metrics_of(run)[2].keys()
+
+    ((errors, ours, theirs, taken),) = run_distributed(
+        _leave_and_go_back, 1, run, tmp_path / "hf", tmp_path / "back", timeout=120
+    )
+    assert max(errors) < 2e-5 and ours == theirs and len(ours) == 14 and len(taken) > 1
+    weights, config = load_file(tmp_path / "back" / "model.safetensors"), {**CONFIGS["ouro"], **shape}
+    assert weights.keys() == load_file(tmp_path / "ouro" / "model.safetensors").keys()
+    assert len(loops(config, weights, torch.tensor([ours]))) == 4

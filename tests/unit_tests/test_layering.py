@@ -43,8 +43,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "torch", "megatron.core", "megatron.training",
     ),
     "inference": (
-        *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "models", "hf")), "torch", "transformers",
-        "megatron.core",
+        *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "losses", "models", "hf")), "torch",
+        "transformers", "megatron.core",
     ),
     "evaluation": (
         *(f"{OURS}.{folder}" for folder in ("backends", "data.files", "data.tokenizer", "hf")), "torch", "transformers",

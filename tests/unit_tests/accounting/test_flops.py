@@ -15,7 +15,11 @@ from tests.unit_tests.models.options import OPTIONS
 
 FULL = {"detach_between_refinements": False}
 LLAMA_LIKE = OPTIONS["rmsnorm-swiglu-untied-no-bias"]
+RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda_layers": 1, "num_recurrences": 3,
+             "backprop_depth": 2}  # fmt: skip
 CASES: dict[str, Case] = {
+    "concat": Case({**RECURRENT, "injection": "concat", "state_norm": "core"}, transformer={"num_layers": 4}),
+    "diagonal": Case({**RECURRENT, "injection": "diagonal"}, transformer={"num_layers": 4}),
     "detach": Case(),
     "full": Case(recursion=FULL),
     "halting-last": Case(recursion={"halt_supervision": "last", "num_refinement_blocks": 3}),

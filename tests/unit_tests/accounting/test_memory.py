@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ TOLERANCE = 0.1
 WIDE = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "ffn_hidden_size": FFN}
 LLAMA_LIKE = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "num_query_groups": 4}
 FULL = {"detach_between_refinements": False}
+RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_recurrences": 5}
 REPLAY = {"recompute_granularity": "full", "recompute_method": "uniform"}
 
 
@@ -65,6 +67,11 @@ CASES = {
     "fused activation": Measured(
         transformer={**LLAMA_LIKE, "bias_activation_fusion": True}, recording={"splits_norm": True}
     ),
+    "concat": Measured({**RECURRENT, "injection": "concat", "state_norm": "core"}, {"num_layers": 3}),
+    "diagonal, replay passes": Measured(
+        {**RECURRENT, "injection": "diagonal", "state_norm": "core-end"}, {"num_layers": 3},
+        Layout(recompute_passes=True), {"recompute_passes": True},
+    ),
     "norm once": Measured({"state_norm": "none"}),
     "exit gate": Measured({"recursion_family": "looped", "exit_gate": True, "num_refinement_blocks": 3}),
     "documents": Measured(documents=True, recording={"attention_mask": 1}),
@@ -94,6 +101,10 @@ CASES = {
     ),
     "ring, one phase": Measured(FULL, {"num_layers": 4}, Layout(pp=2, phases="one"), micro_batches=4),
     "ring, two phases": Measured({}, {"num_layers": 4}, Layout(pp=2, phases="two"), micro_batches=4),
+    "ring, prelude and coda": Measured(
+        {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda_layers": 1, "num_recurrences": 3,
+         "injection": "add"}, {"num_layers": 4}, Layout(pp=2), micro_batches=4,
+    ),
     "ring, replay passes": Measured(
         FULL, {"num_layers": 4}, Layout(pp=2, phases="one", recompute_passes=True), {"recompute_passes": True},
         micro_batches=4,
@@ -175,22 +186,24 @@ def all_saved_bytes(request: pytest.FixtureRequest) -> dict[str, list[int]]:
 def predicted(measured: Measured, vocabulary: int | None = None) -> list[StageMemory]:
     recording = replace(Recording(micro_batch=MICRO_BATCH, element=4), **measured.recording)
     plan = build_plan(measured.case.resolved_recursion())
-    stages, live = measured.layout.pp, ()
+    stages, held = measured.layout.pp, None
     shape = measured.shape if vocabulary is None else replace(measured.shape, vocab_size=vocabulary)
+    split = [shape.num_layers // stages] * stages
     if stages > 1:
         from megatron_recursive.pipeline.pass_costs import equal_costs
-        from megatron_recursive.pipeline.timeline import simulate
+        from megatron_recursive.pipeline.windows import most_held
 
         windows = (measured.micro_batches,) * (measured.layout.phases == "two")
-        live = tuple(simulate(equal_costs(plan, stages), measured.micro_batches, windows=windows).peak_live)
-    split = [shape.num_layers // stages] * stages
+        grad = equal_costs(plan, stages, layers_per_stage=split).grad
+        held = partial(most_held, grad, stages, measured.micro_batches, windows)
     return stage_memory(
-        shape, plan, recording, StateBytes(), layers_per_stage=split, live_passes=live,
+        shape, plan, recording, StateBytes(), layers_per_stage=split, most_held=held,
         in_flight=measured.micro_batches if stages > 1 else 1, window=measured.micro_batches * (stages > 1),
     )  # fmt: skip
 
 
-QUICK = ("detached", "llama-like", "bf16", "replay passes and layers", "TP 2, SP", "ring, two phases")
+QUICK = ("detached", "llama-like", "bf16", "replay passes and layers", "TP 2, SP", "ring, two phases",
+         "ring, prelude and coda")
 
 
 @pytest.mark.parametrize("name", grid(CASES, QUICK))

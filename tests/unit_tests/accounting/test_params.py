@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from megatron_recursive.accounting import ModelShape, count_parameters
+from megatron_recursive.accounting.params import tensor_parallel_parameters
 from megatron_recursive.plan import build_plan
 from tests.distributed import run_distributed
 from tests.models import FFN, HEADS, HIDDEN, LAYERS, SEQ, VOCAB, Case, build_model, start_parallel
@@ -66,6 +67,17 @@ def test_count_is_what_the_model_holds(option: str) -> None:
     assert (count.layers, count.added) == (model["layers"], model["halting_head"])
     assert count.embedding == model["embedding"]
     assert count.unrolled == count.held + (plan.num_passes - 1) * model["layers"]
+
+
+@pytest.mark.parametrize(("injection", "added"), [("concat", 2 * HIDDEN**2), ("diagonal", HIDDEN**2 + 2 * HIDDEN)])
+def test_a_map_before_a_core_counts_on_the_first_stage(injection: str, added: int) -> None:
+    knobs = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda_layers": 1}
+    case = Case({**knobs, "injection": injection}, transformer={"num_layers": 4})
+    plan, shape = build_plan(case.resolved_recursion()), shape_of(case)
+    none = build_plan(Case({**knobs, "injection": "add"}).resolved_recursion())
+    assert count_parameters(shape, plan).added == added
+    stages, bare = (tensor_parallel_parameters(shape, each, 2, [2, 2]) for each in (plan, none))
+    assert [a - b for a, b in zip(stages, bare, strict=True)] == [added, 0]
 
 
 def test_unrolled_is_the_plain_model_of_that_depth() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 from megatron_recursive.plan import RecursionConfig, build_plan
-from megatron_recursive.plan.recursion_config import OF_FAMILIES
+from megatron_recursive.plan.recursion_config import families_of
 
 VOCAB, LAYERS = 61, 2
 SHAPES: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def make_config(blocks: int = 3, latents: int = 2, recursion: dict[str, Any] | None = None, **shape: Any) -> Any:
     knobs = {"num_refinement_blocks": blocks, "num_latent_refinements": latents, **(recursion or {})}
     family = knobs.get("recursion_family", "core")
-    knobs = {name: value for name, value in knobs.items() if family in OF_FAMILIES.get(name, (family,))}
+    knobs = {name: value for name, value in knobs.items() if family in (families_of(name, value) or (family,))}
     resolved = RecursionConfig(**knobs).resolved(embedding_init_std=0.15)
     values = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_layers": LAYERS,

@@ -382,7 +382,7 @@ def test_a_plan_that_the_model_does_not_know_is_refused() -> None:
         RecursiveGPTConfig(plan={**plan, "passes": [{**plan["passes"][0], "adapter": 1}]})
     with pytest.raises(UserError, match="at least one pass"):
         RecursiveGPTConfig(plan={**plan, "passes": []})
-    with pytest.raises(UserError, match="state_norm of a plan must be one of final, none, but is rms"):
+    with pytest.raises(UserError, match="state_norm of a plan must be one of final, none, core, core-end, but is rms"):
         RecursiveGPTConfig(plan={**plan, "state_norm": "rms"})
 
 

@@ -20,8 +20,8 @@ from megatron_recursive.plan import RecursionConfig, build_plan
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.test_convert import _export, _import
 
-VOCAB, LAYERS, WIDTH, FFN = 61, 3, 36, 50
-COMMON = {"vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+VOCAB, LAYERS, WIDTH = 61, 3, 36
+COMMON = {"vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 50, "num_hidden_layers": LAYERS,
           "max_position_embeddings": 64, "initializer_range": 0.02, "hidden_act": "silu", "tie_word_embeddings": False,
           "attention_dropout": 0.0}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -51,16 +51,17 @@ def tensors(config: dict[str, Any]) -> dict[str, Tensor]:
         return torch.randn(shape, generator=generator) * 1.5 * shape[-1] ** -0.5
 
     q, k = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    ffn = config["intermediate_size"]
     norms = ["input_layernorm", "post_attention_layernorm"]
     found = {"model.embed_tokens.weight": normal(VOCAB, WIDTH), "model.norm.weight": normal(WIDTH),
              "lm_head.weight": normal(VOCAB, WIDTH)}  # fmt: skip
     if config["model_type"] == "ouro":
         norms += ["input_layernorm_2", "post_attention_layernorm_2"]
         found["model.early_exit_gate.weight"], found["model.early_exit_gate.bias"] = normal(1, WIDTH), normal(1) - 1
-    for i in range(LAYERS):
+    for i in range(config["num_hidden_layers"]):
         sizes = {"self_attn.q_proj": (q, WIDTH), "self_attn.k_proj": (k, WIDTH), "self_attn.v_proj": (k, WIDTH),
-                 "self_attn.o_proj": (WIDTH, q), "mlp.gate_proj": (FFN, WIDTH), "mlp.up_proj": (FFN, WIDTH),
-                 "mlp.down_proj": (WIDTH, FFN), **{norm: (WIDTH,) for norm in norms}}  # fmt: skip
+                 "self_attn.o_proj": (WIDTH, q), "mlp.gate_proj": (ffn, WIDTH), "mlp.up_proj": (ffn, WIDTH),
+                 "mlp.down_proj": (WIDTH, ffn), **{norm: (WIDTH,) for norm in norms}}  # fmt: skip
         found.update({f"model.layers.{i}.{name}.weight": normal(*shape) for name, shape in sizes.items()})
     return found
 
@@ -103,7 +104,7 @@ def loops(config: dict[str, Any], w: dict[str, Tensor], ids: Tensor) -> list[Ten
 
     x, found = w["model.embed_tokens.weight"][ids], []
     for _ in range(config.get("total_ut_steps") or config["num_loops"]):
-        for i in range(LAYERS):
+        for i in range(config["num_hidden_layers"]):
             x = layer(x, f"model.layers.{i}.")
         x = norm(x, "model.norm.weight")
         found.append(x)

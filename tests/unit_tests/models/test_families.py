@@ -13,9 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_recursive.plan.added_parameters import sampled_start, tokens_so_far
+from megatron_recursive.plan.added_parameters import EVERY, sampled_start, tokens_so_far
 from tests.distributed import run_distributed
-from tests.models import SEQ, Case, Layout, Training, build_wrapped, full_gradients, make_batches, run_schedule, train
+from tests.models import (
+    SEQ,
+    Case,
+    Layout,
+    Training,
+    build_model,
+    build_wrapped,
+    full_gradients,
+    make_batches,
+    run_schedule,
+    start_parallel,
+    train,
+)
 from tests.unit_tests.models.comparing import worst_error
 
 HUGINN = {"norm_placement": "sandwich", "output_norm_scope": "residual"}
@@ -221,6 +233,74 @@ def test_one_process_is_the_formula(case: str) -> None:
     ((error, name), loss, expected), _ = serial()[case]
     assert error <= 2e-6, name
     assert loss == pytest.approx(expected, rel=2e-6)
+
+
+def watched(model: Any, batch: dict[str, Tensor]) -> tuple[list[float], Tensor]:
+    """How far each pass turns what it reads, and the state at the end, run stage after stage."""
+    from megatron_recursive.losses.telemetry import turn
+    from megatron_recursive.training.stagewise import run_passes
+
+    turns: list[float] = []
+
+    def watch(_: Any, read: Tensor, result: Tensor) -> None:
+        total, count = turn(read, result, torch.ones_like(read[..., 0]), None)
+        turns.append(float(total / count))
+
+    with torch.no_grad():
+        return turns, run_passes(model.eval(), batch["input_ids"], batch["position_ids"], watch)
+
+
+def look(pp: int) -> tuple[list[float], Tensor]:
+    start_parallel(1, pp)
+    return watched(build_model(CASES["huginn"], Layout(pp=pp)), make_batches(CASES["huginn"], 0)[0])
+
+
+def starts() -> dict[str, Any]:
+    """What a sampled start depends on, and which weights of an injection decay."""
+    from megatron.core.optimizer import OptimizerConfig, _get_param_groups, get_standard_config_overrides
+
+    start_parallel()
+    model, batch = build_model(CASES["huginn"]), make_batches(CASES["huginn"], 0)[0]
+    ids, places = batch["input_ids"], batch["position_ids"]
+    moved = ids.clone()
+    moved[:, 9] = (moved[:, 9] + 1) % 64
+
+    def start(tokens: Tensor, draw: int, train: bool) -> Tensor:
+        model.train(train).draw = draw
+        return model.initial_state(model.embed(tokens, places), tokens, places).output.detach()
+
+    def seen(tokens: Tensor, train: bool) -> Tensor:
+        return model.train(train)(**{**batch, "input_ids": tokens}).objective_BS.detach()
+
+    found: dict[str, Any] = {
+        "evaluation": torch.equal(start(ids, 1, False), start(moved, 2, False)),
+        "training": torch.equal(start(ids, 1, True), start(ids, 1, True)),
+        "another step": float((start(ids, 1, True) - start(ids, 2, True)).abs().mean()),
+        "another token": [float(x) for x in (start(ids, 1, True) - start(moved, 1, True)).abs().amax((1, 2))],
+        "leak": [float((seen(ids, train) - seen(moved, train))[:, :9].abs().max()) for train in (True, False)],
+    }
+    for name in ("huginn", "parcae"):
+        chunk, config = build_model(CASES[name]), OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1)
+        names = {id(p): key for key, p in chunk.named_parameters()}
+        for group in _get_param_groups([chunk], config, get_standard_config_overrides(config)):
+            added = {names[id(p)] for p in group["params"]} & {each.key for each in EVERY}
+            found.update({key: group["wd_mult"] for key in added})
+    return found
+
+
+def test_a_sampled_start_depends_on_positions_and_in_training_on_the_step_and_the_tokens_so_far() -> None:
+    (found,) = run_distributed(starts, 1, timeout=120)
+    assert found["evaluation"] and found["training"] and found["another step"] > 0.1
+    assert max(found["another token"][:9]) == 0 and min(found["another token"][9:]) > 0
+    assert found["leak"] == [0.0, 0.0]
+    assert found["adapter.weight"] == 1 and {found[f"injection.{name}"] for name in ("A_log", "dt_bias", "B")} == {0}
+
+
+def test_stages_watched_one_by_one_are_one_process() -> None:
+    (expected, whole), ranks = run_distributed(look, 1, 1, timeout=120)[0], run_distributed(look, 2, 2, timeout=120)
+    assert min(expected) > 0.1
+    for turns, state in ranks:
+        assert turns == pytest.approx(expected, rel=1e-5) and torch.allclose(state, whole, atol=1e-5)
 
 
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 2000, "use_distributed_optimizer": True}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.losses.exit_gate import improvement_loss
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from tests.distributed import run_distributed
 from tests.grids import grid
@@ -18,11 +19,16 @@ from tests.unit_tests.models.comparing import worst_error
 from tests.unit_tests.pipeline.cases import FULL, OVERLAP, PER_TOKEN
 
 HEADS = {"halting_head.weight", "halting_head.bias"}
+GATE = {"exit_gate.weight", "exit_gate.bias"}
+GATED = {"looped, exit gate", "two loops, exit gate"}
 CASES = {
     "detached": Case(),
     "full, five micro-batches": Case(FULL, transformer=PER_TOKEN, micro_batches=5),
     "last block, norm once": Case({"halt_supervision": "last", "state_norm": "none", **FULL}),
     "looped": Case({"recursion_family": "looped", "halt_target": "agrees-with-last"}),
+    "looped, exit gate": Case({"recursion_family": "looped", "num_refinement_blocks": 4, "exit_gate": True,
+                               "state_norm": "none"}),
+    "two loops, exit gate": Case({"recursion_family": "looped", "exit_gate": True}),
     "hierarchical": Case({"recursion_family": "hierarchical"}, model={"share_embeddings_and_output_weights": False}),
 }
 ADAM = {"lr": 1e-1, "weight_decay": 0.1}
@@ -41,26 +47,42 @@ def heads_only(case: Case) -> Case:
 
 
 def gradients(layout: Layout, alone: bool) -> dict[str, Training]:
-    return {name: train(heads_only(case) if alone else case, layout) for name, case in CASES.items()}
+    """A gate alone has another loss than beside all weights."""
+    return {name: train(heads_only(case) if alone or name in GATED else case, layout) for name, case in CASES.items()}
 
 
 @cache
-def beside_all_weights() -> dict[str, Training]:
+def in_one_process() -> dict[str, Training]:
+    """Beside all other weights."""
     return run_distributed(gradients, 1, Layout(), False, timeout=120)[0]
+
+
+def test_a_gate_learns_where_a_loop_was_worth_it() -> None:
+    """Ouro's second stage, token by token."""
+    losses, logits = torch.rand(4, 3, 5).unbind(), torch.randn(4, 3, 5).unbind()
+    expected = torch.zeros(3, 5)
+    for loop in range(1, 4):
+        gain = (losses[loop - 1] - losses[loop]).clamp(min=0)
+        worth, leaves = 1 / (1 + torch.exp(-50 * (gain - 0.005))), 1 / (1 + torch.exp(-logits[loop]))
+        expected -= (worth * torch.log(1 - leaves) + (1 - worth) * torch.log(leaves)) / 4
+    torch.testing.assert_close(improvement_loss(losses, logits), expected)
 
 
 @pytest.mark.parametrize("layout", grid(LAYOUTS, quick=["one process", "pp2", "tp2-sp"]))
 def test_heads_get_their_gradients_and_no_other_weight_has_one(layout: str) -> None:
     ranks, how = LAYOUTS[layout]
-    for rank in (found := run_distributed(gradients, ranks, how, True, timeout=120, rendezvous=30.0)):
-        for name, expected in beside_all_weights().items():
-            (mine,), (theirs,) = rank[name].gradients, expected.gradients
-            assert set(mine) == (HEADS if rank[name].metrics[0] else set())
-            kept = {each: theirs[each] for each in HEADS}
+    found = run_distributed(gradients, ranks, how, True, timeout=120, rendezvous=30.0)
+    for name, expected in in_one_process().items():
+        heads = GATE if name in GATED else HEADS
+        kept = {each: expected.gradients[0][each] for each in heads}
+        assert any(weight.abs().max() > 0 for weight in kept.values())
+        for rank in found:
+            (mine,), (told,) = rank[name].gradients, rank[name].metrics
+            assert set(mine) == (heads if told else set())
             assert worst_error({**kept, **mine}, kept)[0] <= (5e-6 if how.tp > 1 else 1e-6), name
-    for name, expected in beside_all_weights().items():
-        told, (metrics,) = found[-1][name].metrics[0], expected.metrics
-        assert {**metrics, "total loss": metrics["halt loss"]} == pytest.approx(told, rel=1e-5)
+        (metrics,) = expected.metrics
+        total = metrics["gate loss" if name in GATED else "halt loss"]
+        assert {**metrics, "total loss": total} == pytest.approx(told, rel=1e-5)
 
 
 def trained(layout: Layout) -> tuple[list[float], list[str], list[float]]:

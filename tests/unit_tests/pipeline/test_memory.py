@@ -67,7 +67,7 @@ def peak(case: Case, layout: Layout) -> Peak:
     from megatron.core.utils import get_attr_wrapped_model
 
     from megatron_recursive.accounting.memory import states_held
-    from megatron_recursive.models.recursive_gpt_model import RecursiveOutput
+    from megatron_recursive.models.recursion_core import RecursiveOutput
     from megatron_recursive.pipeline import ring_schedule
     from megatron_recursive.pipeline.pass_costs import equal_costs
     from megatron_recursive.pipeline.planner import chosen_windows, step_of

@@ -81,7 +81,7 @@ VALUES = [
     ("--halt-threshold 1", "--halt-threshold must lie strictly between 0 and 1"),
     ("--halt-threshold 1.5", "--halt-threshold must lie strictly between 0 and 1"),
     ("--halt-threshold nan", "--halt-threshold must lie strictly between 0 and 1"),
-    ("--num-latent-refinements many", "--num-latent-refinements: invalid int value: 'many'"),
+    ("--num-latent-refinements many", "--num-latent-refinements/--L-cycles: invalid int value: 'many'"),
     ("--halt-loss-weight much", "--halt-loss-weight: invalid float value: 'much'"),
     ("--embedding-multiplier 0", "--embedding-multiplier must be a positive number"),
     ("--state-init ones", "--state-init: invalid choice"),
