@@ -25,8 +25,9 @@ LAYOUTS = {"one": [], "TP 2": ["--tensor-model-parallel-size", "2"], "PP 2": ["-
 OPTIMIZERS = {
     "muon": ["--optimizer", "muon", "--muon-fp32-matmul-prec", "high"],
     "adam_atan2": ["--optimizer", "adam_atan2", "--adam-beta2", "0.95"],
-    "ellis_adam": ["--optimizer", "ellis_adam", "--weight-decay", "1e-4", "--core-lr-factor", "0.5"],
-}
+    "ellis_adam": ["--optimizer", "ellis_adam", "--adam-beta2", "0.95", "--weight-decay", "1e-4",
+                   "--core-lr-factor", "0.5"],
+}  # fmt: skip
 QUICK = [("muon", "TP 2"), ("ellis_adam", "PP 2"), ("adam_atan2", "one")]
 _SAVED: dict[str, Path] = {}
 
