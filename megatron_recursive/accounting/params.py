@@ -34,6 +34,7 @@ class ModelShape:
     norm_bias: bool = True
     norms_per_layer: int = 2
     attention_gate: bool = False
+    norm_weight: bool = True
 
     @property
     def query_size(self) -> int:
@@ -70,7 +71,7 @@ class ParameterCount:
 def count_parameters(shape: ModelShape, plan: RecursionPlan) -> ParameterCount:
     """The parameters of a model of this shape under this plan (buffers, such as initial states, are not counted)."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
-    norm = hidden * (2 if shape.norm_bias else 1)
+    norm = hidden * (shape.norm_weight + shape.norm_bias)
     fc1_rows = ffn * (2 if shape.gated_linear_unit else 1)
     qkv_rows = shape.query_size * (2 if shape.attention_gate else 1) + shape.key_value_size
     layer = hidden * qkv_rows + shape.query_size * hidden + hidden * fc1_rows + ffn * hidden

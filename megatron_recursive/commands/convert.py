@@ -70,7 +70,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     required.add_argument("--out", required=True, metavar="DIR", help="model folder to make")
     files = _add_files(parser)
     files.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                       help="of the weights (default: as they are stored); a halting head keeps its own")
+                       help="of the weights (default: as they are stored); halting head and exit gate keep their own")
     files.add_argument("--ema", action="store_true", help="the averaged weights, of a run with --ema-decay")
     files.add_argument("--as-published", action="store_true",
                        help="in names and config of the looped model that it was imported from (ouro, nanbeige)")

@@ -109,7 +109,8 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
     args.gpus = args.gpus or args.tp * args.pp
     args.bf16 = args.bf16 or model.dtype == "bfloat16"
     planning.complete_job(args, model.values)
-    shape = arch.shape(args.seq_length, model.rows)
+    shape = arch.shape(args.seq_length, model.rows if model.source == "Hugging Face" else None)
+    shape = replace(shape, vocab_size=model.rows)
     cache = accounting.cache_bytes_per_token(shape, plan, 4 if model.dtype == "float32" else 2)
     job = planning.job_of(args, arch, plan, memory=0.0, flops=1.0, pads_vocabulary=args.model is None)
     found = layout_of(job, args.tp, args.pp)

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_argument("--halt-threshold", type=float,
                        help="--exit halting: probability at which a token leaves (default: the model's)")
     depth.add_argument("--exit-threshold", type=float,
-                       help="--exit output-change or kl: leave below this change (default: 0.03 or 0.001)")
+                       help="--exit output-change or kl: leave below this change (default: 0.03 or 0.001); --exit "
+                       "quantile: at this probability of having left, by the exit gate (default: 0.5)")
     depth.add_argument("--exit-stable-blocks", type=int,
                        help="--exit argmax: leave after so many agreeing blocks (default: 2)")
     depth.add_argument("--max-inference-refinement-steps", type=int, metavar="BLOCKS",

@@ -6,21 +6,17 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_recursive.command_line import command, example
 from megatron_recursive.commands.generate import DEVICE_HELP, DEVICES, prepare_transformers
+from megatron_recursive.commands.plan import check
 from megatron_recursive.data.hub import add_hub_flags, hub_choice
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan.recursion_config import flag_of
-
-if TYPE_CHECKING:
-    from megatron_recursive.inference.loading import Loaded
 
 SUMMARY = "Measure what each layer of a model changes, and choose prelude, core and coda by it."
 VERSION = 1  # of the record
 REPEATS = (2, 4)
-LEAST = {"num_samples": 1, "seq_length": 2, "batch_size": 1, "loop_samples": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name, least in LEAST.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"{flag_of(name)} must be at least {least}, but is {value}.")
+    check(args)
     output, picture = Path(args.output), Path(args.output).with_suffix(".png")
     if output.suffix != ".json":
         raise UserError(f"--output {output} must end with .json; the picture gets its name, with .png.")
@@ -84,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"Make it recurrent with these layers:\n{command(*words)}")
 
 
-def analyze(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+def analyze(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
     """The record that is written; section 11 of the guide documents it."""
     from tqdm import tqdm
 
@@ -95,8 +89,8 @@ def analyze(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     model, layers = loaded.model, layers_of(loaded.model)
     most = loaded.max_positions or 2**31
     length = args.seq_length or min(256, most)
-    if length > most:
-        raise UserError(f"--seq-length {length} exceeds the {most} positions of the model; lower it.")
+    if not 2 <= length <= most:
+        raise UserError(f"--seq-length {length} must lie between 2 and the {most} positions of the model.")
     if wrong := [size for size in args.loop_windows or () if not 1 <= size <= len(layers)]:
         raise UserError(f"--loop-windows {wrong[0]} must lie between 1 and the model's {len(layers)} layers.")
     if args.loop_windows is not None and loaded.recursive:

@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_argument("--halt-threshold", type=float,
                        help="--exit halting: probability at which a token leaves (default: the model's)")
     depth.add_argument("--exit-threshold", type=float,
-                       help="--exit output-change or kl: leave below this change (default: 0.03 or 0.001)")
+                       help="--exit output-change or kl: leave below this change (default: 0.03 or 0.001); --exit "
+                       "quantile: at this probability of having left, by the exit gate (default: 0.5)")
     depth.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
     depth.add_argument("--json", action="store_true", help="one JSON line, and nothing else on stdout")
     evaluate.epilog = example("task", "evaluate", "--model", "runs/hops/recursive", "--data", "runs/hops/valid")

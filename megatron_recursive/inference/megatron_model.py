@@ -22,10 +22,9 @@ from megatron_recursive.hf.convert.export import MegatronModel, open_checkpoint
 from megatron_recursive.hf.convert.mappings import OWN
 from megatron_recursive.hf.convert.proof import build_megatron, checkpoint_key, one_process
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
-from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, Work
+from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, Work, left_by
 from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTOutput
 from megatron_recursive.inference.pass_contexts import PassContexts
-from megatron_recursive.losses.exit_gate import log_exit_probabilities
 from megatron_recursive.models.recursion_state import RecursionState, run_plan
 from megatron_recursive.plan import DecoderPass
 
@@ -110,9 +109,8 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             if self.megatron.plan.has_halting:
                 result.block_halting = torch.stack([torch.sigmoid(self._halting(state[kept])) for state in states])
             elif self.megatron.plan.exit_gate:
-                said = [self._halting(state[kept]) for state in states[:-1]]
-                log_p_T = log_exit_probabilities(said, result.logits[..., 0])
-                result.block_halting = log_p_T.exp().cumsum(0)
+                leaving = torch.stack([self._halting(state[kept]) for state in states])
+                result.block_halting = left_by(leaving, self.megatron.plan.num_blocks)
         if options is not None and taken_BS is not None and contexts is not None:
             report = ExitReport(self.config) if self._open_report is None else self._open_report
             work.logits = result.logits.shape[:2].numel()

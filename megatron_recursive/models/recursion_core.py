@@ -139,7 +139,7 @@ class RecursionCore:
             if self.config.sequence_parallel:
                 known_SB = known_SB.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
             start = sampled_start(known_SB, self.config.hidden_size, self.plan.state_std, told[1])
-            given["output"] = start.to(embedding_SBH)
+            given["output"] = start.to(embedding_SBH).contiguous()  # it may be sent
         return RecursionState(
             embedding_SBH, given, starts_at_input=self.plan.starts_at_input, combine=self.combine
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,7 +194,10 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         for name in ("num_prelude_layers", "num_coda_layers", "backprop_depth"):
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         self._check_family()
-        self._check_windows()
+        windows = self.latent_backprop_depth
+        holds = re.fullmatch(r"0|[1-9]\d*(,[1-9]\d*)*", windows) and windows.count(",") < self.num_refinement_blocks
+        self._require("latent_backprop_depth", bool(holds),
+                      f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
@@ -252,15 +256,6 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         if given == [0]:
             return (self.num_latent_refinements,) * self.num_refinement_blocks
         return (*(1,) * (self.num_refinement_blocks - len(given)), *given)
-
-    def _check_windows(self) -> None:
-        try:
-            given = self.latent_windows
-        except ValueError:
-            given = (0,)
-        self._require("latent_backprop_depth", min(given) >= 1 and len(given) == self.num_refinement_blocks,
-                      f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them, "
-                      "such as 1,2")  # fmt: skip
 
     def _check_type(self, knob: dataclasses.Field[Any]) -> None:
         value, wanted = getattr(self, knob.name), knob.metadata["type"]

@@ -118,7 +118,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor | RecursiveOutp
         batch = get_batch(data_iterator)
     timers("batch-generator").stop()
     args, recursive = get_args(), get_attr_wrapped_model(model, "uses", return_model_obj=True)
-    recursive.draw = args.seed << 20 ^ args.curr_iteration
+    recursive.draw = args.seed << 20 ^ getattr(args, "curr_iteration", 0)  # a run that only evaluates has none
     with STRAGGLER:
         output = model(
             batch["tokens"],

@@ -46,6 +46,7 @@ def header(metrics: Metrics, iterations: int) -> str:
     """Names over the columns of :func:`row`."""
     blocks = [f"block {block}" for block in shown_blocks(list(blocks_of(metrics)))]
     halting = ["halt loss", "steps"] if "halt loss" in metrics else []
+    halting += ["expected", "exit"] if "mean exit loop" in metrics else []
     names = ["tokens", "lm loss", *blocks, *halting, "grad", "lr", "tokens/s", "left"]
     return f"{'iteration':>{_iteration_width(iterations)}}" + "".join(f"{n:>{_width(n)}}" for n in names)
 
@@ -62,6 +63,8 @@ def row(
         cells["halt loss"] = f"{metrics['halt loss']:.3f}"
         steps = metrics.get("expected refinement steps")
         cells["steps"] = "-" if steps is None else f"{steps:.2f}"
+    if "mean exit loop" in metrics:
+        cells |= {"expected": f"{metrics['expected lm loss']:.4f}", "exit": f"{metrics['mean exit loop']:.2f}"}
     cells["grad"] = "-" if grad_norm is None else f"{grad_norm:.3g}"
     cells["lr"] = "-" if learning_rate is None else f"{learning_rate:.2e}"
     cells["tokens/s"] = "-" if tokens_per_second is None else count(tokens_per_second)
@@ -94,7 +97,10 @@ def evaluation(title: str, metrics: Metrics) -> str:
     facts = []
     if "expected refinement steps" in metrics:
         facts.append(f"{metrics['expected refinement steps']:.2f} blocks until a token halts, on average")
-    facts += [f"{name} {metrics[name]:.3f}" for name in ("halt loss", "token cosine") if name in metrics]
+    if "mean exit loop" in metrics:
+        facts.append(f"{metrics['mean exit loop']:.2f} loops until the gate lets a token go, on average")
+    names = ("halt loss", "expected lm loss", "exit entropy", "token cosine")
+    facts += [f"{name} {metrics[name]:.3f}" for name in names if name in metrics]
     if facts:
         lines.append("    " + ", ".join(facts))
     return "\n".join(lines)

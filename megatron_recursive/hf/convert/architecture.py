@@ -122,7 +122,7 @@ class Architecture:
         return "yarn" if self.yarn else {"learned": "learned_absolute"}.get(self.positions, self.positions)
 
     def shape(self, seq_length: int, rows: int | None = None) -> ModelShape:
-        """For accounting; ``rows`` of the embedding are the padded ones unless told."""
+        """For accounting, as Megatron holds it; of a Hugging Face model ``rows`` of the embedding are told."""
         return ModelShape(
             self.num_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads, self.num_query_groups,
             self.head_dim, rows or self.padded_vocab_size, seq_length,
@@ -130,6 +130,7 @@ class Architecture:
             tied_embeddings=self.tied, linear_bias=self.linear_bias, qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm is not None, qk_norm_full=self.qk_norm == "full", norm_bias=self.norm == "layernorm",
             norms_per_layer=4 if self.norm_placement == "sandwich" else 2, attention_gate=self.attention_gate,
+            norm_weight=rows is None or self.norm_weights == "learned",
         )  # fmt: skip
 
     # -- Megatron ------------------------------------------------------------------------------------------------

@@ -166,5 +166,5 @@ def config_values(family: Family, arch: Architecture, recursion: RecursionConfig
         **before,
         "attention_dropout": 0.0,
         **family.besides,
-        **({} if family.recursion is None or recursion is None else family.recursion.config(arch, recursion)),
+        **({} if family.recursion is None or recursion is None else family.recursion.config_of(arch, recursion)),
     }

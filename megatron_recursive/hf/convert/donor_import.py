@@ -19,6 +19,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
 from megatron_recursive.hf.convert.files import new_folder
+from megatron_recursive.hf.convert.hrm_text import PREFIXED
 from megatron_recursive.hf.convert.mappings import (
     OWN,
     Item,
@@ -123,7 +124,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         notes = job.prove_tokenizer(folder)
         checkpoint = TorchDistCheckpoint(folder / RELEASE)
         notes += job.prove(checkpoint, report)
-        notes += [] if source.family.recursion is None else source.family.recursion.notes(source.config)
+        notes += [PREFIXED] if getattr(source.config, "prefix_lm", False) else []
         report.facts["bytes_read"] = source.bytes_read() + checkpoint.bytes_read
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         write_manifest(folder / RELEASE, {DATA_FILE: job.sha256})

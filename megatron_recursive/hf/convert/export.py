@@ -81,8 +81,7 @@ class MegatronModel:
         return (None if self.own_class else donor_family(self.arch, self.recursion)) or OWN
 
     def items(self) -> Iterator[Item]:
-        extra = recursive_rows(self.plan, self.family) if self.family.recursion is None else ()
-        return items(self.family, self.arch, extra=extra)
+        return items(self.family, self.arch, extra=recursive_rows(self.plan, self.family))
 
 
 def open_checkpoint(given: str, *, averaged: bool = False) -> MegatronModel:

@@ -1,4 +1,4 @@
-"""HRM-Text (``hrm_text``): two stacks, each call of which ends in a norm, gated attention, norms without weights.
+"""HRM-Text (``hrm_text``), recursive in itself: what its config and its files say of an architecture and a plan.
 
 Its class keeps attention's four projections, and the MLP's two, apart; its files hold them merged. The layers of
 ``L_module`` come first here, which is ``low``.
@@ -6,13 +6,19 @@ Its class keeps attention's four projections, and the MLP's two, apart; its file
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.published import OwnRecursion
 from megatron_recursive.plan import RecursionConfig
 
+PREFIXED = (
+    "its prefix_lm lets the tokens of an instruction (token_type_ids 1) see each other in both directions; here "
+    "attention is causal, as in its own class without token_type_ids, and an export says prefix_lm false."
+)
 # What its class calls a parameter: what its files call it, and which of how many equal parts it is.
 _MERGED = {
     **{f"self_attn.{x}_proj.": ("attn.gqkv_proj.", at, 4) for at, x in enumerate(("gate", "q", "k", "v"))},
@@ -21,12 +27,18 @@ _MERGED = {
 }
 
 
-def _shape(config: Any) -> dict[str, Any]:
-    # num_hidden_layers counts the applied ones.
+def shape(config: Any) -> dict[str, Any]:
+    """What its config calls otherwise than others; its ``num_hidden_layers`` counts the applied ones."""
     return {"num_layers": 2 * config.num_layers_per_stack, "num_query_groups": config.num_attention_heads}
 
 
-def _knobs(config: Any, where: str) -> dict[str, Any]:
+def layer_prefix(layer: int, num_layers: int) -> str:
+    stack, within = divmod(layer, num_layers // 2)
+    return f"model.{'LH'[stack]}_module.layers.{within}."
+
+
+def knobs(config: Any, where: str) -> dict[str, Any]:
+    """Its recursion. Each block has a window: where fewer are given, the others are 1 and come first."""
     blocks, given = config.H_cycles, list(config.L_bp_cycles)
     windows = ([1] * (blocks - len(given)) + given)[:blocks]
     if min(windows) < 1:
@@ -39,12 +51,12 @@ def _knobs(config: Any, where: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _expresses(recursion: RecursionConfig) -> bool:
+def expresses(recursion: RecursionConfig) -> bool:
     words = (recursion.recursion_family, recursion.state_init, recursion.state_norm, recursion.has_halting)
     return recursion.enable_recursive_refinement and words == ("hierarchical", "trunc-normal", "final", False)
 
 
-def _config(arch: Architecture, recursion: RecursionConfig) -> dict[str, Any]:
+def config_of(arch: Architecture, recursion: RecursionConfig) -> dict[str, Any]:
     layers, blocks, latents = arch.num_layers // 2, recursion.num_refinement_blocks, recursion.num_latent_refinements
     return {
         "num_layers_per_stack": layers, "num_hidden_layers": layers * blocks * (latents + 1),
@@ -53,23 +65,17 @@ def _config(arch: Architecture, recursion: RecursionConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _stored(name: str) -> tuple[str, int, int]:
-    for part, (whole, at, parts) in _MERGED.items():
-        if part in name:
-            return name.replace(part, whole), at, parts
-    return name, 0, 1
+def parameters(fetch: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Parameters by the names of its class; ``fetch`` knows those of its files."""
+    held: dict[str, Tensor] = {}
 
+    def part(name: str) -> Tensor:
+        found = next((each for each in _MERGED if each in name), "")
+        stored, at, parts = _MERGED.get(found, ("", 0, 1))
+        whole = name.replace(found, stored) if found else name
+        if whole not in held:
+            held.clear()  # its parts are asked for one after another
+            held[whole] = fetch(whole)
+        return held[whole].chunk(parts)[at] if parts > 1 else held.pop(whole)
 
-def _layer(layer: int, num_layers: int) -> str:
-    stack, within = divmod(layer, num_layers // 2)
-    return f"model.{'LH'[stack]}_module.layers.{within}."
-
-
-def _notes(config: Any) -> list[str]:
-    return [
-        "its prefix_lm lets the tokens of an instruction (token_type_ids 1) see each other in both directions; here "
-        "attention is causal, as in its own class without token_type_ids, and an export says prefix_lm false."
-    ] if config.prefix_lm else []  # fmt: skip
-
-
-HRM_TEXT = OwnRecursion(_shape, _knobs, _expresses, _config, _stored, _layer, _notes)
+    return part

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
+from megatron_recursive.hf.convert import hrm_text
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.hrm_text import HRM_TEXT
-from megatron_recursive.hf.convert.published import OwnRecursion
 from megatron_recursive.hf.convert.torch_dist import LAYERS
 from megatron_recursive.hf.convert.transforms import (
     COPY,
@@ -52,17 +52,13 @@ _EMBEDDING = Row("embedding.word_embeddings.weight", VOCABULARY, {"model.embed_t
 _FINAL_NORM = Row("decoder.final_layernorm.weight", COPY, {"model.norm.weight": "h"})
 _HEAD = Row("output_layer.weight", VOCABULARY, {"lm_head.weight": "v h"}, when=lambda a: not a.tied)
 
-_QKV_WEIGHT = Row("self_attention.linear_qkv.weight", QKV, {
-    "self_attn.q_proj.weight": "q h", "self_attn.k_proj.weight": "k h", "self_attn.v_proj.weight": "k h"})
-_QKV_BIAS = Row("self_attention.linear_qkv.bias", QKV, {
-    "self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "k", "self_attn.v_proj.bias": "k"},
-    when=lambda a: a.qkv_bias)
-_QGKV_WEIGHT = Row("self_attention.linear_qkv.weight", QKV, {
-    "self_attn.q_proj.weight": "q h", "self_attn.gate_proj.weight": "q h", "self_attn.k_proj.weight": "k h",
-    "self_attn.v_proj.weight": "k h"}, when=lambda a: a.attention_gate)
-_QGKV_BIAS = Row("self_attention.linear_qkv.bias", QKV, {
-    "self_attn.q_proj.bias": "q", "self_attn.gate_proj.bias": "q", "self_attn.k_proj.bias": "k",
-    "self_attn.v_proj.bias": "k"}, when=lambda a: a.attention_gate and a.qkv_bias)
+def _qkv(kind: str, gate: tuple[str, ...] = ()) -> Row:
+    sizes = {x: ("k" if x in "kv" else "q") + " h" * (kind == "weight") for x in ("q", *gate, "k", "v")}
+    return Row(f"self_attention.linear_qkv.{kind}", QKV, {f"self_attn.{x}_proj.{kind}": n for x, n in sizes.items()},
+               when=lambda a: a.attention_gate == bool(gate) and (kind == "weight" or a.qkv_bias))  # fmt: skip
+
+
+_QKV_WEIGHT, _QKV_BIAS = _qkv("weight"), _qkv("bias")
 _PROJ = Row("self_attention.linear_proj.weight", COPY, {"self_attn.o_proj.weight": "h q"})
 _GATE_UP = Row("mlp.linear_fc1.weight", GATE_UP, {"mlp.gate_proj.weight": "f h", "mlp.up_proj.weight": "f h"},
                when=lambda a: a.gated)
@@ -165,10 +161,10 @@ OURO = (
 # Our own model (modeling_recursive_gpt.py): every option of the Megatron model, norms with Gemma-2's names.
 RECURSIVE_GPT = (
     *_norm("self_attention.linear_qkv.layer_norm_", "input_layernorm", _normed_before),
-    replace(_QKV_WEIGHT, when=lambda a: not a.attention_gate),
-    replace(_QKV_BIAS, when=lambda a: a.qkv_bias and not a.attention_gate),
-    _QGKV_WEIGHT,
-    _QGKV_BIAS,
+    _QKV_WEIGHT,
+    _QKV_BIAS,
+    _qkv("weight", ("gate",)),
+    _qkv("bias", ("gate",)),
     *_qk_norm("q", "head"), *_qk_norm("k", "head"), *_qk_norm("q", "full"), *_qk_norm("k", "full"),
     _PROJ,
     Row("self_attention.linear_proj.bias", COPY, {"self_attn.o_proj.bias": "h"}, when=lambda a: a.linear_bias),
@@ -204,9 +200,6 @@ _RECURSIVE_TOP = (
     *_norm("decoder.final_layernorm.", "model.norm", _always),
     _HEAD,
 )
-
-_HRM_TOP = (_EMBEDDING, Row("decoder.final_layernorm.weight", ONES, {}), _HEAD,
-            Row("initial_latent", COPY, {"model.z_L_init": "h"}))  # fmt: skip
 
 
 def added_row(each: AddedParameter, names: Mapping[str, str] = {}) -> Row:  # noqa: B006  (it is read alone)
@@ -252,7 +245,7 @@ class Family:
         config: names in config.json to fields of :class:`Architecture`; fixed: fields that have one value.
         when: what else must hold of an architecture that the class is to compute.
         besides: further entries of a config.json.
-        recursion: of a type that is recursive in itself, whose tables have all that its recursion adds.
+        recursion: of a type of transformers' that is recursive in itself, the module that knows its plan (hrm_text.py).
         own_class: transformers has no class for it; its model is ours (published_looped.py turns its config into ours).
         added: what recursion adds, by our name, to its name.
     """
@@ -265,7 +258,7 @@ class Family:
     when: Condition = _always
     besides: Mapping[str, Any] = field(default_factory=dict)
     top_rows: tuple[Row, ...] = _TOP
-    recursion: OwnRecursion | None = None
+    recursion: ModuleType | None = None
     own_class: bool = False
     added: Mapping[str, str] = field(default_factory=dict)
 
@@ -291,7 +284,8 @@ DONORS = (
            {**_UNBIASED, "norm_weights": "ones", "attention_gate": True, "tied": False},
            {name: key for name, key in _DONOR_CONFIG.items() if key not in ("num_layers", "num_query_groups")},
            when=lambda a: a.num_query_groups == a.num_attention_heads and a.hidden_size % a.num_attention_heads == 0,
-           top_rows=_HRM_TOP, recursion=HRM_TEXT),
+           top_rows=(_EMBEDDING, Row("decoder.final_layernorm.weight", ONES, {}), _HEAD), recursion=hrm_text,
+           added={"model.initial_latent": "model.z_L_init"}),
 )  # fmt: skip
 OWN = Family("recursive_gpt", "RecursiveGPTForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP,
              own_class=True)  # fmt: skip
@@ -352,7 +346,7 @@ def items(
         for row in family.layer_rows:
             if row.when(arch):
                 own = family.recursion
-                prefix = f"model.layers.{source}." if own is None else own.layer(source, arch.num_layers)
+                prefix = f"model.layers.{source}." if own is None else own.layer_prefix(source, arch.num_layers)
                 shapes = _shapes(row, arch, prefix)
                 yield Item(LAYERS + row.megatron, layer, row.transform, shapes)
 

@@ -94,9 +94,9 @@ def published_family(arch: Architecture, plan: RecursionPlan) -> Family:
     Raises:
         UserError: it came from none, or computes what that one does not.
     """
-    family = next((each for each in PUBLISHED if each.model_type == arch.donor), None)
+    family = next((each for each in PUBLISHED if each.model_type == arch.donor and arch.donor in _LOOPS), None)
     if family is None:
-        names = " or ".join(each.model_type for each in PUBLISHED)
+        names = " or ".join(_LOOPS)
         raise UserError(f"--as-published is for checkpoints that were imported from {names}; this one was not.")
     same = family.computes(arch)
     if same:

@@ -63,8 +63,9 @@ class Source:
     @property
     def own_recursion(self) -> RecursionConfig | None:
         """Of a model type that is recursive in itself."""
-        own = self.family.recursion
-        return None if own is None else own.recursion(self.config, self.name)
+        if self.family.recursion is None:
+            return None
+        return RecursionConfig(**self.family.recursion.knobs(self.config, self.name)).resolved(embedding_init_std=1.0)
 
     @property
     def plan(self) -> RecursionPlan:
@@ -74,7 +75,7 @@ class Source:
 
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
-        return recursive_rows(self.plan, self.family) if self.family.recursion is None else ()
+        return recursive_rows(self.plan, self.family)
 
     def weight(self, name: str) -> Tensor:
         """A tensor by name; a tied head is the embedding."""

@@ -46,14 +46,9 @@ def _pad_vocabulary(parts: Sequence[Tensor], arch: Architecture) -> Tensor:
     return rows if missing == 0 else torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
 
-def _merge_gqkv(parts: Sequence[Tensor], arch: Architecture) -> Tensor:
-    gate, query, key, value = parts[0].chunk(4)
-    return _merge_qkv((query, gate, key, value), arch)
-
-
-def _split_gqkv(fused: Tensor, arch: Architecture) -> tuple[Tensor, ...]:
-    query, gate, key, value = _split_qkv(fused, arch)
-    return (torch.cat([gate, query, key, value]),)
+def _gate_first(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Gate and q in each other's place."""
+    return [parts[1], parts[0], *parts[2:]]
 
 
 def _no_weights(tensor: Tensor, _: Architecture) -> tuple[Tensor, ...]:
@@ -67,7 +62,9 @@ QKV = Transform("qkv", _merge_qkv, _split_qkv)
 GATE_UP = Transform(
     "gate, up", lambda parts, _: torch.cat(list(parts)), lambda tensor, _: tuple(tensor.chunk(2, dim=0))
 )
-GQKV = Transform("gate, q, k, v in one", _merge_gqkv, _split_gqkv)  # as many keys as queries
+GQKV = Transform("gate, q, k, v in one",  # of equal sizes
+                 lambda parts, arch: _merge_qkv(_gate_first(parts[0].chunk(4)), arch),
+                 lambda tensor, arch: (torch.cat(_gate_first(_split_qkv(tensor, arch))),))  # fmt: skip
 # A norm without weights has some in Megatron, which stay at one.
 ONES = Transform("ones", lambda _, arch: torch.ones(arch.hidden_size), _no_weights)
 VOCABULARY = Transform("padded vocabulary", _pad_vocabulary, lambda tensor, arch: (tensor[: arch.vocab_size],))

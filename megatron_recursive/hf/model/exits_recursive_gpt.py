@@ -172,6 +172,14 @@ class ExitRule:
         self.stable_N = None if self.stable_N is None else self.stable_N[index]
 
 
+def left_by(gate_logits: Tensor, blocks: int) -> Tensor:
+    """The probability of having left, by an exit gate, after each of the blocks that ran; all leave after the last."""
+    stays = torch.sigmoid(-gate_logits.float()).cumprod(0)
+    if len(stays) == blocks:
+        stays[-1] = 0
+    return 1 - stays
+
+
 class ActiveTokens:
     """The tokens that a pass computes, and how they meet the keys and values of those that have left.
 

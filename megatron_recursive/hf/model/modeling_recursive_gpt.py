@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .added_parameters import COMBINING, EVERY, SEED, added_parameters, sampled_start, start_of
 from .cache_recursive_gpt import RecursiveCache
 from .configuration_recursive_gpt import RecursiveGPTConfig
-from .exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, run_with_exits
+from .exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, left_by, run_with_exits
 from .generation_recursive_gpt import RecursiveGenerationMixin
 from .layers_recursive_gpt import (
     COMBINING_MODULES,
@@ -413,8 +413,8 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         if self.halting_head is not None:
             found["block_halting"] = torch.stack([torch.sigmoid(self.halting_logits(each)) for each in hidden])
         elif self.exit_gate is not None:
-            stays = torch.stack([F.sigmoid(-self.halting_logits(each)) for each in hidden[:-1]]).cumprod(0)
-            found["block_halting"] = torch.cat([1 - stays, torch.ones_like(stays[:1])])
+            leaving = torch.stack([self.halting_logits(each) for each in hidden])
+            found["block_halting"] = left_by(leaving, self.config.num_refinement_blocks)
         return found
 
     def _read_losses(

@@ -167,8 +167,8 @@ def test_the_command_writes_what_an_import_reads(tmp_path: Path, capsys: pytest.
     ("words", "said"),
     [
         (["--text", "nowhere.jsonl"], "--text nowhere.jsonl does not exist"),
-        (["--seq-length", "64"], "--seq-length 64 exceeds the 48 positions"),
-        (["--num-samples", "0"], "--num-samples must be at least 1"),
+        (["--seq-length", "64"], "--seq-length 64 must lie between 2 and the 48 positions"),
+        (["--num-samples", "0"], "--num-samples must be positive"),
         (["--target-recurrent-size", "3"], "--target-recurrent-size 3 must lie between 1 and"),
         (["--loop-windows", "2"], "--loop-windows asks a model that does not loop yet"),
         (["--output", "found.txt"], "--output found.txt must end with .json"),
@@ -188,20 +188,24 @@ def test_mistakes_end_in_a_sentence(
 def _of_checkpoint(folder: Path) -> list[dict[str, Any]]:
     from megatron_recursive.backends import cpu
     from megatron_recursive.hf.convert.donor_import import ImportOptions, import_model
+    from megatron_recursive.hf.convert.stacks import StackChoice
 
     cpu.install(on_purpose=True)
     donor = write_plain(folder / "donor")
     plain = ImportOptions({"enable_recursive_refinement": False})
     import_model(str(donor), str(folder / "ckpt"), plain, lambda _: None)
     words = ["--num-samples", "2", "--seq-length", "24", "--loop-windows", "1", "2", "--output", str(folder / "a.json")]
-    return [layers("--model", str(model), *words) for model in (donor, folder / "ckpt")]
+    found = [layers("--model", str(model), *words) for model in (donor, folder / "ckpt")]
+    stacks = StackChoice(from_analysis=str(folder / "a.json"))
+    report = import_model(str(donor), str(folder / "looped"), ImportOptions(stacks=stacks), lambda _: None)
+    return [*found, report.facts["stacks"]]
 
 
 def test_a_checkpoint_gives_the_figures_of_its_donor(tmp_path: Path) -> None:
-    ((donor, ckpt),) = run_distributed(_of_checkpoint, 1, tmp_path, timeout=180)
+    ((donor, ckpt, stacks),) = run_distributed(_of_checkpoint, 1, tmp_path, timeout=180)
     assert (donor["kind"], ckpt["kind"]) == ("donor", "checkpoint")
     for a, b in zip(donor["layers"], ckpt["layers"], strict=True):
         assert a == pytest.approx(b, abs=1e-5)
     for a, b in zip(donor["loop_windows"]["windows"], ckpt["loop_windows"]["windows"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-    assert donor["core"] == ckpt["core"]
+    assert donor["core"] == ckpt["core"] and stacks == {name: donor[name] for name in ("prelude", "core", "coda")}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.unit_tests.hf.recursive_models import make_config, make_model, make_tokens
+from tests.unit_tests.hf.recursive_models import left_padded, make_config, make_model, make_tokens
 from tests.unit_tests.hf.test_convert import _export, _import, _quiet
 
 RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda_layers": 1, "num_recurrences": 3}
@@ -105,6 +105,8 @@ def test_a_quantile_is_where_the_gate_has_let_go_of_so_much() -> None:
         family_model("looped")(ids, exit="quantile")
     with pytest.raises(ValueError, match="at most 1"):
         model(ids, exit="quantile", exit_threshold=1.5)
+    model.set_num_refinement_blocks(1)
+    assert torch.equal(model(ids, output_blocks=True).block_halting, torch.ones(1, *ids.shape))
 
 
 def test_a_quantile_with_a_cache_is_that_of_the_prompt_at_once() -> None:
@@ -128,3 +130,14 @@ def test_a_core_of_another_depth_is_that_of_the_knobs() -> None:
         assert torch.equal(model(ids).logits, deep(ids).logits)
         model.set_num_refinement_blocks(3)
         assert torch.equal(model(ids).logits, family_model(name)(ids).logits)
+
+
+def test_padding_on_the_left_moves_no_sampled_start() -> None:
+    model, ids = family_model("huginn"), make_tokens(2, 6)
+    padded, mask = left_padded(torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1), [3, 3])
+    alone, beside = model(ids).logits, model(padded, attention_mask=mask).logits[:, 3:]
+    assert torch.allclose(alone, beside, atol=1e-5)
+    moved = model(ids, position_ids=torch.arange(1, 7)[None]).logits
+    assert (moved - alone).abs().max() > 1e-3  # it is a function of the position
+    model.train()
+    assert (model(ids).logits - model(ids).logits).abs().max() > 1e-3

@@ -119,7 +119,6 @@ def test_a_terminal_gets_a_line_an_interval(tmp_path: Path) -> None:
     assert not any("lm loss value" in line or "consumed samples" in line for line in lines)
 
 
-@pytest.mark.grid
 def test_a_run_that_only_evaluates_says_so(tmp_path: Path) -> None:
     flags = [*FLAGS, *RECURSION, *EVALUATED, *save_to(tmp_path), "--log-style", "compact"]
     assert train(*flags, flags=(), recursion=()) is None
