@@ -98,7 +98,7 @@ def test_the_policy_against_a_reference_that_computes_everything(state_norm: str
 
     with torch.no_grad():
         embedding = base.embed_tokens(tokens) * base.embedding_multiplier
-        states = base.initial_states(embedding)
+        states = base.initial_states(embedding, torch.arange(24)[None])
         for block in range(4):
             for place, target in enumerate(("latent", "output")):
                 x = states["output"] + states["latent"] + (states["input"] if target == "latent" else 0)
