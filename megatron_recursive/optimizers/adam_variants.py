@@ -6,7 +6,6 @@ moves by at most pi / 2 times the learning rate.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,13 +14,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class _TwoMoments(torch.optim.Optimizer):
-    """Moments ``exp_avg`` (m) and ``exp_avg_sq`` (v) for each weight, and the number of its steps, under Adam's names.
+class AdamATan2(torch.optim.Optimizer):
+    """AdamW with ``atan2``, as TRM and HRM train.
+
+    ``p <- p (1 - lr wd) - lr atan2(m / (1 - b1^t), sqrt(v / (1 - b2^t)))``, with m, v and t under Adam's names.
 
     Args:
-        params: weights, or groups of them with settings of their own.
-        lr, betas, weight_decay: as Adam's.
-        eps: read by ELLISAdam.
+        params, lr, betas, weight_decay: as Adam's; eps: read by ELLISAdam alone.
         tp_group: the ranks over which weights marked ``tensor_model_parallel`` are spread; None: nothing is.
     """
 
@@ -38,11 +37,9 @@ class _TwoMoments(torch.optim.Optimizer):
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Megatron calls it before it reads a checkpoint, when no weight has a gradient yet."""
         for p in group["params"]:
-            if self.state[p] or (skip_non_grad_params and p.grad is None):
-                continue
-            starts = self.starts_at_gradient and p.grad is not None
-            m, v = (p.grad.clone(), p.grad.square()) if starts else (torch.zeros_like(p), torch.zeros_like(p))
-            self.state[p].update(step=torch.tensor(0.0), exp_avg=m, exp_avg_sq=v)
+            if not self.state[p] and not (skip_non_grad_params and p.grad is None):
+                starts = p.grad.clone() if self.starts_at_gradient and p.grad is not None else torch.zeros_like(p)
+                self.state[p].update(step=torch.tensor(0.0), exp_avg=starts, exp_avg_sq=starts.square())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -50,38 +47,29 @@ class _TwoMoments(torch.optim.Optimizer):
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
             self._init_group(group)
-            weights = [p for p in group["params"] if p.grad is not None]
+            weights, (beta1, beta2) = [p for p in group["params"] if p.grad is not None], group["betas"]
             for p in weights:
-                state, (beta1, beta2) = self.state[p], group["betas"]
-                state["step"] += 1
-                state["exp_avg"].lerp_(p.grad, 1 - beta1)
-                state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
-            self._move(group, weights)
+                self.state[p]["step"] += 1
+                self.state[p]["exp_avg"].lerp_(p.grad, 1 - beta1)
+                self.state[p]["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+            for p, clip in zip(weights, self._clips(group, weights), strict=True):
+                m, v, t = (self.state[p][name] for name in ("exp_avg", "exp_avg_sq", "step"))
+                unbiased1, unbiased2 = 1 - beta1 ** float(t), 1 - beta2 ** float(t)
+                p.mul_(1 - self._decay(group))
+                p.sub_(self._turn(m, (v / unbiased2).sqrt(), unbiased1) * (group["lr"] / clip))
 
-    def _move(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        raise NotImplementedError
+    def _decay(self, group: dict[str, Any]) -> float:
+        return float(group["lr"] * group["weight_decay"])
 
-    def _turn(self, p: Tensor, group: dict[str, Any], *, correct_first: bool) -> Tensor:
-        """``atan2`` of the moments; v without its bias, and m too if asked."""
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        steps = float(state["step"])
-        m = state["exp_avg"] / (1 - beta1**steps) if correct_first else state["exp_avg"]
-        return torch.atan2(m, state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**steps))
+    def _turn(self, m: Tensor, root: Tensor, unbiased: float) -> Tensor:
+        return torch.atan2(m / unbiased, root)
 
-
-class AdamATan2(_TwoMoments):
-    """AdamW with ``atan2``, as TRM and HRM train.
-
-    ``p <- p (1 - lr wd) - lr atan2(m / (1 - b1^t), sqrt(v / (1 - b2^t)))``
-    """
-
-    def _move(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        for p in weights:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(self._turn(p, group, correct_first=True), alpha=group["lr"])
+    def _clips(self, group: dict[str, Any], weights: list[Tensor]) -> list[Any]:
+        """What each weight's learning rate is divided by."""
+        return [1.0] * len(weights)
 
 
-class ELLISAdam(_TwoMoments):
+class ELLISAdam(AdamATan2):
     """Huginn's and the retrofit's.
 
     ``p <- p (1 - lr / peak wd) - lr / ((1 - b1^t) max(1, r)) atan2(m, sqrt(v / (1 - b2^t)))``
@@ -93,24 +81,22 @@ class ELLISAdam(_TwoMoments):
 
     starts_at_gradient = True
 
-    def _move(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        rate, peak = group["lr"], group.get("max_lr", group["lr"])
-        decay = rate / peak * group["weight_decay"] if peak else 0.0
-        for p, ratio in zip(weights, self._ratios(group, weights), strict=True):
-            p.mul_(1 - decay)
-            step = rate / ((1 - group["betas"][0] ** float(self.state[p]["step"])) * ratio.clamp(min=1.0))
-            p.sub_(self._turn(p, group, correct_first=False) * step)
+    def _decay(self, group: dict[str, Any]) -> float:
+        peak = group.get("max_lr", group["lr"])
+        return float(group["lr"] / peak * group["weight_decay"]) if peak else 0.0
 
-    def _ratios(self, group: dict[str, Any], weights: list[Tensor]) -> list[Tensor]:
-        """``r`` of each weight, with one message for all that are spread."""
-        means = []
-        for p in weights:
-            v = self.state[p]["exp_avg_sq"].clamp_(min=group["eps"] ** 2)
-            means.append((p.grad.square() / v).mean())  # type: ignore[union-attr]
+    def _turn(self, m: Tensor, root: Tensor, unbiased: float) -> Tensor:
+        return torch.atan2(m, root) / unbiased
+
+    def _clips(self, group: dict[str, Any], weights: list[Tensor]) -> list[Any]:
+        if not weights:
+            return []
+        floors = [self.state[p]["exp_avg_sq"].clamp_(min=group["eps"] ** 2) for p in weights]
+        ratios = [(p.grad.square() / v).mean() for p, v in zip(weights, floors, strict=True)]  # type: ignore[union-attr]
+        means = torch.stack(ratios)
         spread = [i for i, p in enumerate(weights) if getattr(p, "tensor_model_parallel", False)]
         if self.tp_group is not None and self.tp_group.size() > 1 and spread:
-            sums = torch.stack([means[i] for i in spread])  # shards are of equal size
+            sums = means[spread]  # shards are of equal size
             torch.distributed.all_reduce(sums, group=self.tp_group)
-            for i, total in zip(spread, sums / self.tp_group.size(), strict=True):
-                means[i] = total
-        return [mean.sqrt() for mean in means]
+            means[spread] = sums / self.tp_group.size()
+        return list(means.sqrt().clamp(min=1.0))

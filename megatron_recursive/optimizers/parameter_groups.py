@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -57,12 +56,11 @@ def group_overrides(
     parts: dict[str, set[Parameter]] = {}
     heads: set[Parameter] = set()
     for model in models:
-        added = _added(model.plan)
         for part, weights in model.weights_by_part().items():
             parts.setdefault(part, set()).update(weights)
-            for weight in weights if added.get(part) == "head" or part in ("embedding", "output layer") else ():
-                setattr(weight, OUTSIDE, True)
-            heads |= weights if added.get(part) == "head" else set()
+            heads |= weights if _added(model.plan).get(part) == "head" else set()
+    for weight in heads.union(*(parts.get(part, ()) for part in ("embedding", "output layer"))):
+        setattr(weight, OUTSIDE, True)
     overrides: dict[ParamKey, dict[str, Any]] = {_key("heads", heads): {"wd_mult": 0.0}}
     uses = Counter(weight for part in factors for weight in parts.get(part, ()))  # a norm may serve two stacks
     for part, factor in factors.items():
@@ -72,8 +70,4 @@ def group_overrides(
 
 
 def _key(name: str, weights: set[Parameter]) -> ParamKey:
-    return ParamKey(predicate=ParamPredicate(name=name, fn=partial(_is_in, weights)))
-
-
-def _is_in(weights: set[Parameter], weight: Parameter) -> bool:
-    return weight in weights
+    return ParamKey(predicate=ParamPredicate(name=name, fn=weights.__contains__))

@@ -15,10 +15,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.optimizer import (
-    get_param_id_to_sharded_param_map,
-    make_sharded_optimizer_tensor,
-)
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
@@ -33,12 +30,19 @@ class WeightAverage:
     """
 
     def __init__(self, optimizer: Any, decay: float) -> None:
-        self.optimizer, self.decay, self.is_stored, self.is_named = optimizer, decay, True, False
+        self.optimizer, self.is_stored, self.is_named = optimizer, True, False
         self._of: dict[Tensor, Tensor] = {}
-        self._go_through_checkpoints()
+        if isinstance(optimizer, DistributedOptimizer):
+            self._between("_get_main_param_and_optimizer_states", self._add_shard)
+            self._between("_set_main_param_and_optimizer_states", self._take_shard)
+            self._between("get_parameter_state_dp_zero", self._gather)
+            optimizer.__class__, optimizer.weight_average = _naming_it(type(optimizer)), self
+        else:
+            self._between("sharded_state_dict", self._add_tensors)
+            self._between("load_state_dict", self._take_tensors)
         if optimizer.optimizer is not None:
-            optimizer.optimizer.register_step_pre_hook(lambda *_: self._start())
-            optimizer.optimizer.register_step_post_hook(lambda *_: self._follow())
+            optimizer.optimizer.register_step_pre_hook(lambda *_: self.follow(1.0))  # there from before the first
+            optimizer.optimizer.register_step_post_hook(lambda *_: self.follow(decay))
 
     def weights(self) -> list[Tensor]:
         groups = [] if self.optimizer.optimizer is None else self.optimizer.optimizer.param_groups
@@ -49,14 +53,12 @@ class WeightAverage:
             self._of[weight] = weight.detach().clone()
         return self._of[weight]
 
-    def _start(self) -> None:
-        for weight in self.weights():
-            self.of(weight)
-
     @torch.no_grad()
-    def _follow(self) -> None:
+    def follow(self, decay: float) -> None:
         for weight in self.weights():
-            self.of(weight).lerp_(weight, 1 - self.decay)
+            average = self.of(weight)
+            if decay < 1:
+                average.lerp_(weight, 1 - decay)
 
     @torch.no_grad()
     def exchange(self) -> None:
@@ -69,17 +71,6 @@ class WeightAverage:
             self.optimizer._copy_main_params_to_model_params()
 
     # -- checkpoints: one more tensor where Megatron asks its optimizer for what it has ---------------------------
-
-    def _go_through_checkpoints(self) -> None:
-        optimizer = self.optimizer
-        if isinstance(optimizer, DistributedOptimizer):
-            self._between("_get_main_param_and_optimizer_states", self._add_shard)
-            self._between("_set_main_param_and_optimizer_states", self._take_shard)
-            self._between("get_parameter_state_dp_zero", self._gather)
-            optimizer.__class__, optimizer.weight_average = _naming_it(type(optimizer)), self
-        else:
-            self._between("sharded_state_dict", self._add_tensors)
-            self._between("load_state_dict", self._take_tensors)
 
     def _between(self, method: str, ours: Callable[..., Any]) -> None:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -165,11 +156,9 @@ def read_where_stored(averages: Sequence[WeightAverage], *, stored: bool) -> Ite
     """While a checkpoint is read, which holds averages or not; those that it does not hold start at its weights."""
     for average in averages:
         average.is_stored = stored
-    try:
-        yield
-    finally:
-        for average in averages:
-            average.is_stored = True
+    yield
+    for average in averages:
+        average.is_stored = True
 
 
 def _exchange(averages: Sequence[WeightAverage], chunks: Sequence[Any]) -> None:

@@ -83,7 +83,7 @@ COMBINING = {  # by the word of a pass
         AddedParameter("injection.B", "model.injection.B", "h h", "first", "identity", decays=False),
     ),
 }  # fmt: skip
-EVERY = (*HALTING_HEAD, *EXIT_GATE, *INITIAL_STATES, *COMBINING["concat"], *COMBINING["diagonal"])
+EVERY = (*HALTING_HEAD, *EXIT_GATE, *INITIAL_STATES, *(each for declared in COMBINING.values() for each in declared))
 
 
 def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:

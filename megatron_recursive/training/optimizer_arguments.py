@@ -19,8 +19,9 @@ NEEDS = {"core": "layers that are applied more than once", "adapter": "an adapte
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     """The names that ``--optimizer`` takes here, Muon on whole matrices, and our own flags."""
-    (optimizer,) = (action for action in parser._actions if action.dest == "optimizer")
-    optimizer.choices, optimizer.help = KNOWN, "Muon moves the matrices of layers and adapters, Adam the rest."
+    flags = {action.dest: action for action in parser._actions}
+    flags["optimizer"].choices, flags["muon_scalar_optimizer"].choices = KNOWN, ("adam",)
+    flags["optimizer"].help = "Muon moves the matrices of layers and adapters, Adam the rest."
     parser.set_defaults(muon_tp_mode="duplicated")  # Megatron's blockwise makes another function of each TP size
     group = parser.add_argument_group("optimizers of recursive runs")
     whose = {"core": "the layers that a recursion applies more than once", "adapter": "what joins states and inputs",
@@ -55,8 +56,6 @@ def refuse_optimizers(args: argparse.Namespace) -> None:
                         ("--enable-ft-package", args.enable_ft_package)):  # fmt: skip
         if given:
             raise UserError(f"--optimizer {args.optimizer} does not go with {flag} yet; leave that out, or use adam.")
-    if args.optimizer == "muon" and args.muon_scalar_optimizer != "adam":
-        raise UserError(f"--muon-scalar-optimizer {args.muon_scalar_optimizer} is not supported yet; leave it out.")
     if args.optimizer == "muon" and emerging_optimizers.HAVE_EMERGING_OPTIMIZERS:
         types = [each for each in emerging_optimizers.get_supported_coefficient_types() if each != "custom"]
         if args.muon_coefficient_type not in types:

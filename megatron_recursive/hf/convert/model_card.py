@@ -86,6 +86,8 @@ def write_card(folder: Path, name: str, model: Exported) -> None:
     ]  # fmt: skip
     if plan.has_halting:
         text.append('Tokens may leave early: `model.generate(..., exit="halting", halt_threshold=0.7)`.')
+    if plan.exit_gate:
+        text.append('Tokens may leave early: `model.generate(..., exit="quantile", exit_threshold=0.5)`.')
     (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n", encoding="utf-8")
 
 

@@ -46,7 +46,8 @@ def our_config(family: Family, values: Mapping[str, Any], where: str) -> Recursi
     others = sorted({*(values.get("layer_types") or ())} - {"full_attention"})
     if others:
         raise UserError(f"{where} has layers of the type {others[0]}; only full attention can be converted.")
-    loops = _loops(kind, values)
+    weighed = values.get("loop_loss_weights")  # by which Nanbeige's own code counts its loops
+    loops = len(weighed) + 1 if weighed else values[_LOOPS[kind]]
     recursion = RecursionConfig(
         recursion_family="looped", num_refinement_blocks=loops, halt_loss_weight=0.0,
         exit_gate=bool(family.added) and loops > 1,
@@ -65,11 +66,6 @@ def our_config(family: Family, values: Mapping[str, Any], where: str) -> Recursi
         "mlp_bias": bool(values.get("mlp_bias")), "tie_word_embeddings": bool(values.get("tie_word_embeddings")),
         "plan": json.loads(build_plan(recursion).to_json()), "recursion": recursion.to_dict(),
     })  # fmt: skip
-
-
-def _loops(kind: str, values: Mapping[str, Any]) -> int:
-    weighed = values.get("loop_loss_weights") if kind == "nanbeige" else None
-    return len(weighed) + 1 if weighed else int(values[_LOOPS[kind]])  # as Nanbeige's own code counts them
 
 
 def published_config(family: Family, arch: Architecture, plan: RecursionPlan) -> dict[str, Any]:

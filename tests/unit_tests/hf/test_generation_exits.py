@@ -300,7 +300,7 @@ def test_going_beyond_the_trained_blocks_warns(caplog: pytest.LogCaptureFixture)
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"exit": "entropy"}, "exit must be one of halting, output-change, kl, argmax, but is entropy."),
+    ({}, {"exit": "entropy"}, "exit must be one of halting, quantile, output-change, kl, argmax, but is entropy."),
     ({}, {"exit": "halting", "halt_threshold": 1.0}, "halt_threshold must lie strictly between 0 and 1, but is 1.0."),
     ({}, {"exit": "kl", "exit_threshold": -1.0}, "exit_threshold must be at least 0, but is -1.0."),
     ({}, {"exit": "argmax", "exit_stable_blocks": 1}, "exit_stable_blocks must be at least 2, but is 1."),

@@ -58,7 +58,7 @@ FEATURES = [
     ("--ema-decay 0.9 --evaluate-ema --skip-train", "--evaluate-ema does not go with --skip-train"),
     ("--optimizer muon --use-distributed-optimizer", "--optimizer muon does not go with --use-distributed-optimizer"),
     ("--optimizer ellis_adam --optimizer-cpu-offload", "ellis_adam does not go with --optimizer-cpu-offload"),
-    ("--optimizer muon --muon-scalar-optimizer lion", "--muon-scalar-optimizer lion"),
+    ("--optimizer muon --muon-scalar-optimizer lion", "--muon-scalar-optimizer: invalid choice: 'lion'"),
     ("--optimizer muon --muon-coefficient-type best", "--muon-coefficient-type best is none of simple, quintic"),
     ("--head-lr-factor -1", "--head-lr-factor is -1.0; give a number of 0 or more"),
     ("--adapter-lr-factor 2", "--adapter-lr-factor needs an adapter, which this model does not have"),
