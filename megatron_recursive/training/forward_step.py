@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.core.utils import StragglerDetector, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
@@ -117,8 +117,10 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor | RecursiveOutp
     with STRAGGLER(bdata=True):
         batch = get_batch(data_iterator)
     timers("batch-generator").stop()
-    args, recursive = get_args(), get_attr_wrapped_model(model, "uses", return_model_obj=True)
-    recursive.draw = args.seed << 20 ^ getattr(args, "curr_iteration", 0)  # a run that only evaluates has none
+    args, inner = get_args(), model
+    while hasattr(inner, "module"):  # a pass of the ring, DDP; what is inside may be Megatron's own GPT
+        inner = inner.module
+    inner.draw = args.seed << 20 ^ getattr(args, "curr_iteration", 0)  # a run that only evaluates has none
     with STRAGGLER:
         output = model(
             batch["tokens"],
