@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed import run_command, run_distributed
+from tests.quick_start import ALL
 from tests.unit_tests.hf.donors import make_donor, tokens
 from tests.unit_tests.hf.test_convert import _import
 from tests.unit_tests.hf.test_hrm_text import make as make_hrm_text
@@ -63,7 +64,7 @@ def test_a_cached_name_in_shards_trains_in_parallel_and_returns(tmp_path: Path) 
 
     flags = [*TRAINING, "--train-iters=3", "--save-interval=3"]
     argv = [f"@{ckpt / 'megatron_args.txt'}", *flags, "--load", str(ckpt), "--save", str(run)]
-    assert run_distributed(in_worker, 4, argv, timeout=120) == [None] * 4
+    assert run_distributed(in_worker, 4, argv, mock_documents=ALL, timeout=120) == [None] * 4
     losses = losses_of(run)
     assert list(losses) == [1, 2, 3] and losses[3] < losses[1]
     before, after = tensors_of(ckpt / "release"), tensors_of(run / "iter_0000003")
