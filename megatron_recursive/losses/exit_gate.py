@@ -47,7 +47,7 @@ def improvement_loss(losses: Sequence[Tensor], gate_logits: Sequence[Tensor]) ->
     After a loop t > 1 that lowered the loss by ``gain = max(0, loss_(t-1) - loss_t)``, going on is right with
     ``w = sigmoid(50 (gain - 0.005))``; the sum over those loops of the cross-entropy of ``1 - lambda_t`` to it, over T.
     """
-    terms = []
+    terms = [torch.zeros_like(losses[0], dtype=torch.float)]  # of one loop there is nothing to tell
     for before, after, logits in zip(losses, losses[1:], gate_logits[1:], strict=False):
         gain = (before.float() - after.float()).detach().clamp(min=0.0)
         leaves = 1.0 - torch.sigmoid(STEEPNESS * (gain - LEAST_GAIN))

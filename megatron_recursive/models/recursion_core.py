@@ -35,7 +35,7 @@ class RecursiveOutput:
     """What a forward pass with labels returns.
 
     Attributes:
-        objective_BS: per-token training objective, [B, S], fp32: the supervised losses plus the weighted halting loss.
+        objective_BS: per-token training objective, [B, S], fp32: the losses as the plan weighs them, and the heads'.
         metrics: name to a tensor (sum, count) over the loss mask, detached.
     """
 
@@ -120,8 +120,8 @@ class RecursionCore:
         """
         if given is None:
             return self.plan
-        words = ("stacks", "state_init", "state_norm", "embedding_multiplier", "has_halting", "exit_gate", "maps",
-                 "trains_heads_only")  # fmt: skip
+        words = ("stacks", "state_init", "state_std", "state_norm", "embedding_multiplier", "has_halting", "exit_gate",
+                 "maps", "trains_heads_only")  # fmt: skip
         for word in words:
             if getattr(given, word) != getattr(self.plan, word):
                 raise ValueError(f"the model was built with another {word} than the plan of this step has")
@@ -243,8 +243,10 @@ class RecursionCore:
             group = self.pg_collection.tp
             mask_SB = mask_SB.chunk(group.size(), dim=0)[group.rank()]
         with torch.no_grad():
-            name = f"output change block {decoder_pass.block + 1}"
-            metrics[name] = relative_change(before.detach(), after.detach(), mask_SB, group)
+            # Where a state starts at the input or is sampled, the last stage does not see it.
+            if decoder_pass.block > 0 or plan.state_init in ("zeros", "trunc-normal"):
+                name = f"output change block {decoder_pass.block + 1}"
+                metrics[name] = relative_change(before.detach(), after.detach(), mask_SB, group)
             if decoder_pass is plan.passes[-1]:
                 metrics["token cosine"] = token_cosine(after.detach(), mask_SB, group)
 

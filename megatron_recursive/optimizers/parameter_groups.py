@@ -53,6 +53,7 @@ def group_overrides(
         config: Megatron's OptimizerConfig.
         factors: by part, as :func:`rate_factors` gives them.
     """
+    models = list(models)
     parts: dict[str, set[Parameter]] = {}
     heads: set[Parameter] = set()
     for model in models:
@@ -62,7 +63,8 @@ def group_overrides(
     for weight in heads.union(*(parts.get(part, ()) for part in ("embedding", "output layer"))):
         setattr(weight, OUTSIDE, True)
     overrides: dict[ParamKey, dict[str, Any]] = {_key("heads", heads): {"wd_mult": 0.0}}
-    uses = Counter(weight for part in factors for weight in parts.get(part, ()))  # a norm may serve two stacks
+    counted = {*factors, *(part_of(stack) for model in models for stack, _ in model.plan.stacks)}
+    uses = Counter(weight for part in counted for weight in parts.get(part, ()))  # a norm may serve two stacks
     for part, factor in factors.items():
         rates = {"max_lr": factor * config.lr, "min_lr": factor * config.min_lr, "lr_mult": factor}
         overrides[_key(part, {weight for weight in parts.get(part, ()) if uses[weight] == 1})] = rates

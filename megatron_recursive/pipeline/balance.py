@@ -22,7 +22,7 @@ def balanced_split(plan: RecursionPlan, shape: ModelShape, stages: int, backward
     """
     layers = shape.num_layers
     equal = (layers // stages,) * stages
-    if stages == 1 or len(plan.stacks) == 1:
+    if stages == 1 or (len(plan.stacks) == 1 and layers % stages == 0):
         return equal
     work = [0.0, *accumulate(price_passes(plan, shape, (1,) * layers, backward_cost).busy(1))]
 

@@ -188,6 +188,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
     def __post_init__(self) -> None:
         for knob in dataclasses.fields(self):
             self._check_type(knob)
+        if re.fullmatch(r"\d+\.\d*|\.\d+", self.recurrence_step):  # 1.0 is 1
+            object.__setattr__(self, "recurrence_step", repr(float(self.recurrence_step)).removesuffix(".0"))
         for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("num_recurrences", self.num_recurrences >= 1, "must be at least 1")
@@ -236,9 +238,12 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         self._require("injection", self.state_init != "sampled" or self.injection != "none",
                       "leaves a start that is sampled (--state-init) without the input; give it add or concat")
         self._require("state_std", self.state_std > 0 and math.isfinite(self.state_std), "must be a positive number")
+        default = RecursionConfig.__dataclass_fields__["state_std"].default
+        self._require("state_std", self.state_init == "sampled" or self.state_std == default,
+                      "says nothing without --state-init sampled")
         if self.exit_gate and self.num_refinement_blocks < 2:
             raise UserError("--exit-gate chooses between loops; give --num-refinement-blocks 2 or more.")
-        idle = HALTING if self.exit_gate else ("exit_entropy_weight",)
+        idle = (*HALTING, "halt_threshold") if self.exit_gate else ("exit_entropy_weight",)
         for knob in (knob for knob in dataclasses.fields(self) if knob.name in idle):
             if getattr(self, knob.name) not in (knob.default, 0.0):
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"

@@ -10,6 +10,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from megatron.training import arguments as megatron_arguments
@@ -20,7 +21,14 @@ from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.gradient_fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig, build_plan
-from megatron_recursive.plan.recursion_config import DEPTHS, add_recursion_arguments, flag_of, initial_std
+from megatron_recursive.plan.recursion_config import (
+    DEPTHS,
+    ExitKnobs,
+    TrainingKnobs,
+    add_recursion_arguments,
+    flag_of,
+    initial_std,
+)
 from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
@@ -60,6 +68,9 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         flag = "--exit-on-missing-checkpoint" if args.ckpt_step is None else "--ckpt-step"
         there = "it is missing" if args.load is None else f"{args.load} holds none"
         raise UserError(f"{flag} needs a checkpoint in --load, but {there}.")
+    if args.train_only is not None and folder is None:
+        raise UserError(f"--train-only {args.train_only} leaves all other weights as they are; give those of a model, with "
+                        "--load DIR or --init-from-gpt DIR.")  # fmt: skip
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
     refusals.refuse_shapes(args)
@@ -76,7 +87,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.init_from_gpt is not None:
         args.pretrained_checkpoint = args.init_from_gpt  # Megatron's name for "weights only, start at iteration 0"
     recursion = _resolve_recursion(args)
-    settle_rates(args, build_plan(recursion))
+    plan = build_plan(recursion)
+    settle_rates(args, plan.heads_only() if args.train_only else plan)
     with megatron_speaks_in_sentences(args):
         megatron_arguments.validate_args(args, {})
         set_global_variables(args, build_tokenizer=False)
@@ -202,10 +214,18 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
         load_args_from_checkpoint(args, load_arg="init_from_gpt" if from_plain_gpt else "load")
     take_function(args, saved)
     if not from_plain_gpt:
-        defaults = vars(RecursionConfig())
+        given = _given_knobs()
+        free = {*(knob.name for part in (TrainingKnobs, ExitKnobs) for knob in fields(part)),
+                *(DEPTHS if args.override_recursion_depth else ())}  # fmt: skip
         for name, value in RecursionConfig.from_mapping(saved).to_dict().items():
-            if not (args.override_recursion_depth and name in DEPTHS and getattr(args, name) != defaults[name]):
+            if not (name in given and name in free):
                 setattr(args, name, value)
+
+
+def _given_knobs() -> set[str]:
+    """The knobs that the command line names."""
+    parser = argparse.ArgumentParser(fromfile_prefix_chars="@", add_help=False)
+    return {*vars(add_recursion_arguments(parser, only_given=True).parse_known_args()[0])}
 
 
 def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:

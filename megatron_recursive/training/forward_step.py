@@ -120,7 +120,8 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor | RecursiveOutp
     args, inner = get_args(), model
     while hasattr(inner, "module"):  # a pass of the ring, DDP; what is inside may be Megatron's own GPT
         inner = inner.module
-    inner.draw = args.seed << 20 ^ getattr(args, "curr_iteration", 0)  # a run that only evaluates has none
+    iteration = getattr(args, "curr_iteration", 0)  # a run that only evaluates has none
+    inner.draw = (args.seed * 0x9E3779B1 ^ iteration) & 0xFFFFFFFF
     with STRAGGLER:
         output = model(
             batch["tokens"],

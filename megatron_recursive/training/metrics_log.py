@@ -38,6 +38,8 @@ class MetricsLog:
     def start(self, run: argparse.Namespace) -> None:
         """Checkpoint and data are there: a start that was refused leaves no record."""
         description, self._description = self._description, None
+        if run.train_only is not None:  # the weights that the alarms speak of are frozen
+            self._alarms.after = 0
         if description and run.rank == run.world_size - 1 and (run.skip_train or run.iteration < run.train_iters):
             start = {"kind": "run", "iteration": run.iteration, "time": time.time()}
             append_metrics(run.metrics_file, {**start, **description})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from megatron.core.optimizer import emerging_optimizers
 
@@ -46,7 +47,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 def refuse_optimizers(args: argparse.Namespace) -> None:
     """What optimizers other than Adam and SGD, and averages, do not go with."""
     for role in ROLES:
-        if getattr(args, f"{role}_lr_factor") < 0:
+        if not 0 <= getattr(args, f"{role}_lr_factor") < math.inf:
             raise UserError(f"--{role}-lr-factor is {getattr(args, f'{role}_lr_factor')}; give a number of 0 or more.")
     _refuse_average(args)
     if args.optimizer in MEGATRONS:

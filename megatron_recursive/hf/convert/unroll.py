@@ -25,7 +25,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 # Words of the plan that chain() reads, and those that only training and heads read; any other is refused.
 KNOWN = set(
     "stacks passes state_init state_std state_norm embedding_multiplier stack target reads step family mean_steps "
-    "index block grad cuts_states supervised_weight halt_weight".split()
+    "index block grad exit_gate cuts_states supervised_weight halt_weight".split()
 )
 
 
