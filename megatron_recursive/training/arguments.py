@@ -68,9 +68,6 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         flag = "--exit-on-missing-checkpoint" if args.ckpt_step is None else "--ckpt-step"
         there = "it is missing" if args.load is None else f"{args.load} holds none"
         raise UserError(f"{flag} needs a checkpoint in --load, but {there}.")
-    if args.train_only is not None and folder is None:
-        raise UserError(f"--train-only {args.train_only} leaves all other weights as they are; give those of a model, with "
-                        "--load DIR or --init-from-gpt DIR.")  # fmt: skip
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
     refusals.refuse_shapes(args)
@@ -89,6 +86,9 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     recursion = _resolve_recursion(args)
     plan = build_plan(recursion)
     settle_rates(args, plan.heads_only() if args.train_only else plan)
+    if args.train_only is not None and folder is None:
+        raise UserError(f"--train-only {args.train_only} leaves all other weights as they are; give those of a model, "
+                        "with --load DIR or --init-from-gpt DIR.")  # fmt: skip
     with megatron_speaks_in_sentences(args):
         megatron_arguments.validate_args(args, {})
         set_global_variables(args, build_tokenizer=False)

@@ -60,6 +60,8 @@ def beside(name: str) -> dict[str, Any]:
         return {"recursion_family": "looped", "exit_gate": True}
     if name == "latent_backprop_depth":
         return {"recursion_family": "hierarchical"}
+    if name == "state_std":
+        return {"recursion_family": "recurrent", "state_init": "sampled", "injection": "add"}
     return {"recursion_family": "recurrent"} if name in RECURRENT else {}
 
 
