@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_recursive.plan.added_parameters import EVERY, sampled_start, tokens_so_far
 from tests.distributed import run_distributed
+from tests.grids import grid
 from tests.models import (
     SEQ,
     Case,
@@ -309,9 +310,12 @@ LAYOUTS = {
     "pp2-two-phases": (2, Layout(pp=2, phases="two", window=2)),
     "pp2-replayed-overlapped": (2, Layout(pp=2, ddp=OVERLAP, recompute_passes=True)),
     "tp2-sp": (2, Layout(tp=2, sequence_parallel=True)),
+    "dp2-overlapped": (2, Layout(ddp=OVERLAP)),
+    "pp2-uneven": (2, Layout(pp=2, stages={"num_layers_in_first_pipeline_stage": 1})),
     "pp4": (4, Layout(pp=4)),
     "pp2-tp2": (4, Layout(pp=2, tp=2)),
 }
+QUICK = ("pp2", "pp2-two-phases", "pp2-replayed-overlapped", "tp2-sp")
 
 
 def over_ranks(cases: dict[str, Case], layout: Layout) -> dict[str, Training]:
@@ -326,8 +330,7 @@ def parallel(layout: str) -> list[dict[str, Training]]:
     return run_distributed(over_ranks, ranks, CASES, how, timeout=240, rendezvous=30.0)
 
 
-@pytest.mark.parametrize("layout", [layout if ranks == 2 else pytest.param(layout, marks=pytest.mark.grid)
-                                    for layout, (ranks, _) in LAYOUTS.items()])  # fmt: skip
+@pytest.mark.parametrize("layout", grid(LAYOUTS, quick=QUICK))
 def test_ranks_are_one_process(layout: str) -> None:
     ranks = parallel(layout)
     bound = 5e-6 if LAYOUTS[layout][1].tp > 1 else 1e-6
