@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.distributed import run_command, run_distributed
 from tests.quick_start import ALL
@@ -16,6 +17,7 @@ from tests.unit_tests.hf.donors import make_donor, tokens
 from tests.unit_tests.hf.test_convert import _import
 from tests.unit_tests.hf.test_hrm_text import make as make_hrm_text
 from tests.unit_tests.hf.test_published_looped import CONFIGS, loops, save
+from tests.unit_tests.hf.test_published_recurrent import original, written
 from tests.unit_tests.training.runs import in_worker, losses_of, metrics_of, tensors_of
 
 NAME, REVISION = "acme/tiny-qwen2", "0" * 40
@@ -77,16 +79,16 @@ def test_a_cached_name_in_shards_trains_in_parallel_and_returns(tmp_path: Path) 
     assert report["max_logit_error"] < 2e-6 and report["family"] == "recursive_gpt" and same
 
 
-def _export_and_generate(run: Path, back: Path) -> tuple[dict[str, Any], list[int], list[int]]:
+def _export_and_generate(run: Path, back: Path, vocabulary: int) -> tuple[dict[str, Any], list[int], list[int]]:
     import transformers
 
     from megatron_recursive.hf.convert import export
     from megatron_recursive.inference.megatron_model import open_megatron
 
-    report, ids = export.export_model(str(run), str(back), say=str).summary(), tokens(8)[:1]
+    report, ids = export.export_model(str(run), str(back), say=str).summary(), tokens(8)[:1] % vocabulary
     with open_megatron(str(run)) as (megatron, _):
         ours = megatron.generate(ids, max_new_tokens=6, do_sample=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(back).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True).eval()
     return report, ours[0].tolist(), model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0].tolist()
 
 
@@ -104,7 +106,7 @@ def test_hrm_text_trains_in_parallel_and_returns_as_transformers_model(tmp_path:
     frozen = {key for key, start in before.items() if torch.equal(after[key], start)}
     assert frozen == {key for key in before if "norm" in key or key == "initial_latent"} and len(frozen) == 4
 
-    ((report, ours, theirs),) = run_distributed(_export_and_generate, 1, run, tmp_path / "back", timeout=120)
+    ((report, ours, theirs),) = run_distributed(_export_and_generate, 1, run, tmp_path / "back", 251, timeout=120)
     assert report["family"] == "hrm_text" and report["max_logit_error"] < 2e-6
     assert ours == theirs and len(ours) == 14
 
@@ -149,3 +151,21 @@ def test_ouro_trains_on_in_parallel_leaves_by_its_gate_and_returns_as_it_came(tm
     weights, config = load_file(tmp_path / "back" / "model.safetensors"), {**CONFIGS["ouro"], **shape}
     assert weights.keys() == load_file(tmp_path / "ouro" / "model.safetensors").keys()
     assert len(loops(config, weights, torch.tensor([ours]))) == 4
+
+
+@pytest.mark.grid
+def test_huginn_trains_on_in_parallel_and_generates(tmp_path: Path) -> None:
+    """With as many heads as two ranks can share: a core over both stages, and a sampled start."""
+    ckpt, run, heads = tmp_path / "ckpt", tmp_path / "run", {"num_attention_heads": 6, "num_key_value_heads": 6}
+    source = written("huginn", tmp_path / "huginn", **heads)
+    save_file(original("huginn", **heads), source / "model.safetensors")
+    report = _import_as_typed(tmp_path, "--hf", source, "--out", ckpt)
+    assert report["family"] == "huginn_raven" and report["max_logit_error"] < 2e-5 and not report["new"]
+    flags = [*TRAINING, "--train-iters=2", "--save-interval=2", "--use-distributed-optimizer", "--vocab-size=131"]
+    argv = [f"@{ckpt / 'megatron_args.txt'}", *flags, "--load", str(ckpt), "--save", str(run)]
+    assert run_distributed(in_worker, 4, argv, timeout=120) == [None] * 4
+    before, after = tensors_of(ckpt / "release"), tensors_of(run / "iter_0000002")
+    assert before.keys() <= after.keys() and not any(torch.equal(after[key], start) for key, start in before.items())
+
+    ((report, ours, theirs),) = run_distributed(_export_and_generate, 1, run, tmp_path / "back", 131, timeout=120)
+    assert report["max_logit_error"] < 2e-5 and ours == theirs and len(ours) == 14

@@ -38,11 +38,12 @@ KINDS = {
 }
 
 
-def original(kind: str) -> dict[str, Tensor]:
+def original(kind: str, **changes: Any) -> dict[str, Tensor]:
     """Random tensors under the names of the original modelling files."""
-    config, generator = KINDS[kind], torch.Generator().manual_seed(3)
-    size = config.get("head_dim", WIDTH // HEADS)
-    queries, keys = HEADS * size, config["num_key_value_heads"] * size
+    config, generator = {**KINDS[kind], **changes}, torch.Generator().manual_seed(3)
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim", WIDTH // heads)
+    queries, keys = heads * size, config["num_key_value_heads"] * size
     norms = 4 if kind == "huginn" else 2
     shapes = {"transformer.wte.weight": (VOCAB, WIDTH), "transformer.ln_f.weight": (WIDTH,),
               "transformer.adapter.weight": (WIDTH, 2 * WIDTH), "freqs_cis": (1, 64, 1, size // 2, 2),
@@ -52,7 +53,7 @@ def original(kind: str) -> dict[str, Tensor]:
                  "mlp.proj": (WIDTH, FFN), **{f"norm_{n + 1}": (WIDTH,) for n in range(norms)}}  # fmt: skip
         layer.update({"attn.q_norm": (queries,), "attn.k_norm": (keys,)} if "olmo" in kind else {})
         shapes.update({f"{place}{name}.weight": shape for name, shape in layer.items()})
-        shapes.update({f"{place}attn.qk_bias": (2, 1, HEADS, size)} if config["qk_bias"] else {})
+        shapes.update({f"{place}attn.qk_bias": (2, 1, heads, size)} if config["qk_bias"] else {})
     return {name: 0.09 * torch.randn(shape, generator=generator) + ("norm" in name or "ln_f" in name)
             for name, shape in shapes.items()}  # fmt: skip
 
