@@ -23,8 +23,8 @@ from megatron_recursive.plan import RecursionConfig, build_plan
 Part = tuple[str, Callable[[Tensor], Tensor]]  # a tensor of the original, and what ours is of it
 STACKS = ("prelude", "core_block", "coda")
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-SIZES = ("n_embd", "n_heads", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-         "n_layers_in_recurrent_block")  # fmt: skip
+SIZES = ("n_embd", "n_heads", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+         "vocab_size", "n_layers_in_recurrent_block")  # fmt: skip
 NORMS = {"sandwich": SANDWICH, "pre": SANDWICH[::2], "post": SANDWICH[1::2]}
 
 

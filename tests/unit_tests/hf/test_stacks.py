@@ -218,7 +218,8 @@ def test_unrolled_models_are_donors_of_the_same_function(stacked: tuple[Path, An
     assert "plain GPT already" in found["hf unrolled refused"] and "exists already" in found["hf refused"]
     unrolled = tmp_path / "scaled unrolled"
     assert json.loads((unrolled / "generation_config.json").read_text()) == {"max_new_tokens": 7, "eos_token_id": 0}
-    assert (unrolled / "tokenizer.json").is_file() and not list(unrolled.glob("chat_template*")) and not list(unrolled.glob("*.py"))
+    assert not list(unrolled.glob("chat_template*"))
+    assert (unrolled / "tokenizer.json").is_file() and not list(unrolled.glob("*.py"))
     assert found["another order"].startswith("The proof failed")
     assert found["again"]["max_logit_error"] < 2e-6
     assert "converted from the checkpoint `loops`" in (tmp_path / "loops unrolled" / "README.md").read_text()
