@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.safetensors_files import SafetensorsFolder
+from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.plan import RecursionConfig, build_plan
 
 Part = tuple[str, Callable[[Tensor], Tensor]]  # a tensor of the original, and what ours is of it
 STACKS = ("prelude", "core_block", "coda")
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+ROUNDED = 0.02  # how far a stored sine may lie from the exact one: bf16's rounding, or angles of float32
 SIZES = ("n_embd", "n_heads", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
          "vocab_size", "n_layers_in_recurrent_block")  # fmt: skip
 NORMS = {"sandwich": SANDWICH, "pre": SANDWICH[::2], "post": SANDWICH[1::2]}
@@ -87,6 +88,8 @@ def open_raven(
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"The config.json of {where} is no config of this kind of model ({type(error).__name__}: "
                         f"{error}); fetch the model again.") from error  # fmt: skip
+    if is_huginn:
+        _check_angles(tensors, config)
     config.update(plan=json.loads(build_plan(recursion).to_json()), recursion=recursion.to_dict())
     return config, RenamedTensors(tensors, parts)
 
@@ -127,6 +130,21 @@ def _knobs(values: Mapping[str, Any], is_huginn: bool) -> dict[str, Any]:
         **({} if values.get("initial_state_mode") == "embed-init" else sampled),
         **({"state_norm": "core-end"} if is_huginn else {}),
     }  # fmt: skip
+
+
+def _check_angles(tensors: SafetensorsFolder, config: Mapping[str, Any]) -> None:
+    """Huginn's class rotates by the table that is stored with its weights, ours by the one that its config gives."""
+    size, positions = config["head_dim"], config["max_position_embeddings"]
+    theta = config["rope_parameters"]["rope_theta"]
+    if type(theta) not in (int, float):
+        return  # is refused where numbers are checked
+    if tensors.shapes.get("freqs_cis") != (1, positions, 1, size // 2, 2) or tensors.dtypes["freqs_cis"] not in DTYPES:
+        return  # its class could not load it, and no other tensor fits
+    angles = torch.outer(torch.arange(positions).double(), theta ** -(torch.arange(0, size, 2).double() / size))
+    stored = tensors.get("freqs_cis")[0, :, 0].double()
+    if not (stored - torch.stack([angles.cos(), angles.sin()], -1)).abs().max() < ROUNDED:
+        raise UserError(f"freqs_cis of {tensors.folder} does not hold the rotations of base {theta:g}, which its "
+                        "config.json says; it cannot be converted.")  # fmt: skip
 
 
 def _parts(values: Mapping[str, Any], config: Mapping[str, Any], placement: str) -> dict[str, Part]:

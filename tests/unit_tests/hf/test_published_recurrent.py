@@ -53,8 +53,11 @@ def original(kind: str) -> dict[str, Tensor]:
         layer.update({"attn.q_norm": (queries,), "attn.k_norm": (keys,)} if "olmo" in kind else {})
         shapes.update({f"{place}{name}.weight": shape for name, shape in layer.items()})
         shapes.update({f"{place}attn.qk_bias": (2, 1, HEADS, size)} if config["qk_bias"] else {})
-    return {name: 0.09 * torch.randn(shape, generator=generator) + ("norm" in name or "ln_f" in name)
-            for name, shape in shapes.items()}  # fmt: skip
+    found = {name: 0.09 * torch.randn(shape, generator=generator) + ("norm" in name or "ln_f" in name)
+             for name, shape in shapes.items()}  # fmt: skip
+    base = 50000.0 if kind == "huginn" else config["rope_theta"]
+    angles = torch.arange(64)[:, None] / base ** (torch.arange(0, size, 2) / size)
+    return {**found, "freqs_cis": torch.stack([angles.cos(), angles.sin()], -1)[None, :, None].contiguous()}
 
 
 def formula(kind: str, w: dict[str, Tensor], ids: Tensor, start: Tensor) -> Tensor:
@@ -150,6 +153,8 @@ def test_the_import_computes_the_formula_and_exports(tmp_path: Path) -> None:
      ("huginn", {"n_embd": 30}, "has the shape"), ("huginn", {"mean_recurrence": "4"}, "is no config .*TypeError"),
      ("huginn", {"num_attention_heads": 7}, "qk_bias of .* does not fit its config.json"),
      ("huginn", {"n_layers_in_coda": 2}, "lacks model.layers.6"),
+     ("huginn", {"rope_base": 10000.0}, "freqs_cis of .* rotations of base 10000"),
+     ("huginn", {"rope_base": "x"}, "rope_theta 'x'; it must be a number"),
      ("huginn", {"test_time_noise": 0.1}, "test_time_noise 0.1"),
      ("huginn", {"init_values": "x"}, "is no config .*AttributeError"),
      ("llama", {"init_values": {"embed_scale": "abc"}}, "is no config .*ValueError"),
