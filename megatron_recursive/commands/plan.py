@@ -13,7 +13,7 @@ from megatron_recursive.command_line import command, example
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.recursion_config import TRAINED, add_recursion_arguments, flag_of, knobs_in
+from megatron_recursive.plan.recursion_config import TRAINED, add_recursion_arguments, flag_of, knobs_in, retrofit
 
 if TYPE_CHECKING:
     from megatron_recursive.pipeline.layouts import Job, Layout
@@ -92,8 +92,9 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     values, tokens = _model(args), _count(args.tokens)
     args.peak_tflops = args.peak_tflops or (989.0 if args.bf16 else 67.0)
-    recursion = RecursionConfig.from_mapping({**values, **knobs_in(vars(args))})
-    arch = Architecture.from_megatron(values, args.ckpt or args.hf or "The model")
+    arch, knobs = Architecture.from_megatron(values, args.ckpt or args.hf or "The model"), knobs_in(vars(args))
+    imported = retrofit(knobs, arch.num_layers) if args.hf and not knobs_in(values) else {}  # as convert import does
+    recursion = RecursionConfig.from_mapping({**imported, **values, **knobs})
     from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
 
     plan, flops = build_plan(recursion.resolved(embedding_init_std=arch.init_std)), args.peak_tflops * 1e12 * args.mfu
@@ -196,12 +197,15 @@ def _of_hugging_face(folder: Path) -> dict[str, Any]:
 
 
 def open_config(folder: Path) -> tuple[Any, Architecture, dict[str, Any]]:
-    """transformers' config of a folder, of which only the config.json is read, what it says, and its recursion."""
+    """transformers' config of a folder, what its config.json says, and its recursion; no weights are read."""
     from megatron_recursive.hf.convert.configs import family_of, read_config
-    from megatron_recursive.hf.convert.sources import config_object, read_json
+    from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
 
     values = read_json(folder / "config.json")
     family = family_of(values, str(folder))
+    if family.model_type == "huginn_raven":  # of which tensors decide too
+        source = open_source(str(folder))
+        return source.config, source.arch, source.config.recursion
     config = config_object(family, values, str(folder))
     own = {} if family.recursion is None else family.recursion.knobs(config, str(folder))
     return config, read_config(family, config, str(folder)), getattr(config, "recursion", own)

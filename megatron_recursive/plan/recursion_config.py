@@ -378,16 +378,19 @@ def add_recursion_arguments(
     parser: argparse.ArgumentParser, parts: Collection[Any] = PARTS, *, only_given: bool = False
 ) -> argparse.ArgumentParser:
     """Add one flag per knob of some parts; ``only_given`` leaves those out of the namespace that are not given."""
-    group = parser.add_argument_group("recursion")
+    origin = ("what is not given is the source's own; a source without recursion becomes recurrent by thirds with "
+              "--recurrence-step mean in convert import and plan --hf, stays plain in count --model without any, and "
+              "elsewhere has the defaults of pretrain") if only_given else None  # fmt: skip
+    group = parser.add_argument_group("recursion", origin)
     for knob in (knob for part in parts for knob in dataclasses.fields(part)):
         text, default = knob.metadata["help"], argparse.SUPPRESS if only_given else knob.default
         if isinstance(knob.default, bool):
             group.add_argument(flag_of(knob.name), action="store_true", default=default, dest=knob.name,
-                               help=f"{text} (default: {'on' if knob.default else 'off'})")
+                               help=text + ("" if only_given else f" (default: {'on' if knob.default else 'off'})"))
             group.add_argument(knob.metadata["off"], action="store_false", default=default, dest=knob.name,
                                help=f"The opposite of {flag_of(knob.name)}.")
             continue
-        suffix = "" if knob.default is None else f" (default: {knob.default})"
+        suffix = "" if only_given or knob.default is None else f" (default: {knob.default})"
         names = [flag_of(knob.name), *([OTHER_NAMES[knob.name]] if knob.name in OTHER_NAMES else [])]
         group.add_argument(*names, default=default, choices=knob.metadata["choices"], dest=knob.name,
                            action=_Named if len(names) > 1 else "store",

@@ -93,6 +93,9 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
     stacks, given = options.stacks.read(source.arch.num_layers), options.recursion
     layers = choose_layers(source.arch.num_layers, options.selection, options.num_layers, options.layers)
     if stacks is not None:
+        if source.own_recursion is not None:
+            raise UserError(f"{source.name} is recursive in itself, and imported whole; leave "
+                            f"{options.stacks.flags()[0]} out.")  # fmt: skip
         if len(layers) < source.arch.num_layers or options.layers is not None:
             raise UserError(f"{options.stacks.flags()[0]} says which layers are kept; leave the other choices out.")
         layers, given = [layer for each in stacks.values() for layer in each], stack_knobs(stacks, given)
@@ -152,7 +155,9 @@ def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> Recursi
             if given.get(name, getattr(theirs, name)) != getattr(theirs, name):
                 raise UserError(f"{source.name} is {theirs.recursion_family} in itself, with {flag_of(name)} "
                                 f"{getattr(theirs, name)}; leave that flag out.")  # fmt: skip
-        return RecursionConfig.from_mapping({**theirs.to_dict(), **given})
+        blocks = given.get("num_refinement_blocks", theirs.num_refinement_blocks)
+        windows = ",".join(map(str, theirs.latent_windows[-blocks:]))  # of the last blocks, where fewer are asked for
+        return RecursionConfig.from_mapping({**theirs.to_dict(), "latent_backprop_depth": windows, **given})
     recursion = RecursionConfig.from_mapping({**retrofit(given, layers), **given})
     if source.family.own_class:
         knobs = RecursionConfig.from_mapping(source.config.recursion)

@@ -243,6 +243,8 @@ def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder:
             raise UserError(f"--tokenizer {given} holds no tokenizer.")
         return Path(given)
     named = model.args.get("tokenizer_model") if model.args.get("tokenizer_type") == "HuggingFaceTokenizer" else None
+    if (ckpt / "config.json").is_file():  # an export that is unrolled
+        return ckpt if copy_tokenizer(ckpt, folder) else None
     places = [ckpt / TOKENIZER, model.checkpoint.folder.parent / TOKENIZER, *([Path(named)] if named else []), ckpt]
     return next((place for place in places if place.is_dir() and copy_tokenizer(place, folder)), None)
 

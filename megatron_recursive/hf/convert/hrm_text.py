@@ -39,6 +39,8 @@ def layer_prefix(layer: int, num_layers: int) -> str:
 
 def knobs(config: Any, where: str) -> dict[str, Any]:
     """Its recursion. Each block has a window: where fewer are given, the others are 1 and come first."""
+    if config.tie_word_embeddings:
+        raise UserError(f"{where} has tie_word_embeddings; an HRM-Text whose head is its embedding is not converted.")
     blocks, given = config.H_cycles, list(config.L_bp_cycles)
     windows = ([1] * (blocks - len(given)) + given)[:blocks]
     if min(windows) < 1:

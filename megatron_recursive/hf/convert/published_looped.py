@@ -64,6 +64,7 @@ def our_config(family: Family, values: Mapping[str, Any], where: str) -> Recursi
         "num_layers": values["num_hidden_layers"], "norm_eps": values["rms_norm_eps"], "rope_parameters": scaling,
         "norm_placement": family.fixed["norm_placement"], "attention_bias": bias, "attention_out_bias": bias,
         "mlp_bias": bool(values.get("mlp_bias")), "tie_word_embeddings": bool(values.get("tie_word_embeddings")),
+        "dtype": values.get("dtype") or values.get("torch_dtype"),
         "plan": json.loads(build_plan(recursion).to_json()), "recursion": recursion.to_dict(),
     })  # fmt: skip
 

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.safetensors_files import SafetensorsFolder
+from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.plan import RecursionConfig, build_plan
 
 Part = tuple[str, Callable[[Tensor], Tensor]]  # a tensor of the original, and what ours is of it
 STACKS = ("prelude", "core_block", "coda")
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+ROUNDED = 0.02  # how far a stored sine may lie from the exact one: bf16's rounding, or angles of float32
+SIZES = ("n_embd", "n_heads", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+         "vocab_size", "n_layers_in_recurrent_block")  # fmt: skip
 NORMS = {"sandwich": SANDWICH, "pre": SANDWICH[::2], "post": SANDWICH[1::2]}
 
 
@@ -68,27 +71,36 @@ def open_raven(
     placement = "sandwich" if "norm_4" in held else "post" if "attn.q_norm" in held else "pre"
     is_huginn = placement == "sandwich"
     for name, known in (("injection_type", ("linear",)), ("state_init", ("like-init",)), ("bias", (False,)),
-                        ("initial_state_mode", ("random", "embed-init"))):  # fmt: skip
+                        ("initial_state_mode", ("random", "embed-init")), ("test_time_noise", (0,))):  # fmt: skip
         if values.get(name, known[0]) not in known:
             raise UserError(f"{where} has {name} {values[name]!r}; of this kind of model only "
                             f"{' and '.join(map(repr, known))} can be converted.")  # fmt: skip
+    for name in SIZES:
+        size = values.get(name)
+        if size is not None and (type(size) is not int or not 1 <= size < 2**31):
+            raise UserError(f"The config.json of {where} has {name} {size!r}; it must be a whole number above 0.")
     try:
         config = _config(values, placement)
         recursion = RecursionConfig(**_knobs(values, is_huginn)).resolved(embedding_init_std=1.0)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+        parts = _parts(values, config, placement)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"The config.json of {where} is no config of this kind of model ({type(error).__name__}: "
                         f"{error}); fetch the model again.") from error  # fmt: skip
+    if is_huginn:
+        _check_angles(tensors, config)
     config.update(plan=json.loads(build_plan(recursion).to_json()), recursion=recursion.to_dict())
-    return config, RenamedTensors(tensors, _parts(values, config, placement))
+    return config, RenamedTensors(tensors, parts)
 
 
 def _config(values: Mapping[str, Any], placement: str) -> dict[str, Any]:
     width, heads = values["n_embd"], values.get("n_heads") or values["num_attention_heads"]
     is_huginn = placement == "sandwich"
-    rope = values.get("rope_parameters") or {
-        "rope_type": "default", **(values.get("rope_scaling") or {}),
-        "rope_theta": values.get("rope_base", 50000.0) if is_huginn else values["rope_theta"],
-    }  # fmt: skip
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = values.get("rope_base", 50000.0) if is_huginn else values["rope_theta"]
     return {
         "model_type": "recursive_gpt", "vocab_size": values["vocab_size"], "hidden_size": width,
         "intermediate_size": values["intermediate_size"], "num_attention_heads": heads,
@@ -100,14 +112,15 @@ def _config(values: Mapping[str, Any], placement: str) -> dict[str, Any]:
         "attention_bias": bool(values.get("qk_bias", True)), "rope_parameters": rope,
         "max_position_embeddings": values.get("block_size", 4096) if is_huginn else values["max_position_embeddings"],
         "tie_word_embeddings": bool(values.get("tie_embeddings", True)),
+        "dtype": values.get("dtype") or values.get("torch_dtype"),
         **{name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }  # fmt: skip
 
 
 def _knobs(values: Mapping[str, Any], is_huginn: bool) -> dict[str, Any]:
-    """Retrofits keep in ``init_values`` the scale and the deviation that they were made with, which are Huginn's."""
+    """``init_values`` keeps the scale and the deviation that a model was made with; without it they are Huginn's."""
     width, stated = values["n_embd"], values.get("init_values") or {}
-    scale = math.sqrt(width) if is_huginn else float(stated.get("embed_scale", math.sqrt(width)))
+    scale = float(stated.get("embed_scale", math.sqrt(width)))
     recurrences, window = values.get("mean_recurrence", 32), values.get("mean_backprop_depth", 8)
     sampled = {"state_init": "sampled", "state_std": stated.get("std", math.sqrt(2 / (5 * width))) * scale}
     return {
@@ -117,6 +130,21 @@ def _knobs(values: Mapping[str, Any], is_huginn: bool) -> dict[str, Any]:
         **({} if values.get("initial_state_mode") == "embed-init" else sampled),
         **({"state_norm": "core-end"} if is_huginn else {}),
     }  # fmt: skip
+
+
+def _check_angles(tensors: SafetensorsFolder, config: Mapping[str, Any]) -> None:
+    """Huginn's class rotates by the table that is stored with its weights, ours by the one that its config gives."""
+    size, positions = config["head_dim"], config["max_position_embeddings"]
+    theta = config["rope_parameters"]["rope_theta"]
+    if type(theta) not in (int, float):
+        return  # is refused where numbers are checked
+    if tensors.shapes.get("freqs_cis") != (1, positions, 1, size // 2, 2) or tensors.dtypes["freqs_cis"] not in DTYPES:
+        return  # its class could not load it, and no other tensor fits
+    angles = torch.outer(torch.arange(positions).double(), theta ** -(torch.arange(0, size, 2).double() / size))
+    stored = tensors.get("freqs_cis")[0, :, 0].double()
+    if not (stored - torch.stack([angles.cos(), angles.sin()], -1)).abs().max() < ROUNDED:
+        raise UserError(f"freqs_cis of {tensors.folder} does not hold the rotations of base {theta:g}, which its "
+                        "config.json says; it cannot be converted.")  # fmt: skip
 
 
 def _parts(values: Mapping[str, Any], config: Mapping[str, Any], placement: str) -> dict[str, Part]:

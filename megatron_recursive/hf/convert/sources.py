@@ -150,7 +150,11 @@ def _check_numbers(values: dict[str, Any], where: str) -> None:
         size = values.get(name)
         if size is not None and (type(size) is not int or not 1 <= size < 2**31):
             raise UserError(f"The config.json of {where} has {name} {size!r}; it must be a whole number above 0.")
-    for each in (values, values.get("rope_parameters") or {}, values.get("rope_scaling") or {}):
+    ropes = [(name, values[name]) for name in ("rope_parameters", "rope_scaling") if values.get(name)]
+    for name, rope in ropes:
+        if not isinstance(rope, dict):
+            raise UserError(f"The config.json of {where} has {name} {rope!r}; it must be an object.")
+    for each in (values, *(rope for _, rope in ropes)):
         for name in (name for name in FACTORS if each.get(name) is not None):
             if type(each[name]) not in (int, float) or not 0 < each[name] < math.inf:
                 raise UserError(f"The config.json of {where} has {name} {each[name]!r}; it must be a number above 0.")

@@ -15,6 +15,7 @@ from megatron_recursive.commands import main
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.donors import LAYERS, make_donor, save_donor
 from tests.unit_tests.hf.recursive_models import make_config, make_model
+from tests.unit_tests.hf.test_published_recurrent import written
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "core": {"state_init": "trunc-normal"},
@@ -117,6 +118,11 @@ def test_vocabulary_rows_are_those_of_the_source(tmp_path: Path, capsys: pytest.
     assert "parameters" in said and "grad free passes" in said and "GiB a rank, of 1 stages" in said
     record = json.loads((tmp_path / "out" / "count.json").read_text())
     assert (record["format"], record["version"]) == ("megatron-recursive count", 1)
+
+
+def test_a_published_recurrent_folder_is_counted(tmp_path: Path) -> None:
+    model = count("--model", written("huginn", tmp_path / "model"))["model"]
+    assert (model["family"], model["passes"], model["dtype"]) == ("recurrent", 6, "bfloat16")
 
 
 @pytest.mark.parametrize(

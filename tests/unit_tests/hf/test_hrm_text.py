@@ -97,8 +97,9 @@ def _refused(folder: Path, name: str, options: dict[str, Any], **changes: Any) -
 def _through(folder: Path) -> dict[str, Any]:
     import transformers
 
-    from megatron_recursive.hf.convert.donor_import import ImportOptions, import_model
+    from megatron_recursive.hf.convert.donor_import import ImportOptions, _recursion, import_model
     from megatron_recursive.hf.convert.sources import open_source
+    from megatron_recursive.hf.convert.stacks import StackChoice
     from megatron_recursive.hf.convert.verify import agree, verify
     from megatron_recursive.inference.megatron_model import open_megatron
 
@@ -129,7 +130,10 @@ def _through(folder: Path) -> dict[str, Any]:
             _refused(folder / "hf", "layers", {"layers": "0,1"}),
             _refused(folder / "hf", "family", {"recursion": {"recursion_family": "looped"}}),
             _refused(folder / "hf", "cycles", {}, H_cycles=0),
+            _refused(folder / "hf", "stacks", {"stacks": StackChoice(core="0-3")}),
+            _refused(folder / "hf", "tied", {}, tie_word_embeddings=True),
         ],
+        "cut": _recursion(open_source(str(folder / "hf")), {"num_refinement_blocks": 1}, 4).latent_windows,
         "gradients": (theirs, _our_gradients(folder / "gradients")),
     }  # fmt: skip
 
@@ -156,6 +160,10 @@ def test_layers_are_counted_by_stack_in_both_configs(found: dict[str, Any]) -> N
     assert saved == authors and saved.num_layers == 4
 
 
+def test_fewer_blocks_keep_the_windows_of_the_last(found: dict[str, Any]) -> None:
+    assert found["cut"] == (2,)
+
+
 def test_the_gradient_has_its_window(found: dict[str, Any]) -> None:
     theirs, ours = found["gradients"]
     assert set(ours) == set(theirs)
@@ -164,7 +172,8 @@ def test_the_gradient_has_its_window(found: dict[str, Any]) -> None:
 
 
 def test_what_it_cannot_be_is_refused(found: dict[str, Any]) -> None:
-    window, layers, family, cycles = found["refused"]
+    window, layers, family, cycles, stacks, tied = found["refused"]
+    assert "leave --core out" in stacks and "has tie_word_embeddings" in tied
     assert "L_bp_cycles [1, 0]" in window and "leave --layers" in layers and "H_cycles 0" in cycles
     assert "hierarchical in itself, with --recursion-family hierarchical; leave that flag out" in family
 

@@ -174,6 +174,7 @@ REFUSED = {
     "n-grams": ("nanbeige", {"emb_neighbor_num": 3}, "emb_neighbor_num 3"),
     "dynamic rope": ("nanbeige", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     "derived heads": ("nanbeige", {"head_dim": None}, "shape"),
+    "rope that is a word": ("ouro", {"rope_scaling": "linear"}, "rope_scaling 'linear'; it must be an object"),
     "a window": ("ouro", {"use_sliding_window": True}, "use_sliding_window"),
     "no depth": ("ouro", {"total_ut_steps": None}, "lacks total_ut_steps"),
     "half a loop": ("ouro", {"total_ut_steps": 2.5}, "total_ut_steps 2.5"),
@@ -192,7 +193,8 @@ def test_what_no_model_of_ours_computes_is_refused(name: str, tmp_path: Path) ->
 
 
 def test_weights_of_loops_say_how_many_there_are(tmp_path: Path) -> None:
-    source = open_source(str(save("nanbeige", tmp_path / "published", loop_loss_weights=[0.1, 0.2])))
-    assert source.plan.num_blocks == 3
+    changes = {"loop_loss_weights": [0.1, 0.2], "torch_dtype": "bfloat16"}
+    source = open_source(str(save("nanbeige", tmp_path / "published", **changes)))
+    assert source.plan.num_blocks == 3 and "bfloat16" in str(source.config.dtype)
     last = open_source(str(save("nanbeige", tmp_path / "last", skip_loop_final_norm=True)))
     assert last.plan.state_norm == "none" and last.plan.num_blocks == 2

@@ -54,8 +54,11 @@ def original(kind: str, **changes: Any) -> dict[str, Tensor]:
         layer.update({"attn.q_norm": (queries,), "attn.k_norm": (keys,)} if "olmo" in kind else {})
         shapes.update({f"{place}{name}.weight": shape for name, shape in layer.items()})
         shapes.update({f"{place}attn.qk_bias": (2, 1, heads, size)} if config["qk_bias"] else {})
-    return {name: 0.09 * torch.randn(shape, generator=generator) + ("norm" in name or "ln_f" in name)
-            for name, shape in shapes.items()}  # fmt: skip
+    found = {name: 0.09 * torch.randn(shape, generator=generator) + ("norm" in name or "ln_f" in name)
+             for name, shape in shapes.items()}  # fmt: skip
+    base = 50000.0 if kind == "huginn" else config["rope_theta"]
+    angles = torch.arange(64)[:, None] / base ** (torch.arange(0, size, 2) / size)
+    return {**found, "freqs_cis": torch.stack([angles.cos(), angles.sin()], -1)[None, :, None].contiguous()}
 
 
 def formula(kind: str, w: dict[str, Tensor], ids: Tensor, start: Tensor) -> Tensor:
@@ -150,13 +153,32 @@ def test_the_import_computes_the_formula_and_exports(tmp_path: Path) -> None:
      ("llama", {"n_heads": 7}, "v_proj.weight has the shape 20 x 60, where its config.json says"),
      ("huginn", {"n_embd": 30}, "has the shape"), ("huginn", {"mean_recurrence": "4"}, "is no config .*TypeError"),
      ("huginn", {"num_attention_heads": 7}, "qk_bias of .* does not fit its config.json"),
-     ("huginn", {"n_layers_in_coda": 2}, "lacks model.layers.6")],
+     ("huginn", {"n_layers_in_coda": 2}, "lacks model.layers.6"),
+     ("huginn", {"rope_base": 10000.0}, "freqs_cis of .* rotations of base 10000"),
+     ("huginn", {"rope_base": "x"}, "rope_theta 'x'; it must be a number"),
+     ("huginn", {"test_time_noise": 0.1}, "test_time_noise 0.1"),
+     ("huginn", {"init_values": "x"}, "is no config .*AttributeError"),
+     ("llama", {"init_values": {"embed_scale": "abc"}}, "is no config .*ValueError"),
+     ("llama", {"num_key_value_heads": "1"}, "num_key_value_heads '1'; it must be a whole number"),
+     ("olmo", {"head_dim": 14.0}, "head_dim 14.0; it must"), ("huginn", {"n_embd": -60}, "n_embd -60; it must"),
+     ("olmo", {"n_layers_in_recurrent_block": 3.0}, "n_layers_in_recurrent_block 3.0; it must"),
+     ("olmo", {"n_layers_in_coda": 1.0}, "--num-coda-layers must be a whole number"),
+     ("llama", {"rope_parameters": "x"}, "is no config .*TypeError")],
 )  # fmt: skip
 def test_what_is_not_known_is_refused_in_a_sentence(
     kind: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
         open_source(str(written(kind, tmp_path / "model", **changes)))
+
+
+def test_what_a_config_may_say_is_read(tmp_path: Path) -> None:
+    linear = written("llama", tmp_path / "linear", rope_scaling={"type": "linear", "factor": 4.0})
+    assert (arch := open_source(str(linear)).arch).linear_factor == 4 and arch.rotary_base == 500
+    stated = {"init_values": {"std": 0.5, "embed_scale": 2.0}, "rope_parameters": {"rope_type": "default"}}
+    huginn = open_source(str(written("huginn", tmp_path / "huginn", **stated)))
+    assert huginn.arch.rotary_base == 50000 and "bfloat16" in str(huginn.config.dtype)
+    assert (huginn.plan.embedding_multiplier, huginn.plan.state_std) == (2.0, 1.0)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def _unrolled(stacked: Path, folder: Path) -> dict[str, Any]:
     scaled = make_config(recursion={**LOOPED, "embedding_multiplier": 3.0}, num_layers=3, vocab_size=257)
     make_model(config=scaled).to(torch.bfloat16).save_pretrained(folder / "scaled")
     write_tokenizer(folder / "scaled")
+    write_tokenizer(folder / "tokenizer", "a neighbour")  # of another model
     (folder / "scaled" / "generation_config.json").write_text('{"exit": "halting", "max_new_tokens": 7}')
     make_model(config=make_config(recursion={**RECURRENT, "injection": "add"}, num_layers=4)).save_pretrained(
         folder / "injected")  # fmt: skip
@@ -217,6 +218,7 @@ def test_unrolled_models_are_donors_of_the_same_function(stacked: tuple[Path, An
     assert "plain GPT already" in found["hf unrolled refused"] and "exists already" in found["hf refused"]
     unrolled = tmp_path / "scaled unrolled"
     assert json.loads((unrolled / "generation_config.json").read_text()) == {"max_new_tokens": 7, "eos_token_id": 0}
+    assert not list(unrolled.glob("chat_template*"))
     assert (unrolled / "tokenizer.json").is_file() and not list(unrolled.glob("*.py"))
     assert found["another order"].startswith("The proof failed")
     assert found["again"]["max_logit_error"] < 2e-6

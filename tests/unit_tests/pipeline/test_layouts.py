@@ -191,7 +191,8 @@ def test_a_checkpoint_and_a_hugging_face_folder_describe_the_model(printed: dict
     ckpt, hf = printed["ckpt"], printed["hf"]
     assert (ckpt["layers"], ckpt["passes"], ckpt["layouts"][0]["micro_batches"]) == (4, 14, 4)
     assert "--load=" in ckpt["command"] and "--bf16" in ckpt["command"]
-    assert (hf["layers"], hf["width"], hf["passes"]) == (4, 64, 21) and "--load=CKPT" in hf["command"]
+    assert (hf["layers"], hf["width"], hf["passes"]) == (4, 64, 6) and "--load=CKPT" in hf["command"]
+    assert "--recursion-family=recurrent" in hf["command"] and "--recurrence-step=mean" in hf["command"]
 
 
 @pytest.mark.parametrize(

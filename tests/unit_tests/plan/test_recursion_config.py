@@ -203,6 +203,7 @@ def test_one_difference(name: str) -> None:
 def test_the_parts_hold_every_knob_once_and_a_command_takes_the_parts_it_reads() -> None:
     assert [knob.name for part in PARTS for knob in dataclasses.fields(part)] == list(KNOBS)
     parser = add_recursion_arguments(argparse.ArgumentParser(), [HeadKnobs], only_given=True)
+    assert "(default:" not in parser.format_help() and "the source's own" in parser.format_help()
     assert vars(parser.parse_args([])) == {}
     assert knobs_in(vars(parser.parse_args(["--halt-bias", "-1"]))) == {"halt_bias": -1.0}
     with pytest.raises(SystemExit):
