@@ -128,7 +128,7 @@ class TorchDistCheckpoint:
         start, size = [0] * len(entry.size), list(entry.size)
         if layer is not None:
             start[0], size[0] = layer, 1
-        result = torch.empty(size, dtype=self.dtypes[key])
+        result = torch.empty(size, dtype=entry.properties.dtype)
         filled = 0
         for chunk in entry.chunks:
             low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
@@ -142,6 +142,7 @@ class TorchDistCheckpoint:
             filled += result[mine].numel()
         if filled != result.numel():
             raise UserError(f"The checkpoint {self.folder} does not hold all of {key}.")
+        result = result if stored == key else result.to(self.dtypes[key])  # an average, in fp32
         return result if layer is None else result[0]
 
     def _load(self, info: _StorageInfo) -> Any:

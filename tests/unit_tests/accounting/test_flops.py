@@ -51,15 +51,18 @@ def counted_by_torch() -> dict[str, tuple[int, int, int]]:
     for name, case in CASES.items():
         model, batch = build_model(case), make_batches(case, 0)[0]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            grad_free, decode = [0], model.decode
+            grad_free = [0]
 
-            def decode_counted(*args, decode=decode, grad_free=grad_free, counter=counter, **kwargs):
-                before = counter.get_total_flops()
-                result = decode(*args, **kwargs)
-                grad_free[0] += 0 if torch.is_grad_enabled() else counter.get_total_flops() - before
-                return result
+            def counted_apart(part, grad_free=grad_free, counter=counter):
+                def run(*args, **kwargs):
+                    before = counter.get_total_flops()
+                    result = part(*args, **kwargs)
+                    grad_free[0] += 0 if torch.is_grad_enabled() else counter.get_total_flops() - before
+                    return result
 
-            model.decode = decode_counted
+                return run
+
+            model.decode, model.combine = counted_apart(model.decode), counted_apart(model.combine)
             output = model.train()(**batch)
             forward = counter.get_total_flops()
             getattr(output, "objective_BS", output).sum().backward()

@@ -191,6 +191,8 @@ def both_answers(name: str) -> tuple[Answer, Answer]:
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     ours.load_state_dict(weights, strict=True)
+    if theirs.plan.state_init == "sampled":  # in training each draws a start of its own
+        theirs.eval(), ours.eval()
     batch = make_batches(case, 0)[0]
     return megatron_answer(theirs, batch, config), hugging_face_answer(ours, batch)
 
