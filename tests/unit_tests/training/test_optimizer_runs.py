@@ -150,7 +150,10 @@ def test_an_export_has_the_average(average: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_heads_alone_go_on_where_a_stage_trains_nothing(optimizer: str, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    flags = [*STILL, *OPTIMIZERS[optimizer], "--ema-decay", "0.5", "--train-only", "heads", *LAYOUTS["PP 2"]]
+    assert train(*save_to(tmp_path / "gpt"), *STILL, recursion=["--disable-recursive-refinement"]) is None
+    chosen = OPTIMIZERS[optimizer] + ["--core-lr-factor", "1"]  # the core is frozen
+    flags = [*STILL, *chosen, "--ema-decay", "0.5", "--train-only", "heads", *LAYOUTS["PP 2"],
+             "--init-from-gpt", str(tmp_path / "gpt")]  # fmt: skip
     assert train(*save_to(whole), *flags, world_size=2) is None
     copy_checkpoint(whole, resumed, 3)
     assert train(*save_to(resumed), *flags, world_size=2) is None
