@@ -57,7 +57,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("plan", ["Plain", "Detached", "FullGradient"])
+@pytest.mark.parametrize("plan", ["Plain", "Detached", "FullGradient", "Huginn", "Gated", "Hierarchical"])
 def test_common_tests_pass(plan: str, sources: Path) -> None:
     repository = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "pytest", "tests/unit_tests/hf/transformers_common.py", "-k", f"{plan}Test",

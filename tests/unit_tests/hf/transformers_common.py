@@ -1,4 +1,4 @@
-"""Transformers' own common tests on our model, for three plans.
+"""Transformers' own common tests on our model, for plans of every family.
 
 Not collected by itself: tests/functional_tests/test_transformers_common.py puts the test sources of the installed
 version on the path, as the package ``transformers_tests``, and runs this file.
@@ -90,3 +90,16 @@ class DetachedTest(CommonTests, unittest.TestCase):
 
 class FullGradientTest(CommonTests, unittest.TestCase):
     recursion = {"detach_between_refinements": False}
+
+
+class HuginnTest(CommonTests, unittest.TestCase):
+    recursion = {"recursion_family": "recurrent", "num_recurrences": 2, "injection": "concat", "state_init": "sampled",
+                 "state_norm": "core-end"}  # fmt: skip
+
+
+class GatedTest(CommonTests, unittest.TestCase):
+    recursion = {"recursion_family": "looped", "num_refinement_blocks": 2, "exit_gate": True}
+
+
+class HierarchicalTest(CommonTests, unittest.TestCase):
+    recursion = {"recursion_family": "hierarchical"}

@@ -22,6 +22,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "detach": {},
     "full": {"recursion": FULL},
     "supervised": {"plan": SUPERVISED_HALTING},
+    "recurrent": {"recursion": {
+        "recursion_family": "recurrent", "num_recurrences": 3, "backprop_depth": 2, "injection": "concat",
+        "state_init": "sampled", "state_norm": "core-end"}},
+    "gate": {"recursion": {"recursion_family": "looped", "num_refinement_blocks": 3, "exit_gate": True}},
+    "hierarchical": {"recursion": {"recursion_family": "hierarchical", "latent_backprop_depth": "1"}},
 }
 PP2, PASSES = Layout(pp=2), Layout(pp=2, recompute_passes=True)
 Variants = dict[str, tuple[dict[str, Any], Layout]]
