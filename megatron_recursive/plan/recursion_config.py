@@ -104,6 +104,9 @@ class FunctionKnobs:
         None, "Factor on the embedding, which must stand at the scale of the states. Default: 1 / embedding init std "
         "for recursive runs from scratch, 1 for runs that start from a plain GPT and when recursion is off.",
         type=float)
+    exit_gate: bool = _knob(
+        False, "Give a looped model an exit gate in place of the halting head: a probability of leaving after each "
+        "loop, which weighs the losses of all loops (Ouro).", off="--no-exit-gate")
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,6 @@ class HeadKnobs:
         1.0, "Weight of the halting loss: total loss = lm loss + weight * halt loss. 0 builds no halting head.")
     halt_bias: float = _knob(
         -5.0, "Initial bias of the halting head. About 0 is known to trap training at shallow depth.")
-    exit_gate: bool = _knob(
-        False, "Give a looped model an exit gate in place of the halting head: a probability of leaving after each "
-        "loop, which weighs the losses of all loops (Ouro).", off="--no-exit-gate")
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "state_std": (0.5, [0.0, math.nan]),
     "state_norm": ("none", ["each"]),
     "embedding_multiplier": (2.5, [0.0, -1.0, math.nan, math.inf]),
+    "exit_gate": (True, []),
     "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
     "halt_bias": (-2.0, [math.nan, -math.inf]),
-    "exit_gate": (True, []),
     "detach_between_refinements": (False, []),
     "backprop_depth": (2, [-1]),
     "latent_backprop_depth": ("1,2", ["", "-1", "1,0", "two", "1,1,1,1"]),
@@ -196,7 +196,7 @@ def test_one_difference(name: str) -> None:
     assert found.is_depth == (name in ("num_refinement_blocks", "num_latent_refinements", "num_recurrences"))
     shapes_the_function = ("num_refinement_blocks", "num_latent_refinements", "state_init", "state_norm")
     families = ("recursion_family", *RECURRENT - {"backprop_depth"})
-    assert found.binds == (name in (*shapes_the_function, *families, "embedding_multiplier"))
+    assert found.binds == (name in (*shapes_the_function, *families, "embedding_multiplier", "exit_gate"))
     assert mine.differences(mine) == [] == mine.differences(RecursionConfig(recursion_alarm_after=3, **others))
 
 
