@@ -201,6 +201,7 @@ def _of_checkpoint(folder: Path) -> list[dict[str, Any]]:
     return [*found, report.facts["stacks"]]
 
 
+@pytest.mark.grid
 def test_a_checkpoint_gives_the_figures_of_its_donor(tmp_path: Path) -> None:
     ((donor, ckpt, stacks),) = run_distributed(_of_checkpoint, 1, tmp_path, timeout=180)
     assert (donor["kind"], ckpt["kind"]) == ("donor", "checkpoint")

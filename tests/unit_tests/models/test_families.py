@@ -315,7 +315,7 @@ LAYOUTS = {
     "pp4": (4, Layout(pp=4)),
     "pp2-tp2": (4, Layout(pp=2, tp=2)),
 }
-QUICK = ("pp2", "pp2-two-phases", "pp2-replayed-overlapped", "tp2-sp")
+QUICK = ("pp2-replayed-overlapped",)
 
 
 def over_ranks(cases: dict[str, Case], layout: Layout) -> dict[str, Training]:

@@ -75,6 +75,7 @@ def _peaks() -> list[tuple[Any, ...]]:
     return found
 
 
+@pytest.mark.grid
 def test_what_a_stage_holds_is_known_without_simulating() -> None:
     (found,) = run_distributed(_peaks, 1, timeout=120)
     assert len(found) > 200 and [simulated for simulated, _ in found] == [closed for _, closed in found]
