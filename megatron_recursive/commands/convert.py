@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required.add_argument("a", metavar="A")
     required.add_argument("b", metavar="B")
     _add_proof(verifier)
-    parser.epilog = example("convert", "import", "--hf", "MODEL", "--out", "CKPT", "--state-norm", "none")
+    parser.epilog = example("convert", "import", "--hf", "MODEL", "--out", "CKPT")
 
 
 def _describe(parser: argparse.ArgumentParser, text: str, *words: str) -> None:
@@ -37,8 +37,7 @@ def _describe(parser: argparse.ArgumentParser, text: str, *words: str) -> None:
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     _describe(parser, "Convert a Hugging Face model to a Megatron checkpoint, and print the line that trains on.",
-              "import", "--hf", "MODEL", "--out", "CKPT", "--num-refinement-blocks", "1",
-              "--num-latent-refinements", "1", "--state-norm", "none")  # fmt: skip
+              "import", "--hf", "MODEL", "--out", "CKPT", "--num-recurrences", "8")  # fmt: skip
     required = parser.add_argument_group("required")
     required.add_argument("--hf", required=True, metavar="MODEL", help="a folder, a .gguf file, or a cached hub name")
     required.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to make")

@@ -203,7 +203,7 @@ def open_config(folder: Path) -> tuple[Any, Architecture, dict[str, Any]]:
 
     values = read_json(folder / "config.json")
     family = family_of(values, str(folder))
-    if family.model_type == "huginn_raven":  # of which tensors decide too
+    if family.told_by_tensors:
         source = open_source(str(folder))
         return source.config, source.arch, source.config.recursion
     config = config_object(family, values, str(folder))

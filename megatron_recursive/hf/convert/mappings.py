@@ -248,6 +248,7 @@ class Family:
         recursion: of a type of transformers' that is recursive in itself, the module that knows its plan (hrm_text.py).
         own_class: transformers has no class for it; its model is ours (published_looped.py turns its config into ours).
         added: what recursion adds, by our name, to its name.
+        told_by_tensors: its config.json does not say all that it is (published_recurrent.py reads it beside them).
     """
 
     model_type: str
@@ -261,6 +262,7 @@ class Family:
     recursion: ModuleType | None = None
     own_class: bool = False
     added: Mapping[str, str] = field(default_factory=dict)
+    told_by_tensors: bool = False
 
     def computes(self, arch: Architecture, recursion: RecursionConfig | None = None) -> bool:
         """Whether its class can be this architecture, with this recursion or none."""
@@ -295,7 +297,8 @@ PUBLISHED = (
            added={f"exit_gate.{each}": f"model.early_exit_gate.{each}" for each in ("weight", "bias")}),
     Family("nanbeige", "NanbeigeForCausalLM", LLAMA, _DONOR_FIXED, _OWN_CONFIG, own_class=True),
     # By our names: published_recurrent.py renames its tensors.
-    Family("huginn_raven", "RavenForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP, own_class=True),
+    Family("huginn_raven", "RavenForCausalLM", RECURSIVE_GPT, {}, _OWN_CONFIG, top_rows=_RECURSIVE_TOP, own_class=True,
+           told_by_tensors=True),
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in (*DONORS, OWN, *PUBLISHED)}
 

@@ -135,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _open_folder(folder: Path, name: str) -> Source:
     values, found = read_json(folder / "config.json"), SafetensorsFolder.open(folder)
     family, tensors = family_of(values, name), cast("SafetensorsFolder | RenamedTensors", found)
-    if family.model_type == "huginn_raven":
+    if family.told_by_tensors:
         values, tensors = open_raven(values, found, name)
     config = config_object(family, values, name)
     return Source(
