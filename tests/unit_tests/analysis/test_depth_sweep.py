@@ -226,14 +226,14 @@ def _sweep_and_its_export(checkpoint: str, folder: str, prefix: str) -> list[dic
     cpu.install(on_purpose=True)
     export_model(checkpoint, f"{folder}/export", say=lambda _: None)
     words = ["--depths", "1,2,4", "--seq-length", "16", "--mean-depth", "1.5", "--measure-exits"]
-    record = sweep("--model", checkpoint, f"{folder}/export", "--text", prefix, "--output", f"{folder}/found.json", *words)
-    return record["models"]
+    models = ["--model", checkpoint, f"{folder}/export", "--text", prefix, "--output", f"{folder}/found.json"]
+    return sweep(*models, *words)["models"]
 
 
 def test_a_checkpoint_of_four_ranks_gives_trainings_evaluation_and_its_exports_figures(tmp_path: Path) -> None:
     write_data(tmp_path / "data")
     flags = [*SIZES.split(), "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
-             "--padded-vocab-size", "256", "--full-validation", "--eval-interval", "6", "--lr", "3e-2",
+             "--padded-vocab-size", "128", "--vocab-size", "128", "--eval-iters", "2", "--lr", "3e-2",
              "--train-data-path", str(tmp_path / "data"), "--valid-data-path", str(tmp_path / "data")]  # fmt: skip
     words = [each for each in FLAGS if each not in ("--mock-data", "--split", "90,5,5")]
     assert train(*save_to(tmp_path / "ckpt", 6), *flags, flags=words, world_size=4) is None
