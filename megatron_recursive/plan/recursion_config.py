@@ -151,11 +151,11 @@ class TrainingKnobs:
         1, "N: optimizer steps for each global batch, each from the states, detached, that the one before left (TRM: "
         "16). An iteration is an optimizer step. Evaluations and exports run the plan N times in a row.")
     carry_halted: bool = _knob(
-        False, "Replace a sample at which every token that counts halts (--halt-threshold) after the last block, before "
-        "its N supervision steps are over, by a new one, whose states start anew (TRM).", off="--no-carry-halted")
+        False, "Replace a sample of which every token that counts halts (--halt-threshold) after the last block by a "
+        "new one, whose states start anew, before its N supervision steps are over (TRM).", off="--no-carry-halted")
     halt_exploration: float = _knob(
-        0.1, "Probability with which, at a step, a sample must have had a drawn number of its supervision steps, 2 to N, "
-        "before it may be replaced.")
+        0.1, "With --carry-halted, the probability with which, at a step, a sample is kept unless it has had a drawn "
+        "number of supervision steps, 2 to N (TRM).")
 
 
 @dataclass(frozen=True)

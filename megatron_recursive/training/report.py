@@ -11,6 +11,7 @@ from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.training import console
+from megatron_recursive.training.memory_report import carried_bytes
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
 
@@ -27,6 +28,7 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         said = said_of_phases(costs, batches, args.pipeline_phases, args.pipeline_window)
         balance = said_of_balance(plan, shape, layers_of_stages(config.transformer))
         phases = f"\npipeline: {'; '.join(filter(None, (said, balance)))}"
+    phases += _said_of_carried(args, config)
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
     if path is not None:
@@ -42,6 +44,19 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         f"embedding multiplier: {plan.embedding_multiplier:g}\n"
         f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
         f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}"
+    )
+
+
+def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> str:
+    """How many steps a batch has, and what the carried states need: where a step starts and what it has left so far."""
+    steps, names = config.recursion.num_supervision_steps, config.plan.carried
+    if steps == 1:
+        return ""
+    size = carried_bytes(args, config)
+    until = ", or until a sample halts" if config.recursion.carry_halted else ""
+    return (
+        f"\nsupervision: {steps} steps on each batch{until}, on carried states ({', '.join(names)}: {size / 1e6:,.1f} MB "
+        f"on a rank of the first stage); an evaluation runs them in a row, {steps * config.plan.num_passes} passes"
     )
 
 

@@ -1,4 +1,4 @@
-"""Carried states: step by step on one batch, a layout is one process, and its detached states are those of the formula."""
+"""Carried states: steps on one batch are those of the formula, and any layout is one process."""
 
 from __future__ import annotations
 
