@@ -230,8 +230,12 @@ class RecursionCore:
         plan = self.plan_of_step(plan)
         state = self.initial_state(self.embed(input_ids, position_ids), input_ids, position_ids)
 
+        ends: dict[str, Tensor] = {}  # where carried states end, other than the plan does
+
         def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             closes = plan.closes(decoder_pass)
+            if decoder_pass.stack == "coda":
+                ends["output"] = state.output
             return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes)
 
         if labels is None:
@@ -249,7 +253,7 @@ class RecursionCore:
             before = state.output.detach()
         if self.carried is not None:
             for name in plan.carried:
-                self.carried.leave(name, state.values[name])
+                self.carried.leave(name, ends.get(name, state.values[name]))
         return self.objective(plan, readouts, labels, mask_BS, metrics)
 
     def observe_state(

@@ -269,7 +269,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         if self.carry_halted and self.num_supervision_steps < 2:
             raise UserError("--carry-halted replaces samples between supervision steps; give --num-supervision-steps 2 "
                             "or more.")  # fmt: skip
-        if self.carry_halted and not self.has_halting:
+        if self.carry_halted and self.halt_loss_weight == 0:
             raise UserError("--carry-halted asks the halting head, which --halt-loss-weight 0 leaves out.")
         default = RecursionConfig.__dataclass_fields__["halt_exploration"].default
         self._require("halt_exploration", self.carry_halted or self.halt_exploration == default,

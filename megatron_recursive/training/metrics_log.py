@@ -122,6 +122,8 @@ class HealthAlarms:
     def __init__(self, recursion: RecursionConfig) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
         self.blocks = recursion.num_refinement_blocks
+        if recursion.num_supervision_steps > 1:  # the first block goes on where the last one ended
+            self.blocks = 1
         self.detached = recursion.detach_between_refinements and recursion.recursion_family == "core"
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)
