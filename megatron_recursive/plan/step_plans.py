@@ -5,6 +5,7 @@ So all ranks agree without a message, and a resumed run draws the same. Evaluati
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +32,7 @@ class StepPlans:
 
     def __init__(self, config: RecursionConfig, plan: RecursionPlan, *, seed: int = 0, iterations: int = 1) -> None:
         self.config, self.plan, self.seed, self.iterations = config, plan, seed, iterations
-        self.mean = plan.depth if config.mean_recurrence is None else config.mean_recurrence
+        self.mean = float(plan.depth if config.mean_recurrence is None else config.mean_recurrence)
         self.transforms: tuple[Callable[[RecursionPlan, int], RecursionPlan], ...] = (self._at_depth,)
         self._built = lru_cache(maxsize=256)(_with_depth)
         self._check()
@@ -69,6 +70,19 @@ class StepPlans:
         """The mean depth of a step; without an iteration, behind the curriculum."""
         return mean_of(self._distribution(self.mean if iteration is None else self._mean_at(iteration)))
 
+    def describe(self) -> str:
+        """A line for people; nothing where all steps run the model's own plan."""
+        if not self.changes:
+            return ""
+        config, mean, cap = self.config, f"mean {self.expected_depth():.4g}", self.cap
+        said = {"fixed": f"{self.mean:g}", "uniform": f"uniform, {mean}, at most {cap}",
+                "poisson-lognormal": f"min({cap}, 1 + Poisson of a log-normal rate), {mean}"}  # fmt: skip
+        parts = [f"depth of a training step: {said[config.recurrence_distribution]}"]
+        for what, shape, fraction in (("depth", config.recurrence_curriculum, config.recurrence_curriculum_fraction),
+                                      ("gradient", config.backprop_curriculum, config.backprop_curriculum_fraction)):
+            parts += [f"{what} grows by {shape} over {fraction:.0%} of the training"] if shape else []
+        return " | ".join([*parts, f"evaluated and exported at {self.plan.depth}"])
+
     def _mean_at(self, iteration: int) -> float:
         shape, length = self.config.recurrence_curriculum, self.config.recurrence_curriculum_fraction * self.iterations
         return self.mean if shape is None else grown(self.mean, shape, iteration / length)
@@ -89,16 +103,26 @@ class StepPlans:
         return self._built(plan, self.depth_at(iteration), window)
 
     def _check(self) -> None:
-        config, cap = self.config, self.cap
+        config, cap, kind = self.config, self.cap, self.config.recurrence_distribution
+        if config.backprop_depth > cap and not self.plan.is_plain:
+            raise UserError(f"--backprop-depth {config.backprop_depth} is above {cap}, the deepest that a step goes.")
         if not self.changes:
             return
-        if self.plan.depth == 1:
+        if self.plan.depth == 1 and cap > 1:
             raise UserError(
-                "The depth of steps changes (--recurrence-distribution, --recurrence-curriculum), but the model's own "
-                "is 1; give --num-recurrences or --num-refinement-blocks 2 or more."
+                f"--recurrence-distribution {kind} changes a depth of 1, which shows no inner block to repeat; give "
+                "--num-recurrences or --num-refinement-blocks 2 or more."
             )
-        if config.backprop_depth > cap:
-            raise UserError(f"--backprop-depth {config.backprop_depth} is above {cap}, the deepest that a step goes.")
+        given, mean = "" if config.max_recurrence is None else f" with --max-recurrence {cap}", f"{self.mean:g}"
+        if kind == "poisson-lognormal" and self.mean >= cap and not config.uncalibrated_recurrence:
+            raise UserError(f"--mean-recurrence {mean} must be below the cap of {cap} (--max-recurrence).")
+        if kind == "uniform" and not (2 * self.mean).is_integer():
+            raise UserError(f"--mean-recurrence {mean} is not the middle of whole numbers; give a multiple of 0.5.")
+        if kind == "uniform" and not 1 <= 2 * self.mean - cap <= cap:
+            raise UserError(
+                f"--mean-recurrence {mean}{given} would draw from {2 * self.mean - cap:g} to {cap}; give a cap from "
+                f"{math.ceil(self.mean)} to {2 * self.mean - 1:g}."
+            )
 
 
 def _with_depth(plan: RecursionPlan, depth: int, window: int) -> RecursionPlan:
