@@ -47,6 +47,7 @@ OF_WORDS = {  # words of those knobs that other families know
     ("state_norm", "core-end"): ("recurrent",),
 }
 
+DEPTH_LIST = r"[1-9]\d*(,[1-9]\d*)*"
 DEPTHS = ("num_refinement_blocks", "num_latent_refinements", "num_recurrences")
 
 
@@ -164,6 +165,10 @@ class ObservationKnobs:
     recursion_alarm_after: int | None = _knob(
         None, "Iteration from which the health alarms speak (state ignored, tokens collapsed). 0 turns them off. "
         "Default: a tenth of the run, at most 500.", type=int)
+    eval_depths: str | None = _knob(
+        None, "Depths at which each evaluation reads its batches too, with commas between them: blocks, loops, or "
+        "passes of a recurrent core. A pass of the whole evaluation each; of blocks and loops only the deepest.",
+        type=str)
 
 
 PARTS = (FunctionKnobs, HeadKnobs, TrainingKnobs, ExitKnobs, ObservationKnobs)
@@ -197,11 +202,16 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         self._check_family()
         windows = self.latent_backprop_depth
-        holds = re.fullmatch(r"0|[1-9]\d*(,[1-9]\d*)*", windows) and windows.count(",") < self.num_refinement_blocks
+        holds = re.fullmatch(f"0|{DEPTH_LIST}", windows) and windows.count(",") < self.num_refinement_blocks
         self._require("latent_backprop_depth", bool(holds),
                       f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
+        wanted = self.eval_depths
+        self._require("eval_depths", wanted is None or bool(re.fullmatch(DEPTH_LIST, wanted)),
+                      "must be numbers above 0 with commas between them, such as 1,4,16")
+        if wanted is not None and not self.enable_recursive_refinement:
+            raise UserError("--eval-depths needs a recursion; leave it or --disable-recursive-refinement out.")
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
         self._require("halt_loss_weight", self.halt_loss_weight >= 0 and math.isfinite(self.halt_loss_weight),
                       "must be 0 or a positive number")
@@ -248,6 +258,10 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             if getattr(self, knob.name) not in (knob.default, 0.0):
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
+
+    @property
+    def depths_to_evaluate(self) -> tuple[int, ...]:
+        return tuple(sorted({int(each) for each in self.eval_depths.split(",")})) if self.eval_depths else ()
 
     @property
     def step_size(self) -> float:
