@@ -33,7 +33,7 @@ OF_FAMILIES = {  # knobs that not every family knows
     "num_coda_layers": ("recurrent",),
     "injection": ("recurrent",),
     "recurrence_step": ("recurrent",),
-    "backprop_depth": ("recurrent",),
+    **dict.fromkeys(("backprop_depth", "backprop_curriculum", "backprop_curriculum_fraction"), ("recurrent",)),
     **dict.fromkeys(HALTING, ("core", "looped", "hierarchical")),
     **dict.fromkeys(("exit_gate", "exit_entropy_weight"), ("looped",)),
     "latent_backprop_depth": ("hierarchical",),
@@ -130,6 +130,28 @@ class TrainingKnobs:
         off="--no-detach-between-refinements")
     backprop_depth: int = _knob(
         0, "The last so many passes of a recurrent core carry gradient; 0: all.")
+    recurrence_distribution: str = _knob(
+        "fixed", "Depth of a training step (--num-recurrences or --num-refinement-blocks): always that, or drawn anew "
+        "for each: min(cap, 1 + Poisson(rate)) of a log-normal rate (Huginn), or uniform around the mean.",
+        choices=("fixed", "poisson-lognormal", "uniform"))
+    mean_recurrence: float | None = _knob(
+        None, "Mean of drawn depths. Default: the model's own depth, at which it is evaluated and exported.",
+        type=float)
+    max_recurrence: int | None = _knob(
+        None, "Cap on drawn depths. Default: four times the mean; uniform ones go from 2 mean - cap to the cap, by "
+        "default from 1 to 2 mean - 1.", type=int)
+    uncalibrated_recurrence: bool = _knob(
+        False, "Take Huginn's own rate, whose mean is --mean-recurrence, so that the mean depth is one more, less what "
+        "the cap takes.", off="--calibrated-recurrence")
+    recurrence_curriculum: str | None = _knob(
+        None, "Let the (mean) depth R grow from 1: ceil(R f(t)) at a part t of --recurrence-curriculum-fraction, f "
+        "being t (linear) or 1 - sqrt(1 - t) (1-sqrt).", choices=("linear", "1-sqrt"), type=str)
+    recurrence_curriculum_fraction: float = _knob(
+        0.25, "Fraction of the training that the curriculum of depth takes.")
+    backprop_curriculum: str | None = _knob(
+        None, "The same for --backprop-depth.", choices=("linear", "1-sqrt"), type=str)
+    backprop_curriculum_fraction: float = _knob(
+        0.25, "Fraction of the training that the curriculum of --backprop-depth takes.")
     latent_backprop_depth: str = _knob(
         "0", "The last so many latent refinements of each block of a hierarchical family carry gradient: a number for "
         "the last block (1 for those before it), or with commas one for each of the last blocks; 0: all.")

@@ -23,7 +23,7 @@ from megatron_recursive.models.layer_specs import engine_layer_spec, layers_of_s
 from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 from megatron_recursive.pipeline.pass_costs import price_passes
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.training.norm_arguments import norm_layout
 
 
@@ -40,6 +40,11 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     def plan(self) -> RecursionPlan:
         plan = build_plan(self.recursion)
         return plan.heads_only() if self.train_only == "heads" else plan
+
+    def step_plans(self, args: argparse.Namespace) -> StepPlans:
+        """The plans of the training steps of a run."""
+        iterations = args.train_iters or args.train_samples // args.global_batch_size
+        return StepPlans(self.recursion, self.plan, seed=args.seed, iterations=iterations)
 
 
 class RecursiveGPTModelBuilder(GPTModelBuilder):

@@ -39,7 +39,7 @@ def _run() -> None:
 
         from megatron_recursive.pipeline import dispatch
         from megatron_recursive.training.arguments import megatron_speaks_in_sentences, parse_arguments
-        from megatron_recursive.training.forward_step import datasets_provider, forward_step
+        from megatron_recursive.training.forward_step import datasets_provider, forward_step, plan_of_step
         from megatron_recursive.training.metrics_log import MetricsLog
         from megatron_recursive.training.model_provider import model_config_from_args
         from megatron_recursive.training.patches import accounts, checkpoints, observing, optimizers, profiler, wheel
@@ -55,7 +55,7 @@ def _run() -> None:
     console.begin(args.log_style, args.save, timers=args.timing_log_level > 0)
     announce(args, model_config)
     progress = Progress()
-    dispatch.install()
+    dispatch.install(functools.partial(plan_of_step, model_config.step_plans(args)))
     wheel.install()
     accounts.install(model_config)
     averages = optimizers.install(args)
