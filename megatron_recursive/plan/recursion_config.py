@@ -152,6 +152,11 @@ class TrainingKnobs:
         None, "The same for --backprop-depth.", choices=("linear", "1-sqrt"), type=str)
     backprop_curriculum_fraction: float = _knob(
         0.25, "Fraction of the training that the curriculum of --backprop-depth takes.")
+    grow_depth_at: str | None = _knob(
+        None, "FRACTION:K, such as 0.77:4. Behind that fraction of the training the model is K deep, more than before: "
+        "blocks, loops, or passes of a recurrent core.", type=str)
+    grow_rewarm_iters: int = _knob(
+        0, "Iterations over which the learning rate then rises from 0 to the scheduled one again.")
     latent_backprop_depth: str = _knob(
         "0", "The last so many latent refinements of each block of a hierarchical family carry gradient: a number for "
         "the last block (1 for those before it), or with commas one for each of the last blocks; 0: all.")
@@ -227,6 +232,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         holds = re.fullmatch(f"0|{DEPTH_LIST}", windows) and windows.count(",") < self.num_refinement_blocks
         self._require("latent_backprop_depth", bool(holds),
                       f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
+        self._check_growth()
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
         wanted = self.eval_depths
@@ -280,6 +286,34 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             if getattr(self, knob.name) not in (knob.default, 0.0):
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
+
+    def _check_growth(self) -> None:
+        given, growth = f"--grow-depth-at {self.grow_depth_at}", self.growth
+        if growth is None:
+            self._require("grow_depth_at", self.grow_depth_at is None,
+                          "must be FRACTION:K, a fraction between 0 and 1 and a whole number, such as 0.77:4")
+            self._require("grow_rewarm_iters", self.grow_rewarm_iters == 0, "says nothing without --grow-depth-at")
+            return
+        self._require("grow_rewarm_iters", self.grow_rewarm_iters >= 0, "must be 0 or more")
+        if not self.enable_recursive_refinement:
+            raise UserError(f"{given} needs a recursion; leave it or --disable-recursive-refinement out.")
+        before = getattr(self, self.depth_knob)
+        if growth[1] <= before:
+            raise UserError(f"{given} grows nothing, since {flag_of(self.depth_knob)} is {before}; name a greater depth.")
+        changing = ("recurrence_distribution", "recurrence_curriculum", "backprop_curriculum")
+        for name in (name for name in changing if getattr(self, name) not in (None, "fixed")):
+            raise UserError(f"{given} and {flag_of(name)} both set the depth of steps; leave one of them out.")
+
+    @property
+    def growth(self) -> tuple[float, int] | None:
+        """The fraction of the training behind which the model is deeper, and its depth there."""
+        found = re.fullmatch(r"(0?\.\d+):([1-9]\d*)", self.grow_depth_at or "")
+        return (float(found[1]), int(found[2])) if found and float(found[1]) > 0 else None
+
+    @property
+    def depth_knob(self) -> str:
+        """The knob that says how deep a plan of the family is."""
+        return "num_recurrences" if self.recursion_family == "recurrent" else "num_refinement_blocks"
 
     @property
     def depths_to_evaluate(self) -> tuple[int, ...]:

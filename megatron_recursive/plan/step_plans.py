@@ -12,6 +12,8 @@ from functools import lru_cache
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.depth_distributions import depth_at, grown, mean_of, poisson_lognormal, uniform
+from megatron_recursive.plan.builders import build_plan
+from megatron_recursive.plan.growth import Growth
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import RecursionPlan
 
@@ -21,7 +23,7 @@ class StepPlans:
 
     Args:
         config: the knobs.
-        plan: the model's own.
+        plan: the model's own; of one that grows, before it does.
         seed: of the run.
         iterations: of the whole run, of which curricula take a fraction.
 
@@ -31,9 +33,11 @@ class StepPlans:
 
     def __init__(self, config: RecursionConfig, plan: RecursionPlan, *, seed: int = 0, iterations: int = 1) -> None:
         self.config, self.plan, self.seed, self.iterations = config, plan, seed, iterations
+        self.growth = Growth(config, iterations)
         self.mean = plan.depth if config.mean_recurrence is None else config.mean_recurrence
         self.transforms: tuple[Callable[[RecursionPlan, int], RecursionPlan], ...] = (self._at_depth,)
         self._built = lru_cache(maxsize=256)(_with_depth)
+        self._grown = lru_cache(maxsize=1)(build_plan)
         self._check()
 
     @property
@@ -41,17 +45,29 @@ class StepPlans:
         """Whether any step may run another plan than the model's own."""
         knobs = self.config
         curricula = (knobs.recurrence_curriculum, knobs.backprop_curriculum)
-        return not self.plan.is_plain and (knobs.recurrence_distribution != "fixed" or any(curricula))
+        return not self.plan.is_plain and (
+            knobs.recurrence_distribution != "fixed" or any(curricula) or knobs.growth is not None
+        )
+
+    def own_plan(self, trained: int) -> RecursionPlan:
+        """The plan of the model that has been trained for so many iterations: what it is evaluated and exported at."""
+        config = self.growth.config_after(trained)
+        if config is self.config:
+            return self.plan
+        plan = self._grown(config)
+        return plan.heads_only() if self.plan.trains_heads_only else plan
 
     def plan_at(self, iteration: int) -> RecursionPlan:
         """The plan of a training step, counted from 0 (as Megatron's ``curr_iteration``)."""
-        plan = self.plan
+        plan = self.own_plan(iteration + 1)
         for transform in self.transforms if self.changes else ():
             plan = transform(plan, iteration)
         return self.plan if plan == self.plan else plan
 
     def depth_at(self, iteration: int) -> int:
         """How deep a step goes: blocks, loops, or passes of a recurrent core."""
+        if self.config.growth is not None:
+            return self.own_plan(iteration + 1).depth
         chances = self._distribution(self._mean_at(iteration))
         place = random.Random(self.seed * 0x9E3779B97F4A7C15 + iteration).random()
         return depth_at(chances, place)
@@ -59,6 +75,8 @@ class StepPlans:
     @property
     def cap(self) -> int:
         """The deepest that a step may go."""
+        if self.config.growth is not None:
+            return self.config.growth[1]
         if self.config.recurrence_distribution == "fixed":
             return self.plan.depth
         if self.config.max_recurrence is not None:
