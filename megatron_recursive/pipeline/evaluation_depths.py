@@ -1,7 +1,7 @@
 """A forward-only step at several depths: --eval-depths.
 
-Megatron's ``evaluate`` takes --eval-iters steps from its iterator and sums what they report. So each step is run again at
-the other depths on the micro-batches that it has just read, and reports more: Megatron averages and logs that too.
+Megatron's ``evaluate`` takes --eval-iters steps from its iterator and sums what they report. So each step is run again
+at the other depths on the micro-batches that it has just read, and reports more: Megatron averages and logs that too.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def evaluate_at_depths(
 ) -> Reports:
     """The reports of ``run`` by micro-batch (on the last stage), each with its loss at these depths.
 
-    A depth costs a forward; the plan's own costs none, and where depths are numbers of blocks all lie in that of the
-    deepest, since a block is read in evaluation whatever follows.
+    Each other depth costs a forward. Where depths are numbers of blocks the deepest one's has all: a block is read in
+    evaluation, whatever follows it.
 
     Args:
-        run: a schedule, which takes ``data_iterator``, ``kwargs`` and a ``plan`` (None: its own).
-        plan: the schedule's own.
+        run: a schedule, which takes ``data_iterator``, ``plan`` and ``kwargs``.
+        plan: what the evaluation is of.
     """
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
     kept = None if iterator is None else _Kept(iterator)
-    reports = run(data_iterator=kept, plan=None, **kwargs)
+    reports = run(data_iterator=kept, plan=plan, **kwargs)
     further = [depth for depth in depths if depth != plan.depth]
     if not plan.has_inner_depth:
         further = [max(further)] if further and max(further) > plan.depth else []
@@ -50,16 +50,6 @@ def evaluate_at_depths(
                 read |= {block: other[f"lm loss block {block}"] for block in range(1, depth)}
             report.update({metric_of(each): loss for each, loss in read.items() if each in depths})
     return reports
-
-
-class PlannedModel:
-    """A wrapped model, of which every forward is of one plan; what a forward step is given in place of the model."""
-
-    def __init__(self, module: Any, plan: RecursionPlan) -> None:
-        self.module, self.plan = module, plan
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **{**kwargs, "plan": self.plan})
 
 
 class _Kept:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.growth import check_growth
 from megatron_recursive.plan.recursion_plan import MAPS
 
 
@@ -232,7 +233,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         holds = re.fullmatch(f"0|{DEPTH_LIST}", windows) and windows.count(",") < self.num_refinement_blocks
         self._require("latent_backprop_depth", bool(holds),
                       f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
-        self._check_growth()
+        self._check_depth_of_steps()
+        check_growth(self)
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
         wanted = self.eval_depths
@@ -287,28 +289,26 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
 
-    def _check_growth(self) -> None:
-        given, growth = f"--grow-depth-at {self.grow_depth_at}", self.growth
-        if growth is None:
-            self._require("grow_depth_at", self.grow_depth_at is None,
-                          "must be FRACTION:K, a fraction between 0 and 1 and a whole number, such as 0.77:4")
-            self._require("grow_rewarm_iters", self.grow_rewarm_iters == 0, "says nothing without --grow-depth-at")
-            return
-        self._require("grow_rewarm_iters", self.grow_rewarm_iters >= 0, "must be 0 or more")
-        if not self.enable_recursive_refinement:
-            raise UserError(f"{given} needs a recursion; leave it or --disable-recursive-refinement out.")
-        before = getattr(self, self.depth_knob)
-        if growth[1] <= before:
-            raise UserError(f"{given} grows nothing, since {flag_of(self.depth_knob)} is {before}; name a greater depth.")
-        changing = ("recurrence_distribution", "recurrence_curriculum", "backprop_curriculum")
-        for name in (name for name in changing if getattr(self, name) not in (None, "fixed")):
-            raise UserError(f"{given} and {flag_of(name)} both set the depth of steps; leave one of them out.")
-
-    @property
-    def growth(self) -> tuple[float, int] | None:
-        """The fraction of the training behind which the model is deeper, and its depth there."""
-        found = re.fullmatch(r"(0?\.\d+):([1-9]\d*)", self.grow_depth_at or "")
-        return (float(found[1]), int(found[2])) if found and float(found[1]) > 0 else None
+    def _check_depth_of_steps(self) -> None:
+        for name in ("mean_recurrence", "max_recurrence"):
+            value = getattr(self, name)
+            self._require(name, value is None or 1 <= value < math.inf, "must be a number of at least 1")
+        for name in ("recurrence_curriculum", "backprop_curriculum"):
+            fraction = getattr(self, f"{name}_fraction")
+            self._require(f"{name}_fraction", 0 < fraction <= 1, "must be above 0 and at most 1, the whole training")
+        drawn, needs = "--recurrence-distribution poisson-lognormal", {}
+        if self.recurrence_distribution == "fixed":
+            needs = dict.fromkeys(("mean_recurrence", "max_recurrence"), f"{drawn} or uniform")
+        if self.recurrence_distribution != "poisson-lognormal":
+            needs["uncalibrated_recurrence"] = drawn
+        if not self.backprop_depth:
+            needs["backprop_curriculum"] = "--backprop-depth"
+        for name in ("recurrence_curriculum", "backprop_curriculum"):
+            if getattr(self, name) is None:
+                needs[f"{name}_fraction"] = flag_of(name)
+        for knob in (knob for knob in dataclasses.fields(self) if knob.name in needs):
+            if getattr(self, knob.name) != knob.default:
+                raise UserError(f"{flag_of(knob.name)} says nothing without {needs[knob.name]}; leave it out.")
 
     @property
     def depth_knob(self) -> str:

@@ -55,12 +55,13 @@ def _run() -> None:
     console.begin(args.log_style, args.save, timers=args.timing_log_level > 0)
     announce(args, model_config)
     progress = Progress()
-    dispatch.install(functools.partial(plan_of_step, model_config.step_plans(args)))
+    plans = model_config.step_plans(args)
+    dispatch.install(functools.partial(plan_of_step, plans), recursion.depths_to_evaluate)
     wheel.install()
-    accounts.install(model_config)
-    averages = optimizers.install(args)
+    accounts.install(model_config, plans)
+    averages = optimizers.install(args, plans.growth)
     checkpoints.install(args, model_config, progress, averages)
-    log = MetricsLog(recursion, run_description(args, model_config), progress)
+    log = MetricsLog(recursion, run_description(args, model_config), progress, plans)
     observing.install(args, log, averages if args.evaluate_ema else ())
     try:
         with said_in_a_sentence(), profiler.stopped_at_exit(args):
