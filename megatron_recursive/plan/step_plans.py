@@ -124,6 +124,7 @@ class StepPlans:
 
     def _check(self) -> None:
         config, cap, kind = self.config, self.cap, self.config.recurrence_distribution
+        self.own_plan(self.iterations)  # refuses what it would become
         if config.backprop_depth > cap and not self.plan.is_plain:
             raise UserError(f"--backprop-depth {config.backprop_depth} is above {cap}, the deepest that a step goes.")
         if not self.changes:
