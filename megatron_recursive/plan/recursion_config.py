@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.growth import check_growth
 from megatron_recursive.plan.recursion_plan import MAPS
 
 
@@ -48,6 +49,7 @@ OF_WORDS = {  # words of those knobs that other families know
     ("state_norm", "core-end"): ("recurrent",),
 }
 
+DEPTH_LIST = r"[1-9]\d*(,[1-9]\d*)*"
 DEPTHS = ("num_refinement_blocks", "num_latent_refinements", "num_recurrences")
 
 
@@ -152,6 +154,11 @@ class TrainingKnobs:
         None, "The same for --backprop-depth.", choices=("linear", "1-sqrt"), type=str)
     backprop_curriculum_fraction: float = _knob(
         0.25, "Fraction of the training that the curriculum of --backprop-depth takes.")
+    grow_depth_at: str | None = _knob(
+        None, "FRACTION:K, such as 0.77:4. Behind that fraction of the training the model is K deep, more than before: "
+        "blocks, loops, or passes of a recurrent core.", type=str)
+    grow_rewarm_iters: int = _knob(
+        0, "Iterations over which the learning rate then rises from 0 to the scheduled one again.")
     latent_backprop_depth: str = _knob(
         "0", "The last so many latent refinements of each block of a hierarchical family carry gradient: a number for "
         "the last block (1 for those before it), or with commas one for each of the last blocks; 0: all.")
@@ -187,6 +194,10 @@ class ObservationKnobs:
     recursion_alarm_after: int | None = _knob(
         None, "Iteration from which the health alarms speak (state ignored, tokens collapsed). 0 turns them off. "
         "Default: a tenth of the run, at most 500.", type=int)
+    eval_depths: str | None = _knob(
+        None, "Depths at which each evaluation reads its batches too, with commas between them: blocks, loops, or "
+        "passes of a recurrent core. A pass of the whole evaluation each; of blocks and loops only the deepest.",
+        type=str)
 
 
 PARTS = (FunctionKnobs, HeadKnobs, TrainingKnobs, ExitKnobs, ObservationKnobs)
@@ -220,12 +231,18 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         self._check_family()
         windows = self.latent_backprop_depth
-        holds = re.fullmatch(r"0|[1-9]\d*(,[1-9]\d*)*", windows) and windows.count(",") < self.num_refinement_blocks
+        holds = re.fullmatch(f"0|{DEPTH_LIST}", windows) and windows.count(",") < self.num_refinement_blocks
         self._require("latent_backprop_depth", bool(holds),
                       f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
         self._check_depth_of_steps()
+        check_growth(self)
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
+        wanted = self.eval_depths
+        self._require("eval_depths", wanted is None or bool(re.fullmatch(DEPTH_LIST, wanted)),
+                      "must be numbers above 0 with commas between them, such as 1,4,16")
+        if wanted is not None and not self.enable_recursive_refinement:
+            raise UserError("--eval-depths needs a recursion; leave it or --disable-recursive-refinement out.")
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
         self._require("halt_loss_weight", self.halt_loss_weight >= 0 and math.isfinite(self.halt_loss_weight),
                       "must be 0 or a positive number")
@@ -293,6 +310,15 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         for knob in (knob for knob in dataclasses.fields(self) if knob.name in needs):
             if getattr(self, knob.name) != knob.default:
                 raise UserError(f"{flag_of(knob.name)} says nothing without {needs[knob.name]}; leave it out.")
+
+    @property
+    def depth_knob(self) -> str:
+        """The knob that says how deep a plan of the family is."""
+        return "num_recurrences" if self.recursion_family == "recurrent" else "num_refinement_blocks"
+
+    @property
+    def depths_to_evaluate(self) -> tuple[int, ...]:
+        return tuple(sorted({int(each) for each in self.eval_depths.split(",")})) if self.eval_depths else ()
 
     @property
     def step_size(self) -> float:

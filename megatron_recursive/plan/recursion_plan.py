@@ -187,7 +187,7 @@ class RecursionPlan:
     @property
     def depth(self) -> int:
         """What :meth:`with_blocks` changes: blocks, loops, or passes of a recurrent core."""
-        return sum(p.stack == "core" for p in self.passes) if self.family == "recurrent" else self.num_blocks
+        return sum(p.stack == "core" for p in self.passes) if self.has_inner_depth else self.num_blocks
 
     @cached_property
     def block_ends(self) -> tuple[DecoderPass, ...]:
@@ -203,6 +203,11 @@ class RecursionPlan:
     def initial_vectors(self) -> tuple[str, ...]:
         """The states that start at a vector, one [H] for all tokens."""
         return () if self.is_plain else STARTS[self.state_init][1]
+
+    @cached_property
+    def has_inner_depth(self) -> bool:
+        """Its depth is that of a core within one block, so that only its end is read; others repeat blocks."""
+        return self.family == "recurrent"
 
     @cached_property
     def first_grad_pass(self) -> int:
@@ -336,7 +341,7 @@ class RecursionPlan:
         """
         if count < 1:
             raise UserError(f"The number of refinement blocks must be at least 1, but is {count}.")
-        if self.family == "recurrent":
+        if self.has_inner_depth:
             return self._with_core(count)
         blocks = [[p for p in self.passes if p.block == block] for block in range(self.num_blocks)]
         inner = blocks[-2] if len(blocks) > 1 else blocks[-1]

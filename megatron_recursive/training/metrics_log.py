@@ -14,6 +14,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
 from megatron_recursive.training import console
 from megatron_recursive.training.progress import Progress
+from megatron_recursive.training.progress_lines import blocks_of
 
 WINDOW = 50  # iterations that an alarm averages over
 STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
@@ -135,9 +136,9 @@ class HealthAlarms:
 
     def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
         """Take in the metrics of an iteration of so many; returns what must be said."""
-        first, last = metrics.get("lm loss block 1"), metrics.get(f"lm loss block {self.blocks}")
-        if first is not None and last is not None and self.blocks > 1:
-            self.gains.append(first - last)
+        if len(losses := blocks_of(metrics)) > 1:  # of this step's depth
+            self.blocks = max(losses)
+            self.gains.append(losses[1] - losses[self.blocks])
         if "token cosine" in metrics:
             self.cosines.append(metrics["token cosine"])
         after = min(LATEST, max(iterations // 10, 1)) if self.after is None else self.after

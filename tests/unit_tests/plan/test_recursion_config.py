@@ -56,6 +56,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "halt_threshold": (0.9, [0.0, 1.0, -1.0, 2.0, math.nan]),
     "max_inference_refinement_steps": (4, [0]),
     "recursion_alarm_after": (0, [-1]),
+    "eval_depths": ("1,4,16", ["", "0", "1,0", "1 4", "1,"]),
 }
 RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
              "state_std"}  # fmt: skip
@@ -112,6 +113,12 @@ def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, fami
     with pytest.raises(UserError, match=f"{flag} belongs to --recursion-family .*is {family}"):
         RecursionConfig(recursion_family=family, **{name: value})
     assert not RecursionConfig(recursion_family="recurrent", halt_loss_weight=0.0).has_halting
+
+
+def test_depths_are_evaluated_in_order_and_need_a_recursion() -> None:
+    assert RecursionConfig(eval_depths="4,1,4").depths_to_evaluate == (1, 4)
+    with pytest.raises(UserError, match="--eval-depths needs a recursion; leave .*--disable-recursive-refinement"):
+        RecursionConfig(enable_recursive_refinement=False, eval_depths="1")
 
 
 @pytest.mark.parametrize("name", KNOBS)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
 
 import pytest
 
 from tests.grids import grid
-from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, save_to, train
+from tests.unit_tests.training.runs import metrics_of, save_to, train
 
 STEPS = 8
 # Ten micro-batches of one process are five a replica, in windows of two and three.
