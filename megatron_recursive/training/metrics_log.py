@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan import RecursionConfig, RecursionPlan
 from megatron_recursive.training import console
 from megatron_recursive.training.progress import Progress
 
@@ -29,10 +29,12 @@ class MetricsLog:
     losses, writes.
     """
 
-    def __init__(self, recursion: RecursionConfig, description: dict[str, Any], progress: Progress) -> None:
+    def __init__(
+        self, recursion: RecursionConfig, plan: RecursionPlan, description: dict[str, Any], progress: Progress
+    ) -> None:
         self.progress = progress
         self._description: dict[str, Any] | None = description
-        self._alarms = HealthAlarms(recursion)
+        self._alarms = HealthAlarms(recursion, plan)
         self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device until an interval's end
 
     def start(self, run: argparse.Namespace) -> None:
@@ -119,10 +121,10 @@ class HealthAlarms:
     Each must hold over the window and over the last fifth of it.
     """
 
-    def __init__(self, recursion: RecursionConfig) -> None:
+    def __init__(self, recursion: RecursionConfig, plan: RecursionPlan) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
-        self.blocks = recursion.num_refinement_blocks
-        self.detached = recursion.detach_between_refinements and recursion.recursion_family == "core"
+        self.blocks = plan.num_blocks
+        self.detached = any(p.cuts_states for p in plan.passes)
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)
         self.quiet_until = 0
