@@ -168,17 +168,29 @@ class RecursionCore:
                 readout.halt_logits_BS = self.uses.apart("halting head", self.halting_head, asked_SBH)
         if plan.exit_gate and (not is_last or plan.trains_heads_only):
             readout.gate_logits_BS = self.uses.apart("exit gate", self.exit_gate, hidden_SBH)
-        if plan.exit_gate and not is_last:
+        if plan.is_projected(decoder_pass) or not self.training:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
-                readout.lm_loss_BS = self._replayed_loss(hidden_SBH, labels_BS)
-        elif plan.is_projected(decoder_pass) or not self.training:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
-                logits_SBV = self._logits(hidden_SBH)
-                if plan.has_halting:
-                    # Before the loss: Megatron's cross-entropy overwrites fp32 logits.
-                    readout.arg_max_BS = vocab_parallel_argmax(logits_SBV.detach(), self.pg_collection.tp)
-                readout.lm_loss_BS = self.compute_language_model_loss(labels_BS, logits_SBV)
+                replays = torch.is_grad_enabled() and plan.is_replayed(decoder_pass)
+                readout.lm_loss_BS, readout.arg_max_BS = self._loss(hidden_SBH, labels_BS, plan.has_halting, replays)
         return readout
+
+    def _loss(
+        self, hidden_SBH: Tensor, labels_BS: Tensor, chooses: bool, replays: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss [B, S], and the arg-max [B, S] where it ``chooses``. See ``RecursionPlan.is_replayed``."""
+        chosen: list[Tensor] = []
+
+        def loss_of(hidden_SBH: Tensor) -> Tensor:
+            logits_SBV = self.project(hidden_SBH)
+            if chooses and not chosen:  # a replay need not ask again
+                # Before the loss: Megatron's cross-entropy overwrites fp32 logits.
+                chosen.append(vocab_parallel_argmax(logits_SBV.detach(), self.pg_collection.tp))
+            loss_BS: Tensor = self.compute_language_model_loss(labels_BS, logits_SBV)
+            return loss_BS
+
+        function = partial(tensor_parallel.checkpoint, loss_of, False) if replays else loss_of
+        loss_BS = self.uses.apart("output layer", function, hidden_SBH)
+        return loss_BS, chosen[0] if chosen else None
 
     def _final_state(self, output_SBH: Tensor, supervised: bool) -> Tensor:
         if self.plan.state_norm == "final":
@@ -189,15 +201,6 @@ class RecursionCore:
     def _logits(self, hidden_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
         project = partial(self.project, runtime_gather_output=runtime_gather_output)
         return self.uses.apart("output layer", project, hidden_SBH)
-
-    def _replayed_loss(self, hidden_SBH: Tensor, labels_BS: Tensor) -> Tensor:
-        """The loss [B, S], its logits computed again in the backward, so that those of one block live at a time."""
-
-        def loss_of(hidden_SBH: Tensor) -> Tensor:
-            loss_BS: Tensor = self.compute_language_model_loss(labels_BS, self.project(hidden_SBH))
-            return loss_BS
-
-        return self.uses.apart("output layer", partial(tensor_parallel.checkpoint, loss_of, False), hidden_SBH)
 
     def logits_BSV(self, output_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
         """Logits [B, S, V] of an output state (this rank's shard of V unless gathered)."""

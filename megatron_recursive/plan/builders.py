@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from megatron_recursive.plan.deep_supervision import supervised
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import MAPS, DecoderPass, RecursionPlan
 
@@ -13,7 +14,7 @@ def build_plan(config: RecursionConfig) -> RecursionPlan:
     """The plan of a resolved config (``embedding_multiplier`` must not be None)."""
     assert config.embedding_multiplier is not None, "resolve the config first"
     if config.enable_recursive_refinement:
-        return FAMILIES[config.recursion_family](config)
+        return supervised(FAMILIES[config.recursion_family](config), config)
     return RecursionPlan.plain(config.embedding_multiplier)
 
 
@@ -28,7 +29,7 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
     passes: list[DecoderPass] = []
     for block in range(blocks):
         last_block = block == blocks - 1
-        grad = last_block or not config.detach_between_refinements
+        grad = last_block or not config.detach_between_refinements or config.enable_deep_supervision
         for step in range(latents + 1):
             is_output = step == latents
             passes.append(DecoderPass(

@@ -16,12 +16,14 @@ from megatron_recursive.plan.recursion_plan import MAPS
 
 
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, off: str | None = None,
-          type: Any = None) -> Any:
-    """A field with what its flag needs. ``off`` names the flag that turns a boolean off."""
-    meta = {"help": help, "choices": choices, "off": off, "type": type or default.__class__}
+          type: Any = None, words: tuple[str, ...] | None = None) -> Any:
+    """A field with what its flag needs. ``off`` names the flag that turns a boolean off, ``words`` the whole numbers
+    of a flag that takes several."""
+    meta = {"help": help, "choices": choices, "off": off, "type": type or default.__class__, "words": words}
     return field(default=default, metadata=meta)
 
 
+DEEP = ("deep_supervision_weight", "deep_supervision_schedule", "deep_supervision_warmup")
 HALTING = ("halt_loss_weight", "halt_bias", "halt_supervision", "halt_target")
 OF_FAMILIES = {  # knobs that not every family knows
     "num_refinement_blocks": ("core", "looped", "hierarchical"),
@@ -37,6 +39,7 @@ OF_FAMILIES = {  # knobs that not every family knows
     **dict.fromkeys(("backprop_depth", "backprop_curriculum", "backprop_curriculum_fraction"), ("recurrent",)),
     **dict.fromkeys(HALTING, ("core", "looped", "hierarchical")),
     **dict.fromkeys(("exit_gate", "exit_entropy_weight"), ("looped",)),
+    **dict.fromkeys(("enable_deep_supervision", *DEEP), ("core", "looped", "hierarchical")),
     "latent_backprop_depth": ("hierarchical",),
 }
 
@@ -58,7 +61,7 @@ def families_of(name: str, value: Any) -> tuple[str, ...] | None:
     return OF_WORDS.get((name, value)) or OF_FAMILIES.get(name)
 
 
-_ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "a word"}
+_ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "a word", tuple: "whole numbers"}
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,19 @@ class TrainingKnobs:
         True, "Cut the states at every block start, so that only the last block carries gradient: less memory and "
         "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats or more by it. Off, gradients pass all blocks.",
         off="--no-detach-between-refinements")
+    enable_deep_supervision: bool = _knob(
+        False, "Take the language-model loss after every block and not only after the last one: through all blocks, or, "
+        "where --detach-between-refinements cuts between them, each block by its own loss.",
+        off="--disable-deep-supervision")
+    deep_supervision_weight: float = _knob(
+        0.5, "b: with deep supervision, the weight of earlier blocks' losses, where the last block's has 1; then all "
+        "are divided by their sum.")
+    deep_supervision_schedule: str = _knob(
+        "constant", "Of N blocks, block i from 0 weighs b (constant), b (i + 1) / N (linear_decay) or b 2^i / 2^(N-1) "
+        "(exponential_decay); the last weighs 1.", choices=("constant", "linear_decay", "exponential_decay"))
+    deep_supervision_warmup: tuple[int, int] | None = _knob(
+        None, "Iterations between which b grows from 0 to its value. Before them a run is one without deep "
+        "supervision. Default: b from the start.", type=tuple, words=("START", "END"))
     backprop_depth: int = _knob(
         0, "The last so many passes of a recurrent core carry gradient; 0: all.")
     recurrence_distribution: str = _knob(
@@ -220,6 +236,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
     """
 
     def __post_init__(self) -> None:
+        if isinstance(self.deep_supervision_warmup, list):  # of a command line or JSON
+            object.__setattr__(self, "deep_supervision_warmup", tuple(self.deep_supervision_warmup))
         for knob in dataclasses.fields(self):
             self._check_type(knob)
         if re.fullmatch(r"\d+\.\d*|\.\d+", self.recurrence_step):  # 1.0 is 1
@@ -248,6 +266,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
                       "must be 0 or a positive number")
         self._require("exit_entropy_weight", 0 <= self.exit_entropy_weight < math.inf, "must be 0 or a positive number")
         self._require("halt_bias", math.isfinite(self.halt_bias), "must be a finite number")
+        self._check_deep_supervision()
         multiplier = self.embedding_multiplier
         self._require("embedding_multiplier", multiplier is None or (multiplier > 0 and math.isfinite(multiplier)),
                       "must be a positive number")
@@ -320,6 +339,20 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
     def depths_to_evaluate(self) -> tuple[int, ...]:
         return tuple(sorted({int(each) for each in self.eval_depths.split(",")})) if self.eval_depths else ()
 
+    def _check_deep_supervision(self) -> None:
+        weight, warmup = self.deep_supervision_weight, self.deep_supervision_warmup
+        self._require("deep_supervision_weight", 0 < weight < math.inf, "must be a positive number")
+        holds = warmup is None or (len(warmup) == 2 and 0 <= warmup[0] < warmup[1])
+        self._require("deep_supervision_warmup", holds, "must be two iterations, START below END")
+        if self.enable_deep_supervision and self.exit_gate:
+            raise UserError("--exit-gate weighs the losses of all loops itself; leave --enable-deep-supervision out.")
+        if self.enable_deep_supervision and self.num_refinement_blocks < 2:
+            raise UserError("--enable-deep-supervision supervises the blocks before the last one, of which a recursion "
+                            "of --num-refinement-blocks 1 has none; give 2 or more.")  # fmt: skip
+        for knob in (knob for knob in dataclasses.fields(self) if knob.name in DEEP):
+            if not self.enable_deep_supervision and getattr(self, knob.name) != knob.default:
+                raise UserError(f"{flag_of(knob.name)} says nothing without --enable-deep-supervision; leave it out.")
+
     @property
     def step_size(self) -> float:
         """Of a pass of a recurrent core."""
@@ -340,6 +373,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         holds = isinstance(value, int | float if wanted is float else wanted)
         if isinstance(value, bool):
             holds = wanted is bool
+        if isinstance(value, tuple):
+            holds = holds and all(type(each) is int for each in value)
         self._require(knob.name, holds, f"must be {_ARTICLES[wanted]}")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
@@ -382,6 +417,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             value = getattr(self, knob.name)
             if isinstance(value, bool):
                 words.append(flag_of(knob.name) if value else knob.metadata["off"])
+            elif isinstance(value, tuple):
+                words += [flag_of(knob.name), *map(str, value)]
             elif value is not None:
                 words.append(f"{flag_of(knob.name)}={value}")
         return words
@@ -462,6 +499,11 @@ def add_recursion_arguments(
                                help=f"The opposite of {flag_of(knob.name)}.")
             continue
         suffix = "" if only_given or knob.default is None else f" (default: {knob.default})"
+        several = knob.metadata["words"]
+        if several is not None:
+            group.add_argument(flag_of(knob.name), nargs=len(several), metavar=several, type=int, default=default,
+                               dest=knob.name, help=text)  # fmt: skip
+            continue
         names = [flag_of(knob.name), *([OTHER_NAMES[knob.name]] if knob.name in OTHER_NAMES else [])]
         group.add_argument(*names, default=default, choices=knob.metadata["choices"], dest=knob.name,
                            action=_Named if len(names) > 1 else "store",

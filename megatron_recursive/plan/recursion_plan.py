@@ -312,6 +312,10 @@ class RecursionPlan:
         gated = self.exit_gate and self.is_block_end(decoder_pass)
         return decoder_pass.supervised_weight > 0 or decoder_pass.halt_weight > 0 or gated
 
+    def is_replayed(self, decoder_pass: DecoderPass) -> bool:
+        """Whether its logits are computed again in the backward, so that those of one block live at a time."""
+        return decoder_pass.supervised_weight > 0 and decoder_pass is not self.passes[-1]
+
     def closes(self, decoder_pass: DecoderPass) -> bool:
         """Whether the final norm closes the pass. Unless it closes every one (``final``), it stands before the heads
         too: ``core`` closes all passes of that stack, ``core-end`` the last of them, and ``none`` no pass.
@@ -337,7 +341,8 @@ class RecursionPlan:
     def with_blocks(self, count: int) -> RecursionPlan:
         """The plan with another number of blocks: inner ones are dropped or repeated, the last one stays.
 
-        The weights of the halting loss keep their sum. Of a recurrent plan, which is one block, the core is repeated.
+        The weights of the halting loss keep their sum, and those of the language-model loss, but for an exit gate's. Of
+        a recurrent plan, which is one block, the core is repeated.
         """
         if count < 1:
             raise UserError(f"The number of refinement blocks must be at least 1, but is {count}.")
@@ -348,10 +353,14 @@ class RecursionPlan:
         if len(blocks) == 1 and not self.exit_gate:
             inner = [replace(p, supervised_weight=0.0) for p in inner]
         chosen = [*(blocks[:-1] + [inner] * count)[: count - 1], blocks[-1]]
-        before, after = (sum(p.halt_weight for block in each for p in block) for each in (blocks, chosen))
+        scales = {}
+        for word in ("halt_weight", *["supervised_weight"] * (not self.exit_gate)):
+            before, after = (sum(getattr(p, word) for block in each for p in block) for each in (blocks, chosen))
+            scales[word] = before / after if after else 0.0
+        cuts = len(blocks) > 1 and blocks[-1][0].cuts_states
         passes = [
-            replace(p, block=number, halt_weight=p.halt_weight * before / after if after else 0.0,
-                    cuts_states=p.cuts_states and number > 0)
+            replace(p, block=number, cuts_states=number > 0 and (p.cuts_states or (cuts and p is block[0])),
+                    **{word: getattr(p, word) * scale for word, scale in scales.items()})
             for number, block in enumerate(chosen) for p in block
         ]  # fmt: skip
         return replace(self, passes=tuple(replace(p, index=index) for index, p in enumerate(passes)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ SWITCHES = {
     "detach_between_refinements": "--no-detach-between-refinements",
     "exit_gate": "--no-exit-gate",
     "uncalibrated_recurrence": "--calibrated-recurrence",
+    "enable_deep_supervision": "--disable-deep-supervision",
 }
 # A value other than the default, and values that are refused.
 OTHER: dict[str, tuple[Any, list[Any]]] = {
@@ -39,6 +41,10 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
     "halt_bias": (-2.0, [math.nan, -math.inf]),
     "detach_between_refinements": (False, []),
+    "enable_deep_supervision": (True, []),
+    "deep_supervision_weight": (0.25, [0.0, -0.5, math.nan, math.inf]),
+    "deep_supervision_schedule": ("linear_decay", ["cosine"]),
+    "deep_supervision_warmup": ((10, 20), [(20, 10), (5, 5), (-1, 5), (1,), (1.0, 2.0), "10"]),
     "backprop_depth": (2, [-1]),
     "recurrence_distribution": ("poisson-lognormal", ["poisson", "lognormal"]),
     "mean_recurrence": (6.5, [0.5, math.nan, math.inf]),
@@ -70,6 +76,8 @@ def beside(name: str) -> dict[str, Any]:
     """What must be said for a knob to mean something."""
     if name in GATED:
         return {"recursion_family": "looped", "exit_gate": True}
+    if name.startswith("deep_supervision"):
+        return {"enable_deep_supervision": True}
     if name == "latent_backprop_depth":
         return {"recursion_family": "hierarchical"}
     if name == "state_std":
@@ -104,7 +112,7 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
      ("detach_between_refinements", False, "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
-     ("halt_loss_weight", 0.5, "recurrent")],
+     ("halt_loss_weight", 0.5, "recurrent"), ("enable_deep_supervision", True, "recurrent")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
     flag = f"{flag_of(name)} {value}"
@@ -126,7 +134,8 @@ def test_every_knob_has_a_flag_and_a_text(name: str) -> None:
     value = OTHER[name][0]
     assert KNOBS[name].metadata["help"].endswith(".")
     words = {**beside(name), name: value}
-    flags = [[flag_of(knob) if said else SWITCHES[knob]] if knob in SWITCHES else [flag_of(knob), str(said)]
+    flags = [[flag_of(knob) if said else SWITCHES[knob]] if knob in SWITCHES
+             else [flag_of(knob), *map(str, said if isinstance(said, tuple) else [said])]
              for knob, said in words.items()]  # fmt: skip
     assert parse(*(word for flag in flags for word in flag)) == RecursionConfig(**words)
 
@@ -244,6 +253,17 @@ def test_knobs_of_a_head_that_is_not_there_are_refused() -> None:
     with pytest.raises(UserError, match="--exit-gate chooses between loops"):
         RecursionConfig(**looped, exit_gate=True, num_refinement_blocks=1)
     assert not RecursionConfig(**looped, exit_gate=True).has_halting
+
+
+def test_deep_supervision_needs_blocks_to_supervise_and_nothing_else_that_weighs_them() -> None:
+    with pytest.raises(UserError, match="--enable-deep-supervision supervises .*--num-refinement-blocks 1 has none"):
+        RecursionConfig(enable_deep_supervision=True, num_refinement_blocks=1)
+    with pytest.raises(UserError, match="--exit-gate weighs .*leave --enable-deep-supervision out"):
+        RecursionConfig(recursion_family="looped", exit_gate=True, enable_deep_supervision=True)
+    with pytest.raises(UserError, match="--deep-supervision-warmup says nothing without --enable-deep-supervision"):
+        RecursionConfig(deep_supervision_warmup=(0, 5))
+    given = RecursionConfig(enable_deep_supervision=True, deep_supervision_warmup=(0, 5))
+    assert RecursionConfig.from_mapping(json.loads(json.dumps(given.to_dict()))) == given == parse(*given.flags())
 
 
 def test_once_recursion_is_off_only_that_counts() -> None:
