@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megatron_recursive.losses.exit_gate import expected_loss, improvement_loss
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
 from megatron_recursive.models.added_modules import MODULES, AddedModule, fresh_tensors
+from megatron_recursive.models.carried_states import CarriedStates
 from megatron_recursive.models.recursion_state import RecursionState, expanded, run_plan
 from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan
@@ -54,6 +55,12 @@ class BlockReadout:
     gate_logits_BS: Tensor | None = None
 
 
+@lru_cache(maxsize=8)
+def repeated(plan: RecursionPlan, steps: int) -> RecursionPlan:
+    """The plan of so many supervision steps in a row, by which a model is evaluated that was trained with them."""
+    return plan if steps == 1 else plan.with_blocks(plan.depth * steps)
+
+
 def part_of(stack: str) -> str:
     """The name of a stack's weights as a part of the model."""
     return "layers" if stack == "core" else f"{stack} layers"
@@ -74,6 +81,7 @@ class RecursionCore:
     plan: RecursionPlan
     uses: Uses
     draw: int  # of a training step; sampled starts differ by it
+    carried_states: CarriedStates | None
     compute_language_model_loss: Callable[[Tensor, Tensor], Tensor]  # labels [B, S] and logits [S, B, V] to [B, S]
 
     # -- what a base answers -------------------------------------------------------------------------------------
@@ -119,7 +127,7 @@ class RecursionCore:
             ValueError: it asks for other parameters or states.
         """
         if given is None:
-            return self.plan
+            return self.plan if self.training else repeated(self.plan, self.recursion.num_supervision_steps)
         words = ("stacks", "state_init", "state_std", "state_norm", "embedding_multiplier", "has_halting", "exit_gate",
                  "maps", "trains_heads_only")  # fmt: skip
         for word in words:
@@ -140,9 +148,17 @@ class RecursionCore:
                 known_SB = known_SB.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
             start = sampled_start(known_SB, self.config.hidden_size, self.plan.state_std, told[1])
             given["output"] = start.to(embedding_SBH).contiguous()  # it may be sent
+        if self.carried is not None:
+            names = self.plan.carried
+            given |= self.carried.start({name: expanded(given.get(name), embedding_SBH) for name in names})
         return RecursionState(
             embedding_SBH, given, starts_at_input=self.plan.starts_at_input, combine=self.combine
         )
+
+    @property
+    def carried(self) -> CarriedStates | None:
+        """What a training step takes from the one before and leaves to the next; None where it does not."""
+        return self.carried_states if self.training else None
 
     def combine(self, decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
         """What a pass makes of what it reads, where that is no sum; the first stage has the weights."""
@@ -234,6 +250,9 @@ class RecursionCore:
             readouts.append(self.read_block(plan, decoder_pass, state.output, labels))
             self.observe_state(plan, before, state.output, mask_BS, decoder_pass, metrics)
             before = state.output.detach()
+        if self.carried is not None:
+            for name in plan.carried:
+                self.carried.leave(name, state.values[name])
         return self.objective(plan, readouts, labels, mask_BS, metrics)
 
     def observe_state(
@@ -246,8 +265,8 @@ class RecursionCore:
             group = self.pg_collection.tp
             mask_SB = mask_SB.chunk(group.size(), dim=0)[group.rank()]
         with torch.no_grad():
-            # Where a state starts at the input or is sampled, the last stage does not see it.
-            if decoder_pass.block > 0 or plan.state_init in ("zeros", "trunc-normal"):
+            # Where a state starts at the input, is sampled or carried, the last stage does not see it.
+            if decoder_pass.block > 0 or (plan.state_init in ("zeros", "trunc-normal") and self.carried is None):
                 name = f"output change block {decoder_pass.block + 1}"
                 metrics[name] = relative_change(before.detach(), after.detach(), mask_SB, group)
             if decoder_pass is plan.passes[-1]:
@@ -279,6 +298,10 @@ class RecursionCore:
                 assert readout.halt_logits_BS is not None and readout.arg_max_BS is not None and goal_BS is not None
                 loss_BS = halting_loss(readout.halt_logits_BS, torch.eq(readout.arg_max_BS, goal_BS))
                 halt_loss_BS = halt_loss_BS + readout.decoder_pass.halt_weight * loss_BS
+        if plan.has_halting and self.carried is not None:
+            assert last.halt_logits_BS is not None
+            probability_BS = torch.sigmoid(last.halt_logits_BS.detach().float())
+            self.carried.halted.append(((probability_BS >= self.recursion.halt_threshold) | (mask_BS == 0)).all(1))
         if plan.has_halting:
             objective_BS = objective_BS + self.recursion.halt_loss_weight * halt_loss_BS
         reported = {"lm loss": masked(last.lm_loss_BS.detach(), mask_BS)}

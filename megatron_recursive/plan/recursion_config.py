@@ -41,6 +41,8 @@ OF_FAMILIES = {  # knobs that not every family knows
     **dict.fromkeys(("exit_gate", "exit_entropy_weight"), ("looped",)),
     **dict.fromkeys(("enable_deep_supervision", *DEEP), ("core", "looped", "hierarchical")),
     "latent_backprop_depth": ("hierarchical",),
+    "num_supervision_steps": ("core", "recurrent"),
+    **dict.fromkeys(("carry_halted", "halt_exploration"), ("core",)),
 }
 
 OTHER_NAMES = {"num_refinement_blocks": "--H-cycles", "num_latent_refinements": "--L-cycles",
@@ -191,6 +193,15 @@ class TrainingKnobs:
     exit_entropy_weight: float = _knob(
         0.1, "With an exit gate: loss = sum over the loops of p * lm loss, less this times the entropy of p (Ouro: "
         "0.1, later 0.05).")
+    num_supervision_steps: int = _knob(
+        1, "N: optimizer steps for each global batch, each from the states, detached, that the one before left (TRM: "
+        "16). An iteration is an optimizer step. Evaluations and exports run the plan N times in a row.")
+    carry_halted: bool = _knob(
+        False, "Replace a sample of which every token that counts halts (--halt-threshold) after the last block by a "
+        "new one, whose states start anew, before its N supervision steps are over (TRM).", off="--no-carry-halted")
+    halt_exploration: float = _knob(
+        0.1, "With --carry-halted, the probability with which, at a step, a sample is kept unless it has had a drawn "
+        "number of supervision steps, 2 to N (TRM).")
 
 
 @dataclass(frozen=True)
@@ -242,7 +253,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             self._check_type(knob)
         if re.fullmatch(r"\d+\.\d*|\.\d+", self.recurrence_step):  # 1.0 is 1
             object.__setattr__(self, "recurrence_step", repr(float(self.recurrence_step)).removesuffix(".0"))
-        for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps"):
+        for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps",
+                     "num_supervision_steps"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("num_recurrences", self.num_recurrences >= 1, "must be at least 1")
         for name in ("num_prelude_layers", "num_coda_layers", "backprop_depth"):
@@ -309,6 +321,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
 
+        self._check_carried()
+
     def _check_depth_of_steps(self) -> None:
         for name in ("mean_recurrence", "max_recurrence"):
             value = getattr(self, name)
@@ -352,6 +366,27 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         for knob in (knob for knob in dataclasses.fields(self) if knob.name in DEEP):
             if not self.enable_deep_supervision and getattr(self, knob.name) != knob.default:
                 raise UserError(f"{flag_of(knob.name)} says nothing without --enable-deep-supervision; leave it out.")
+
+    def _check_carried(self) -> None:
+        """Halting samples need states to carry, and a head that halts."""
+        self._require("halt_exploration", 0 <= self.halt_exploration <= 1, "must lie between 0 and 1")
+        if self.carry_halted and self.num_supervision_steps < 2:
+            raise UserError("--carry-halted replaces samples between supervision steps; give --num-supervision-steps 2 "
+                            "or more.")  # fmt: skip
+        if self.carry_halted and not self.has_halting:
+            raise UserError("--carry-halted asks the halting head, which --halt-loss-weight 0 leaves out.")
+        default = RecursionConfig.__dataclass_fields__["halt_exploration"].default
+        self._require("halt_exploration", self.carry_halted or self.halt_exploration == default,
+                      "says nothing without --carry-halted")
+
+    def whole(self) -> RecursionConfig:
+        """As a trained model is evaluated and exported: the supervision steps of a batch in a row, as one plan."""
+        steps, depth = self.num_supervision_steps, "num_refinement_blocks"
+        if self.recursion_family == "recurrent":
+            depth = "num_recurrences"
+        changes = {depth: steps * getattr(self, depth), "num_supervision_steps": 1, "carry_halted": False,
+                   "halt_exploration": RecursionConfig.__dataclass_fields__["halt_exploration"].default}  # fmt: skip
+        return self if steps == 1 else dataclasses.replace(self, **changes)
 
     @property
     def step_size(self) -> float:

@@ -210,6 +210,17 @@ class RecursionPlan:
         return self.family == "recurrent"
 
     @cached_property
+    def carried(self) -> tuple[str, ...]:
+        """The states that a step of training may leave to the next one (``--num-supervision-steps``).
+
+        None where the output starts at the input, which a next step would no longer read, where a coda makes another
+        output of the state, and where the steps of the passes depend on their number.
+        """
+        if self.is_plain or self.starts_at_input or self.mean_steps or self.passes[-1].stack == "coda":
+            return ()
+        return tuple(name for name in STATES if any(name in p.reads for p in self.passes))
+
+    @cached_property
     def first_grad_pass(self) -> int:
         """Those before it may run in a phase of their own; behind it passes without gradient may follow."""
         return next((p.index for p in self.passes if p.grad), self.num_passes)
