@@ -53,7 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "analysis": (
         *(f"{OURS}.{folder}" for folder in ("backends", "data", "hf", "inference")), "torch", "transformers", "kneed",
     ),
-    "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "tqdm", "yaml"),
+    "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "numpy", "tqdm", "yaml"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
                                             "plots", "ablation", "analysis", "evaluation", "launch", "__version__")),
