@@ -104,7 +104,7 @@ class Injection(AddedModule):
 class BoundaryGate(AddedModule):
     """``state + a * (result - state)``, of tokens [S, B, H]: each channel of each token moves by its own part ``a``.
 
-    ``a = exp(-softplus(up down (result - state) + bias) exp(A_log))``, in fp32 (LoopUS, arXiv 2605.11011). As it
+    ``a = exp(-softplus(up^T down (result - state) + bias) exp(A_log))``, in fp32 (LoopUS, arXiv 2605.11011). As it
     starts, ``a`` is the step of the pass.
     """
 
@@ -116,7 +116,7 @@ class BoundaryGate(AddedModule):
     def forward(self, result_SBH: Tensor, state_SBH: Tensor) -> Tensor:
         change_SBH, size = result_SBH - state_SBH, result_SBH.shape[-1]
         low_SBR = F.linear(change_SBH.to(self.down.dtype), self.down.view(-1, size))
-        delta_SBH = F.softplus(F.linear(low_SBR, self.up.view(size, -1), self.bias).float())
+        delta_SBH = F.softplus(F.linear(low_SBR, self.up.view(-1, size).T, self.bias).float())
         part_SBH = torch.exp(-delta_SBH * self.A_log.float().exp())
         return state_SBH + part_SBH.to(change_SBH.dtype) * change_SBH
 

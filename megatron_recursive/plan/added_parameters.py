@@ -108,7 +108,7 @@ MOVING = {  # by the word of a pass
         AddedParameter("boundary_gate.A_log", "model.boundary_gate.A_log", "h", "first"),
         AddedParameter("boundary_gate.bias", "model.boundary_gate.bias", "h", "first", "step"),
         AddedParameter("boundary_gate.down", "model.boundary_gate.down", "r h", "first", "identity", decays=False),
-        AddedParameter("boundary_gate.up", "model.boundary_gate.up", "h r", "first", decays=False),
+        AddedParameter("boundary_gate.up", "model.boundary_gate.up", "r h", "first", decays=False),
     ), kept=6),
     "norm-inject": Mover("boundary_norm", (), kept=2),
 }  # fmt: skip

@@ -67,7 +67,8 @@ def recurrent_plan(config: RecursionConfig) -> RecursionPlan:
     for step in range(r):
         passes.append(DecoderPass(len(passes), 0, "output", reads, grad=step >= r - window, step=config.step_size,
                                   combine=combine, move=move))  # fmt: skip
-    if config.num_coda_layers or not passes[-1].replaces_state:  # a state that was moved by a part is read by a pass
+    # A state that was moved by a part is read by a pass; at r = 1 too, where a step of 1 / r is 1.
+    if config.num_coda_layers or config.recurrence_step != "1" or not passes[-1].replaces_state:
         passes.append(DecoderPass(len(passes), 0, "output", ("output",), grad=True, stack="coda"))
     passes[-1] = replace(passes[-1], supervised_weight=1.0)
     stacks = (("prelude", config.num_prelude_layers), ("core", None), ("coda", config.num_coda_layers))

@@ -31,7 +31,7 @@ MAPS = {  # ways to combine two values that are no sum: as a table says it, and 
     "diagonal": ("a {} + B {}", "the state times a learned decay below 1, plus a linear map of the input (Parcae)"),
 }
 MOVES = {  # ways to move a state that are no fixed step: what they take besides the result; as a table and help say it
-    "gate": (("target",), "gate from {:.3g}", "by a learned part for each channel and token, at first the step (LoopUS)"),
+    "gate": (("target",), "gate from {:.3g}", "by a learned part per channel and token, at first the step (LoopUS)"),
     "norm-inject": (("input",), "norm + input", "to its normalised result plus the prelude's (arXiv 2609.19107)"),
 }
 WHOLE = (("core", None),)  # all layers are one stack
@@ -173,8 +173,8 @@ class RecursionPlan:
         if not (is_number(decoder_pass.step) and 0 < decoder_pass.step <= 1):
             raise UserError(f"{where} moves its state by {decoder_pass.step}, which must lie above 0 and be at most 1.")
         if decoder_pass.move != "step" and (decoder_pass.move not in MOVES or decoder_pass.target not in STATES):
-            raise UserError(f"{where} moves the {decoder_pass.target} by '{decoder_pass.move}'; there are step, and for "
-                            f"{' and '.join(STATES)} {', '.join(MOVES)}.")  # fmt: skip
+            raise UserError(f"{where} moves the {decoder_pass.target} by '{decoder_pass.move}', where there are step, "
+                            f"and for {' and '.join(STATES)} {', '.join(MOVES)}.")  # fmt: skip
         if not decoder_pass.replaces_state:
             following = self.passes[expected + 1 : expected + 2]
             if self.is_block_end(decoder_pass) or decoder_pass.target not in following[0].reads:

@@ -113,7 +113,8 @@ class Architecture:
             "h": self.hidden_size, "f": self.ffn_hidden_size, "v": self.vocab_size, "d": self.head_dim,
             "q": self.num_attention_heads * self.head_dim, "k": self.num_query_groups * self.head_dim,
             "p": self.max_positions, "1": 1, "2h": 2 * self.hidden_size, "u": 2 * self.ffn_hidden_size,
-            "r": low_rank(self.hidden_size), "g": 2 * (self.num_attention_heads + self.num_query_groups) * self.head_dim,
+            "g": 2 * (self.num_attention_heads + self.num_query_groups) * self.head_dim,
+            "r": low_rank(self.hidden_size),
         }  # fmt: skip
         return sizes[symbol]
 

@@ -122,17 +122,17 @@ COMBINING_MODULES = {"concat": RecursiveGPTAdapter, "diagonal": RecursiveGPTInje
 
 
 class RecursiveGPTBoundaryGate(nn.Module):
-    """``state + a * (result - state)``; ``a = exp(-softplus(up down (result - state) + bias) exp(A_log))``."""
+    """``state + a * (result - state)``; ``a = exp(-softplus(up^T down (result - state) + bias) exp(A_log))``."""
 
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__()
         size, rank = config.hidden_size, low_rank(config.hidden_size)
         self.A_log, self.bias = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
-        self.down, self.up = nn.Parameter(torch.zeros(rank, size)), nn.Parameter(torch.zeros(size, rank))
+        self.down, self.up = nn.Parameter(torch.zeros(rank, size)), nn.Parameter(torch.zeros(rank, size))
 
     def forward(self, result: Tensor, state: Tensor) -> Tensor:
         change = result - state
-        delta = F.softplus(F.linear(F.linear(change, self.down), self.up, self.bias).float())
+        delta = F.softplus(F.linear(F.linear(change, self.down), self.up.T, self.bias).float())
         return state + torch.exp(-delta * self.A_log.float().exp()).to(change.dtype) * change
 
 

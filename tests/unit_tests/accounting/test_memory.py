@@ -72,6 +72,8 @@ CASES = {
         {**RECURRENT, "injection": "diagonal", "state_norm": "core-end"}, {"num_layers": 3},
         Layout(recompute_passes=True), {"recompute_passes": True},
     ),
+    "boundary gate": Measured({**RECURRENT, "boundary": "gate"}, {"num_layers": 3}),
+    "boundary norm": Measured({**RECURRENT, "boundary": "norm-inject"}, {"num_layers": 3}),
     "norm once": Measured({"state_norm": "none"}),
     "exit gate": Measured({"recursion_family": "looped", "exit_gate": True, "num_refinement_blocks": 3}),
     "documents": Measured(documents=True, recording={"attention_mask": 1}),

@@ -142,7 +142,7 @@ def moved(model: Any, result: Tensor, state: Tensor, e: Tensor, knobs: Any, step
     if knobs.boundary == "gate":  # LoopUS
         own = model.boundary_gate
         low = (result - state) @ own.down.view(-1, state.shape[-1]).T
-        delta = F.softplus(low @ own.up.view(state.shape[-1], -1).T + own.bias)
+        delta = F.softplus(low @ own.up.view(-1, state.shape[-1]) + own.bias)
         a = torch.exp(delta * -torch.exp(own.A_log))
         return a * result + (1 - a) * state
     if knobs.boundary == "norm-inject":

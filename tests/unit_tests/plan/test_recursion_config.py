@@ -30,6 +30,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "num_coda_layers": (2, [-1]),
     "injection": ("add", ["product"]),
     "recurrence_step": ("mean", ["0", "1.5", "half", "nan"]),
+    "boundary": ("gate", ["norm"]),
     "state_init": ("trunc-normal", ["learned", ""]),
     "state_std": (0.5, [0.0, math.nan]),
     "state_norm": ("none", ["each"]),
@@ -49,7 +50,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "recursion_alarm_after": (0, [-1]),
 }
 RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
-             "backprop_depth", "state_std"}  # fmt: skip
+             "boundary", "backprop_depth", "state_std"}  # fmt: skip
 GATED = {"exit_gate", "exit_entropy_weight"}
 BAD = [(name, value) for name, (_, values) in OTHER.items() for value in values]
 
@@ -86,7 +87,7 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
      ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
-     ("halt_loss_weight", 0.5, "recurrent")],
+     ("halt_loss_weight", 0.5, "recurrent"), ("boundary", "gate", "looped"), ("boundary", "norm-inject", "core")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
     flag = f"{flag_of(name)} {value}"
@@ -128,6 +129,12 @@ def test_a_knob_of_two_names_takes_one_value() -> None:
 def test_a_sampled_start_asks_for_an_injection() -> None:
     with pytest.raises(UserError, match="--injection .*give it add or concat"):
         RecursionConfig(recursion_family="recurrent", state_init="sampled")
+
+
+@pytest.mark.parametrize(("name", "value"), [("injection", "add"), ("recurrence_step", "mean")])
+def test_what_a_boundary_that_injects_takes_the_place_of_is_refused(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{flag_of(name)} does not go with --boundary norm-inject.*is {value}"):
+        RecursionConfig(recursion_family="recurrent", boundary="norm-inject", **{name: value})
 
 
 def test_without_flags_the_defaults_hold() -> None:
