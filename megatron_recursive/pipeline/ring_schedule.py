@@ -19,6 +19,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -428,8 +429,8 @@ def ring_forward_backward(
     windows: tuple[int, ...] = ()
     if not forward_only:
         config = inner.config
-        costs = config.pipeline_costs if plan is inner.plan else None  # its costs are of the model's own passes
-        costs = costs or equal_costs(plan, stages, layers_per_stage=split)
+        price = config.pipeline_costs or partial(equal_costs, stages=stages, layers_per_stage=split)
+        costs = price(plan)
         windows = chosen_windows(costs, num_microbatches, config.pipeline_phases, config.pipeline_window)
     free_trips = [trip.grad for trip in trips].index(True) if windows else 0
     totals = StepTotals(num_microbatches, trips)

@@ -33,8 +33,8 @@ OF_FAMILIES = {  # knobs that not every family knows
     "num_coda_layers": ("recurrent",),
     "injection": ("recurrent",),
     "recurrence_step": ("recurrent",),
-    "backprop_depth": ("recurrent",),
     "boundary": ("core", "recurrent", "hierarchical"),
+    **dict.fromkeys(("backprop_depth", "backprop_curriculum", "backprop_curriculum_fraction"), ("recurrent",)),
     **dict.fromkeys(HALTING, ("core", "looped", "hierarchical")),
     **dict.fromkeys(("exit_gate", "exit_entropy_weight"), ("looped",)),
     "latent_backprop_depth": ("hierarchical",),
@@ -44,6 +44,7 @@ OTHER_NAMES = {"num_refinement_blocks": "--H-cycles", "num_latent_refinements": 
                "latent_backprop_depth": "--L-bp-cycles"}  # fmt: skip
 OF_WORDS = {  # words of those knobs that other families know
     ("state_init", "sampled"): ("recurrent",),
+    ("state_norm", "none"): ("core", "looped", "hierarchical", "recurrent"),
     ("state_norm", "core"): ("recurrent",),
     ("state_norm", "core-end"): ("recurrent",),
     ("boundary", "norm-inject"): ("recurrent",),
@@ -135,6 +136,28 @@ class TrainingKnobs:
         off="--no-detach-between-refinements")
     backprop_depth: int = _knob(
         0, "The last so many passes of a recurrent core carry gradient; 0: all.")
+    recurrence_distribution: str = _knob(
+        "fixed", "Depth of a training step (--num-recurrences or --num-refinement-blocks): always that, or drawn anew "
+        "for each: min(cap, 1 + Poisson(rate)) of a log-normal rate (Huginn), or uniform around the mean.",
+        choices=("fixed", "poisson-lognormal", "uniform"))
+    mean_recurrence: float | None = _knob(
+        None, "Mean of drawn depths. Default: the model's own depth, at which it is evaluated and exported.",
+        type=float)
+    max_recurrence: int | None = _knob(
+        None, "Cap on drawn depths. Default: four times the mean; uniform ones go from 2 mean - cap to the cap, by "
+        "default from 1 to 2 mean - 1.", type=int)
+    uncalibrated_recurrence: bool = _knob(
+        False, "Take Huginn's own rate, whose mean is --mean-recurrence, so that the mean depth is one more, less what "
+        "the cap takes.", off="--calibrated-recurrence")
+    recurrence_curriculum: str | None = _knob(
+        None, "Let the (mean) depth R grow from 1: ceil(R f(t)) at a part t of --recurrence-curriculum-fraction, f "
+        "being t (linear) or 1 - sqrt(1 - t) (1-sqrt).", choices=("linear", "1-sqrt"), type=str)
+    recurrence_curriculum_fraction: float = _knob(
+        0.25, "Fraction of the training that the curriculum of depth takes.")
+    backprop_curriculum: str | None = _knob(
+        None, "The same for --backprop-depth.", choices=("linear", "1-sqrt"), type=str)
+    backprop_curriculum_fraction: float = _knob(
+        0.25, "Fraction of the training that the curriculum of --backprop-depth takes.")
     latent_backprop_depth: str = _knob(
         "0", "The last so many latent refinements of each block of a hierarchical family carry gradient: a number for "
         "the last block (1 for those before it), or with commas one for each of the last blocks; 0: all.")
@@ -206,6 +229,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         holds = re.fullmatch(r"0|[1-9]\d*(,[1-9]\d*)*", windows) and windows.count(",") < self.num_refinement_blocks
         self._require("latent_backprop_depth", bool(holds),
                       f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
+        self._check_depth_of_steps()
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
@@ -257,6 +281,27 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             if getattr(self, knob.name) not in (knob.default, 0.0):
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
+
+    def _check_depth_of_steps(self) -> None:
+        for name in ("mean_recurrence", "max_recurrence"):
+            value = getattr(self, name)
+            self._require(name, value is None or 1 <= value < math.inf, "must be a number of at least 1")
+        for name in ("recurrence_curriculum", "backprop_curriculum"):
+            fraction = getattr(self, f"{name}_fraction")
+            self._require(f"{name}_fraction", 0 < fraction <= 1, "must be above 0 and at most 1, the whole training")
+        drawn, needs = "--recurrence-distribution poisson-lognormal", {}
+        if self.recurrence_distribution == "fixed":
+            needs = dict.fromkeys(("mean_recurrence", "max_recurrence"), f"{drawn} or uniform")
+        if self.recurrence_distribution != "poisson-lognormal":
+            needs["uncalibrated_recurrence"] = drawn
+        if not self.backprop_depth:
+            needs["backprop_curriculum"] = "--backprop-depth"
+        for name in ("recurrence_curriculum", "backprop_curriculum"):
+            if getattr(self, name) is None:
+                needs[f"{name}_fraction"] = flag_of(name)
+        for knob in (knob for knob in dataclasses.fields(self) if knob.name in needs):
+            if getattr(self, knob.name) != knob.default:
+                raise UserError(f"{flag_of(knob.name)} says nothing without {needs[knob.name]}; leave it out.")
 
     @property
     def step_size(self) -> float:

@@ -385,7 +385,8 @@ class RecursionPlan:
         chosen = [*(blocks[:-1] + [inner] * count)[: count - 1], blocks[-1]]
         before, after = (sum(p.halt_weight for block in each for p in block) for each in (blocks, chosen))
         passes = [
-            replace(p, block=number, halt_weight=p.halt_weight * before / after if after else 0.0)
+            replace(p, block=number, halt_weight=p.halt_weight * before / after if after else 0.0,
+                    cuts_states=p.cuts_states and number > 0)
             for number, block in enumerate(chosen) for p in block
         ]  # fmt: skip
         return replace(self, passes=tuple(replace(p, index=index) for index, p in enumerate(passes)))

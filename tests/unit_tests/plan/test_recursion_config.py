@@ -18,6 +18,7 @@ SWITCHES = {
     "enable_recursive_refinement": "--disable-recursive-refinement",
     "detach_between_refinements": "--no-detach-between-refinements",
     "exit_gate": "--no-exit-gate",
+    "uncalibrated_recurrence": "--calibrated-recurrence",
 }
 # A value other than the default, and values that are refused.
 OTHER: dict[str, tuple[Any, list[Any]]] = {
@@ -40,6 +41,14 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "halt_bias": (-2.0, [math.nan, -math.inf]),
     "detach_between_refinements": (False, []),
     "backprop_depth": (2, [-1]),
+    "recurrence_distribution": ("poisson-lognormal", ["poisson", "lognormal"]),
+    "mean_recurrence": (6.5, [0.5, math.nan, math.inf]),
+    "max_recurrence": (9, [0]),
+    "uncalibrated_recurrence": (True, []),
+    "recurrence_curriculum": ("1-sqrt", ["cosine"]),
+    "recurrence_curriculum_fraction": (0.75, [0.0, 1.01, math.nan]),
+    "backprop_curriculum": ("linear", ["cosine"]),
+    "backprop_curriculum_fraction": (1.0, [-0.25, 2.0]),
     "latent_backprop_depth": ("1,2", ["", "-1", "1,0", "two", "1,1,1,1"]),
     "init_depth_scaling": ("unrolled", ["both"]),
     "halt_supervision": ("last", ["first"]),
@@ -50,7 +59,9 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "recursion_alarm_after": (0, [-1]),
 }
 RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
-             "boundary", "backprop_depth", "state_std"}  # fmt: skip
+             "boundary", "state_std"}  # fmt: skip
+BACKPROP = {"backprop_depth", "backprop_curriculum", "backprop_curriculum_fraction"}
+DRAWN = {"mean_recurrence", "max_recurrence", "uncalibrated_recurrence"}
 GATED = {"exit_gate", "exit_entropy_weight"}
 BAD = [(name, value) for name, (_, values) in OTHER.items() for value in values]
 
@@ -63,7 +74,13 @@ def beside(name: str) -> dict[str, Any]:
         return {"recursion_family": "hierarchical"}
     if name == "state_std":
         return {"recursion_family": "recurrent", "state_init": "sampled", "injection": "add"}
-    return {"recursion_family": "recurrent"} if name in RECURRENT else {}
+    if name in DRAWN:
+        return {"recurrence_distribution": "poisson-lognormal"}
+    if name.startswith("backprop_curriculum"):
+        return {"recursion_family": "recurrent", "backprop_depth": 2, "backprop_curriculum": "linear"}
+    if name == "recurrence_curriculum_fraction":
+        return {"recurrence_curriculum": "linear"}
+    return {"recursion_family": "recurrent"} if name in RECURRENT | BACKPROP else {}
 
 
 def parse(*flags: str) -> RecursionConfig:
@@ -84,7 +101,7 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
 @pytest.mark.parametrize(
     ("name", "value", "family"),
     [("num_recurrences", 8, "core"), ("num_latent_refinements", 2, "looped"), ("injection", "add", "hierarchical"),
-     ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent"),
+     ("detach_between_refinements", False, "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
      ("halt_loss_weight", 0.5, "recurrent"), ("boundary", "gate", "looped"), ("boundary", "norm-inject", "core")],
@@ -110,7 +127,9 @@ def test_every_knob_has_a_flag_and_a_text(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "off"), SWITCHES.items())
 def test_switches_have_both_flags_and_the_last_one_counts(name: str, off: str) -> None:
-    beside = ["--recursion-family", "looped"] if name == "exit_gate" else []
+    needs = {"exit_gate": ["--recursion-family", "looped"],
+             "uncalibrated_recurrence": ["--recurrence-distribution", "poisson-lognormal"]}  # fmt: skip
+    beside = needs.get(name, [])
     assert getattr(parse(), name) is KNOBS[name].default
     assert getattr(parse(*beside, flag_of(name)), name) is True
     assert getattr(parse(*beside, off), name) is False
@@ -185,9 +204,8 @@ def test_frozen_hashable_and_made_of_primitives() -> None:
 
 
 def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
-    config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()
-                                if name not in RECURRENT | GATED | {"recursion_family", "latent_backprop_depth"}
-                                })  # fmt: skip
+    others = RECURRENT | BACKPROP | GATED | {"recursion_family", "latent_backprop_depth"}
+    config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items() if name not in others})
     kept = dataclasses.replace(config, recursion_alarm_after=None)  # what only observes is not kept with weights
     assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == kept != config
     assert RecursionConfig.from_mapping(vars(config)) == config
@@ -202,7 +220,7 @@ def test_one_difference(name: str) -> None:
     assert (found.name, found.mine, found.theirs) == (name, getattr(mine, name), OTHER[name][0])
     assert found.is_depth == (name in ("num_refinement_blocks", "num_latent_refinements", "num_recurrences"))
     shapes_the_function = ("num_refinement_blocks", "num_latent_refinements", "state_init", "state_norm")
-    families = ("recursion_family", *RECURRENT - {"backprop_depth"})
+    families = ("recursion_family", *RECURRENT)
     assert found.binds == (name in (*shapes_the_function, *families, "embedding_multiplier", "exit_gate"))
     assert mine.differences(mine) == [] == mine.differences(RecursionConfig(recursion_alarm_after=3, **others))
 
