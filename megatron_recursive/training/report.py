@@ -59,7 +59,7 @@ def mean_flops_per_token(shape: ModelShape, plans: StepPlans) -> float:
     if not plans.changes:
         return flops_per_token(shape, plans.plan).total
     steps = range(0, plans.iterations, -(-plans.iterations // SAMPLED_STEPS))
-    counts = Counter(map(plans.plan_at, steps))
+    counts = Counter(plans.plan_at(step, priced=True) for step in steps)
     return sum(number * flops_per_token(shape, plan).total for plan, number in counts.items()) / len(steps)
 def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> str:
     """How many steps a batch has, and what the carried states need: where a step starts and what it has left so far."""
