@@ -137,7 +137,8 @@ class HealthAlarms:
 
     def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
         """Take in the metrics of an iteration of so many; returns what must be said."""
-        if len(losses := blocks_of(metrics)) > 1:  # of this step's depth
+        losses = blocks_of(metrics)
+        if 1 in losses and len(losses) > 1:  # of this step's depth
             self.blocks = max(losses)
             self.gains.append(losses[1] - losses[self.blocks])
         if "token cosine" in metrics:
