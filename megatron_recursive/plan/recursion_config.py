@@ -43,6 +43,7 @@ OTHER_NAMES = {"num_refinement_blocks": "--H-cycles", "num_latent_refinements": 
                "latent_backprop_depth": "--L-bp-cycles"}  # fmt: skip
 OF_WORDS = {  # words of those knobs that other families know
     ("state_init", "sampled"): ("recurrent",),
+    ("state_norm", "none"): ("core", "looped", "hierarchical", "recurrent"),
     ("state_norm", "core"): ("recurrent",),
     ("state_norm", "core-end"): ("recurrent",),
 }

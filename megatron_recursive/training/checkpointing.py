@@ -37,6 +37,8 @@ def check_checkpoint(
         return common
     for note in check_recursion(folder, saved, recursion, run.override_recursion_depth):
         print_rank_0(f"> {note}")
+    if saved.get("ema_decay") is not None and run.ema_decay is None:
+        print_rank_0(f"> the checkpoint averages its weights (--ema-decay {saved['ema_decay']}), which this run drops")
     check_schedule(folder, common, scheduler, run)
     check_optimizer(folder, common, run)
     return common

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan import RecursionConfig, StepPlans
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
 from megatron_recursive.training import console
 from megatron_recursive.training.progress import Progress
+from megatron_recursive.training.progress_lines import blocks_of
 
 WINDOW = 50  # iterations that an alarm averages over
 STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
@@ -30,12 +31,11 @@ class MetricsLog:
     """
 
     def __init__(
-        self, recursion: RecursionConfig, description: dict[str, Any], progress: Progress,
-        plans: StepPlans | None = None,
-    ) -> None:  # fmt: skip
+        self, recursion: RecursionConfig, plans: StepPlans, description: dict[str, Any], progress: Progress
+    ) -> None:
         self.progress, self._plans = progress, plans
         self._description: dict[str, Any] | None = description
-        self._alarms = HealthAlarms(recursion)
+        self._alarms = HealthAlarms(recursion, plans.plan)
         self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device until an interval's end
 
     def start(self, run: argparse.Namespace) -> None:
@@ -68,7 +68,7 @@ class MetricsLog:
             "tokens": run.consumed_train_samples * run.seq_length, **metrics, "time": time.time(), "seconds": seconds,
             "tokens per second": run.global_batch_size * run.seq_length / seconds,
         }  # fmt: skip
-        if self._plans is not None and self._plans.changes:
+        if self._plans.changes:
             record |= {"recurrence": self._plans.plan_at(iteration - 1).depth, "FLOPs": run.flops_spent}
         for name in ("learning_rate", "grad_norm"):
             if given.get(name) is not None:
@@ -86,7 +86,7 @@ class MetricsLog:
             if metrics and run.rank == run.world_size - 1:
                 record = {"kind": kind, "iteration": iteration, "time": time.time(),
                           "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
-                if self._plans is not None and self._plans.changes and hasattr(run, "flops_spent"):
+                if self._plans.changes and hasattr(run, "flops_spent"):
                     record["FLOPs"] = run.flops_spent
                 if len(sets) > 1:
                     record["set"] = number
@@ -126,19 +126,19 @@ class HealthAlarms:
     Each must hold over the window and over the last fifth of it.
     """
 
-    def __init__(self, recursion: RecursionConfig) -> None:
+    def __init__(self, recursion: RecursionConfig, plan: RecursionPlan) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
-        self.blocks = recursion.num_refinement_blocks
-        self.detached = recursion.detach_between_refinements and recursion.recursion_family == "core"
+        self.blocks = plan.num_blocks
+        self.detached = any(p.cuts_states for p in plan.passes)
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)
         self.quiet_until = 0
 
     def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
         """Take in the metrics of an iteration of so many; returns what must be said."""
-        first, last = metrics.get("lm loss block 1"), metrics.get(f"lm loss block {self.blocks}")
-        if first is not None and last is not None and self.blocks > 1:
-            self.gains.append(first - last)
+        losses = list(blocks_of(metrics).values())  # of as many blocks as the step had
+        if len(losses) > 1:
+            self.gains.append(losses[0] - losses[-1])
         if "token cosine" in metrics:
             self.cosines.append(metrics["token cosine"])
         after = min(LATEST, max(iterations // 10, 1)) if self.after is None else self.after

@@ -44,7 +44,7 @@ from megatron_recursive.training.patches.adam import tell_step, torch_adam_mende
 from megatron_recursive.training.progress import Progress
 from megatron_recursive.training.schedule_check import groups_of_the_checkpoint
 
-STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
+STATE_BYTES = 20  # a parameter with its fp32 copy, Adam's moments and --ema-decay's average, at most
 
 
 def install(

@@ -100,7 +100,7 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
 @pytest.mark.parametrize(
     ("name", "value", "family"),
     [("num_recurrences", 8, "core"), ("num_latent_refinements", 2, "looped"), ("injection", "add", "hierarchical"),
-     ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent"),
+     ("detach_between_refinements", False, "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
      ("halt_loss_weight", 0.5, "recurrent")],
