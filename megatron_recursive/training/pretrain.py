@@ -61,7 +61,7 @@ def _run() -> None:
     accounts.install(model_config, plans)
     averages = optimizers.install(args, plans.growth)
     checkpoints.install(args, model_config, progress, averages)
-    log = MetricsLog(recursion, model_config.plan, run_description(args, model_config), progress, plans)
+    log = MetricsLog(recursion, plans, run_description(args, model_config), progress)
     observing.install(args, log, averages if args.evaluate_ema else ())
     try:
         with said_in_a_sentence(), profiler.stopped_at_exit(args):
