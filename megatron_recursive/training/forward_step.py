@@ -24,6 +24,7 @@ from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.recursion_core import RecursiveOutput
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import RecursionPlan, StepPlans
+from megatron_recursive.training.supervision_steps import samples_read
 
 SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
 STRAGGLER = StragglerDetector()  # of --log-straggler, which divides by the time between its start and stop
@@ -156,6 +157,8 @@ def plan_of_step(plans: StepPlans, model: RecursiveGPTModel, forward_only: bool)
 def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Megatron's GPT datasets for the three splits, built where a rank reads them."""
     args = get_args()
+    train, *held_out = train_valid_test_num_samples
+    train_valid_test_num_samples = [samples_read(args, train), *held_out]
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = None
     if args.per_dataset_sequences_path is not None:

@@ -42,7 +42,15 @@ def _run() -> None:
         from megatron_recursive.training.forward_step import datasets_provider, forward_step, plan_of_step
         from megatron_recursive.training.metrics_log import MetricsLog
         from megatron_recursive.training.model_provider import model_config_from_args
-        from megatron_recursive.training.patches import accounts, checkpoints, observing, optimizers, profiler, wheel
+        from megatron_recursive.training.patches import (
+            accounts,
+            carried,
+            checkpoints,
+            observing,
+            optimizers,
+            profiler,
+            wheel,
+        )
         from megatron_recursive.training.progress import Progress
         from megatron_recursive.training.report import announce, run_description
         from megatron_recursive.training.result_checks import said_in_a_sentence
@@ -60,6 +68,7 @@ def _run() -> None:
     wheel.install()
     accounts.install(model_config, plans)
     averages = optimizers.install(args, plans.growth)
+    carried.install()
     checkpoints.install(args, model_config, progress, averages)
     log = MetricsLog(recursion, plans, run_description(args, model_config), progress)
     observing.install(args, log, averages if args.evaluate_ema else ())

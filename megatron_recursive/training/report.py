@@ -11,6 +11,7 @@ from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.training import console
+from megatron_recursive.training.memory_report import carried_bytes
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
 
@@ -30,6 +31,7 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     steps = ""
     if plans.changes:
         steps = f"\n{plans.describe()} | mean FLOPs per token: {mean_flops_per_token(shape, plans.counts()).total:.4g}"
+    phases += _said_of_carried(args, config)
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
     if path is not None:
@@ -45,6 +47,19 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         f"embedding multiplier: {plan.embedding_multiplier:g}\n"
         f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
         f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}{steps}"
+    )
+
+
+def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> str:
+    """How many steps a batch has, and what the carried states need: where a step starts and what it has left so far."""
+    steps, names = config.recursion.num_supervision_steps, config.plan.carried
+    if steps == 1:
+        return ""
+    size = carried_bytes(args, config)
+    until = ", or until a sample halts" if config.recursion.carry_halted else ""
+    return (
+        f"\nsupervision: {steps} steps on each batch{until}, on carried states ({', '.join(names)}: {size / 1e6:,.1f} MB "
+        f"on a rank of the first stage); an evaluation runs them in a row, {steps * config.plan.num_passes} passes"
     )
 
 
