@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 
@@ -25,14 +26,16 @@ class StepPlans:
     Args:
         config: the knobs.
         plan: the model's own; of one that grows, before it does.
-        seed: of the run.
+        seed: of the run; None spreads the draws evenly, for a count of what is to be expected.
         iterations: of the whole run, of which curricula take a fraction.
 
     Raises:
         UserError: the knobs contradict each other.
     """
 
-    def __init__(self, config: RecursionConfig, plan: RecursionPlan, *, seed: int = 0, iterations: int = 1) -> None:
+    def __init__(
+        self, config: RecursionConfig, plan: RecursionPlan, *, seed: int | None = 0, iterations: int = 1
+    ) -> None:
         self.config, self.plan, self.seed, self.iterations = config, plan, seed, iterations
         self.growth = Growth(config, iterations)
         depth = plan.depth if self.growth.at is None else self.growth.depth
@@ -75,10 +78,24 @@ class StepPlans:
             plan = self._supervised(plan, self.config, float(share > 0) if priced else share)
         return self.plan if plan == self.plan else plan
 
+    @property
+    def deepest(self) -> RecursionPlan:
+        """The plan of the deepest step that there may be."""
+        return self._built(self.own_plan(self.iterations), self.cap, self.config.backprop_depth)
+
+    def counts(self, most: int = 10_000) -> Counter[RecursionPlan]:
+        """How often each plan is run: in all steps of a run, or in so many that lie evenly in it."""
+        if not self.changes:
+            return Counter({self.plan: 1})
+        steps = range(0, self.iterations, -(-self.iterations // most))
+        return Counter(self.plan_at(step, priced=True) for step in steps)
+
     def depth_at(self, iteration: int) -> int:
         """How deep a step goes: blocks, loops, or passes of a recurrent core."""
         chances = self._distribution(self._mean_at(iteration))
-        place = random.Random(self.seed * 0x9E3779B97F4A7C15 + iteration).random()
+        place = iteration * (math.sqrt(5) - 1) / 2 % 1
+        if self.seed is not None:
+            place = random.Random(self.seed * 0x9E3779B97F4A7C15 + iteration).random()
         return depth_at(chances, place)
 
     @property
