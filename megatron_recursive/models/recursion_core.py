@@ -15,6 +15,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from megatron_recursive.losses.distillation import Distillation
 from megatron_recursive.losses.exit_gate import expected_loss, improvement_loss
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
@@ -52,6 +53,7 @@ class BlockReadout:
     arg_max_BS: Tensor | None = None
     halt_logits_BS: Tensor | None = None
     gate_logits_BS: Tensor | None = None
+    distillation_BS: Tensor | None = None
 
 
 def part_of(stack: str) -> str:
@@ -73,6 +75,7 @@ class RecursionCore:
     recursion: RecursionConfig
     plan: RecursionPlan
     uses: Uses
+    distillation: Distillation | None = None  # of the last block, in training
     draw: int  # of a training step; sampled starts differ by it
     compute_language_model_loss: Callable[[Tensor, Tensor], Tensor]  # labels [B, S] and logits [S, B, V] to [B, S]
 
@@ -150,14 +153,15 @@ class RecursionCore:
         return self.uses.apart(name, getattr(self, name), *values_SBH)
 
     def read_block(
-        self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor
-    ) -> BlockReadout:
+        self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor,
+        inputs: tuple[Any, ...] = (),
+    ) -> BlockReadout:  # fmt: skip
         """Ask the heads about the output state after a block of a plan.
 
         The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
         the plan weighs it, on all blocks but the last through their detached state. In evaluation every block is read
         in full. The last block needs no gate: what has not left leaves there; a
-        gate that is trained alone learns there too.
+        gate that is trained alone learns there too. ``inputs`` are a teacher's: token ids, positions, attention mask.
         """
         readout, is_last = BlockReadout(decoder_pass), decoder_pass is plan.passes[-1]
         supervised = decoder_pass.supervised_weight > 0
@@ -177,6 +181,8 @@ class RecursionCore:
                 if plan.has_halting:
                     # Before the loss: Megatron's cross-entropy overwrites fp32 logits.
                     readout.arg_max_BS = vocab_parallel_argmax(logits_SBV.detach(), self.pg_collection.tp)
+                if self.distillation is not None and self.training and is_last:
+                    readout.distillation_BS = self.distillation.loss(logits_SBV, self.pg_collection.tp, *inputs)
                 readout.lm_loss_BS = self.compute_language_model_loss(labels_BS, logits_SBV)
         return readout
 
@@ -228,7 +234,8 @@ class RecursionCore:
         metrics: dict[str, Tensor] = {}
         before = expanded(getattr(self, "initial_output", None), state.values["input"])
         for decoder_pass in run_plan(plan, state, decode):
-            readouts.append(self.read_block(plan, decoder_pass, state.output, labels))
+            inputs = (input_ids, position_ids, attention_mask)
+            readouts.append(self.read_block(plan, decoder_pass, state.output, labels, inputs))
             self.observe_state(plan, before, state.output, mask_BS, decoder_pass, metrics)
             before = state.output.detach()
         return self.objective(plan, readouts, labels, mask_BS, metrics)
@@ -276,6 +283,10 @@ class RecursionCore:
                 assert readout.halt_logits_BS is not None and readout.arg_max_BS is not None and goal_BS is not None
                 loss_BS = halting_loss(readout.halt_logits_BS, torch.eq(readout.arg_max_BS, goal_BS))
                 halt_loss_BS = halt_loss_BS + readout.decoder_pass.halt_weight * loss_BS
+        distilled: dict[str, Tensor] = {}
+        if last.distillation_BS is not None and self.distillation is not None:
+            weight, distilled = self.distillation.weight, {"distillation loss": last.distillation_BS.detach()}
+            objective_BS = (1 - weight) * objective_BS + weight * last.distillation_BS
         if plan.has_halting:
             objective_BS = objective_BS + self.recursion.halt_loss_weight * halt_loss_BS
         reported = {"lm loss": masked(last.lm_loss_BS.detach(), mask_BS)}
@@ -285,7 +296,7 @@ class RecursionCore:
             reported["mean halting probability"] = masked(torch.sigmoid(logits_TBS).mean(0), mask_BS)
             steps_BS = steps_until_halt(logits_TBS, self.recursion.halt_threshold)
             reported["expected refinement steps"] = masked(steps_BS, mask_BS)
-        reported |= {name: masked(value_BS, mask_BS) for name, value_BS in gated.items()}
+        reported |= {name: masked(value_BS, mask_BS) for name, value_BS in (gated | distilled).items()}
         reported["total loss"] = masked(objective_BS.detach(), mask_BS)
         for readout in readouts:
             if readout.lm_loss_BS is not None and len(readouts) > 1:

@@ -11,7 +11,7 @@ from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.training import console
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, teacher_flops
 
 
 def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
@@ -20,7 +20,9 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     parameters, flops = count_parameters(shape, plan), flops_per_token(shape, plan)
     if args.rank != 0:
         return
-    phases = ""
+    phases = teacher = ""
+    if config.distillation is not None:
+        teacher = f"\ndistillation: {config.distillation.describe(args)}"
     if args.pipeline_model_parallel_size > 1 and not plan.is_plain:
         batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
         costs = config.transformer.pipeline_costs
@@ -41,7 +43,7 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         f"state init: {plan.state_init} | state norm: {plan.state_norm} | "
         f"embedding multiplier: {plan.embedding_multiplier:g}\n"
         f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
-        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}"
+        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}{teacher}"
     )
 
 
@@ -56,7 +58,7 @@ def run_description(args: argparse.Namespace, config: RecursiveGPTModelConfig) -
         "passes": plan.num_passes,
         "parameters held": parameters.held,
         "parameters unrolled": parameters.unrolled,
-        "FLOPs per token": flops_per_token(shape, plan).total,
+        "FLOPs per token": flops_per_token(shape, plan).total + teacher_flops(config, args.seq_length),
         "tokens per iteration": args.global_batch_size * args.seq_length,
         "world size": args.world_size,
         "command": sys.argv,

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_recursive.accounting import flops_per_token
 from megatron_recursive.training import memory_report
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, teacher_flops
 from megatron_recursive.training.patches import wrap
 
 
@@ -27,7 +27,8 @@ def install(config: RecursiveGPTModelConfig) -> None:
         if not recursive:
             return call()
         length = given["args"].seq_length
-        return flops_per_token(model_shape(config, length), config.plan).total * given["batch_size"] * length
+        each = flops_per_token(model_shape(config, length), config.plan).total + teacher_flops(config, length)
+        return each * given["batch_size"] * length
 
     def memory(call: Callable[[], Any], given: dict[str, Any]) -> Any:
         if not recursive:
