@@ -19,6 +19,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from megatron_recursive.models.recursion_core import BlockReadout, RecursiveOutp
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.pipeline.autograd import CarryGraph, JoinLeafGradient, JoinReadings
+from megatron_recursive.pipeline.carrying import send_back
 from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
@@ -259,6 +261,10 @@ class RingStep:
         state.values.update({name: leaves[id(x)] for name, x in state.values.items() if id(x) in leaves})
         batch.graphs.clear()
         if trip is self.totals.trips[-1]:
+            carried = self.model.carried
+            for name in self.plan.carried if carried is not None else ():
+                if name != "output":  # which comes back from the last stage
+                    carried.leave(name, state.values[name].detach().clone())  # its data is about to go
             if self.train:
                 batch.received["input"] = state.values["input"]
             batch.state = batch.start = None
@@ -352,6 +358,8 @@ class RingStep:
             joined = JoinReadings.apply(output, [*leaves.values()], *graphs.values())
             output, readout = make_viewless_tensor(joined, True, True), replace(readout, **leaves)
         batch.readouts.append(readout)
+        if is_last and model.carried is not None:
+            model.carried.leave("output", output)
         return model.objective(self.plan, batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
 
 
@@ -422,8 +430,8 @@ def ring_forward_backward(
     windows: tuple[int, ...] = ()
     if not forward_only:
         config = inner.config
-        costs = config.pipeline_costs if plan is inner.plan else None  # its costs are of the model's own passes
-        costs = costs or equal_costs(plan, stages, layers_per_stage=split)
+        price = config.pipeline_costs or partial(equal_costs, stages=stages, layers_per_stage=split)
+        costs = price(plan)
         windows = chosen_windows(costs, num_microbatches, config.pipeline_phases, config.pipeline_window)
     free_trips = [trip.grad for trip in trips].index(True) if windows else 0
     totals = StepTotals(num_microbatches, trips)
@@ -463,7 +471,9 @@ def ring_forward_backward(
     *before, last = windows or (num_microbatches,)
     with _no_sync(get_model_config(wrapped)) if before else nullcontext():
         reports = [report for size in before for report in run_window(size, is_last=False)]
-    return reports + run_window(last, is_last=True)
+    reports += run_window(last, is_last=True)
+    send_back(inner, group)
+    return reports
 
 
 def _no_sync(config: Any) -> AbstractContextManager[None]:

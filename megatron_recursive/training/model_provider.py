@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
@@ -15,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import scaled_init_method_normal
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
+from megatron.training.training import update_train_iters
 
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
@@ -23,7 +26,7 @@ from megatron_recursive.models.layer_specs import engine_layer_spec, layers_of_s
 from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 from megatron_recursive.pipeline.pass_costs import price_passes
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.training.distillation import DistillationSource, source_of
 from megatron_recursive.training.norm_arguments import norm_layout
 
@@ -42,6 +45,12 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     def plan(self) -> RecursionPlan:
         plan = build_plan(self.recursion)
         return plan.heads_only() if self.train_only == "heads" else plan
+
+    def step_plans(self, args: argparse.Namespace) -> StepPlans:
+        """The plans of the training steps of a run."""
+        counted = copy.copy(args)
+        update_train_iters(counted)  # from samples and a schedule of batches
+        return StepPlans(self.recursion, self.plan, seed=args.seed, iterations=max(counted.train_iters, 1))
 
 
 class RecursiveGPTModelBuilder(GPTModelBuilder):
@@ -135,7 +144,8 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config.rope_scaling_factor = args.rope_scaling_factor
     backward = 2.0 + transformer.recompute_passes + (transformer.recompute_granularity == "full")
     shape = model_shape(config, config.seq_length)
-    transformer.pipeline_costs = price_passes(config.plan, shape, layers_of_stages(transformer), backward)
+    split = layers_of_stages(transformer)
+    transformer.pipeline_costs = partial(price_passes, shape=shape, layers_per_stage=split, backward_cost=backward)
     return config
 
 
