@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_recursive.accounting.params import ModelShape, tensor_parallel_parameters
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plan.added_parameters import MOVING
 from megatron_recursive.plan.trips import trips_of
 
 
@@ -231,6 +232,7 @@ def stage_memory(
                 kept, replay = pass_bytes(shape, recording, counts[p.index][stage], closing_norm=closes)
                 # A linear map keeps what it read, and a decay too.
                 beside = 2 * (is_first and p.combine != "sum") + (unplayed and closes)
+                beside += MOVING[p.move].kept if is_first and p.move in MOVING else 0
                 by_trip[trip.index] += kept + hidden * beside
                 most = max(most, replay)
         decoder = passes * sum(by_trip) / max(recorded, 1)  # none is recorded where heads alone are trained

@@ -26,6 +26,7 @@ from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan
 from megatron_recursive.plan.added_parameters import (
     COMBINING,
+    MOVING,
     AddedParameter,
     sampled_start,
     tokens_so_far,
@@ -113,7 +114,9 @@ class RecursionCore:
     def add_parameters(self, declared: Sequence[AddedParameter]) -> None:
         """The modules and buffers of what the recursion adds on this stage."""
         here = {"first": self.pre_process, "last": self.post_process}
-        for name in dict.fromkeys(each.module for each in declared if each.trained and here[each.stage]):
+        names = [each.module for each in declared if each.trained and here[each.stage]]
+        names += [MOVING[word].module for word in self.plan.moves if here["first"]]  # which may have no parameter
+        for name in dict.fromkeys(names):
             mine = [each for each in declared if each.module == name]
             setattr(self, name, MODULES[name](self.config, mine, self.recursion, self.pg_collection.tp))
         buffers = [each for each in declared if not each.trained]
@@ -132,7 +135,7 @@ class RecursionCore:
         if given is None:
             return self.plan if self.training else repeated(self.plan, self.recursion.num_supervision_steps)
         words = ("stacks", "state_init", "state_std", "state_norm", "embedding_multiplier", "has_halting", "exit_gate",
-                 "maps", "trains_heads_only")  # fmt: skip
+                 "maps", "moves", "trains_heads_only")  # fmt: skip
         for word in words:
             if getattr(given, word) != getattr(self.plan, word):
                 raise ValueError(f"the model was built with another {word} than the plan of this step has")
@@ -155,7 +158,7 @@ class RecursionCore:
             names = self.plan.carried
             given |= self.carried.start({name: expanded(given.get(name), embedding_SBH) for name in names})
         return RecursionState(
-            embedding_SBH, given, starts_at_input=self.plan.starts_at_input, combine=self.combine
+            embedding_SBH, given, starts_at_input=self.plan.starts_at_input, combine=self.combine, move=self.move
         )
 
     @property
@@ -167,6 +170,13 @@ class RecursionCore:
         """What a pass makes of what it reads, where that is no sum; the first stage has the weights."""
         name = COMBINING[decoder_pass.combine][0].module
         return self.uses.apart(name, getattr(self, name), *values_SBH)
+
+    def move(self, decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
+        """What a state becomes by a pass's result, where that is no step; in a graph of its own, since a ring frees
+        results and states.
+        """
+        name = MOVING[decoder_pass.move].module
+        return self.uses.apart(name.replace("_", " "), getattr(self, name), *values_SBH)
 
     def read_block(
         self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor,

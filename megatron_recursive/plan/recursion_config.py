@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.growth import check_growth
-from megatron_recursive.plan.recursion_plan import MAPS
+from megatron_recursive.plan.recursion_plan import MAPS, MOVES
 
 
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, off: str | None = None,
@@ -36,6 +36,7 @@ OF_FAMILIES = {  # knobs that not every family knows
     "num_coda_layers": ("recurrent",),
     "injection": ("recurrent",),
     "recurrence_step": ("recurrent",),
+    "boundary": ("core", "recurrent", "hierarchical"),
     **dict.fromkeys(("backprop_depth", "backprop_curriculum", "backprop_curriculum_fraction"), ("recurrent",)),
     **dict.fromkeys(HALTING, ("core", "looped", "hierarchical")),
     **dict.fromkeys(("exit_gate", "exit_entropy_weight"), ("looped",)),
@@ -52,6 +53,7 @@ OF_WORDS = {  # words of those knobs that other families know
     ("state_norm", "none"): ("core", "looped", "hierarchical", "recurrent"),
     ("state_norm", "core"): ("recurrent",),
     ("state_norm", "core-end"): ("recurrent",),
+    ("boundary", "norm-inject"): ("recurrent",),
 }
 
 DEPTH_LIST = r"[1-9]\d*(,[1-9]\d*)*"
@@ -97,6 +99,10 @@ class FunctionKnobs:
     recurrence_step: str = _knob(
         "1", "How far a pass of a recurrent core moves its state towards its result: 1, mean (1 / r, for layers that "
         "were pretrained to run once), or a number between.")
+    boundary: str = _knob(
+        "none", "How a pass of a recurrent core moves its state, or a latent refinement the latent state: by the step "
+        f"(none), {', or '.join(f'{said} ({word})' for word, (_, _, said) in MOVES.items())}.",
+        choices=("none", *MOVES))
     state_init: str = _knob(
         "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer). "
         "In a hierarchical family that of the latent state; the output starts at the input. A recurrent core starts at "
@@ -309,6 +315,9 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
 
         self._require("injection", self.state_init != "sampled" or self.injection != "none",
                       "leaves a start that is sampled (--state-init) without the input; give it add or concat")
+        for name, off in (("injection", "none"), ("recurrence_step", "1")):
+            self._require(name, self.boundary != "norm-inject" or getattr(self, name) == off,
+                          f"does not go with --boundary norm-inject, which adds the input itself; give it {off}")
         self._require("state_std", self.state_std > 0 and math.isfinite(self.state_std), "must be a positive number")
         default = RecursionConfig.__dataclass_fields__["state_std"].default
         self._require("state_std", self.state_init == "sampled" or self.state_std == default,

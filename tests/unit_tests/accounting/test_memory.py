@@ -73,6 +73,8 @@ CASES = {
         {**RECURRENT, "injection": "diagonal", "state_norm": "core-end"}, {"num_layers": 3},
         Layout(recompute_passes=True), {"recompute_passes": True},
     ),
+    "boundary gate": Measured({**RECURRENT, "boundary": "gate"}, {"num_layers": 3}),
+    "boundary norm": Measured({**RECURRENT, "boundary": "norm-inject"}, {"num_layers": 3}),
     "norm once": Measured({"state_norm": "none"}),
     "supervised": Measured({**DEEP, "num_refinement_blocks": 4, **FULL}),
     "supervised apart, norm once": Measured({**DEEP, "num_refinement_blocks": 3, "state_norm": "none"}),

@@ -72,6 +72,22 @@ CASES = {
         recurrent(0, 1, num_recurrences=3, injection="concat", state_norm="core", recurrence_step="0.6"),
         transformer={**FOUR, **FULL_RECOMPUTE},
     ),
+    "gate": Case(recurrent(1, 1, num_recurrences=3, recurrence_step="mean", boundary="gate"), transformer=FOUR),
+    "gate-window": Case(
+        recurrent(0, 1, num_recurrences=4, injection="add", backprop_depth=2, boundary="gate"), transformer=FOUR,
+        model=UNTIED, evaluate=True,
+    ),
+    "gate-core": Case({"boundary": "gate", "num_latent_refinements": 3}, transformer=FOUR),
+    "gate-hierarchical": Case(
+        {"recursion_family": "hierarchical", "boundary": "gate", "num_latent_refinements": 3,
+         "latent_backprop_depth": "2", "state_init": "trunc-normal"}, transformer=FOUR,
+    ),
+    "norm-inject": Case(recurrent(1, 1, num_recurrences=3, boundary="norm-inject"), transformer=FOUR),
+    "norm-inject-window": Case(  # the input gets its gradient where states move, and nowhere else
+        recurrent(0, 1, num_recurrences=4, backprop_depth=2, boundary="norm-inject"),
+        transformer={**FOUR, **FULL_RECOMPUTE}, model=UNTIED,
+    ),
+    "norm-inject-bare": Case(recurrent(0, 0, num_recurrences=3, boundary="norm-inject"), transformer=FOUR),
     # A prelude and a coda that the first and the last of two and of four stages hold alone; the last is one trip.
     "recurrent-folded": Case(
         recurrent(1, 1, num_recurrences=4, backprop_depth=2, injection="add"), transformer=FOUR, model=UNTIED,
@@ -142,6 +158,18 @@ def combined(model: Any, s: Tensor, e: Tensor, injection: str) -> Tensor:
     return s + e if injection == "add" else s
 
 
+def moved(model: Any, result: Tensor, state: Tensor, e: Tensor, knobs: Any, step: float) -> Tensor:
+    if knobs.boundary == "gate":  # LoopUS
+        own = model.boundary_gate
+        low = (result - state) @ own.down.view(-1, state.shape[-1]).T
+        delta = F.softplus(low @ own.up.view(-1, state.shape[-1]) + own.bias)
+        a = torch.exp(delta * -torch.exp(own.A_log))
+        return a * result + (1 - a) * state
+    if knobs.boundary == "norm-inject":
+        return result / (result.pow(2).mean(-1, keepdim=True) + model.config.layernorm_epsilon).sqrt() + e
+    return state + step * (result - state)
+
+
 def states(model: Any, x: Tensor, knobs: Any, layers: Any, start: Tensor) -> list[Tensor]:
     """The output state after each block, as the papers write it. ``layers(a, b)`` applies the layers from a to b."""
     total = model.config.num_layers
@@ -155,7 +183,7 @@ def states(model: Any, x: Tensor, knobs: Any, layers: Any, start: Tensor) -> lis
             if knobs.backprop_depth and i == r - knobs.backprop_depth:
                 s = s.detach()
             result = layers(p, total - c)(combined(model, s, e, knobs.injection))
-            s = s + step * ((model.output_norm(result) if i in norms else result) - s)
+            s = moved(model, model.output_norm(result) if i in norms else result, s, e, knobs, step)
         return [layers(total - c, total)(s)]
     norm = model.decoder.final_layernorm or (lambda h: h)
     out, z = x, torch.zeros_like(x)
@@ -174,7 +202,7 @@ def states(model: Any, x: Tensor, knobs: Any, layers: Any, start: Tensor) -> lis
             if knobs.detach_between_refinements:
                 out, z = out.detach(), z.detach()
             for _ in range(latents):
-                z = norm(layers(0, total)(out + z + x))
+                z = moved(model, norm(layers(0, total)(out + z + x)), z, x, knobs, 1.0)
             out = norm(layers(0, total)(out + z))
             found.append(out)
         return found
@@ -182,7 +210,7 @@ def states(model: Any, x: Tensor, knobs: Any, layers: Any, start: Tensor) -> lis
     window = [1] * (blocks - len(window)) + window if window != [0] else [latents] * blocks
     for block in range(blocks):
         for i in range(latents):  # as HRM-Text: the last so many calls of the low module carry gradient
-            low = norm(layers(0, total // 2)(z + out))
+            low = moved(model, norm(layers(0, total // 2)(z + out)), z, x, knobs, 1.0)
             z = low if i >= latents - window[block] else low.detach()
         out = norm(layers(total // 2, total)(out + z))
         found.append(out)

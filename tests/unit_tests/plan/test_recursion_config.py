@@ -33,6 +33,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "num_coda_layers": (2, [-1]),
     "injection": ("add", ["product"]),
     "recurrence_step": ("mean", ["0", "1.5", "half", "nan"]),
+    "boundary": ("gate", ["norm"]),
     "state_init": ("trunc-normal", ["learned", ""]),
     "state_std": (0.5, [0.0, math.nan]),
     "state_norm": ("none", ["each"]),
@@ -65,7 +66,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "eval_depths": ("1,4,16", ["", "0", "1,0", "1 4", "1,"]),
 }
 RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
-             "state_std"}  # fmt: skip
+             "boundary", "state_std"}  # fmt: skip
 BACKPROP = {"backprop_depth", "backprop_curriculum", "backprop_curriculum_fraction"}
 DRAWN = {"mean_recurrence", "max_recurrence", "uncalibrated_recurrence"}
 GATED = {"exit_gate", "exit_entropy_weight"}
@@ -112,7 +113,8 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
      ("detach_between_refinements", False, "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
-     ("halt_loss_weight", 0.5, "recurrent"), ("enable_deep_supervision", True, "recurrent")],
+     ("halt_loss_weight", 0.5, "recurrent"), ("enable_deep_supervision", True, "recurrent"),
+     ("boundary", "gate", "looped"), ("boundary", "norm-inject", "core")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
     flag = f"{flag_of(name)} {value}"
@@ -163,6 +165,12 @@ def test_a_knob_of_two_names_takes_one_value() -> None:
 def test_a_sampled_start_asks_for_an_injection() -> None:
     with pytest.raises(UserError, match="--injection .*give it add or concat"):
         RecursionConfig(recursion_family="recurrent", state_init="sampled")
+
+
+@pytest.mark.parametrize(("name", "value"), [("injection", "add"), ("recurrence_step", "mean")])
+def test_what_a_boundary_that_injects_takes_the_place_of_is_refused(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{flag_of(name)} does not go with --boundary norm-inject.*is {value}"):
+        RecursionConfig(recursion_family="recurrent", boundary="norm-inject", **{name: value})
 
 
 def test_without_flags_the_defaults_hold() -> None:
