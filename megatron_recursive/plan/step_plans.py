@@ -34,7 +34,7 @@ class StepPlans:
         self.config, self.plan, self.seed, self.iterations = config, plan, seed, iterations
         self.mean = float(plan.depth if config.mean_recurrence is None else config.mean_recurrence)
         self.transforms: tuple[Callable[[RecursionPlan, int], RecursionPlan], ...] = (self._at_depth,)
-        self._built = lru_cache(maxsize=256)(_with_depth)
+        self._built = lru_cache(maxsize=256)(with_depth)
         self._check()
 
     @property
@@ -80,7 +80,7 @@ class StepPlans:
         parts = [f"depth of a training step: {said[config.recurrence_distribution]}"]
         for what, shape, fraction in (("depth", config.recurrence_curriculum, config.recurrence_curriculum_fraction),
                                       ("gradient", config.backprop_curriculum, config.backprop_curriculum_fraction)):
-            parts += [f"{what} grows by {shape} over {fraction:.0%} of the training"] if shape else []
+            parts += [f"{what} grows over {fraction:.0%} of the training ({shape})"] if shape else []
         return " | ".join([*parts, f"evaluated and exported at {self.plan.depth}"])
 
     def _mean_at(self, iteration: int) -> float:
@@ -125,7 +125,7 @@ class StepPlans:
             )
 
 
-def _with_depth(plan: RecursionPlan, depth: int, window: int) -> RecursionPlan:
+def with_depth(plan: RecursionPlan, depth: int, window: int) -> RecursionPlan:
     """A plan at another depth, of whose core the last ``window`` passes carry gradient; 0: as it is."""
     plan = plan.with_blocks(depth)
     if not window:

@@ -33,7 +33,7 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         phases = f"\npipeline: {'; '.join(filter(None, (said, balance)))}"
     steps = ""
     if plans.changes:
-        steps = f"\n{plans.describe()} | mean FLOPs per token: {mean_flops_per_token(shape, plans):.4g}"
+        steps = f"\n{plans.describe()}\nFLOPs per token over all steps: {mean_flops_per_token(shape, plans):.4g}"
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
     if path is not None:
