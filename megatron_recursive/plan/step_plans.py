@@ -41,7 +41,7 @@ class StepPlans:
         depth = plan.depth if self.growth.at is None else self.growth.depth
         self.mean = float(depth if config.mean_recurrence is None else config.mean_recurrence)
         self.ramp = None if plan.is_plain or plan.trains_heads_only else config.deep_supervision_warmup
-        self._built, self._supervised = lru_cache(maxsize=256)(_with_depth), lru_cache(maxsize=256)(supervised)
+        self._built, self._supervised = lru_cache(maxsize=256)(with_depth), lru_cache(maxsize=256)(supervised)
         self._grown = lru_cache(maxsize=1)(build_plan)
         self._check()
 
@@ -128,7 +128,7 @@ class StepPlans:
         parts = [f"depth of a training step: {said[config.recurrence_distribution]}"]
         for what, shape, fraction in (("depth", config.recurrence_curriculum, config.recurrence_curriculum_fraction),
                                       ("gradient", config.backprop_curriculum, config.backprop_curriculum_fraction)):
-            parts += [f"{what} grows by {shape} over {fraction:.0%} of the training"] if shape else []
+            parts += [f"{what} grows over {fraction:.0%} of the training ({shape})"] if shape else []
         return " | ".join([*parts, f"evaluated and exported at {self.plan.depth}", *ramp])
 
     def _mean_at(self, iteration: int) -> float:
@@ -181,7 +181,7 @@ class StepPlans:
             )
 
 
-def _with_depth(plan: RecursionPlan, depth: int, window: int) -> RecursionPlan:
+def with_depth(plan: RecursionPlan, depth: int, window: int) -> RecursionPlan:
     """A plan at another depth, of whose core the last ``window`` passes carry gradient; 0: as it is."""
     plan = plan.with_blocks(depth)
     if not window:

@@ -32,7 +32,8 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         phases = f"\npipeline: {'; '.join(filter(None, (said, balance)))}"
     steps = ""
     if plans.changes:
-        steps = f"\n{plans.describe()} | mean FLOPs per token: {mean_flops_per_token(shape, plans.counts()).total:.4g}"
+        mean = mean_flops_per_token(shape, plans.counts()).total
+        steps = f"\n{plans.describe()}\nFLOPs per token over all steps: {mean:.4g}"
     phases += _said_of_carried(args, config)
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
