@@ -56,11 +56,11 @@ def memory_of_run(
     ``num_microbatches`` is that of the present batch size where it ramps up; the final one if left out. ``recording``
     is this machine's if left out.
     """
-    plan, stages = config.plan, args.pipeline_model_parallel_size
+    plan, stages = config.step_plans(args).deepest, args.pipeline_model_parallel_size
     transformer: Any = config.transformer
     batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     phases = transformer.pipeline_phases, transformer.pipeline_window
-    windows = chosen_windows(transformer.pipeline_costs, batches, *phases)  # as the run has chosen them
+    windows = chosen_windows(transformer.pipeline_costs(plan), batches, *phases)  # as the run has chosen them
     split = layers_of_stages(transformer)
     grad = [trip.grad for trip in trips_of(plan, split)]
     interleaved = len(grad) > 1

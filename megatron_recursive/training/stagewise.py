@@ -68,11 +68,14 @@ def run_passes(
     state = model.initial_state(from_stage(model, embedding, 0), input_ids, positions)
     state.values = {name: from_stage(model, value, 0) for name, value in state.values.items()}
 
-    def combine(decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
-        mine = model.combine(decoder_pass, *values_SBH) if model.pre_process else torch.empty_like(values_SBH[0])
-        return from_stage(model, mine, 0)
+    def on_the_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def told(decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
+            mine = function(decoder_pass, *values_SBH) if model.pre_process else torch.empty_like(values_SBH[0])
+            return from_stage(model, mine, 0)
 
-    state.combine = combine
+        return told
+
+    state.combine, state.move = on_the_first(model.combine), on_the_first(model.move)
 
     def decode(decoder_pass: DecoderPass, read_SBH: Tensor) -> Tensor:
         hidden_SBH = read_SBH
