@@ -14,6 +14,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.plan.recursion_config import PARTS, HeadKnobs, add_recursion_arguments, flag_of, knobs_in
 from megatron_recursive.plan.recursion_plan import STATES
+from megatron_recursive.plan.supervision_steps import whole
 
 KNOBS = {knob.name: knob for knob in dataclasses.fields(RecursionConfig)}
 SWITCHES = {
@@ -309,14 +310,14 @@ def test_carried_states_need_a_plan_that_has_some() -> None:
         RecursionConfig(carry_halted=True)
     with pytest.raises(UserError, match="--carry-halted asks the halting head, which --halt-loss-weight 0 leaves out"):
         RecursionConfig(carry_halted=True, num_supervision_steps=2, halt_loss_weight=0.0)
-    with pytest.raises(UserError, match="--halt-exploration says nothing without --carry-halted"):
+    with pytest.raises(UserError, match="--halt-exploration 0.5 says nothing without --carry-halted"):
         RecursionConfig(num_supervision_steps=2, halt_exploration=0.5)
 
 
 @pytest.mark.parametrize("knobs", [{}, {"recursion_family": "recurrent", "state_init": "sampled", "injection": "add"}])
 def test_a_model_trained_in_steps_is_evaluated_as_all_of_them_in_a_row(knobs: dict[str, Any]) -> None:
     config = RecursionConfig(embedding_multiplier=2.0, num_supervision_steps=3, **knobs)
-    whole, once = build_plan(config.whole()), build_plan(config)
-    assert whole == once.with_blocks(3 * once.depth) and whole.depth == 3 * once.depth
-    assert [(p.target, p.reads) for p in whole.passes] == [(p.target, p.reads) for p in once.passes] * 3
-    assert config.whole().num_supervision_steps == 1
+    all_steps, once = build_plan(whole(config)), build_plan(config)
+    assert all_steps == once.with_blocks(3 * once.depth) and all_steps.depth == 3 * once.depth
+    assert [(p.target, p.reads) for p in all_steps.passes] == [(p.target, p.reads) for p in once.passes] * 3
+    assert whole(config).num_supervision_steps == 1
