@@ -390,9 +390,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
 
     def whole(self) -> RecursionConfig:
         """As a trained model is evaluated and exported: the supervision steps of a batch in a row, as one plan."""
-        steps, depth = self.num_supervision_steps, "num_refinement_blocks"
-        if self.recursion_family == "recurrent":
-            depth = "num_recurrences"
+        steps, depth = self.num_supervision_steps, self.depth_knob
         changes = {depth: steps * getattr(self, depth), "num_supervision_steps": 1, "carry_halted": False,
                    "halt_exploration": RecursionConfig.__dataclass_fields__["halt_exploration"].default}  # fmt: skip
         return self if steps == 1 else dataclasses.replace(self, **changes)
