@@ -73,7 +73,7 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
      "use --reset-attention-mask and --reset-position-ids"),
     # They hook the output layer, which runs once a block, and the loss knows nothing of what they load.
     ("files of logits (--logits-save-dir, --logits-load-dir)", lambda a: a.logits_save_dir or a.logits_load_dir,
-     "leave it out"),
+     "use --distill-prepare and --distill-from"),
     ("in-process restarts (--inprocess-restart)", lambda a: a.inprocess_restart, "let torchrun restart the run"),
     ("data loaders of one's own (--dataloader-type external)", lambda a: a.dataloader_type == "external",
      "use --dataloader-type single or cyclic"),

@@ -12,7 +12,7 @@ from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.training import console
 from megatron_recursive.training.memory_report import carried_bytes
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, teacher_flops
 
 
 def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
@@ -21,7 +21,9 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     parameters, flops = count_parameters(shape, plan), flops_per_token(shape, plan)
     if args.rank != 0:
         return
-    phases = ""
+    phases = teacher = ""
+    if config.distillation is not None:
+        teacher = f"\ndistillation: {config.distillation.describe(args)}"
     if args.pipeline_model_parallel_size > 1 and not plan.is_plain:
         batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
         costs = config.transformer.pipeline_costs(plan)
@@ -30,7 +32,8 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         phases = f"\npipeline: {'; '.join(filter(None, (said, balance)))}"
     steps = ""
     if plans.changes:
-        steps = f"\n{plans.describe()} | mean FLOPs per token: {mean_flops_per_token(shape, plans.counts()).total:.4g}"
+        mean = mean_flops_per_token(shape, plans.counts()).total
+        steps = f"\n{plans.describe()}\nFLOPs per token over all steps: {mean:.4g}"
     phases += _said_of_carried(args, config)
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
@@ -46,7 +49,8 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         f"state init: {plan.state_init} | state norm: {plan.state_norm} | "
         f"embedding multiplier: {plan.embedding_multiplier:g}\n"
         f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
-        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}{steps}"
+        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}"
+        f"{steps}{teacher}"
     )
 
 
@@ -74,7 +78,8 @@ def run_description(args: argparse.Namespace, config: RecursiveGPTModelConfig) -
         "passes": plan.num_passes,
         "parameters held": parameters.held,
         "parameters unrolled": parameters.unrolled,
-        "FLOPs per token": mean_flops_per_token(shape, config.step_plans(args).counts()).total,
+        "FLOPs per token": (mean_flops_per_token(shape, config.step_plans(args).counts()).total
+                            + teacher_flops(config, shape.seq_length)),
         "tokens per iteration": args.global_batch_size * args.seq_length,
         "world size": args.world_size,
         "command": sys.argv,
