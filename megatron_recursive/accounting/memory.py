@@ -167,19 +167,17 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
 
     The cross-entropy keeps fp32 probabilities; in other dtypes the logits that it last reads are there beside them. The
     halting head keeps the state that it read, at every block end that teaches it; of the last one the language-model
-    head keeps the same tensor. With an exit gate the logits of all blocks but the last are computed again.
+    head keeps the same tensor, and so does that of an earlier block that is supervised, whose logits are computed again.
     """
     tokens, hidden = shape.seq_length * recording.micro_batch, hidden_bytes(shape, recording)
-    supervised = [p for p in plan.passes if p.supervised_weight > 0]
-    halting = [p for p in plan.passes if plan.is_projected(p) and p not in supervised]
-    at_once = 1 if plan.exit_gate and supervised else len(supervised)
-    probabilities = at_once * tokens * shape.vocab_size * 4 / recording.tensor_parallel
-    if supervised and recording.element < 4:
-        probabilities += tokens * shape.vocab_size * recording.element / recording.tensor_parallel
-    kept = len(supervised) * hidden
-    if plan.state_norm != "final":  # the norm before the head
-        kept += hidden * (2 if recording.splits_norm else 1)
-    return probabilities + kept, len(halting) * hidden
+    norm = 0.0 if plan.state_norm == "final" else hidden * (2 if recording.splits_norm else 1)  # before the head
+    replayed = sum(map(plan.is_replayed, plan.passes))
+    halting = sum(plan.is_projected(p) and not p.supervised_weight for p in plan.passes)
+    waiting = halting * hidden + replayed * (hidden + norm)
+    if plan.trains_heads_only:
+        return 0.0, waiting
+    element = 4 + recording.element * (recording.element < 4)
+    return tokens * shape.vocab_size * element / recording.tensor_parallel + hidden + norm, waiting
 
 
 def cache_bytes_per_token(shape: ModelShape, plan: RecursionPlan, element: int) -> int:

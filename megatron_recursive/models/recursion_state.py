@@ -71,11 +71,13 @@ class RecursionState:
 
 
 def run_plan(
-    plan: RecursionPlan, state: RecursionState, decode: Callable[[DecoderPass, Tensor], Tensor]
-) -> Iterator[DecoderPass]:
-    """Run every pass in order; yields after the last pass of each block, when ``state.output`` can be read."""
+    plan: RecursionPlan, state: RecursionState, decode: Callable[[DecoderPass, Tensor], Tensor], first: int = 0,
+    stop: int | None = None,
+) -> Iterator[DecoderPass]:  # fmt: skip
+    """Run every pass in order, or those from ``first`` to before ``stop``; yields after the last pass of each block,
+    when ``state.output`` can be read."""
     grad_enabled = torch.is_grad_enabled()
-    for decoder_pass in plan.passes:
+    for decoder_pass in plan.passes[first:stop]:
         with torch.set_grad_enabled(grad_enabled and decoder_pass.grad):
             state.update(decoder_pass, decode(decoder_pass, state.gather(decoder_pass)))
         if plan.is_block_end(decoder_pass):

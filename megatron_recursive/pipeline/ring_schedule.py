@@ -34,6 +34,7 @@ from megatron_recursive.models.recursion_core import BlockReadout, RecursiveOutp
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.pipeline.autograd import CarryGraph, JoinLeafGradient, JoinReadings
+from megatron_recursive.pipeline.carrying import send_back
 from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
@@ -265,6 +266,10 @@ class RingStep:
         state.values.update({name: leaves[id(x)][1] for name, x in state.values.items() if id(x) in leaves})
         batch.graphs.clear()
         if trip is self.totals.trips[-1]:
+            carried = self.model.carried
+            for name in self.plan.carried if carried is not None else ():
+                if name != "output":  # which comes back from the last stage
+                    carried.leave(name, state.values[name].detach().clone())  # its data is about to go
             if self.train:
                 batch.received["input"] = state.values["input"]
             batch.state = batch.start = None
@@ -345,7 +350,8 @@ class RingStep:
             return model.logits_BSV(output) if is_last else output
         mask_BS = batch.inputs["loss_mask"]
         mask_BS = torch.ones_like(labels, dtype=torch.float) if mask_BS is None else mask_BS.float()
-        readout = model.read_block(self.plan, decoder_pass, output, labels)
+        inputs = tuple(batch.inputs[name] for name in ("input_ids", "position_ids", "attention_mask"))
+        readout = model.read_block(self.plan, decoder_pass, output, labels, inputs)
         before = batch.before
         if before is None:
             before = expanded(getattr(model, "initial_output", None), output)
@@ -359,6 +365,8 @@ class RingStep:
             joined = JoinReadings.apply(output, [*leaves.values()], *graphs.values())
             output, readout = make_viewless_tensor(joined, True, True), replace(readout, **leaves)
         batch.readouts.append(readout)
+        if is_last and model.carried is not None:
+            model.carried.leave("output", output)
         return model.objective(self.plan, batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
 
 
@@ -470,7 +478,9 @@ def ring_forward_backward(
     *before, last = windows or (num_microbatches,)
     with _no_sync(get_model_config(wrapped)) if before else nullcontext():
         reports = [report for size in before for report in run_window(size, is_last=False)]
-    return reports + run_window(last, is_last=True)
+    reports += run_window(last, is_last=True)
+    send_back(inner, group)
+    return reports
 
 
 def _no_sync(config: Any) -> AbstractContextManager[None]:

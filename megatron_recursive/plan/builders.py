@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan.deep_supervision import supervised
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import MAPS, DecoderPass, RecursionPlan
 
@@ -12,9 +14,16 @@ from megatron_recursive.plan.recursion_plan import MAPS, DecoderPass, RecursionP
 def build_plan(config: RecursionConfig) -> RecursionPlan:
     """The plan of a resolved config (``embedding_multiplier`` must not be None)."""
     assert config.embedding_multiplier is not None, "resolve the config first"
+    plan = RecursionPlan.plain(config.embedding_multiplier)
     if config.enable_recursive_refinement:
-        return FAMILIES[config.recursion_family](config)
-    return RecursionPlan.plain(config.embedding_multiplier)
+        plan = supervised(FAMILIES[config.recursion_family](config), config)
+    if config.num_supervision_steps > 1 and not plan.carried:
+        mend = " (--state-init sampled, no coda, no --recurrence-step)" if plan.family == "recurrent" else ""
+        raise UserError(
+            f"--num-supervision-steps {config.num_supervision_steps} carries states from step to step, of which the "
+            f"plan of this {plan.family} model has none{mend}; leave it out, or use --recursion-family core."
+        )
+    return plan
 
 
 def core_plan(config: RecursionConfig) -> RecursionPlan:
@@ -28,7 +37,7 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
     passes: list[DecoderPass] = []
     for block in range(blocks):
         last_block = block == blocks - 1
-        grad = last_block or not config.detach_between_refinements
+        grad = last_block or not config.detach_between_refinements or config.enable_deep_supervision
         for step in range(latents + 1):
             is_output = step == latents
             move = "step" if is_output or config.boundary == "none" else config.boundary

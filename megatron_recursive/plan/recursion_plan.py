@@ -210,7 +210,7 @@ class RecursionPlan:
     @property
     def depth(self) -> int:
         """What :meth:`with_blocks` changes: blocks, loops, or passes of a recurrent core."""
-        return sum(p.stack == "core" for p in self.passes) if self.family == "recurrent" else self.num_blocks
+        return sum(p.stack == "core" for p in self.passes) if self.has_inner_depth else self.num_blocks
 
     @cached_property
     def block_ends(self) -> tuple[DecoderPass, ...]:
@@ -226,6 +226,22 @@ class RecursionPlan:
     def initial_vectors(self) -> tuple[str, ...]:
         """The states that start at a vector, one [H] for all tokens."""
         return () if self.is_plain else STARTS[self.state_init][1]
+
+    @cached_property
+    def has_inner_depth(self) -> bool:
+        """Its depth is that of a core within one block, so that only its end is read; others repeat blocks."""
+        return self.family == "recurrent"
+
+    @cached_property
+    def carried(self) -> tuple[str, ...]:
+        """The states that a step of training may leave to the next one (``--num-supervision-steps``).
+
+        None where the output starts at the input, which a next step would no longer read, where a coda makes another
+        output of the state, and where the steps of the passes depend on their number.
+        """
+        if self.is_plain or self.starts_at_input or self.mean_steps or self.passes[-1].stack == "coda":
+            return ()
+        return tuple(name for name in STATES if any(name in p.reads for p in self.passes))
 
     @cached_property
     def first_grad_pass(self) -> int:
@@ -346,6 +362,10 @@ class RecursionPlan:
         gated = self.exit_gate and self.is_block_end(decoder_pass)
         return decoder_pass.supervised_weight > 0 or decoder_pass.halt_weight > 0 or gated
 
+    def is_replayed(self, decoder_pass: DecoderPass) -> bool:
+        """Whether its logits are computed again in the backward, so that those of one block live at a time."""
+        return decoder_pass.supervised_weight > 0 and decoder_pass is not self.passes[-1]
+
     def closes(self, decoder_pass: DecoderPass) -> bool:
         """Whether the final norm closes the pass. Unless it closes every one (``final``), it stands before the heads
         too: ``core`` closes all passes of that stack, ``core-end`` the last of them, and ``none`` no pass.
@@ -372,21 +392,26 @@ class RecursionPlan:
     def with_blocks(self, count: int) -> RecursionPlan:
         """The plan with another number of blocks: inner ones are dropped or repeated, the last one stays.
 
-        The weights of the halting loss keep their sum. Of a recurrent plan, which is one block, the core is repeated.
+        The weights of the halting loss keep their sum, and those of the language-model loss, but for an exit gate's. Of
+        a recurrent plan, which is one block, the core is repeated.
         """
         if count < 1:
             raise UserError(f"The number of refinement blocks must be at least 1, but is {count}.")
-        if self.family == "recurrent":
+        if self.has_inner_depth:
             return self._with_core(count)
         blocks = [[p for p in self.passes if p.block == block] for block in range(self.num_blocks)]
         inner = blocks[-2] if len(blocks) > 1 else blocks[-1]
         if len(blocks) == 1 and not self.exit_gate:
             inner = [replace(p, supervised_weight=0.0) for p in inner]
         chosen = [*(blocks[:-1] + [inner] * count)[: count - 1], blocks[-1]]
-        before, after = (sum(p.halt_weight for block in each for p in block) for each in (blocks, chosen))
+        scales = {}
+        for word in ("halt_weight", *["supervised_weight"] * (not self.exit_gate)):
+            before, after = (sum(getattr(p, word) for block in each for p in block) for each in (blocks, chosen))
+            scales[word] = before / after if after else 0.0
+        cuts = len(blocks) > 1 and blocks[-1][0].cuts_states
         passes = [
-            replace(p, block=number, halt_weight=p.halt_weight * before / after if after else 0.0,
-                    cuts_states=p.cuts_states and number > 0)
+            replace(p, block=number, cuts_states=number > 0 and (p.cuts_states or (cuts and p is block[0])),
+                    **{word: getattr(p, word) * scale for word, scale in scales.items()})
             for number, block in enumerate(chosen) for p in block
         ]  # fmt: skip
         return replace(self, passes=tuple(replace(p, index=index) for index, p in enumerate(passes)))

@@ -14,6 +14,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
 from megatron_recursive.training import console
 from megatron_recursive.training.progress import Progress
+from megatron_recursive.training.progress_lines import blocks_of
 
 WINDOW = 50  # iterations that an alarm averages over
 STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
@@ -32,7 +33,7 @@ class MetricsLog:
     def __init__(
         self, recursion: RecursionConfig, plans: StepPlans, description: dict[str, Any], progress: Progress
     ) -> None:
-        self.progress, self._plans = progress, plans
+        self.progress, self.plans = progress, plans
         self._description: dict[str, Any] | None = description
         self._alarms = HealthAlarms(recursion, plans.plan)
         self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device until an interval's end
@@ -67,8 +68,8 @@ class MetricsLog:
             "tokens": run.consumed_train_samples * run.seq_length, **metrics, "time": time.time(), "seconds": seconds,
             "tokens per second": run.global_batch_size * run.seq_length / seconds,
         }  # fmt: skip
-        if self._plans.changes:
-            record |= {"recurrence": self._plans.plan_at(iteration - 1).depth, "FLOPs": run.flops_spent}
+        if self.plans.changes:
+            record |= {"recurrence": self.plans.plan_at(iteration - 1).depth, "FLOPs": run.flops_spent}
         for name in ("learning_rate", "grad_norm"):
             if given.get(name) is not None:
                 record[name.replace("_", " ")] = float(given[name])
@@ -85,7 +86,7 @@ class MetricsLog:
             if metrics and run.rank == run.world_size - 1:
                 record = {"kind": kind, "iteration": iteration, "time": time.time(),
                           "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
-                if self._plans.changes and hasattr(run, "flops_spent"):
+                if self.plans.changes and hasattr(run, "flops_spent"):
                     record["FLOPs"] = run.flops_spent
                 if len(sets) > 1:
                     record["set"] = number
@@ -135,9 +136,10 @@ class HealthAlarms:
 
     def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
         """Take in the metrics of an iteration of so many; returns what must be said."""
-        first, last = metrics.get("lm loss block 1"), metrics.get(f"lm loss block {self.blocks}")
-        if first is not None and last is not None and self.blocks > 1:
-            self.gains.append(first - last)
+        losses = blocks_of(metrics)  # of as many blocks as the step had
+        if len(losses) > 1:
+            self.blocks = max(losses)
+            self.gains.append(losses[min(losses)] - losses[self.blocks])
         if "token cosine" in metrics:
             self.cosines.append(metrics["token cosine"])
         after = min(LATEST, max(iterations // 10, 1)) if self.after is None else self.after

@@ -58,7 +58,7 @@ def run_passes(
 
     ``watch`` sees each pass with what it read and what came out, both [S, B, H].
     """
-    config, group = model.config, model.pg_collection.pp
+    config, group, plan = model.config, model.pg_collection.pp, model.plan_of_step(None)
     ranks = model.pg_collection.tp.size() if config.sequence_parallel else 1
     shape = (input_ids.shape[1] // ranks, input_ids.shape[0], config.hidden_size)
     dtype = torch.float if config.fp32_residual_connection else config.params_dtype
@@ -84,14 +84,14 @@ def run_passes(
                 model.decoder.set_input_tensor(None if model.pre_process else hidden_SBH)
                 hidden_SBH = model.decode(
                     hidden_SBH if model.pre_process else None, None, stack=decoder_pass.stack,
-                    closes=model.plan.closes(decoder_pass),
+                    closes=plan.closes(decoder_pass),
                 ).to(dtype)  # fmt: skip
             hidden_SBH = from_stage(model, hidden_SBH, stage)
         if watch is not None:
             watch(decoder_pass, read_SBH, hidden_SBH)
         return hidden_SBH
 
-    for _ in run_plan(model.plan, state, decode):
+    for _ in run_plan(plan, state, decode):
         pass
     return state.output
 

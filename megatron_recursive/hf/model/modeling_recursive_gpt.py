@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,7 @@ from .layers_recursive_gpt import (
     make_norm,
 )
 from .outputs_recursive_gpt import RecursiveGPTModelOutput, RecursiveGPTOutput
-from .recursion_plan import DecoderPass
+from .recursion_plan import DecoderPass, RecursionPlan
 
 MODEL = "model."  # before the names of what the base model holds
 
@@ -143,8 +144,9 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             self.get_parameter(each.exported.removeprefix(MODEL)).requires_grad_(False)
         return super().train(mode)
 
-    def _read_plan(self) -> None:
-        plan = self.config.recursion_plan
+    def _read_plan(self, plan: RecursionPlan | None = None) -> None:
+        """Go by the config's plan, or by another one over the same stacks and states."""
+        plan = self.config.recursion_plan if plan is None else plan
         self.passes = plan.passes
         self.block_ends = {each.index: each for each in plan.block_ends}
         self.embedding_multiplier = float(plan.embedding_multiplier)
@@ -230,8 +232,10 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         use_cache: bool | None = None,
         output_block_states: bool = False,
         exit_rule: ExitRule | None = None,
+        walk: Callable[..., list[Tensor]] | None = None,
         **kwargs: Any,
     ) -> RecursiveGPTModelOutput:
+        """``walk`` stands in for ``_run_plan``: whoever measures runs the passes in an order of its own."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -253,7 +257,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         }
         states, blocks = self.initial_states(embedding, position_ids), None
         if exit_rule is None:
-            kept = self._run_plan(states, output_block_states, {"position_ids": position_ids, **shared})
+            kept = (walk or self._run_plan)(states, output_block_states, {"position_ids": position_ids, **shared})
         else:
             kept, blocks = run_with_exits(self, states, attention_mask, exit_rule, output_block_states, shared)
         return RecursiveGPTModelOutput(
@@ -263,10 +267,13 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             blocks=blocks,
         )
 
-    def _run_plan(self, states: dict[str, Tensor], keeps_states: bool, shared: dict[str, Any]) -> list[Tensor]:
-        """Run every pass on ``states``, in place; the output state after each block, if it is to be kept."""
+    def _run_plan(
+        self, states: dict[str, Tensor], keeps_states: bool, shared: dict[str, Any], first: int = 0,
+        stop: int | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """Run every pass, or some, on ``states``, in place; the output state after each block, if it is to be kept."""
         kept = []
-        for index, each in enumerate(self.passes):
+        for index, each in enumerate(self.passes[first:stop], first):
             if each.cuts_states:
                 states["output"], states["latent"] = states["output"].detach(), states["latent"].detach()
             with torch.set_grad_enabled(each.grad and torch.is_grad_enabled()):
