@@ -25,10 +25,12 @@ from megatron_recursive.inference.text import NumberText, Text, TokenizerText
 
 
 @contextlib.contextmanager
-def open_subject(given: str, tokenizer: str | None, device: str | None) -> Iterator[Loaded]:
+def open_subject(
+    given: str, tokenizer: str | None, device: str | None, numbers: bool = False
+) -> Iterator[Loaded]:  # fmt: skip
     """As :func:`open_model`; a GGUF file is dequantised to float32, and has its own tokenizer."""
     if not given.endswith(".gguf"):
-        with open_model(given, tokenizer=tokenizer, device=device) as loaded:
+        with open_model(given, tokenizer=tokenizer, device=device, numbers=numbers) as loaded:
             yield loaded
         return
     from transformers import AutoModelForCausalLM
@@ -53,11 +55,13 @@ def layers_of(model: Any) -> list[nn.Module]:
 
 
 def text_rows(
-    text: Text, inputs: Sequence[str], samples: int, length: int, json_key: str = "text", hub: HubChoice | None = None
-) -> Tensor:
+    text: Text, inputs: Sequence[str], samples: int, length: int, json_key: str = "text", hub: HubChoice | None = None,
+    ahead: int = 0,
+) -> Tensor:  # fmt: skip
     """Token ids [N, length] of documents one behind the other, with the end token between them.
 
     Args:
+        ahead: so many tokens of the next row stand at the end of each, for it to predict.
         inputs: as ``preprocess`` reads them; none for the text that CPython ships, its parts mixed in a fixed order.
 
     Raises:
@@ -68,12 +72,12 @@ def text_rows(
     ids: list[int] = []
     for document in _documents(inputs, json_key, hub):
         ids += [*text.encode(document), *text.end_ids[:1]]
-        if len(ids) >= samples * length:
+        if len(ids) >= samples * length + ahead:
             break
-    rows = min(samples, len(ids) // length)
-    if rows == 0:
+    rows = min(samples, (len(ids) - ahead) // length)
+    if rows <= 0:
         raise UserError(f"--text has {len(ids)} tokens, fewer than one sample of --seq-length {length}; lower it.")
-    return torch.tensor(ids[: rows * length]).view(rows, length)
+    return torch.tensor(ids[: rows * length + ahead]).unfold(0, length + ahead, length)
 
 
 def _documents(inputs: Sequence[str], json_key: str, hub: HubChoice | None) -> Iterator[str]:
@@ -85,3 +89,9 @@ def _documents(inputs: Sequence[str], json_key: str, hub: HubChoice | None) -> I
         yield from (each.text for each in iter_documents(find_files(inputs, hub), json_key))
     except UserError as error:  # the readers know the flag by the name that most commands give it
         raise UserError(str(error).replace("--input", "--text")) from error
+
+
+def fingerprint(given: str) -> list[tuple[str, int, int]]:
+    """Changes with the files of a model."""
+    files = [Path(given), *Path(given).rglob("*")]
+    return sorted((str(each), each.stat().st_size, each.stat().st_mtime_ns) for each in files if each.is_file())

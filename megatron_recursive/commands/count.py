@@ -172,14 +172,14 @@ def tables(record: dict[str, Any]) -> list[str]:
         f"{model['name']}: {model['family']}, {model['layers']} layers of width {model['hidden_size']}, "
         f"{model['layers_applied']} applied in {model['passes']} passes, {model['passes_with_gradient']} with gradient",
         f"vocabulary {model['vocabulary']:,} in {model['rows']:,} rows", "",
-        *_table(["parameters", "held", "unrolled"],
+        *aligned(["parameters", "held", "unrolled"],
                 [[part, f"{size:,}", f"{sizes['unrolled'][part]:,}"] for part, size in sizes["held"].items() if size]),
-        "", *_table([f"MFLOPs a token at {model['sequence_length']:,}", "forward", "backward", "of both, attention"],
+        "", *aligned([f"MFLOPs a token at {model['sequence_length']:,}", "forward", "backward", "of both, attention"],
                     [[part.replace("_", " "), *(f"{value / 1e6:,.2f}" for value in values.values())]
                      for part, values in flops.items() if isinstance(values, dict)]),
         f"training {flops['training'] / 1e6:,.2f}, inference {flops['inference'] / 1e6:,.2f}; cache "
         f"{record['cache_bytes_per_token']:,} bytes a token in {model['dtype']}",
-        "", *_table([f"GiB a rank, of {memory['pipeline']} stages", *memory["bytes_by_stage"][0]],
+        "", *aligned([f"GiB a rank, of {memory['pipeline']} stages", *memory["bytes_by_stage"][0]],
                     [[str(stage), *(f"{value / 2**30:.3f}" for value in each.values())]
                      for stage, each in enumerate(memory["bytes_by_stage"])]),
         "TP {tensor} x PP {pipeline} x DP {data}, {micro_batches} micro-batches of {micro_batch_size} in {dtype}; "
@@ -187,7 +187,7 @@ def tables(record: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     sides = ("<", *">" * len(heads))
     return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False))

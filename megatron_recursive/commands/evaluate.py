@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include_path examples/evaluation --tasks cpython needs no network."
     )
     depth = parser.add_argument_group("depth")
-    depth.add_argument("--depths", type=_depths, default=(), metavar="T,T,...",
+    depth.add_argument("--depths", type=depth_list, default=(), metavar="T,T,...",
                        help="run the tasks with each of these numbers of refinement blocks, print one table and write "
                        "it beside the results of --output_path (default there: runs/scores)")  # fmt: skip
     words = "--model recursive --model_args pretrained=DIR_OR_CKPT --tasks hellaswag --batch_size 8 --depths 1,2,4"
     parser.epilog = example("evaluate", *words.split(), "--output_path", "runs/scores")
 
 
-def _depths(text: str) -> tuple[int, ...]:
+def depth_list(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers like 1,2,4")
     return tuple(dict.fromkeys(int(each) for each in text.split(",")))

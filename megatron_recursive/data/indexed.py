@@ -56,6 +56,36 @@ def largest_sampled_id(prefix: str | Path, tokens: int = 2**20) -> int:
     return int(max(ids[:tokens].max(), ids[-tokens:].max()))
 
 
+def held_out_rows(prefix: str, samples: int, length: int, seed: int) -> Any:
+    """Token ids [N, length + 1] of a dataset, each row's last token being the next one's first.
+
+    Documents lie as in one epoch of Megatron's training, which shuffles them by its --seed: with --full-validation its
+    samples are these rows, in whatever order.
+
+    Raises:
+        UserError: it is no whole dataset, or has not enough tokens for one row.
+    """
+    import numpy
+
+    check_indexed_dataset(prefix)
+    with open(f"{prefix}.idx", "rb") as stream:
+        code = _HEADER.unpack(stream.read(_HEADER.size))[2]
+    ids = numpy.memmap(f"{prefix}.bin", _TOKEN_TYPES[code], "r")
+    ends = numpy.cumsum(numpy.concatenate(list(read_lengths(Path(f"{prefix}.idx")))), dtype="i8")
+    order = numpy.arange(len(ends), dtype="i4")
+    numpy.random.RandomState(seed).shuffle(order)
+    kept, left = list[Any](), min(samples, (len(ids) - 1) // length) * length + 1
+    if left == 1:
+        raise UserError(f"{prefix} has {len(ids)} tokens, fewer than one sample of --seq-length {length}; lower it.")
+    for each in order:
+        kept.append(ids[(ends[each - 1] if each else 0) : ends[each]][:left])
+        left -= len(kept[-1])
+        if not left:
+            break
+    rows = numpy.concatenate(kept).astype("i8")
+    return numpy.stack([rows[at : at + length + 1] for at in range(0, len(rows) - 1, length)])
+
+
 def token_type(id_range: int) -> str:
     """The type of the tokens in a ``.bin``, as numpy names it, which Megatron chooses too for ids below a bound."""
     return "u2" if id_range < _SHORT_IDS else "i4"

@@ -6,10 +6,33 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 _COUNTS = struct.Struct("<QQ")
+
+
+def steps[Item](items: Sequence[Item], label: str, done: int = 0, interval_s: float = 10.0) -> Iterator[Item]:
+    """The items, and on stderr how many are done, their rate and the time left: a bar, or a line at intervals.
+
+    ``done``: by an earlier run.
+    """
+    total, start = done + len(items), time.monotonic()
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, label, total=total, initial=done, unit="batch")
+        return
+    shown = start
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - shown >= interval_s or (count == len(items) and shown > start):
+            rate, shown = count / (now - start), now
+            left = int((len(items) - count) / rate)
+            print(f"{label}: {done + count} of {total} batches, {rate:.2f}/s, {left // 60}:{left % 60:02d} left",
+                  file=sys.stderr, flush=True)  # fmt: skip
 
 
 def note_count(file: Path, rank: int, documents: int, size: int) -> None:

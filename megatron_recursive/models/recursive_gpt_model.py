@@ -65,6 +65,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
                 weight.requires_grad_(False)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
         self.draw = 0  # of a training step; sampled starts differ by it
+        self.carried_states = None  # set by a training whose steps carry
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
         if self.plan.is_plain:

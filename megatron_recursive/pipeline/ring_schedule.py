@@ -34,6 +34,7 @@ from megatron_recursive.models.recursion_core import BlockReadout, RecursiveOutp
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.pipeline.autograd import CarryGraph, JoinLeafGradient, JoinReadings
+from megatron_recursive.pipeline.carrying import send_back
 from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
@@ -242,29 +243,38 @@ class RingStep:
             leaf = batch.start.detach().requires_grad_(self.train)
             batch.state = self.model.initial_state(leaf, batch.inputs["input_ids"], batch.inputs["position_ids"])
         state, decoder_pass = batch.state, trip.around
-        if received is not None:
-            before = self.totals.trips[trip.index - 1].last
-            state.update(before, received)
-            if before.step != 1:
-                self._part_of_the_way(batch, before.target)
-        if self.train and decoder_pass is self.input_reader:
-            assert batch.start is not None
-            batch.graphs["input"] = batch.start
-        leaves = {}
-        for name, graph in batch.graphs.items():  # which this pass alone reaches; later ones read the leaf
+        leaves: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def join(name: str, graph: Tensor) -> None:  # this pass alone reaches it; later ones read the leaf
             leaf = state.values[name]
             joined = JoinLeafGradient.apply(graph, leaf)
-            leaves[id(joined)] = leaf
+            leaves[id(joined)] = joined, leaf
             state.values.update({each: joined for each, x in state.values.items() if x is leaf})  # an output that is it
+
+        if self.train and decoder_pass is self.input_reader:
+            assert batch.start is not None
+            join("input", batch.start)
+        if received is not None:
+            before = self.totals.trips[trip.index - 1].last
+            with torch.set_grad_enabled(self.train and before.grad):
+                state.update(before, received)
+            if not before.replaces_state:
+                self._part_of_the_way(batch, before.target)
+        for name, graph in batch.graphs.items():
+            join(name, graph)
         hidden = state.gather(decoder_pass)
-        state.values.update({name: leaves[id(x)] for name, x in state.values.items() if id(x) in leaves})
+        state.values.update({name: leaves[id(x)][1] for name, x in state.values.items() if id(x) in leaves})
         batch.graphs.clear()
         if trip is self.totals.trips[-1]:
+            carried = self.model.carried
+            for name in self.plan.carried if carried is not None else ():
+                if name != "output":  # which comes back from the last stage
+                    carried.leave(name, state.values[name].detach().clone())  # its data is about to go
             if self.train:
                 batch.received["input"] = state.values["input"]
             batch.state = batch.start = None
         elif trip is self.trips[-1]:  # the handover brings the next value of this state
-            if trip.last.step == 1:
+            if trip.last.replaces_state:
                 state.values.pop(trip.last.target)
             batch.received.pop(trip.last.target, None)
         return hidden
@@ -280,7 +290,9 @@ class RingStep:
         return state.values["input"]
 
     def _part_of_the_way(self, batch: MicroBatch, target: str) -> None:
-        """A state that was moved and not replaced: its graph is that of one sum, and its data replaces the former."""
+        """A state that was moved and not replaced: its graph is short (of one sum, of a gate), and its data replaces
+        the former.
+        """
         assert batch.state is not None
         former, moved = batch.received.pop(target, None), batch.state.values[target]
         if self.train and moved.requires_grad:
@@ -300,7 +312,7 @@ class RingStep:
         if sent is not None:
             before = self.totals.trips[trip.index - 1].last
             done = [sent]
-            if before.step == 1:
+            if before.replaces_state:
                 done = [batch.received.get(before.target)]
                 batch.received[before.target] = sent
         if trip is self.totals.trips[-1]:
@@ -352,6 +364,8 @@ class RingStep:
             joined = JoinReadings.apply(output, [*leaves.values()], *graphs.values())
             output, readout = make_viewless_tensor(joined, True, True), replace(readout, **leaves)
         batch.readouts.append(readout)
+        if is_last and model.carried is not None:
+            model.carried.leave("output", output)
         return model.objective(self.plan, batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
 
 
@@ -463,7 +477,9 @@ def ring_forward_backward(
     *before, last = windows or (num_microbatches,)
     with _no_sync(get_model_config(wrapped)) if before else nullcontext():
         reports = [report for size in before for report in run_window(size, is_last=False)]
-    return reports + run_window(last, is_last=True)
+    reports += run_window(last, is_last=True)
+    send_back(inner, group)
+    return reports
 
 
 def _no_sync(config: Any) -> AbstractContextManager[None]:

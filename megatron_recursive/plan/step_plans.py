@@ -12,7 +12,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.builders import build_plan
 from megatron_recursive.plan.depth_distributions import depth_at, grown, mean_of, poisson_lognormal, uniform
+from megatron_recursive.plan.growth import Growth
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import RecursionPlan
 
@@ -22,7 +24,7 @@ class StepPlans:
 
     Args:
         config: the knobs.
-        plan: the model's own.
+        plan: the model's own; of one that grows, before it does.
         seed: of the run.
         iterations: of the whole run, of which curricula take a fraction.
 
@@ -32,9 +34,12 @@ class StepPlans:
 
     def __init__(self, config: RecursionConfig, plan: RecursionPlan, *, seed: int = 0, iterations: int = 1) -> None:
         self.config, self.plan, self.seed, self.iterations = config, plan, seed, iterations
-        self.mean = float(plan.depth if config.mean_recurrence is None else config.mean_recurrence)
+        self.growth = Growth(config, iterations)
+        depth = plan.depth if self.growth.at is None else self.growth.depth
+        self.mean = float(depth if config.mean_recurrence is None else config.mean_recurrence)
         self.transforms: tuple[Callable[[RecursionPlan, int], RecursionPlan], ...] = (self._at_depth,)
         self._built = lru_cache(maxsize=256)(with_depth)
+        self._grown = lru_cache(maxsize=1)(build_plan)
         self._check()
 
     @property
@@ -42,11 +47,21 @@ class StepPlans:
         """Whether any step may run another plan than the model's own."""
         knobs = self.config
         curricula = (knobs.recurrence_curriculum, knobs.backprop_curriculum)
-        return not self.plan.is_plain and (knobs.recurrence_distribution != "fixed" or any(curricula))
+        return not self.plan.is_plain and (
+            knobs.recurrence_distribution != "fixed" or any(curricula) or knobs.grow_depth_at is not None
+        )
+
+    def own_plan(self, trained: int) -> RecursionPlan:
+        """The plan of the model that has been trained for so many iterations: what it is evaluated and exported at."""
+        config = self.growth.config_after(trained)
+        if config is self.config:
+            return self.plan
+        plan = self._grown(config)
+        return plan.heads_only() if self.plan.trains_heads_only else plan
 
     def plan_at(self, iteration: int) -> RecursionPlan:
         """The plan of a training step, counted from 0 (as Megatron's ``curr_iteration``)."""
-        plan = self.plan
+        plan = self.own_plan(iteration + 1)
         for transform in self.transforms if self.changes else ():
             plan = transform(plan, iteration)
         return self.plan if plan == self.plan else plan
@@ -61,19 +76,22 @@ class StepPlans:
     def cap(self) -> int:
         """The deepest that a step may go."""
         if self.config.recurrence_distribution == "fixed":
-            return self.plan.depth
+            return round(self.mean)
         if self.config.max_recurrence is not None:
             return self.config.max_recurrence
         return round(2 * self.mean - 1) if self.config.recurrence_distribution == "uniform" else round(4 * self.mean)
 
     def expected_depth(self, iteration: int | None = None) -> float:
-        """The mean depth of a step; without an iteration, behind the curriculum."""
+        """The mean depth of a step; without an iteration, behind curriculum and growth."""
         return mean_of(self._distribution(self.mean if iteration is None else self._mean_at(iteration)))
 
     def describe(self) -> str:
         """A line for people; nothing where all steps run the model's own plan."""
         if not self.changes:
             return ""
+        if self.growth.at is not None:
+            return (f"depth of a training step: {self.plan.depth}, behind iteration {self.growth.at} "
+                    f"{self.growth.depth}; evaluated and exported at that of its last step")  # fmt: skip
         config, mean, cap = self.config, f"mean {self.expected_depth():.4g}", self.cap
         said = {"fixed": f"{self.mean:g}", "uniform": f"uniform, {mean}, at most {cap}",
                 "poisson-lognormal": f"min({cap}, 1 + Poisson of a log-normal rate), {mean}"}  # fmt: skip
@@ -84,6 +102,8 @@ class StepPlans:
         return " | ".join([*parts, f"evaluated and exported at {self.plan.depth}"])
 
     def _mean_at(self, iteration: int) -> float:
+        if self.growth.at is not None:
+            return float(self.own_plan(iteration + 1).depth)
         shape, length = self.config.recurrence_curriculum, self.config.recurrence_curriculum_fraction * self.iterations
         return self.mean if shape is None else grown(self.mean, shape, iteration / length)
 
@@ -104,11 +124,12 @@ class StepPlans:
 
     def _check(self) -> None:
         config, cap, kind = self.config, self.cap, self.config.recurrence_distribution
+        self.own_plan(self.iterations)  # refuses what it would become
         if config.backprop_depth > cap and not self.plan.is_plain:
             raise UserError(f"--backprop-depth {config.backprop_depth} is above {cap}, the deepest that a step goes.")
         if not self.changes:
             return
-        if self.plan.depth == 1 and cap > 1:
+        if self.plan.depth == 1 and cap > 1 and self.growth.at is None:
             raise UserError(
                 f"--recurrence-distribution {kind} changes a depth of 1, which shows no inner block to repeat; give "
                 "--num-recurrences or --num-refinement-blocks 2 or more."

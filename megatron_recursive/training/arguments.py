@@ -40,6 +40,7 @@ from megatron_recursive.training.patches import gpt2_tokenizer
 from megatron_recursive.training.ranges import restrict_numbers
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
 from megatron_recursive.training.schedule_check import refuse_schedule_values
+from megatron_recursive.training.supervision_steps import refuse_supervision
 
 MEGATRON_INIT_STD = 0.02
 
@@ -76,6 +77,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
         args.eval_global_batch_size = refusals.scheduled_batches(args)[-1]
     refusals.refuse_schedule(args)
+    refuse_supervision(args)
     refuse_schedule_values(args)
     refusals.refuse_tokenizer(args)
     refusals.refuse_data(args)

@@ -22,7 +22,9 @@ from megatron_recursive.data.content_keyed import ContentKeyedGPTDataset
 from megatron_recursive.errors import UserError
 from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.recursion_core import RecursiveOutput
+from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import RecursionPlan, StepPlans
+from megatron_recursive.training.supervision_steps import samples_read
 
 SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
 STRAGGLER = StragglerDetector()  # of --log-straggler, which divides by the time between its start and stop
@@ -140,14 +142,23 @@ def forward_step(
     return output, partial(loss_func, batch["loss_mask"])
 
 
-def plan_of_step(plans: StepPlans, forward_only: bool) -> RecursionPlan | None:
-    """What a step runs: in training the plan of Megatron's iteration, in evaluation the model's own (None)."""
-    return None if forward_only else plans.plan_at(get_args().curr_iteration)
+def plan_of_step(plans: StepPlans, model: RecursiveGPTModel, forward_only: bool) -> RecursionPlan | None:
+    """What a step runs: in training the plan of Megatron's iteration, in evaluation the model's own (None).
+
+    A model that grows has another plan from then on.
+    """
+    if forward_only:
+        return None
+    iteration = get_args().curr_iteration
+    model.plan = plans.own_plan(iteration + 1)
+    return plans.plan_at(iteration)
 
 
 def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Megatron's GPT datasets for the three splits, built where a rank reads them."""
     args = get_args()
+    train, *held_out = train_valid_test_num_samples
+    train_valid_test_num_samples = [samples_read(args, train), *held_out]
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = None
     if args.per_dataset_sequences_path is not None:

@@ -136,9 +136,9 @@ class HealthAlarms:
 
     def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
         """Take in the metrics of an iteration of so many; returns what must be said."""
-        losses = list(blocks_of(metrics).values())  # of as many blocks as the step had
-        if len(losses) > 1:
-            self.gains.append(losses[0] - losses[-1])
+        if len(losses := blocks_of(metrics)) > 1:  # of this step's depth
+            self.blocks = max(losses)
+            self.gains.append(losses[1] - losses[self.blocks])
         if "token cosine" in metrics:
             self.cosines.append(metrics["token cosine"])
         after = min(LATEST, max(iterations // 10, 1)) if self.after is None else self.after

@@ -42,7 +42,15 @@ def _run() -> None:
         from megatron_recursive.training.forward_step import datasets_provider, forward_step, plan_of_step
         from megatron_recursive.training.metrics_log import MetricsLog
         from megatron_recursive.training.model_provider import model_config_from_args
-        from megatron_recursive.training.patches import accounts, checkpoints, observing, optimizers, profiler, wheel
+        from megatron_recursive.training.patches import (
+            accounts,
+            carried,
+            checkpoints,
+            observing,
+            optimizers,
+            profiler,
+            wheel,
+        )
         from megatron_recursive.training.progress import Progress
         from megatron_recursive.training.report import announce, run_description
         from megatron_recursive.training.result_checks import said_in_a_sentence
@@ -56,10 +64,11 @@ def _run() -> None:
     announce(args, model_config)
     progress = Progress()
     plans = model_config.step_plans(args)
-    dispatch.install(functools.partial(plan_of_step, plans))
+    dispatch.install(functools.partial(plan_of_step, plans), recursion.depths_to_evaluate)
     wheel.install()
     accounts.install(model_config, plans)
-    averages = optimizers.install(args)
+    averages = optimizers.install(args, plans.growth)
+    carried.install()
     checkpoints.install(args, model_config, progress, averages)
     log = MetricsLog(recursion, plans, run_description(args, model_config), progress)
     observing.install(args, log, averages if args.evaluate_ema else ())

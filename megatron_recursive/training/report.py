@@ -13,6 +13,7 @@ from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.plan import StepPlans
 from megatron_recursive.training import console
+from megatron_recursive.training.memory_report import carried_bytes
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 
 SAMPLED_STEPS = 10_000
@@ -34,6 +35,7 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     steps = ""
     if plans.changes:
         steps = f"\n{plans.describe()}\nFLOPs per token over all steps: {mean_flops_per_token(shape, plans):.4g}"
+    phases += _said_of_carried(args, config)
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
     if path is not None:
@@ -59,6 +61,19 @@ def mean_flops_per_token(shape: ModelShape, plans: StepPlans) -> float:
     steps = range(0, plans.iterations, -(-plans.iterations // SAMPLED_STEPS))
     counts = Counter(map(plans.plan_at, steps))
     return sum(number * flops_per_token(shape, plan).total for plan, number in counts.items()) / len(steps)
+
+
+def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> str:
+    """How many steps a batch has, and what the carried states need: where a step starts and what it has left so far."""
+    steps, names = config.recursion.num_supervision_steps, config.plan.carried
+    if steps == 1:
+        return ""
+    size = carried_bytes(args, config)
+    until = ", or until a sample halts" if config.recursion.carry_halted else ""
+    return (
+        f"\nsupervision: {steps} steps on each batch{until}, on carried states ({', '.join(names)}: {size / 1e6:,.1f} MB "
+        f"on a rank of the first stage); an evaluation runs them in a row, {steps * config.plan.num_passes} passes"
+    )
 
 
 def run_description(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> dict[str, Any]:

@@ -51,9 +51,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "accelerate", "lm_eval",
     ),
     "analysis": (
-        *(f"{OURS}.{folder}" for folder in ("backends", "data", "hf", "inference")), "torch", "transformers", "kneed",
+        *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "hf", "models", "inference")),
+        "torch", "transformers", "kneed", "safetensors",
     ),
-    "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "tqdm", "yaml"),
+    "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "numpy", "tqdm", "yaml"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
                                             "plots", "ablation", "analysis", "evaluation", "launch", "__version__")),

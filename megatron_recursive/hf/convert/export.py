@@ -99,7 +99,7 @@ def open_checkpoint(given: str, *, averaged: bool = False) -> MegatronModel:
         recursion = RecursionConfig(enable_recursive_refinement=False)
     else:
         recursion = RecursionConfig.from_mapping(args)
-    model = MegatronModel(checkpoint, args, arch, recursion.resolved(embedding_init_std=arch.init_std))
+    model = MegatronModel(checkpoint, args, arch, recursion.resolved(embedding_init_std=arch.init_std).whole())
     _check(model, given)
     return model
 

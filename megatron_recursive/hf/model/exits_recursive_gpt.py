@@ -31,7 +31,13 @@ logger = logging.get_logger(__name__)
 
 EXITS = ("halting", "quantile", "output-change", "kl", "argmax")
 EXIT_ARGUMENTS = ("exit", "halt_threshold", "exit_threshold", "exit_stable_blocks", "max_inference_refinement_steps")
+LEAVE_BELOW = ("output-change", "kl")  # their threshold; the others leave at it and above
 _THRESHOLDS = {"quantile": 0.5, "output-change": 0.03, "kl": 1e-3}
+
+
+def threshold_of(exit: str) -> str:
+    """The argument that an exit compares with."""
+    return {"halting": "halt_threshold", "argmax": "exit_stable_blocks"}.get(exit, "exit_threshold")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class ExitOptions:
         plan = config.recursion_plan
         kinds = [(p.block, p.target, p.reads, p.stack) for p in plan.passes]
         blocks = [[kind for number, *kind in kinds if number == block] for block in range(plan.num_blocks)]
-        in_parts = any(p.target == "input" or p.step != 1 or p.stack == "coda" for p in plan.passes)
+        in_parts = any(p.target == "input" or p.stack == "coda" for p in plan.passes)
         if plan.is_plain or in_parts or any(block != blocks[0] for block in blocks):
             raise ValueError(f"exit={exit} needs a plan of refinement blocks that are alike, which this model has not.")
         if exit == "halting" and not plan.has_halting:
@@ -136,35 +142,36 @@ class ExitRule:
 
     def __call__(self, state_NH: Tensor, read_NH: Tensor) -> Tensor:
         """Which of the tokens leave, [N], given their output state (as the passes and as the heads see it)."""
+        threshold, signal_N = getattr(self.options, threshold_of(self.options.exit)), self.signal(state_NH, read_NH)
+        return signal_N < threshold if self.options.exit in LEAVE_BELOW else signal_N >= threshold
+
+    def signal(self, state_NH: Tensor, read_NH: Tensor) -> Tensor:
+        """What is compared with the threshold, [N]; infinity where a change is asked of the first block."""
         kind, before = self.options.exit, self.before
         self.work.asked += len(state_NH)
         if kind == "halting":
-            return torch.sigmoid(self.halting_logits(read_NH)) >= self.options.halt_threshold
+            return torch.sigmoid(self.halting_logits(read_NH))
         if kind == "quantile":
             left_N = torch.zeros_like(read_NH[:, 0], dtype=torch.float) if before is None else before
             self.before = left_N + torch.sigmoid(self.halting_logits(read_NH)) * (1 - left_N)
-            return self.before >= self.options.exit_threshold
+            return self.before
         if kind == "output-change":
             self.before = now = state_NH.float()
             if before is None:
-                return self._nobody(state_NH)
-            return (now - before).norm(dim=-1) < self.options.exit_threshold * now.norm(dim=-1)
+                return torch.full_like(now[:, 0], torch.inf)
+            return (now - before).norm(dim=-1) / now.norm(dim=-1)
         logits_NV = self.logits_of(state_NH).float()
         if kind == "kl":
             self.before = log_p = F.log_softmax(logits_NV, dim=-1)
             if before is None:
-                return self._nobody(state_NH)
-            return (log_p.exp() * (log_p - before)).sum(-1) < self.options.exit_threshold
+                return torch.full_like(log_p[:, 0], torch.inf)
+            return (log_p.exp() * (log_p - before)).sum(-1)
         self.before = choice_N = logits_NV.argmax(-1)
         if before is None or self.stable_N is None:
             self.stable_N = torch.ones_like(choice_N)
         else:
             self.stable_N = torch.where(choice_N == before, self.stable_N + 1, 1)
-        return self.stable_N >= self.options.exit_stable_blocks
-
-    @staticmethod
-    def _nobody(state_NH: Tensor) -> Tensor:
-        return torch.zeros(len(state_NH), dtype=torch.bool, device=state_NH.device)
+        return self.stable_N
 
     def select(self, index: Tensor) -> None:
         """Go on with these of the tokens."""
@@ -287,7 +294,7 @@ def run_with_exits(
         for number in range(per_block):
             each = passes[min(block, options.trained_blocks - 1) * per_block + number]
             result = model.run_pass(block * per_block + number, model.gather(each, now), **shared)
-            now[each.target] = result
+            now[each.target] = model.moved(each, now, result)
         output_NH = now["output"].flatten(0, 1)
         if len(index) == batch * length:  # nobody has left
             final = now["output"]

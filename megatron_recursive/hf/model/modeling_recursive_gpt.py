@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +25,14 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .added_parameters import COMBINING, EVERY, SEED, added_parameters, sampled_start, start_of
+from .added_parameters import COMBINING, EVERY, MOVING, SEED, added_parameters, sampled_start, start_of
 from .cache_recursive_gpt import RecursiveCache
 from .configuration_recursive_gpt import RecursiveGPTConfig
 from .exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, left_by, run_with_exits
 from .generation_recursive_gpt import RecursiveGenerationMixin
 from .layers_recursive_gpt import (
     COMBINING_MODULES,
+    MOVING_MODULES,
     RecursiveGPTAttention,
     RecursiveGPTDecoderLayer,
     RecursiveGPTNorm,
@@ -38,7 +40,7 @@ from .layers_recursive_gpt import (
     make_norm,
 )
 from .outputs_recursive_gpt import RecursiveGPTModelOutput, RecursiveGPTOutput
-from .recursion_plan import DecoderPass
+from .recursion_plan import DecoderPass, RecursionPlan
 
 MODEL = "model."  # before the names of what the base model holds
 
@@ -130,6 +132,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             setattr(self, each.exported.removeprefix(MODEL), start)
         for word in config.recursion_plan.maps:
             setattr(self, COMBINING[word][0].module, COMBINING_MODULES[word](config.hidden_size))
+        for word in config.recursion_plan.moves:
+            setattr(self, MOVING[word].module, MOVING_MODULES[word](config))
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
@@ -140,8 +144,9 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             self.get_parameter(each.exported.removeprefix(MODEL)).requires_grad_(False)
         return super().train(mode)
 
-    def _read_plan(self) -> None:
-        plan = self.config.recursion_plan
+    def _read_plan(self, plan: RecursionPlan | None = None) -> None:
+        """Go by the config's plan, or by another one over the same stacks and states."""
+        plan = self.config.recursion_plan if plan is None else plan
         self.passes = plan.passes
         self.block_ends = {each.index: each for each in plan.block_ends}
         self.embedding_multiplier = float(plan.embedding_multiplier)
@@ -227,8 +232,10 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         use_cache: bool | None = None,
         output_block_states: bool = False,
         exit_rule: ExitRule | None = None,
+        walk: Callable[..., list[Tensor]] | None = None,
         **kwargs: Any,
     ) -> RecursiveGPTModelOutput:
+        """``walk`` stands in for ``_run_plan``: whoever measures runs the passes in an order of its own."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -250,7 +257,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         }
         states, blocks = self.initial_states(embedding, position_ids), None
         if exit_rule is None:
-            kept = self._run_plan(states, output_block_states, {"position_ids": position_ids, **shared})
+            kept = (walk or self._run_plan)(states, output_block_states, {"position_ids": position_ids, **shared})
         else:
             kept, blocks = run_with_exits(self, states, attention_mask, exit_rule, output_block_states, shared)
         return RecursiveGPTModelOutput(
@@ -260,17 +267,18 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             blocks=blocks,
         )
 
-    def _run_plan(self, states: dict[str, Tensor], keeps_states: bool, shared: dict[str, Any]) -> list[Tensor]:
-        """Run every pass on ``states``, in place; the output state after each block, if it is to be kept."""
+    def _run_plan(
+        self, states: dict[str, Tensor], keeps_states: bool, shared: dict[str, Any], first: int = 0,
+        stop: int | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """Run every pass, or some, on ``states``, in place; the output state after each block, if it is to be kept."""
         kept = []
-        for index, each in enumerate(self.passes):
+        for index, each in enumerate(self.passes[first:stop], first):
             if each.cuts_states:
                 states["output"], states["latent"] = states["output"].detach(), states["latent"].detach()
             with torch.set_grad_enabled(each.grad and torch.is_grad_enabled()):
                 result = self.run_pass(index, self.gather(each, states), **shared)
-                if each.step != 1:
-                    result = states[each.target] + each.step * (result - states[each.target])
-            states[each.target] = result
+                result = states[each.target] = self.moved(each, states, result)
             if each.target == "input" and self.starts_at_input:  # a prelude, which comes first
                 states["output"] = result
             if index in self.block_ends and keeps_states:
@@ -286,6 +294,16 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         for name in each.reads[1:]:
             total = total + states[name]
         return total
+
+    def moved(self, each: DecoderPass, states: dict[str, Tensor], result: Tensor) -> Tensor:
+        """What the target of a pass becomes by its result."""
+        if each.replaces_state:
+            return result
+        others = [states[name] for name in each.moved_with]
+        if each.move != "step":
+            moved: Tensor = getattr(self, MOVING[each.move].module)(result, *others)
+            return moved.to(result.device)
+        return others[0] + each.step * (result - others[0])
 
 
 class RecursiveGPTTokenHead(nn.Linear):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ SWITCHES = {
     "detach_between_refinements": "--no-detach-between-refinements",
     "exit_gate": "--no-exit-gate",
     "uncalibrated_recurrence": "--calibrated-recurrence",
+    "enable_deep_supervision": "--disable-deep-supervision",
 }
 # A value other than the default, and values that are refused.
 OTHER: dict[str, tuple[Any, list[Any]]] = {
@@ -31,6 +33,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "num_coda_layers": (2, [-1]),
     "injection": ("add", ["product"]),
     "recurrence_step": ("mean", ["0", "1.5", "half", "nan"]),
+    "boundary": ("gate", ["norm"]),
     "state_init": ("trunc-normal", ["learned", ""]),
     "state_std": (0.5, [0.0, math.nan]),
     "state_norm": ("none", ["each"]),
@@ -39,6 +42,10 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
     "halt_bias": (-2.0, [math.nan, -math.inf]),
     "detach_between_refinements": (False, []),
+    "enable_deep_supervision": (True, []),
+    "deep_supervision_weight": (0.25, [0.0, -0.5, math.nan, math.inf]),
+    "deep_supervision_schedule": ("linear_decay", ["cosine"]),
+    "deep_supervision_warmup": ((10, 20), [(20, 10), (5, 5), (-1, 5), (1,), (1.0, 2.0), "10"]),
     "backprop_depth": (2, [-1]),
     "recurrence_distribution": ("poisson-lognormal", ["poisson", "lognormal"]),
     "mean_recurrence": (6.5, [0.5, math.nan, math.inf]),
@@ -56,9 +63,10 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "halt_threshold": (0.9, [0.0, 1.0, -1.0, 2.0, math.nan]),
     "max_inference_refinement_steps": (4, [0]),
     "recursion_alarm_after": (0, [-1]),
+    "eval_depths": ("1,4,16", ["", "0", "1,0", "1 4", "1,"]),
 }
 RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
-             "state_std"}  # fmt: skip
+             "boundary", "state_std"}  # fmt: skip
 BACKPROP = {"backprop_depth", "backprop_curriculum", "backprop_curriculum_fraction"}
 DRAWN = {"mean_recurrence", "max_recurrence", "uncalibrated_recurrence"}
 GATED = {"exit_gate", "exit_entropy_weight"}
@@ -69,6 +77,8 @@ def beside(name: str) -> dict[str, Any]:
     """What must be said for a knob to mean something."""
     if name in GATED:
         return {"recursion_family": "looped", "exit_gate": True}
+    if name.startswith("deep_supervision"):
+        return {"enable_deep_supervision": True}
     if name == "latent_backprop_depth":
         return {"recursion_family": "hierarchical"}
     if name == "state_std":
@@ -103,7 +113,8 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
      ("detach_between_refinements", False, "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
-     ("halt_loss_weight", 0.5, "recurrent")],
+     ("halt_loss_weight", 0.5, "recurrent"), ("enable_deep_supervision", True, "recurrent"),
+     ("boundary", "gate", "looped"), ("boundary", "norm-inject", "core")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
     flag = f"{flag_of(name)} {value}"
@@ -114,12 +125,19 @@ def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, fami
     assert not RecursionConfig(recursion_family="recurrent", halt_loss_weight=0.0).has_halting
 
 
+def test_depths_are_evaluated_in_order_and_need_a_recursion() -> None:
+    assert RecursionConfig(eval_depths="4,1,4").depths_to_evaluate == (1, 4)
+    with pytest.raises(UserError, match="--eval-depths needs a recursion; leave .*--disable-recursive-refinement"):
+        RecursionConfig(enable_recursive_refinement=False, eval_depths="1")
+
+
 @pytest.mark.parametrize("name", KNOBS)
 def test_every_knob_has_a_flag_and_a_text(name: str) -> None:
     value = OTHER[name][0]
     assert KNOBS[name].metadata["help"].endswith(".")
     words = {**beside(name), name: value}
-    flags = [[flag_of(knob) if said else SWITCHES[knob]] if knob in SWITCHES else [flag_of(knob), str(said)]
+    flags = [[flag_of(knob) if said else SWITCHES[knob]] if knob in SWITCHES
+             else [flag_of(knob), *map(str, said if isinstance(said, tuple) else [said])]
              for knob, said in words.items()]  # fmt: skip
     assert parse(*(word for flag in flags for word in flag)) == RecursionConfig(**words)
 
@@ -147,6 +165,12 @@ def test_a_knob_of_two_names_takes_one_value() -> None:
 def test_a_sampled_start_asks_for_an_injection() -> None:
     with pytest.raises(UserError, match="--injection .*give it add or concat"):
         RecursionConfig(recursion_family="recurrent", state_init="sampled")
+
+
+@pytest.mark.parametrize(("name", "value"), [("injection", "add"), ("recurrence_step", "mean")])
+def test_what_a_boundary_that_injects_takes_the_place_of_is_refused(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{flag_of(name)} does not go with --boundary norm-inject.*is {value}"):
+        RecursionConfig(recursion_family="recurrent", boundary="norm-inject", **{name: value})
 
 
 def test_without_flags_the_defaults_hold() -> None:
@@ -237,6 +261,17 @@ def test_knobs_of_a_head_that_is_not_there_are_refused() -> None:
     with pytest.raises(UserError, match="--exit-gate chooses between loops"):
         RecursionConfig(**looped, exit_gate=True, num_refinement_blocks=1)
     assert not RecursionConfig(**looped, exit_gate=True).has_halting
+
+
+def test_deep_supervision_needs_blocks_to_supervise_and_nothing_else_that_weighs_them() -> None:
+    with pytest.raises(UserError, match="--enable-deep-supervision supervises .*--num-refinement-blocks 1 has none"):
+        RecursionConfig(enable_deep_supervision=True, num_refinement_blocks=1)
+    with pytest.raises(UserError, match="--exit-gate weighs .*leave --enable-deep-supervision out"):
+        RecursionConfig(recursion_family="looped", exit_gate=True, enable_deep_supervision=True)
+    with pytest.raises(UserError, match="--deep-supervision-warmup says nothing without --enable-deep-supervision"):
+        RecursionConfig(deep_supervision_warmup=(0, 5))
+    given = RecursionConfig(enable_deep_supervision=True, deep_supervision_warmup=(0, 5))
+    assert RecursionConfig.from_mapping(json.loads(json.dumps(given.to_dict()))) == given == parse(*given.flags())
 
 
 def test_once_recursion_is_off_only_that_counts() -> None:

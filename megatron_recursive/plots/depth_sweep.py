@@ -1,0 +1,47 @@
+"""A sweep over depths as a picture: loss and settled answers by depth, and loss by mean depth and FLOPs under exits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.plots.picture import pyplot_for, save_picture
+
+# Readable in print and for the colour-blind: a colour a model, a marker an exit.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = {"halting": "o", "quantile": "s", "output-change": "^", "kl": "v", "argmax": "D"}
+
+
+def plot_depth_sweep(record: dict[str, Any], output: Path) -> None:
+    """Draw the record of the command ``sweep``; a UserError says where that is not possible."""
+    pyplot = pyplot_for(output, "--output")
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    loss, settling, by_depth, by_flops = grid.flat
+    for number, model in enumerate(record["models"]):
+        colour, exits = COLOURS[number % len(COLOURS)], model["exits"]
+        depths, settled = model["depths"], model["settled"]["shares"]
+        trained = next(each["loss"] for each in depths if each["depth"] == model["trained_depth"])
+        name = Path(model["model"]).name
+        loss.plot([each["depth"] for each in depths], [each["loss"] for each in depths], "o-", color=colour, label=name)
+        loss.plot(model["trained_depth"], trained, "*", color=colour, markersize=16, markeredgecolor="black")
+        shares = [sum(each["share"] for each in settled[: n + 1]) for n in range(len(settled))]
+        settling.plot([each["depth"] for each in settled], shares, "o-", color=colour)
+        for exit, found in exits.items():
+            for axis, key in ((by_depth, "mean_depth"), (by_flops, "flops_per_token")):
+                axis.plot([each[key] for each in found["points"]], [each["loss"] for each in found["points"]], "--",
+                          marker=MARKERS[exit], color=colour, linewidth=1, markerfacecolor="none",
+                          label=exit if model is record["models"][0] else None)  # fmt: skip
+    for axis, x in ((loss, "depth (star: as trained)"), (settling, "depth"), (by_depth, "mean depth under an exit"),
+                    (by_flops, "FLOPs a token under an exit")):  # fmt: skip
+        axis.set(xlabel=x, ylabel="share of answers settled" if axis is settling else "loss")
+        axis.grid(alpha=0.3)
+        if axis in (loss, settling):
+            axis.set_xscale("log", base=2)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="small")
+        elif axis is not settling:
+            axis.text(0.5, 0.5, "no model here can leave early", ha="center", transform=axis.transAxes)
+    try:
+        save_picture(figure, output, dpi=130)
+    finally:
+        pyplot.close(figure)
