@@ -350,7 +350,8 @@ class RingStep:
             return model.logits_BSV(output) if is_last else output
         mask_BS = batch.inputs["loss_mask"]
         mask_BS = torch.ones_like(labels, dtype=torch.float) if mask_BS is None else mask_BS.float()
-        readout = model.read_block(self.plan, decoder_pass, output, labels)
+        inputs = tuple(batch.inputs[name] for name in ("input_ids", "position_ids", "attention_mask"))
+        readout = model.read_block(self.plan, decoder_pass, output, labels, inputs)
         before = batch.before
         if before is None:
             before = expanded(getattr(model, "initial_output", None), output)

@@ -23,11 +23,9 @@ def block_weights(config: RecursionConfig, blocks: int, share: float = 1.0) -> l
     return [weight / total for weight in (*earlier, 1.0)]
 
 
-def share_at(config: RecursionConfig, iteration: int) -> float:
+def share_of(ramp: tuple[int, int], iteration: int) -> float:
     """The part of the base weight that counts after so many iterations: 0 until START, 1 from END on, a line between."""
-    if config.deep_supervision_warmup is None:
-        return 1.0
-    start, end = config.deep_supervision_warmup
+    start, end = ramp
     return min(max((iteration - start) / (end - start), 0.0), 1.0)
 
 

@@ -136,9 +136,10 @@ class HealthAlarms:
 
     def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
         """Take in the metrics of an iteration of so many; returns what must be said."""
-        if len(losses := blocks_of(metrics)) > 1:  # of this step's depth
+        losses = blocks_of(metrics)  # of as many blocks as the step had
+        if len(losses) > 1:
             self.blocks = max(losses)
-            self.gains.append(losses[1] - losses[self.blocks])
+            self.gains.append(losses[min(losses)] - losses[self.blocks])
         if "token cosine" in metrics:
             self.cosines.append(metrics["token cosine"])
         after = min(LATEST, max(iterations // 10, 1)) if self.after is None else self.after

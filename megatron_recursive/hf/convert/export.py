@@ -84,14 +84,15 @@ class MegatronModel:
         return items(self.family, self.arch, extra=recursive_rows(self.plan, self.family))
 
 
-def open_checkpoint(given: str, *, averaged: bool = False) -> MegatronModel:
+def open_checkpoint(given: str, *, averaged: bool = False, checked: bool = True) -> MegatronModel:
     """Read a checkpoint's index and arguments, and hold its tensors against them.
 
     Raises:
         UserError: a file is damaged, a tensor is missing, surplus or of another shape, or an option has no counterpart.
     """
     folder = iteration_folder(Path(given))
-    check_integrity(folder)
+    if checked:
+        check_integrity(folder)
     checkpoint = TorchDistCheckpoint(folder, averaged=averaged)
     args = checkpoint.arguments()
     arch = Architecture.from_megatron(args, given)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.deep_supervision import block_weights, share_at, supervised
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
+from megatron_recursive.plan.deep_supervision import block_weights, share_of, supervised
 
 WRITTEN = {"constant": [0.5, 0.5, 1], "linear_decay": [0.5 / 3, 1 / 3, 1], "exponential_decay": [0.125, 0.25, 1]}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -64,9 +65,24 @@ def test_at_another_depth_it_is_the_plan_of_that_depth(family: str) -> None:
 
 def test_a_ramp_goes_from_start_to_end() -> None:
     config = config_of("core", deep_supervision_warmup=(10, 30))
-    assert [share_at(config, iteration) for iteration in (0, 10, 15, 30, 99)] == [0, 0, 0.25, 1, 1]
-    assert share_at(config_of("core"), 0) == 1
-    assert block_weights(config, 3, 0.25) == pytest.approx([0.1, 0.1, 0.8])
+    assert [share_of((10, 30), iteration) for iteration in (0, 10, 15, 30, 99)] == [0, 0, 0.25, 1, 1]
+    steps = StepPlans(config, build_plan(config), iterations=40)
+    assert steps.changes and [steps.plan_at(iteration) for iteration in (0, 10)] == [plain(config)] * 2
+    assert [p.supervised_weight for p in steps.plan_at(15).block_ends] == pytest.approx([1 / 10, 1 / 10, 8 / 10])
+    assert steps.plan_at(30) is steps.plan_at(39) is steps.plan and "from iteration 10 on" in steps.describe()
+    assert {steps.plan_at(iteration, priced=True) for iteration in range(40)} == {plain(config), steps.plan}
+    with pytest.raises(UserError, match="--deep-supervision-warmup 10 30 ends behind the 29 iterations"):
+        StepPlans(config, build_plan(config), iterations=29)
+    assert not StepPlans(config, build_plan(config).heads_only(), iterations=29).changes
+
+
+def test_a_drawn_depth_has_the_weights_of_its_blocks() -> None:
+    config = config_of("looped", recurrence_distribution="uniform", mean_recurrence=3)
+    steps = StepPlans(config, build_plan(config), iterations=40)
+    found = {plan.num_blocks: plan for plan in map(steps.plan_at, range(40))}
+    assert set(found) == {1, 2, 3, 4, 5}
+    for blocks, plan in found.items():
+        assert [p.supervised_weight for p in plan.passes] == pytest.approx(block_weights(config, blocks))
 
 
 def test_heads_alone_have_no_loss_to_supervise() -> None:

@@ -55,6 +55,8 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "recurrence_curriculum_fraction": (0.75, [0.0, 1.01, math.nan]),
     "backprop_curriculum": ("linear", ["cosine"]),
     "backprop_curriculum_fraction": (1.0, [-0.25, 2.0]),
+    "grow_depth_at": ("0.77:8", ["0.77", "1.5:8", "0.5:3"]),
+    "grow_rewarm_iters": (40, [-1]),
     "latent_backprop_depth": ("1,2", ["", "-1", "1,0", "two", "1,1,1,1"]),
     "init_depth_scaling": ("unrolled", ["both"]),
     "halt_supervision": ("last", ["first"]),
@@ -87,6 +89,8 @@ def beside(name: str) -> dict[str, Any]:
         return {"recurrence_distribution": "poisson-lognormal"}
     if name.startswith("backprop_curriculum"):
         return {"recursion_family": "recurrent", "backprop_depth": 2, "backprop_curriculum": "linear"}
+    if name == "grow_rewarm_iters":
+        return {"grow_depth_at": "0.77:8"}
     if name == "recurrence_curriculum_fraction":
         return {"recurrence_curriculum": "linear"}
     return {"recursion_family": "recurrent"} if name in RECURRENT | BACKPROP else {}
@@ -222,6 +226,7 @@ def test_frozen_hashable_and_made_of_primitives() -> None:
 
 def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
     others = RECURRENT | BACKPROP | GATED | {"recursion_family", "latent_backprop_depth"}
+    others |= {"grow_depth_at", "grow_rewarm_iters", "eval_depths"}  # not of a plain GPT
     config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items() if name not in others})
     kept = dataclasses.replace(config, recursion_alarm_after=None)  # what only observes is not kept with weights
     assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == kept != config

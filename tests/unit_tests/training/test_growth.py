@@ -27,7 +27,9 @@ FAMILIES = {  # other knobs, that of the depth, both depths
 }  # fmt: skip
 
 
-def run(folder: Path, family: str, *flags: str, grows: bool = True, depth: int | None = None, **more: Any) -> str | None:
+def run(
+    folder: Path, family: str, *flags: str, grows: bool = True, depth: int | None = None, **more: Any
+) -> str | None:
     knobs, flag, first, then = FAMILIES[family]
     growth = ["--grow-depth-at", f"0.5:{then}"] if grows else []
     return train(*save_to(folder, 2), *HOW, *flags, *growth, recursion=[*knobs, flag, str(depth or first)], **more)
@@ -45,8 +47,8 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def said(folder: Path, kind: str, after: int) -> list[dict[str, Any]]:
-    left_out = (*TIMES, "recurrence", "FLOPs")
-    return [{n: v for n, v in r.items() if n not in left_out} for r in records_of(folder, kind) if r["iteration"] > after]
+    left_out, records = (*TIMES, "recurrence", "FLOPs"), records_of(folder, kind)
+    return [{n: v for n, v in r.items() if n not in left_out} for r in records if r["iteration"] > after]
 
 
 @pytest.mark.parametrize("family", grid(FAMILIES, quick=["recurrent"]))
