@@ -38,7 +38,8 @@ def main() -> None:
         if mine:
             rows += table(arm, [run["answers"] for run in mine])
     name = args.folder.name
-    head = ["arm", "level", "seeds", "after each block", f"leaving at {args.halt_threshold:g}", "mean exit block"]
+    leaving = [f"leaving at {args.halt_threshold:g}", "mean exit block"]
+    head = ["arm", "level", "seeds", "after each block", "whole documents", *leaving]
     lines = [f"| {' | '.join(row)} |" for row in [head, *rows]]
     lines.insert(1, "|---" * len(head) + "|")
     text = (args.folder / "results.md").read_text().replace("(results.png)", f"({name}.png)")
@@ -69,13 +70,15 @@ def table(arm: str, seeds: list[list[dict[str, Any]]]) -> list[list[str]]:
         exits = [row for row in each if "exit block" in row]
         rows.append([
             arm, str(each[0]["level"] or "all"), str(len(each)), ", ".join(blocks),
+            spread(row["whole"] for row in each),
             spread([row["exit accuracy"] for row in exits]) if exits else "-",
             f"{fmean(row['exit block'] for row in exits):.2f}" if exits else "-",
         ])  # fmt: skip
     return rows
 
 
-def spread(values: Any) -> str:
+def spread(given: Any) -> str:
+    values = list(given)
     return f"{fmean(values):.3f} ({min(values):.3f})"
 
 

@@ -47,7 +47,8 @@ def _arm(study: Study, arm: Arm) -> dict[str, Any]:
     edges = {arm.rates[0]: "lower", arm.rates[-1]: "higher"} if len(arm.rates) > 1 else {}
     tokens = iterations * facts["tokens per iteration"]
     return {
-        "arm": arm.name, **{key: facts[key] for key in ("plain", "layers", "width", "passes", "parameters held")},
+        "arm": arm.name,
+        **{key: facts[key] for key in ("plain", "layers", "width", "passes", "parameters held", "stacks")},
         "iterations": iterations, "tokens": tokens, "FLOPs": tokens * facts["FLOPs per token"],
         "lr": rate, "edge": f"best at the edge: add a {edges[rate]} rate" if rate in edges else None,
         "by lr": {f"{run.rate:g}": study.results[run]["loss"] for run in study.grid(arm) if run in study.results},

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_recursive.accounting.params import ModelShape, tensor_parallel_parameters
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plan.added_parameters import MOVING
 from megatron_recursive.plan.trips import trips_of
 
 
@@ -166,19 +167,17 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
 
     The cross-entropy keeps fp32 probabilities; in other dtypes the logits that it last reads are there beside them. The
     halting head keeps the state that it read, at every block end that teaches it; of the last one the language-model
-    head keeps the same tensor. With an exit gate the logits of all blocks but the last are computed again.
+    head keeps the same tensor, and so does that of an earlier block that is supervised, whose logits are computed again.
     """
     tokens, hidden = shape.seq_length * recording.micro_batch, hidden_bytes(shape, recording)
-    supervised = [p for p in plan.passes if p.supervised_weight > 0]
-    halting = [p for p in plan.passes if plan.is_projected(p) and p not in supervised]
-    at_once = 1 if plan.exit_gate and supervised else len(supervised)
-    probabilities = at_once * tokens * shape.vocab_size * 4 / recording.tensor_parallel
-    if supervised and recording.element < 4:
-        probabilities += tokens * shape.vocab_size * recording.element / recording.tensor_parallel
-    kept = len(supervised) * hidden
-    if plan.state_norm != "final":  # the norm before the head
-        kept += hidden * (2 if recording.splits_norm else 1)
-    return probabilities + kept, len(halting) * hidden
+    norm = 0.0 if plan.state_norm == "final" else hidden * (2 if recording.splits_norm else 1)  # before the head
+    replayed = sum(map(plan.is_replayed, plan.passes))
+    halting = sum(plan.is_projected(p) and not p.supervised_weight for p in plan.passes)
+    waiting = halting * hidden + replayed * (hidden + norm)
+    if plan.trains_heads_only:
+        return 0.0, waiting
+    element = 4 + recording.element * (recording.element < 4)
+    return tokens * shape.vocab_size * element / recording.tensor_parallel + hidden + norm, waiting
 
 
 def cache_bytes_per_token(shape: ModelShape, plan: RecursionPlan, element: int) -> int:
@@ -233,6 +232,7 @@ def stage_memory(
                 kept, replay = pass_bytes(shape, recording, counts[p.index][stage], closing_norm=closes)
                 # A linear map keeps what it read, and a decay too.
                 beside = 2 * (is_first and p.combine != "sum") + (unplayed and closes)
+                beside += MOVING[p.move].kept if is_first and p.move in MOVING else 0
                 by_trip[trip.index] += kept + hidden * beside
                 most = max(most, replay)
         decoder = passes * sum(by_trip) / max(recorded, 1)  # none is recorded where heads alone are trained

@@ -138,14 +138,15 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def table(level: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line a level: the share of right answers after each block, and under the exit."""
-    names = [level, "answers", *(f"block {number + 1}" for number in range(len(rows[0]["accuracy"])))]
+    """A line a level: the share of right answers after each block, of documents all right, and under the exit."""
+    names = [level, "answers", *(f"block {number + 1}" for number in range(len(rows[0]["accuracy"]))), "whole"]
     if "exit block" in rows[0]:
         names += ["at exit", "mean exit block"]
     lines = ["".join(f"{name:<10}" for name in names).rstrip()]
     for row in rows:
         shares = [*row["accuracy"], *([row["exit accuracy"]] if "exit block" in row else [])]
         cells = [str(row["level"] or "all"), f"{row['answers']:,}", *(f"{share:.4f}" for share in shares)]
+        cells.insert(2 + len(row["accuracy"]), f"{row['whole']:.4f}")
         cells += [f"{row['exit block']:.2f}"] if "exit block" in row else []
         lines.append("".join(f"{cell:<10}" for cell in cells).rstrip())
     return lines

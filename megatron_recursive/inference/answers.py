@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def evaluate(loaded: Loaded, data: str, settings: Settings) -> tuple[str, list[d
 
     Returns:
         What a level is (hops), and a record a level and one of all (level None): ``answers``, ``accuracy`` after each
-        block, and with an exit ``exit accuracy`` and ``exit block``, the mean of the blocks that the answers took.
+        block, ``whole``, the share of documents with every answer right after the last one, and with an exit ``exit
+        accuracy`` and ``exit block``, the mean of the blocks that the answers took.
 
     Raises:
         UserError: the data is no task, or does not fit the model.
@@ -37,6 +39,7 @@ def evaluate(loaded: Loaded, data: str, settings: Settings) -> tuple[str, list[d
     if int(tokens_NS.max()) >= loaded.model.config.vocab_size:
         raise UserError(f"--data {data} holds token ids that {loaded.name} does not have; name a model trained on it.")
     found: dict[str, list[Tensor]] = {"level": [], "accuracy": [], "exit accuracy": [], "exit block": []}
+    whole: dict[int | None, list[float]] = {None: []}
     for batch_BS in tokens_NS.to(loaded.model.device).split(_BATCH):
         inputs_BS, labels_BS = batch_BS.masked_fill(batch_BS >= ANSWERS, FILLER)[:, :-1], batch_BS[:, 1:]
         asked_BS = labels_BS >= ANSWERS
@@ -44,7 +47,11 @@ def evaluate(loaded: Loaded, data: str, settings: Settings) -> tuple[str, list[d
         found["level"].append(level_B1.expand_as(labels_BS)[asked_BS])
         said = loaded.model(inputs_BS, **({"output_blocks": True} if loaded.recursive else {}))
         logits_TBSV = said.block_logits if loaded.recursive else said.logits[None]
-        found["accuracy"].append((logits_TBSV.argmax(-1) == labels_BS)[:, asked_BS])
+        right_TBS = logits_TBSV.argmax(-1) == labels_BS
+        found["accuracy"].append(right_TBS[:, asked_BS])
+        for level, all_right in zip(level_B1[:, 0].tolist(), (right_TBS[-1] | ~asked_BS).all(1).tolist(), strict=True):
+            whole.setdefault(level, []).append(float(all_right))
+            whole[None].append(float(all_right))
         if settings.exit is not None:
             left = loaded.model(inputs_BS, **settings.exit_arguments)
             found["exit accuracy"].append((left.logits.argmax(-1) == labels_BS)[asked_BS])
@@ -54,5 +61,5 @@ def evaluate(loaded: Loaded, data: str, settings: Settings) -> tuple[str, list[d
     for level in [*level_N.unique().tolist(), None]:
         mine_N = torch.ones_like(level_N, dtype=torch.bool) if level is None else level_N == level
         means = {key: values[..., mine_N].double().mean(-1).tolist() for key, values in every.items()}
-        rows.append({"level": level, "answers": int(mine_N.sum()), **means})
+        rows.append({"level": level, "answers": int(mine_N.sum()), "whole": fmean(whole[level]), **means})
     return name, rows

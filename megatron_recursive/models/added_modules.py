@@ -28,7 +28,7 @@ def fresh_tensors(declared: Sequence[AddedParameter], hidden_size: int, knobs: o
         if start == "trunc-normal":
             torch.nn.init.trunc_normal_(tensor, std=1.0, a=-2.0, b=2.0, generator=generator)
         elif start == "identity":
-            tensor.view(hidden_size, -1).copy_(torch.eye(hidden_size, tensor.numel() // hidden_size))
+            tensor.copy_(torch.eye(*each.exported_sizes(hidden_size)).view_as(tensor))
         else:
             tensor.fill_(float(start))
         found[each.key] = tensor
@@ -101,6 +101,33 @@ class Injection(AddedModule):
         return decay_H * state_SBH + delta_H.to(state_SBH.dtype) * added_SBH
 
 
+class BoundaryGate(AddedModule):
+    """``state + a * (result - state)``, of tokens [S, B, H]: each channel of each token moves by its own part ``a``.
+
+    ``a = exp(-softplus(up^T down (result - state) + bias) exp(A_log))``, in fp32 (LoopUS, arXiv 2605.11011). As it
+    starts, ``a`` is the step of the pass.
+    """
+
+    A_log: Tensor
+    bias: Tensor
+    down: Tensor
+    up: Tensor
+
+    def forward(self, result_SBH: Tensor, state_SBH: Tensor) -> Tensor:
+        change_SBH, size = result_SBH - state_SBH, result_SBH.shape[-1]
+        low_SBR = F.linear(change_SBH.to(self.down.dtype), self.down.view(-1, size))
+        delta_SBH = F.softplus(F.linear(low_SBR, self.up.view(-1, size).T, self.bias).float())
+        part_SBH = torch.exp(-delta_SBH * self.A_log.float().exp())
+        return state_SBH + part_SBH.to(change_SBH.dtype) * change_SBH
+
+
+class BoundaryNorm(AddedModule):
+    """``rms(result) + input``, of tokens [S, B, H], without weights (arXiv 2609.19107)."""
+
+    def forward(self, result_SBH: Tensor, input_SBH: Tensor) -> Tensor:
+        return F.rms_norm(result_SBH, result_SBH.shape[-1:], eps=self.config.layernorm_epsilon) + input_SBH
+
+
 class _Logits(torch.autograd.Function):
     """``h @ w`` in fp32. Until the backward it keeps ``h`` as it is given; autograd would keep an fp32 copy."""
 
@@ -121,4 +148,5 @@ class _Logits(torch.autograd.Function):
 
 MODULES: dict[str, type[AddedModule]] = {  # by the model's attribute
     "halting_head": TokenHead, "exit_gate": TokenHead, "adapter": Adapter, "injection": Injection,
+    "boundary_gate": BoundaryGate, "boundary_norm": BoundaryNorm,
 }  # fmt: skip

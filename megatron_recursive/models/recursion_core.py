@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from megatron_recursive.losses.distillation import Distillation
 from megatron_recursive.losses.exit_gate import expected_loss, improvement_loss
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
 from megatron_recursive.models.added_modules import MODULES, AddedModule, fresh_tensors
+from megatron_recursive.models.carried_states import CarriedStates
 from megatron_recursive.models.recursion_state import RecursionState, expanded, run_plan
 from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan
 from megatron_recursive.plan.added_parameters import (
     COMBINING,
+    MOVING,
     AddedParameter,
     sampled_start,
     tokens_so_far,
@@ -52,6 +55,13 @@ class BlockReadout:
     arg_max_BS: Tensor | None = None
     halt_logits_BS: Tensor | None = None
     gate_logits_BS: Tensor | None = None
+    distillation_BS: Tensor | None = None
+
+
+@lru_cache(maxsize=8)
+def repeated(plan: RecursionPlan, steps: int) -> RecursionPlan:
+    """The plan of so many supervision steps in a row, by which a model is evaluated that was trained with them."""
+    return plan if steps == 1 else plan.with_blocks(plan.depth * steps)
 
 
 def part_of(stack: str) -> str:
@@ -73,7 +83,9 @@ class RecursionCore:
     recursion: RecursionConfig
     plan: RecursionPlan
     uses: Uses
+    distillation: Distillation | None = None  # of the last block, in training
     draw: int  # of a training step; sampled starts differ by it
+    carried_states: CarriedStates | None
     compute_language_model_loss: Callable[[Tensor, Tensor], Tensor]  # labels [B, S] and logits [S, B, V] to [B, S]
 
     # -- what a base answers -------------------------------------------------------------------------------------
@@ -102,7 +114,9 @@ class RecursionCore:
     def add_parameters(self, declared: Sequence[AddedParameter]) -> None:
         """The modules and buffers of what the recursion adds on this stage."""
         here = {"first": self.pre_process, "last": self.post_process}
-        for name in dict.fromkeys(each.module for each in declared if each.trained and here[each.stage]):
+        names = [each.module for each in declared if each.trained and here[each.stage]]
+        names += [MOVING[word].module for word in self.plan.moves if here["first"]]  # which may have no parameter
+        for name in dict.fromkeys(names):
             mine = [each for each in declared if each.module == name]
             setattr(self, name, MODULES[name](self.config, mine, self.recursion, self.pg_collection.tp))
         buffers = [each for each in declared if not each.trained]
@@ -119,9 +133,9 @@ class RecursionCore:
             ValueError: it asks for other parameters or states.
         """
         if given is None:
-            return self.plan
+            return self.plan if self.training else repeated(self.plan, self.recursion.num_supervision_steps)
         words = ("stacks", "state_init", "state_std", "state_norm", "embedding_multiplier", "has_halting", "exit_gate",
-                 "maps", "trains_heads_only")  # fmt: skip
+                 "maps", "moves", "trains_heads_only")  # fmt: skip
         for word in words:
             if getattr(given, word) != getattr(self.plan, word):
                 raise ValueError(f"the model was built with another {word} than the plan of this step has")
@@ -140,24 +154,40 @@ class RecursionCore:
                 known_SB = known_SB.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
             start = sampled_start(known_SB, self.config.hidden_size, self.plan.state_std, told[1])
             given["output"] = start.to(embedding_SBH).contiguous()  # it may be sent
+        if self.carried is not None:
+            names = self.plan.carried
+            given |= self.carried.start({name: expanded(given.get(name), embedding_SBH) for name in names})
         return RecursionState(
-            embedding_SBH, given, starts_at_input=self.plan.starts_at_input, combine=self.combine
+            embedding_SBH, given, starts_at_input=self.plan.starts_at_input, combine=self.combine, move=self.move
         )
+
+    @property
+    def carried(self) -> CarriedStates | None:
+        """What a training step takes from the one before and leaves to the next; None where it does not."""
+        return self.carried_states if self.training else None
 
     def combine(self, decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
         """What a pass makes of what it reads, where that is no sum; the first stage has the weights."""
         name = COMBINING[decoder_pass.combine][0].module
         return self.uses.apart(name, getattr(self, name), *values_SBH)
 
+    def move(self, decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
+        """What a state becomes by a pass's result, where that is no step; in a graph of its own, since a ring frees
+        results and states.
+        """
+        name = MOVING[decoder_pass.move].module
+        return self.uses.apart(name.replace("_", " "), getattr(self, name), *values_SBH)
+
     def read_block(
-        self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor
-    ) -> BlockReadout:
+        self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor,
+        inputs: tuple[Any, ...] = (),
+    ) -> BlockReadout:  # fmt: skip
         """Ask the heads about the output state after a block of a plan.
 
         The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
         the plan weighs it, on all blocks but the last through their detached state. In evaluation every block is read
         in full. The last block needs no gate: what has not left leaves there; a
-        gate that is trained alone learns there too.
+        gate that is trained alone learns there too. ``inputs`` are a teacher's: token ids, positions, attention mask.
         """
         readout, is_last = BlockReadout(decoder_pass), decoder_pass is plan.passes[-1]
         supervised = decoder_pass.supervised_weight > 0
@@ -168,17 +198,36 @@ class RecursionCore:
                 readout.halt_logits_BS = self.uses.apart("halting head", self.halting_head, asked_SBH)
         if plan.exit_gate and (not is_last or plan.trains_heads_only):
             readout.gate_logits_BS = self.uses.apart("exit gate", self.exit_gate, hidden_SBH)
-        if plan.exit_gate and not is_last:
+        if plan.is_projected(decoder_pass) or not self.training:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
-                readout.lm_loss_BS = self._replayed_loss(hidden_SBH, labels_BS)
-        elif plan.is_projected(decoder_pass) or not self.training:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
-                logits_SBV = self._logits(hidden_SBH)
-                if plan.has_halting:
-                    # Before the loss: Megatron's cross-entropy overwrites fp32 logits.
-                    readout.arg_max_BS = vocab_parallel_argmax(logits_SBV.detach(), self.pg_collection.tp)
-                readout.lm_loss_BS = self.compute_language_model_loss(labels_BS, logits_SBV)
+                replays = torch.is_grad_enabled() and plan.is_replayed(decoder_pass)
+                teacher = self.distillation if is_last and self.training else None
+                pull = None if teacher is None else partial(teacher.loss, self.pg_collection.tp, inputs)
+                found = self._loss(hidden_SBH, labels_BS, plan.has_halting, replays, pull)
+                readout.lm_loss_BS, readout.arg_max_BS, readout.distillation_BS = found
         return readout
+
+    def _loss(
+        self, hidden_SBH: Tensor, labels_BS: Tensor, chooses: bool, replays: bool,
+        pull: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss [B, S], the arg-max [B, S] where it ``chooses``, and what ``pull`` makes of the logits.
+
+        See ``RecursionPlan.is_replayed``.
+        """
+        chosen: list[Tensor] = []
+
+        def loss_of(hidden_SBH: Tensor) -> Tensor:
+            logits_SBV = self.project(hidden_SBH)
+            if chooses and not chosen:  # a replay need not ask again
+                # Before the loss: Megatron's cross-entropy overwrites fp32 logits.
+                chosen.append(vocab_parallel_argmax(logits_SBV.detach(), self.pg_collection.tp))
+            pulled = [] if pull is None else [pull(logits_SBV)]
+            return torch.stack([self.compute_language_model_loss(labels_BS, logits_SBV), *pulled])
+
+        function = partial(tensor_parallel.checkpoint, loss_of, False) if replays else loss_of
+        loss_BS, *pulled = self.uses.apart("output layer", function, hidden_SBH)
+        return loss_BS, chosen[0] if chosen else None, pulled[0] if pulled else None
 
     def _final_state(self, output_SBH: Tensor, supervised: bool) -> Tensor:
         if self.plan.state_norm == "final":
@@ -189,15 +238,6 @@ class RecursionCore:
     def _logits(self, hidden_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
         project = partial(self.project, runtime_gather_output=runtime_gather_output)
         return self.uses.apart("output layer", project, hidden_SBH)
-
-    def _replayed_loss(self, hidden_SBH: Tensor, labels_BS: Tensor) -> Tensor:
-        """The loss [B, S], its logits computed again in the backward, so that those of one block live at a time."""
-
-        def loss_of(hidden_SBH: Tensor) -> Tensor:
-            loss_BS: Tensor = self.compute_language_model_loss(labels_BS, self.project(hidden_SBH))
-            return loss_BS
-
-        return self.uses.apart("output layer", partial(tensor_parallel.checkpoint, loss_of, False), hidden_SBH)
 
     def logits_BSV(self, output_SBH: Tensor, runtime_gather_output: bool | None = None) -> Tensor:
         """Logits [B, S, V] of an output state (this rank's shard of V unless gathered)."""
@@ -214,8 +254,12 @@ class RecursionCore:
         plan = self.plan_of_step(plan)
         state = self.initial_state(self.embed(input_ids, position_ids), input_ids, position_ids)
 
+        ends: dict[str, Tensor] = {}  # where carried states end, other than the plan does
+
         def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             closes = plan.closes(decoder_pass)
+            if decoder_pass.stack == "coda":
+                ends["output"] = state.output
             return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes)
 
         if labels is None:
@@ -228,9 +272,13 @@ class RecursionCore:
         metrics: dict[str, Tensor] = {}
         before = expanded(getattr(self, "initial_output", None), state.values["input"])
         for decoder_pass in run_plan(plan, state, decode):
-            readouts.append(self.read_block(plan, decoder_pass, state.output, labels))
+            inputs = (input_ids, position_ids, attention_mask)
+            readouts.append(self.read_block(plan, decoder_pass, state.output, labels, inputs))
             self.observe_state(plan, before, state.output, mask_BS, decoder_pass, metrics)
             before = state.output.detach()
+        if self.carried is not None:
+            for name in plan.carried:
+                self.carried.leave(name, ends.get(name, state.values[name]))
         return self.objective(plan, readouts, labels, mask_BS, metrics)
 
     def observe_state(
@@ -243,8 +291,8 @@ class RecursionCore:
             group = self.pg_collection.tp
             mask_SB = mask_SB.chunk(group.size(), dim=0)[group.rank()]
         with torch.no_grad():
-            # Where a state starts at the input or is sampled, the last stage does not see it.
-            if decoder_pass.block > 0 or plan.state_init in ("zeros", "trunc-normal"):
+            # Where a state starts at the input, is sampled or carried, the last stage does not see it.
+            if decoder_pass.block > 0 or (plan.state_init in ("zeros", "trunc-normal") and self.carried is None):
                 name = f"output change block {decoder_pass.block + 1}"
                 metrics[name] = relative_change(before.detach(), after.detach(), mask_SB, group)
             if decoder_pass is plan.passes[-1]:
@@ -276,6 +324,14 @@ class RecursionCore:
                 assert readout.halt_logits_BS is not None and readout.arg_max_BS is not None and goal_BS is not None
                 loss_BS = halting_loss(readout.halt_logits_BS, torch.eq(readout.arg_max_BS, goal_BS))
                 halt_loss_BS = halt_loss_BS + readout.decoder_pass.halt_weight * loss_BS
+        distilled: dict[str, Tensor] = {}
+        if last.distillation_BS is not None and self.distillation is not None:
+            weight, distilled = self.distillation.weight, {"distillation loss": last.distillation_BS.detach()}
+            objective_BS = (1 - weight) * objective_BS + weight * last.distillation_BS
+        if plan.has_halting and self.carried is not None:
+            assert last.halt_logits_BS is not None
+            probability_BS = torch.sigmoid(last.halt_logits_BS.detach().float())
+            self.carried.halted.append(((probability_BS >= self.recursion.halt_threshold) | (mask_BS == 0)).all(1))
         if plan.has_halting:
             objective_BS = objective_BS + self.recursion.halt_loss_weight * halt_loss_BS
         reported = {"lm loss": masked(last.lm_loss_BS.detach(), mask_BS)}
@@ -285,7 +341,7 @@ class RecursionCore:
             reported["mean halting probability"] = masked(torch.sigmoid(logits_TBS).mean(0), mask_BS)
             steps_BS = steps_until_halt(logits_TBS, self.recursion.halt_threshold)
             reported["expected refinement steps"] = masked(steps_BS, mask_BS)
-        reported |= {name: masked(value_BS, mask_BS) for name, value_BS in gated.items()}
+        reported |= {name: masked(value_BS, mask_BS) for name, value_BS in (gated | distilled).items()}
         reported["total loss"] = masked(objective_BS.detach(), mask_BS)
         for readout in readouts:
             if readout.lm_loss_BS is not None and len(readouts) > 1:

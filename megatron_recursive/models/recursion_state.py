@@ -18,14 +18,14 @@ def expanded(vector_H: Tensor | None, like_SBH: Tensor) -> Tensor:
 class RecursionState:
     """The output and latent states of one micro-batch while its plan runs. All are [S, B, H].
 
-    ``combine`` does what a pass says that is no sum.
+    ``combine`` and ``move`` do what a pass says that is no sum, and no step.
     """
 
     def __init__(
         self, embedding_SBH: Tensor, initial: Mapping[str, Tensor], *, starts_at_input: bool = False,
-        combine: Callable[..., Tensor] | None = None,
+        combine: Callable[..., Tensor] | None = None, move: Callable[..., Tensor] | None = None,
     ) -> None:  # fmt: skip
-        self.combine = combine
+        self.combine, self.move = combine, move
         self.values: dict[str, Tensor] = {"input": embedding_SBH}
         for name in ("output", "latent"):
             self.values[name] = expanded(initial.get(name), embedding_SBH)
@@ -59,10 +59,13 @@ class RecursionState:
 
     def update(self, decoder_pass: DecoderPass, result_SBH: Tensor) -> None:
         # Megatron's blocks may mark an output of a grad-free pass as requiring gradient; it must not reach the graph.
-        moved = result_SBH if decoder_pass.grad else result_SBH.detach()
-        if decoder_pass.step != 1:
-            before = self.values[decoder_pass.target]
-            before = before if decoder_pass.grad else before.detach()
+        values = (result_SBH, *(self.values[name] for name in decoder_pass.moved_with))
+        moved, *others = values if decoder_pass.grad else (value.detach() for value in values)
+        if decoder_pass.move != "step":
+            assert self.move is not None
+            moved = self.move(decoder_pass, moved, *others)
+        elif not decoder_pass.replaces_state:
+            (before,) = others
             moved = before + decoder_pass.step * (moved - before)
         self.values[decoder_pass.target] = moved
 

@@ -32,7 +32,7 @@ class RecursiveTransformerConfig(TransformerConfig):
     norm_weights: str = "learned"  # or ones, at which the weights of all norms stay
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
     pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
-    pipeline_costs: Any = None  # PassCosts by which the phases are chosen; None: all passes cost the same
+    pipeline_costs: Any = None  # of a plan, PassCosts by which the phases are chosen; None: all passes cost the same
     recompute_passes: bool = False  # keep the input of a pass only, and replay it in the backward
 
 
@@ -65,6 +65,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
                 weight.requires_grad_(False)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
         self.draw = 0  # of a training step; sampled starts differ by it
+        self.carried_states = None  # set by a training whose steps carry
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
         if self.plan.is_plain:

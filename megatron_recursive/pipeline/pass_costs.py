@@ -57,7 +57,7 @@ def price_passes(
     """FLOPs per token of each trip on each stage, as ``accounting`` counts them, over those of all layers' forward.
 
     The vocabulary projection stands on the last stage, at block ends that are supervised or teach a head; backward it
-    costs where the language-model loss is taken, and once more where its forward is replayed (an exit gate). The
+    costs where the language-model loss is taken, and once more where its forward is replayed (before the last block). The
     embedding is a lookup of no FLOPs.
     """
     last = len(layers_per_stage) - 1
@@ -70,9 +70,8 @@ def price_passes(
         layers[0] += combining_flops(p, shape.hidden_size) / unit
         projected, supervised = plan.is_projected(p), p.supervised_weight > 0
         forward.append(tuple(c + head * (projected and stage == last) for stage, c in enumerate(layers)))
-        replayed = plan.exit_gate and p is not plan.passes[-1]
         backward.append(tuple(
-            backward_cost * c * p.grad + (2 + replayed) * head * (supervised and stage == last)
+            backward_cost * c * p.grad + (2 + plan.is_replayed(p)) * head * (supervised and stage == last)
             for stage, c in enumerate(layers)
         ))  # fmt: skip
     return _by_trip(plan, layers_per_stage, forward, backward)

@@ -41,7 +41,7 @@ class Step:
         return max(self.windows, default=0)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def chosen_windows(
     costs: PassCosts, micro_batches: int, phases: str = "auto", window: int = 0
 ) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from megatron_recursive.models.recursion_core import BlockReadout, RecursiveOutp
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.pipeline.autograd import CarryGraph, JoinLeafGradient, JoinReadings
+from megatron_recursive.pipeline.carrying import leave_output, leave_states, send_back
 from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
@@ -204,6 +206,8 @@ class RingStep:
             given = self._stage_input(batch, trip, received) if model.pre_process else received
             self._free_superseded(batch, trip, sent)
             output: Tensor | RecursiveOutput = self._decode(batch, trip.around, given)
+            if model.post_process and trip is self.totals.trips[-1]:
+                leave_output(model, trip.around, output)
             for behind in trip.behind if model.post_process else ():
                 output = self._decode(batch, behind, output)
         last = trip.last if model.post_process else trip.around
@@ -241,29 +245,35 @@ class RingStep:
             leaf = batch.start.detach().requires_grad_(self.train)
             batch.state = self.model.initial_state(leaf, batch.inputs["input_ids"], batch.inputs["position_ids"])
         state, decoder_pass = batch.state, trip.around
-        if received is not None:
-            before = self.totals.trips[trip.index - 1].last
-            state.update(before, received)
-            if before.step != 1:
-                self._part_of_the_way(batch, before.target)
-        if self.train and decoder_pass is self.input_reader:
-            assert batch.start is not None
-            batch.graphs["input"] = batch.start
-        leaves = {}
-        for name, graph in batch.graphs.items():  # which this pass alone reaches; later ones read the leaf
+        leaves: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def join(name: str, graph: Tensor) -> None:  # this pass alone reaches it; later ones read the leaf
             leaf = state.values[name]
             joined = JoinLeafGradient.apply(graph, leaf)
-            leaves[id(joined)] = leaf
+            leaves[id(joined)] = joined, leaf
             state.values.update({each: joined for each, x in state.values.items() if x is leaf})  # an output that is it
+
+        if self.train and decoder_pass is self.input_reader:
+            assert batch.start is not None
+            join("input", batch.start)
+        if received is not None:
+            before = self.totals.trips[trip.index - 1].last
+            with torch.set_grad_enabled(self.train and before.grad):
+                state.update(before, received)
+            if not before.replaces_state:
+                self._part_of_the_way(batch, before.target)
+        for name, graph in batch.graphs.items():
+            join(name, graph)
         hidden = state.gather(decoder_pass)
-        state.values.update({name: leaves[id(x)] for name, x in state.values.items() if id(x) in leaves})
+        state.values.update({name: leaves[id(x)][1] for name, x in state.values.items() if id(x) in leaves})
         batch.graphs.clear()
         if trip is self.totals.trips[-1]:
+            leave_states(self.model, self.plan, state, decoder_pass)
             if self.train:
                 batch.received["input"] = state.values["input"]
             batch.state = batch.start = None
         elif trip is self.trips[-1]:  # the handover brings the next value of this state
-            if trip.last.step == 1:
+            if trip.last.replaces_state:
                 state.values.pop(trip.last.target)
             batch.received.pop(trip.last.target, None)
         return hidden
@@ -279,7 +289,9 @@ class RingStep:
         return state.values["input"]
 
     def _part_of_the_way(self, batch: MicroBatch, target: str) -> None:
-        """A state that was moved and not replaced: its graph is that of one sum, and its data replaces the former."""
+        """A state that was moved and not replaced: its graph is short (of one sum, of a gate), and its data replaces
+        the former.
+        """
         assert batch.state is not None
         former, moved = batch.received.pop(target, None), batch.state.values[target]
         if self.train and moved.requires_grad:
@@ -299,7 +311,7 @@ class RingStep:
         if sent is not None:
             before = self.totals.trips[trip.index - 1].last
             done = [sent]
-            if before.step == 1:
+            if before.replaces_state:
                 done = [batch.received.get(before.target)]
                 batch.received[before.target] = sent
         if trip is self.totals.trips[-1]:
@@ -337,7 +349,8 @@ class RingStep:
             return model.logits_BSV(output) if is_last else output
         mask_BS = batch.inputs["loss_mask"]
         mask_BS = torch.ones_like(labels, dtype=torch.float) if mask_BS is None else mask_BS.float()
-        readout = model.read_block(self.plan, decoder_pass, output, labels)
+        inputs = tuple(batch.inputs[name] for name in ("input_ids", "position_ids", "attention_mask"))
+        readout = model.read_block(self.plan, decoder_pass, output, labels, inputs)
         before = batch.before
         if before is None:
             before = expanded(getattr(model, "initial_output", None), output)
@@ -421,8 +434,8 @@ def ring_forward_backward(
     windows: tuple[int, ...] = ()
     if not forward_only:
         config = inner.config
-        costs = config.pipeline_costs if plan is inner.plan else None  # its costs are of the model's own passes
-        costs = costs or equal_costs(plan, stages, layers_per_stage=split)
+        price = config.pipeline_costs or partial(equal_costs, stages=stages, layers_per_stage=split)
+        costs = price(plan)
         windows = chosen_windows(costs, num_microbatches, config.pipeline_phases, config.pipeline_window)
     free_trips = [trip.grad for trip in trips].index(True) if windows else 0
     totals = StepTotals(num_microbatches, trips)
@@ -462,7 +475,9 @@ def ring_forward_backward(
     *before, last = windows or (num_microbatches,)
     with _no_sync(get_model_config(wrapped)) if before else nullcontext():
         reports = [report for size in before for report in run_window(size, is_last=False)]
-    return reports + run_window(last, is_last=True)
+    reports += run_window(last, is_last=True)
+    send_back(inner, group, trips[-1].around)
+    return reports
 
 
 def _no_sync(config: Any) -> AbstractContextManager[None]:

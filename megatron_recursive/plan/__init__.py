@@ -3,5 +3,6 @@
 from megatron_recursive.plan.builders import build_plan
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.step_plans import StepPlans
 
-__all__ = ["DecoderPass", "RecursionConfig", "RecursionPlan", "build_plan"]
+__all__ = ["DecoderPass", "RecursionConfig", "RecursionPlan", "StepPlans", "build_plan"]

@@ -8,7 +8,7 @@ imports the standard library alone.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .recursion_plan import DecoderPass, RecursionPlan
@@ -26,7 +26,7 @@ class AddedParameter:
         shape: in an export: sizes in the letters of the mapping tables (h is the hidden size), or numbers.
         stage: the pipeline stage that holds it, ``first`` or ``last``.
         start: value of a fresh one, or the name of the knob that has it; ``trunc-normal`` is a seeded vector of std 1,
-            ``identity`` a matrix with ones on its diagonal.
+            ``identity`` a matrix with ones on its diagonal; ``step`` where a gate moves a state by the pass's step.
         trained: False for a buffer, which belongs to the function and is not counted as a parameter.
         is_head: --train-only heads trains it.
         in_fp32: computes in fp32, and keeps its dtype where others are cast or quantised.
@@ -53,14 +53,34 @@ class AddedParameter:
         """A matrix that Megatron holds as a vector: optimizers decay, and treat apart, what has two axes."""
         return self.shape.startswith("1 ") or not self.decays
 
+    def exported_sizes(self, hidden_size: int) -> tuple[int, ...]:
+        letters = {"h": hidden_size, "2h": 2 * hidden_size, "r": low_rank(hidden_size)}
+        return tuple(letters.get(each) or int(each) for each in self.shape.split())
+
     def sizes(self, hidden_size: int) -> tuple[int, ...]:
         """Megatron's shape."""
-        letters = {"h": hidden_size, "2h": 2 * hidden_size}
-        exported = tuple(letters.get(each) or int(each) for each in self.shape.split())
+        exported = self.exported_sizes(hidden_size)
         return (math.prod(exported),) if self.is_flat else exported
 
     def size(self, hidden_size: int) -> int:
         return math.prod(self.sizes(hidden_size))
+
+
+@dataclass(frozen=True)
+class Mover:
+    """What moves a state in place of a step: a module, perhaps without parameters, on the first stage.
+
+    ``kept``: tensors of the size of a hidden state that it keeps for its backward.
+    """
+
+    module: str
+    parameters: tuple[AddedParameter, ...]
+    kept: int
+
+
+def low_rank(hidden_size: int) -> int:
+    """The rank of a gate's projection, LoopUS's and Mamba's."""
+    return -(-hidden_size // 16)
 
 
 HALTING_HEAD = (
@@ -83,7 +103,17 @@ COMBINING = {  # by the word of a pass
         AddedParameter("injection.B", "model.injection.B", "h h", "first", "identity", decays=False),
     ),
 }  # fmt: skip
-EVERY = (*HALTING_HEAD, *EXIT_GATE, *INITIAL_STATES, *(each for declared in COMBINING.values() for each in declared))
+MOVING = {  # by the word of a pass
+    "gate": Mover("boundary_gate", (
+        AddedParameter("boundary_gate.A_log", "model.boundary_gate.A_log", "h", "first"),
+        AddedParameter("boundary_gate.bias", "model.boundary_gate.bias", "h", "first", "step"),
+        AddedParameter("boundary_gate.down", "model.boundary_gate.down", "r h", "first", "identity", decays=False),
+        AddedParameter("boundary_gate.up", "model.boundary_gate.up", "r h", "first", decays=False),
+    ), kept=6),
+    "norm-inject": Mover("boundary_norm", (), kept=2),
+}  # fmt: skip
+EVERY = (*HALTING_HEAD, *EXIT_GATE, *INITIAL_STATES, *(each for declared in COMBINING.values() for each in declared),
+         *(each for mover in MOVING.values() for each in mover.parameters))  # fmt: skip
 
 
 def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
@@ -96,12 +126,23 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
     asked += tuple(each for each in INITIAL_STATES if each.key.removeprefix("initial_") in plan.initial_vectors)
     for word in plan.maps:
         asked += COMBINING[word]
+    for word in plan.moves:
+        step = next(p.step for p in plan.passes if p.move == word)
+        asked += tuple(replace(each, start=_opened(step)) if each.start == "step" else each
+                       for each in MOVING[word].parameters)  # fmt: skip
     return asked
 
 
+def _opened(step: float) -> float:
+    """``b`` with ``exp(-softplus(b)) = step``, or .99 where that is 1, which a gate never is."""
+    return math.log(math.expm1(max(-math.log(step), 0.01)))
+
+
 def combining_flops(decoder_pass: DecoderPass, hidden_size: int) -> float:
-    """Forward FLOPs per token of what a pass does with what it reads, before its layers."""
-    return 2.0 * sum(each.size(hidden_size) for each in COMBINING.get(decoder_pass.combine, ()))
+    """Forward FLOPs per token of what a pass does with what it reads, before its layers, and with what they make."""
+    moving = MOVING[decoder_pass.move].parameters if decoder_pass.move in MOVING else ()
+    declared = (*COMBINING.get(decoder_pass.combine, ()), *moving)
+    return 2.0 * sum(each.size(hidden_size) for each in declared)
 
 
 def sampled_start(tokens: Any, hidden_size: int, std: float, draw: Any = 0) -> Any:

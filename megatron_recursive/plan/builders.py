@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan.deep_supervision import supervised
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import MAPS, DecoderPass, RecursionPlan
 
@@ -12,9 +14,16 @@ from megatron_recursive.plan.recursion_plan import MAPS, DecoderPass, RecursionP
 def build_plan(config: RecursionConfig) -> RecursionPlan:
     """The plan of a resolved config (``embedding_multiplier`` must not be None)."""
     assert config.embedding_multiplier is not None, "resolve the config first"
+    plan = RecursionPlan.plain(config.embedding_multiplier)
     if config.enable_recursive_refinement:
-        return FAMILIES[config.recursion_family](config)
-    return RecursionPlan.plain(config.embedding_multiplier)
+        plan = supervised(FAMILIES[config.recursion_family](config), config)
+    if config.num_supervision_steps > 1 and not plan.carried:
+        mend = " (it needs --state-init sampled, and steps that are no mean)" if plan.family == "recurrent" else ""
+        raise UserError(
+            f"--num-supervision-steps {config.num_supervision_steps} carries states from step to step, of which the "
+            f"plan of this {plan.family} model has none{mend}; leave it out, or use --recursion-family core."
+        )
+    return plan
 
 
 def core_plan(config: RecursionConfig) -> RecursionPlan:
@@ -28,9 +37,10 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
     passes: list[DecoderPass] = []
     for block in range(blocks):
         last_block = block == blocks - 1
-        grad = last_block or not config.detach_between_refinements
+        grad = last_block or not config.detach_between_refinements or config.enable_deep_supervision
         for step in range(latents + 1):
             is_output = step == latents
+            move = "step" if is_output or config.boundary == "none" else config.boundary
             passes.append(DecoderPass(
                 index=len(passes),
                 block=block,
@@ -40,6 +50,7 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
                 cuts_states=config.detach_between_refinements and step == 0 and block > 0,
                 supervised_weight=1.0 if is_output and last_block else 0.0,
                 halt_weight=_halt_weight(config, block) if is_output else 0.0,
+                move=move,
             ))
     multiplier = config.embedding_multiplier or 1.0
     return RecursionPlan("core", tuple(passes), config.state_init, config.state_norm, multiplier)
@@ -58,13 +69,15 @@ def recurrent_plan(config: RecursionConfig) -> RecursionPlan:
     r, window = config.num_recurrences, config.backprop_depth or config.num_recurrences
     reads = ("output",) if config.injection == "none" else ("output", "input")
     combine = config.injection if config.injection in MAPS else "sum"
+    move = "step" if config.boundary == "none" else config.boundary
     passes: list[DecoderPass] = []
     if config.num_prelude_layers:
         passes.append(DecoderPass(0, 0, "input", ("input",), grad=True, stack="prelude"))
     for step in range(r):
         passes.append(DecoderPass(len(passes), 0, "output", reads, grad=step >= r - window, step=config.step_size,
-                                  combine=combine))  # fmt: skip
-    if config.num_coda_layers or config.recurrence_step != "1":  # a state that was moved by a part is read by a pass
+                                  combine=combine, move=move))  # fmt: skip
+    # A state that was moved by a part is read by a pass; at r = 1 too, where a step of 1 / r is 1.
+    if config.num_coda_layers or config.recurrence_step != "1" or not passes[-1].replaces_state:
         passes.append(DecoderPass(len(passes), 0, "output", ("output",), grad=True, stack="coda"))
     passes[-1] = replace(passes[-1], supervised_weight=1.0)
     stacks = (("prelude", config.num_prelude_layers), ("core", None), ("coda", config.num_coda_layers))

@@ -11,16 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan.recursion_plan import MAPS
+from megatron_recursive.plan.growth import check_growth
+from megatron_recursive.plan.recursion_plan import MAPS, MOVES
+from megatron_recursive.plan.supervision_steps import check_carried
 
 
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, off: str | None = None,
-          type: Any = None) -> Any:
-    """A field with what its flag needs. ``off`` names the flag that turns a boolean off."""
-    meta = {"help": help, "choices": choices, "off": off, "type": type or default.__class__}
+          type: Any = None, words: tuple[str, ...] | None = None) -> Any:
+    """A field with what its flag needs. ``off`` names the flag that turns a boolean off, ``words`` the whole numbers
+    of a flag that takes several."""
+    meta = {"help": help, "choices": choices, "off": off, "type": type or default.__class__, "words": words}
     return field(default=default, metadata=meta)
 
 
+DEEP = ("deep_supervision_weight", "deep_supervision_schedule", "deep_supervision_warmup")
 HALTING = ("halt_loss_weight", "halt_bias", "halt_supervision", "halt_target")
 OF_FAMILIES = {  # knobs that not every family knows
     "num_refinement_blocks": ("core", "looped", "hierarchical"),
@@ -33,20 +37,27 @@ OF_FAMILIES = {  # knobs that not every family knows
     "num_coda_layers": ("recurrent",),
     "injection": ("recurrent",),
     "recurrence_step": ("recurrent",),
-    "backprop_depth": ("recurrent",),
+    "boundary": ("core", "recurrent", "hierarchical"),
+    **dict.fromkeys(("backprop_depth", "backprop_curriculum", "backprop_curriculum_fraction"), ("recurrent",)),
     **dict.fromkeys(HALTING, ("core", "looped", "hierarchical")),
     **dict.fromkeys(("exit_gate", "exit_entropy_weight"), ("looped",)),
+    **dict.fromkeys(("enable_deep_supervision", *DEEP), ("core", "looped", "hierarchical")),
     "latent_backprop_depth": ("hierarchical",),
+    "num_supervision_steps": ("core", "recurrent"),
+    **dict.fromkeys(("carry_halted", "halt_exploration"), ("core",)),
 }
 
 OTHER_NAMES = {"num_refinement_blocks": "--H-cycles", "num_latent_refinements": "--L-cycles",
                "latent_backprop_depth": "--L-bp-cycles"}  # fmt: skip
 OF_WORDS = {  # words of those knobs that other families know
     ("state_init", "sampled"): ("recurrent",),
+    ("state_norm", "none"): ("core", "looped", "hierarchical", "recurrent"),
     ("state_norm", "core"): ("recurrent",),
     ("state_norm", "core-end"): ("recurrent",),
+    ("boundary", "norm-inject"): ("recurrent",),
 }
 
+DEPTH_LIST = r"[1-9]\d*(,[1-9]\d*)*"
 DEPTHS = ("num_refinement_blocks", "num_latent_refinements", "num_recurrences")
 
 
@@ -55,7 +66,7 @@ def families_of(name: str, value: Any) -> tuple[str, ...] | None:
     return OF_WORDS.get((name, value)) or OF_FAMILIES.get(name)
 
 
-_ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "a word"}
+_ARTICLES = {bool: "on or off", int: "a whole number", float: "a number", str: "a word", tuple: "whole numbers"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,10 @@ class FunctionKnobs:
     recurrence_step: str = _knob(
         "1", "How far a pass of a recurrent core moves its state towards its result: 1, mean (1 / r, for layers that "
         "were pretrained to run once), or a number between.")
+    boundary: str = _knob(
+        "none", "How a pass of a recurrent core moves its state, or a latent refinement the latent state: by the step "
+        f"(none), {', or '.join(f'{said} ({word})' for word, (_, _, said) in MOVES.items())}.",
+        choices=("none", *MOVES))
     state_init: str = _knob(
         "zeros", "Initial output and latent states: zeros, or one seeded truncated-normal vector per state (a buffer). "
         "In a hierarchical family that of the latent state; the output starts at the input. A recurrent core starts at "
@@ -127,8 +142,48 @@ class TrainingKnobs:
         True, "Cut the states at every block start, so that only the last block carries gradient: less memory and "
         "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats or more by it. Off, gradients pass all blocks.",
         off="--no-detach-between-refinements")
+    enable_deep_supervision: bool = _knob(
+        False, "Take the language-model loss after every block and not only after the last one: through all blocks, or, "
+        "where --detach-between-refinements cuts between them, each block by its own loss.",
+        off="--disable-deep-supervision")
+    deep_supervision_weight: float = _knob(
+        0.5, "b: with deep supervision, the weight of earlier blocks' losses, where the last block's has 1; then all "
+        "are divided by their sum.")
+    deep_supervision_schedule: str = _knob(
+        "constant", "Of N blocks, block i from 0 weighs b (constant), b (i + 1) / N (linear_decay) or b 2^i / 2^(N-1) "
+        "(exponential_decay); the last weighs 1.", choices=("constant", "linear_decay", "exponential_decay"))
+    deep_supervision_warmup: tuple[int, int] | None = _knob(
+        None, "Iterations between which b grows from 0 to its value. Before them a run is one without deep "
+        "supervision. Default: b from the start.", type=tuple, words=("START", "END"))
     backprop_depth: int = _knob(
         0, "The last so many passes of a recurrent core carry gradient; 0: all.")
+    recurrence_distribution: str = _knob(
+        "fixed", "Depth of a training step (--num-recurrences or --num-refinement-blocks): always that, or drawn anew "
+        "for each: min(cap, 1 + Poisson(rate)) of a log-normal rate (Huginn), or uniform around the mean.",
+        choices=("fixed", "poisson-lognormal", "uniform"))
+    mean_recurrence: float | None = _knob(
+        None, "Mean of drawn depths. Default: the model's own depth, at which it is evaluated and exported.",
+        type=float)
+    max_recurrence: int | None = _knob(
+        None, "Cap on drawn depths. Default: four times the mean; uniform ones go from 2 mean - cap to the cap, by "
+        "default from 1 to 2 mean - 1.", type=int)
+    uncalibrated_recurrence: bool = _knob(
+        False, "Take Huginn's own rate, whose mean is --mean-recurrence, so that the mean depth is one more, less what "
+        "the cap takes.", off="--calibrated-recurrence")
+    recurrence_curriculum: str | None = _knob(
+        None, "Let the (mean) depth R grow from 1: ceil(R f(t)) at a part t of --recurrence-curriculum-fraction, f "
+        "being t (linear) or 1 - sqrt(1 - t) (1-sqrt).", choices=("linear", "1-sqrt"), type=str)
+    recurrence_curriculum_fraction: float = _knob(
+        0.25, "Fraction of the training that the curriculum of depth takes.")
+    backprop_curriculum: str | None = _knob(
+        None, "The same for --backprop-depth.", choices=("linear", "1-sqrt"), type=str)
+    backprop_curriculum_fraction: float = _knob(
+        0.25, "Fraction of the training that the curriculum of --backprop-depth takes.")
+    grow_depth_at: str | None = _knob(
+        None, "FRACTION:K, such as 0.77:4. Behind that fraction of the training the model is K deep, more than before: "
+        "blocks, loops, or passes of a recurrent core.", type=str)
+    grow_rewarm_iters: int = _knob(
+        0, "Iterations over which the learning rate then rises from 0 to the scheduled one again.")
     latent_backprop_depth: str = _knob(
         "0", "The last so many latent refinements of each block of a hierarchical family carry gradient: a number for "
         "the last block (1 for those before it), or with commas one for each of the last blocks; 0: all.")
@@ -145,6 +200,15 @@ class TrainingKnobs:
     exit_entropy_weight: float = _knob(
         0.1, "With an exit gate: loss = sum over the loops of p * lm loss, less this times the entropy of p (Ouro: "
         "0.1, later 0.05).")
+    num_supervision_steps: int = _knob(
+        1, "N: optimizer steps for each global batch, each from the states, detached, that the one before left (TRM: "
+        "16). An iteration is an optimizer step. Evaluations and exports run the plan N times in a row.")
+    carry_halted: bool = _knob(
+        False, "Replace a sample of which every token that counts halts (--halt-threshold) after the last block by a "
+        "new one, whose states start anew, before its N supervision steps are over (TRM).", off="--no-carry-halted")
+    halt_exploration: float = _knob(
+        0.1, "With --carry-halted, the probability with which, at a step, a sample is kept unless it has had a drawn "
+        "number of supervision steps, 2 to N (TRM).")
 
 
 @dataclass(frozen=True)
@@ -164,6 +228,10 @@ class ObservationKnobs:
     recursion_alarm_after: int | None = _knob(
         None, "Iteration from which the health alarms speak (state ignored, tokens collapsed). 0 turns them off. "
         "Default: a tenth of the run, at most 500.", type=int)
+    eval_depths: str | None = _knob(
+        None, "Depths at which each evaluation reads its batches too, with commas between them: blocks, loops, or "
+        "passes of a recurrent core. A pass of the whole evaluation each; of blocks and loops only the deepest.",
+        type=str)
 
 
 PARTS = (FunctionKnobs, HeadKnobs, TrainingKnobs, ExitKnobs, ObservationKnobs)
@@ -186,6 +254,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
     """
 
     def __post_init__(self) -> None:
+        if isinstance(self.deep_supervision_warmup, list):  # of a command line or JSON
+            object.__setattr__(self, "deep_supervision_warmup", tuple(self.deep_supervision_warmup))
         for knob in dataclasses.fields(self):
             self._check_type(knob)
         if re.fullmatch(r"\d+\.\d*|\.\d+", self.recurrence_step):  # 1.0 is 1
@@ -197,16 +267,25 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             self._require(name, getattr(self, name) >= 0, "must be 0 or more")
         self._check_family()
         windows = self.latent_backprop_depth
-        holds = re.fullmatch(r"0|[1-9]\d*(,[1-9]\d*)*", windows) and windows.count(",") < self.num_refinement_blocks
+        holds = re.fullmatch(f"0|{DEPTH_LIST}", windows) and windows.count(",") < self.num_refinement_blocks
         self._require("latent_backprop_depth", bool(holds),
                       f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
+        self._check_depth_of_steps()
+        check_growth(self)
+        check_carried(self)
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
+        wanted = self.eval_depths
+        self._require("eval_depths", wanted is None or bool(re.fullmatch(DEPTH_LIST, wanted)),
+                      "must be numbers above 0 with commas between them, such as 1,4,16")
+        if wanted is not None and not self.enable_recursive_refinement:
+            raise UserError("--eval-depths needs a recursion; leave it or --disable-recursive-refinement out.")
         self._require("halt_threshold", 0.0 < self.halt_threshold < 1.0, "must lie strictly between 0 and 1")
         self._require("halt_loss_weight", self.halt_loss_weight >= 0 and math.isfinite(self.halt_loss_weight),
                       "must be 0 or a positive number")
         self._require("exit_entropy_weight", 0 <= self.exit_entropy_weight < math.inf, "must be 0 or a positive number")
         self._require("halt_bias", math.isfinite(self.halt_bias), "must be a finite number")
+        self._check_deep_supervision()
         multiplier = self.embedding_multiplier
         self._require("embedding_multiplier", multiplier is None or (multiplier > 0 and math.isfinite(multiplier)),
                       "must be a positive number")
@@ -237,6 +316,9 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
 
         self._require("injection", self.state_init != "sampled" or self.injection != "none",
                       "leaves a start that is sampled (--state-init) without the input; give it add or concat")
+        for name, off in (("injection", "none"), ("recurrence_step", "1")):
+            self._require(name, self.boundary != "norm-inject" or getattr(self, name) == off,
+                          f"does not go with --boundary norm-inject, which adds the input itself; give it {off}")
         self._require("state_std", self.state_std > 0 and math.isfinite(self.state_std), "must be a positive number")
         default = RecursionConfig.__dataclass_fields__["state_std"].default
         self._require("state_std", self.state_init == "sampled" or self.state_std == default,
@@ -248,6 +330,51 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             if getattr(self, knob.name) not in (knob.default, 0.0):
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
+
+
+    def _check_depth_of_steps(self) -> None:
+        for name in ("mean_recurrence", "max_recurrence"):
+            value = getattr(self, name)
+            self._require(name, value is None or 1 <= value < math.inf, "must be a number of at least 1")
+        for name in ("recurrence_curriculum", "backprop_curriculum"):
+            fraction = getattr(self, f"{name}_fraction")
+            self._require(f"{name}_fraction", 0 < fraction <= 1, "must be above 0 and at most 1, the whole training")
+        drawn, needs = "--recurrence-distribution poisson-lognormal", {}
+        if self.recurrence_distribution == "fixed":
+            needs = dict.fromkeys(("mean_recurrence", "max_recurrence"), f"{drawn} or uniform")
+        if self.recurrence_distribution != "poisson-lognormal":
+            needs["uncalibrated_recurrence"] = drawn
+        if not self.backprop_depth:
+            needs["backprop_curriculum"] = "--backprop-depth"
+        for name in ("recurrence_curriculum", "backprop_curriculum"):
+            if getattr(self, name) is None:
+                needs[f"{name}_fraction"] = flag_of(name)
+        for knob in (knob for knob in dataclasses.fields(self) if knob.name in needs):
+            if getattr(self, knob.name) != knob.default:
+                raise UserError(f"{flag_of(knob.name)} says nothing without {needs[knob.name]}; leave it out.")
+
+    @property
+    def depth_knob(self) -> str:
+        """The knob that says how deep a plan of the family is."""
+        return "num_recurrences" if self.recursion_family == "recurrent" else "num_refinement_blocks"
+
+    @property
+    def depths_to_evaluate(self) -> tuple[int, ...]:
+        return tuple(sorted({int(each) for each in self.eval_depths.split(",")})) if self.eval_depths else ()
+
+    def _check_deep_supervision(self) -> None:
+        weight, warmup = self.deep_supervision_weight, self.deep_supervision_warmup
+        self._require("deep_supervision_weight", 0 < weight < math.inf, "must be a positive number")
+        holds = warmup is None or (len(warmup) == 2 and 0 <= warmup[0] < warmup[1])
+        self._require("deep_supervision_warmup", holds, "must be two iterations, START below END")
+        if self.enable_deep_supervision and self.exit_gate:
+            raise UserError("--exit-gate weighs the losses of all loops itself; leave --enable-deep-supervision out.")
+        if self.enable_deep_supervision and self.num_refinement_blocks < 2:
+            raise UserError("--enable-deep-supervision supervises the blocks before the last one, of which a recursion "
+                            "of --num-refinement-blocks 1 has none; give 2 or more.")  # fmt: skip
+        for knob in (knob for knob in dataclasses.fields(self) if knob.name in DEEP):
+            if not self.enable_deep_supervision and getattr(self, knob.name) != knob.default:
+                raise UserError(f"{flag_of(knob.name)} says nothing without --enable-deep-supervision; leave it out.")
 
     @property
     def step_size(self) -> float:
@@ -269,6 +396,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         holds = isinstance(value, int | float if wanted is float else wanted)
         if isinstance(value, bool):
             holds = wanted is bool
+        if isinstance(value, tuple):
+            holds = holds and all(type(each) is int for each in value)
         self._require(knob.name, holds, f"must be {_ARTICLES[wanted]}")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
@@ -311,6 +440,8 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             value = getattr(self, knob.name)
             if isinstance(value, bool):
                 words.append(flag_of(knob.name) if value else knob.metadata["off"])
+            elif isinstance(value, tuple):
+                words += [flag_of(knob.name), *map(str, value)]
             elif value is not None:
                 words.append(f"{flag_of(knob.name)}={value}")
         return words
@@ -391,6 +522,11 @@ def add_recursion_arguments(
                                help=f"The opposite of {flag_of(knob.name)}.")
             continue
         suffix = "" if only_given or knob.default is None else f" (default: {knob.default})"
+        several = knob.metadata["words"]
+        if several is not None:
+            group.add_argument(flag_of(knob.name), nargs=len(several), metavar=several, type=int, default=default,
+                               dest=knob.name, help=text)  # fmt: skip
+            continue
         names = [flag_of(knob.name), *([OTHER_NAMES[knob.name]] if knob.name in OTHER_NAMES else [])]
         group.add_argument(*names, default=default, choices=knob.metadata["choices"], dest=knob.name,
                            action=_Named if len(names) > 1 else "store",

@@ -30,6 +30,10 @@ MAPS = {  # ways to combine two values that are no sum: as a table says it, and 
     "concat": ("[{}, {}]", "a linear map of both side by side (Huginn)"),
     "diagonal": ("a {} + B {}", "the state times a learned decay below 1, plus a linear map of the input (Parcae)"),
 }
+MOVES = {  # ways to move a state that are no fixed step: what they take besides the result; as a table and help say it
+    "gate": (("target",), "gate from {:.3g}", "by a learned part per channel and token, at first the step (LoopUS)"),
+    "norm-inject": (("input",), "norm + input", "to its normalised result plus the prelude's (arXiv 2609.19107)"),
+}
 WHOLE = (("core", None),)  # all layers are one stack
 
 
@@ -53,6 +57,7 @@ class DecoderPass:
         halt_weight: weight of the halting loss on the result; 0 where there is none.
         stack: name of the layers that it runs, one of the plan's ``stacks``.
         step: how far the target moves towards the result; 1 replaces it.
+        move: ``step``, or one of :data:`MOVES`.
         combine: what the stack is given of the values read: their ``sum``; or of two, a linear map of both side by side
             (``concat``), or the first times a decay below 1, plus a linear map of the second (``diagonal``).
     """
@@ -68,10 +73,23 @@ class DecoderPass:
     stack: str = "core"
     step: float = 1.0
     combine: str = "sum"
+    move: str = "step"
+
+    @property
+    def replaces_state(self) -> bool:
+        """Whether the target becomes the bare result."""
+        return self.move == "step" and self.step == 1
+
+    @property
+    def moved_with(self) -> tuple[str, ...]:
+        """The states that the target's new value is made of, besides the result."""
+        if self.move in MOVES:
+            return tuple(self.target if name == "target" else name for name in MOVES[self.move][0])
+        return () if self.replaces_state else (self.target,)
 
     def to_dict(self) -> dict[str, Any]:
         """Words that say nothing new are left out, so that older readers know all that they find."""
-        usual = {"stack": "core", "step": 1.0, "combine": "sum"}
+        usual = {"stack": "core", "step": 1.0, "combine": "sum", "move": "step"}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
 
@@ -154,10 +172,15 @@ class RecursionPlan:
             raise UserError(f"{where} runs the stack '{decoder_pass.stack}', which the plan does not have.")
         if not (is_number(decoder_pass.step) and 0 < decoder_pass.step <= 1):
             raise UserError(f"{where} moves its state by {decoder_pass.step}, which must lie above 0 and be at most 1.")
-        if decoder_pass.step != 1:
+        if decoder_pass.move != "step" and (decoder_pass.move not in MOVES or decoder_pass.target not in STATES):
+            raise UserError(f"{where} moves the {decoder_pass.target} by '{decoder_pass.move}', where there are step, "
+                            f"and for {' and '.join(STATES)} {', '.join(MOVES)}.")  # fmt: skip
+        if not decoder_pass.replaces_state:
             following = self.passes[expected + 1 : expected + 2]
             if self.is_block_end(decoder_pass) or decoder_pass.target not in following[0].reads:
                 raise UserError(f"{where} moves its state by a part, so that the next pass of its block must read it.")
+            if decoder_pass.grad and not following[0].grad:
+                raise UserError(f"{where} moves its state by a part, so that the next pass must carry gradient too.")
         if not decoder_pass.reads or set(decoder_pass.reads) - set(READABLE):
             raise UserError(f"{where} must read some of {', '.join(READABLE)}.")
         if decoder_pass.combine != "sum" and (decoder_pass.combine not in MAPS or len(decoder_pass.reads) != 2):
@@ -187,7 +210,7 @@ class RecursionPlan:
     @property
     def depth(self) -> int:
         """What :meth:`with_blocks` changes: blocks, loops, or passes of a recurrent core."""
-        return sum(p.stack == "core" for p in self.passes) if self.family == "recurrent" else self.num_blocks
+        return sum(p.stack == "core" for p in self.passes) if self.has_inner_depth else self.num_blocks
 
     @cached_property
     def block_ends(self) -> tuple[DecoderPass, ...]:
@@ -203,6 +226,22 @@ class RecursionPlan:
     def initial_vectors(self) -> tuple[str, ...]:
         """The states that start at a vector, one [H] for all tokens."""
         return () if self.is_plain else STARTS[self.state_init][1]
+
+    @cached_property
+    def has_inner_depth(self) -> bool:
+        """Its depth is that of a core within one block, so that only its end is read; others repeat blocks."""
+        return self.family == "recurrent"
+
+    @cached_property
+    def carried(self) -> tuple[str, ...]:
+        """The states that a step of training may leave to the next one (``--num-supervision-steps``).
+
+        None where the output starts at the input, which a next step would no longer read, and where the steps of the
+        passes depend on their number. The output is carried as a coda reads it.
+        """
+        if self.is_plain or self.starts_at_input or self.mean_steps:
+            return ()
+        return tuple(name for name in STATES if any(name in p.reads for p in self.passes))
 
     @cached_property
     def first_grad_pass(self) -> int:
@@ -233,12 +272,22 @@ class RecursionPlan:
 
     def sources(self, decoder_pass: DecoderPass) -> tuple[str, ...]:
         """What the pass reads, an output that still is the input being named ``input``."""
+        return self._named(decoder_pass, decoder_pass.reads)
+
+    def _named(self, decoder_pass: DecoderPass, names: tuple[str, ...]) -> tuple[str, ...]:
         starts = self.starts_at_input and all(p.target != "output" for p in self.passes[: decoder_pass.index])
-        return tuple("input" if name == "output" and starts else name for name in decoder_pass.reads)
+        return tuple("input" if name == "output" and starts else name for name in names)
 
     def first_input_gradient(self, prelude: Sequence[DecoderPass] = ()) -> DecoderPass | None:
-        """The first pass with gradient, behind a prelude, that reads the input: its gradient is complete behind it."""
-        return next((p for p in self.grad_passes if p not in prelude and "input" in self.sources(p)), None)
+        """The first pass with gradient, behind a prelude, before which the input is used: its gradient is complete
+        behind it. It reads the input, or a state that was moved with it.
+        """
+        for p in (p for p in self.grad_passes if p not in prelude):
+            if "input" in self.sources(p):
+                return p
+            if "input" in self._named(p, p.moved_with):
+                return self.passes[p.index + 1]
+        return None
 
     def layers_of(self, num_layers: int) -> dict[str, range]:
         """The layers of each stack, from 0, in a model that holds ``num_layers`` in all.
@@ -279,9 +328,10 @@ class RecursionPlan:
         for later in self.passes[sender.index + 1 :]:
             if later.cuts_states and sender.target != "input":
                 return False
-            if sender.target in self.sources(later) and later.grad:
+            kept = self._named(later, later.moved_with)
+            if later.grad and sender.target in (*self.sources(later), *(name for name in kept if name != later.target)):
                 return True
-            if sender.target == later.target and (later.step == 1 or not later.grad):
+            if sender.target == later.target and not (later.grad and sender.target in kept):
                 return False
         return False
 
@@ -293,6 +343,11 @@ class RecursionPlan:
     def maps(self) -> tuple[str, ...]:
         """The words of its passes' ``combine`` that are no sum."""
         return tuple(word for word in MAPS if any(p.combine == word for p in self.passes))
+
+    @cached_property
+    def moves(self) -> tuple[str, ...]:
+        """The words of its passes' ``move`` that are no step."""
+        return tuple(word for word in MOVES if any(p.move == word for p in self.passes))
 
     @cached_property
     def is_plain(self) -> bool:
@@ -307,6 +362,10 @@ class RecursionPlan:
         gated = self.exit_gate and self.is_block_end(decoder_pass)
         return decoder_pass.supervised_weight > 0 or decoder_pass.halt_weight > 0 or gated
 
+    def is_replayed(self, decoder_pass: DecoderPass) -> bool:
+        """Whether its logits are computed again in the backward, so that those of one block live at a time."""
+        return decoder_pass.supervised_weight > 0 and decoder_pass is not self.passes[-1]
+
     def closes(self, decoder_pass: DecoderPass) -> bool:
         """Whether the final norm closes the pass. Unless it closes every one (``final``), it stands before the heads
         too: ``core`` closes all passes of that stack, ``core-end`` the last of them, and ``none`` no pass.
@@ -319,7 +378,8 @@ class RecursionPlan:
     def gradient_groups(self, *, tied_embeddings: bool) -> dict[str, bool]:
         """Which parameter groups receive gradient. A tied embedding is also reached through the output head."""
         fed = [p for p in self.grad_passes if p is self.passes[-1] or self.feeds_gradient(p)]
-        reached, run = any("input" in self.sources(p) for p in fed), {p.stack for p in fed}
+        reached = any("input" in (*self.sources(p), *self._named(p, p.moved_with)) for p in fed)
+        run = {p.stack for p in fed}
         layers = {"layers" if name == "core" else f"{name} layers": name in run for name, count in self.stacks
                   if count != 0}  # fmt: skip
         groups = {"embedding": reached or (tied_embeddings and bool(fed)), **layers, "output head": bool(fed)}
@@ -332,20 +392,26 @@ class RecursionPlan:
     def with_blocks(self, count: int) -> RecursionPlan:
         """The plan with another number of blocks: inner ones are dropped or repeated, the last one stays.
 
-        The weights of the halting loss keep their sum. Of a recurrent plan, which is one block, the core is repeated.
+        The weights of the halting loss keep their sum, and those of the language-model loss, but for an exit gate's. Of
+        a recurrent plan, which is one block, the core is repeated.
         """
         if count < 1:
             raise UserError(f"The number of refinement blocks must be at least 1, but is {count}.")
-        if self.family == "recurrent":
+        if self.has_inner_depth:
             return self._with_core(count)
         blocks = [[p for p in self.passes if p.block == block] for block in range(self.num_blocks)]
         inner = blocks[-2] if len(blocks) > 1 else blocks[-1]
         if len(blocks) == 1 and not self.exit_gate:
             inner = [replace(p, supervised_weight=0.0) for p in inner]
         chosen = [*(blocks[:-1] + [inner] * count)[: count - 1], blocks[-1]]
-        before, after = (sum(p.halt_weight for block in each for p in block) for each in (blocks, chosen))
+        scales = {}
+        for word in ("halt_weight", *["supervised_weight"] * (not self.exit_gate)):
+            before, after = (sum(getattr(p, word) for block in each for p in block) for each in (blocks, chosen))
+            scales[word] = before / after if after else 0.0
+        cuts = len(blocks) > 1 and blocks[-1][0].cuts_states
         passes = [
-            replace(p, block=number, halt_weight=p.halt_weight * before / after if after else 0.0)
+            replace(p, block=number, cuts_states=number > 0 and (p.cuts_states or (cuts and p is block[0])),
+                    **{word: getattr(p, word) * scale for word, scale in scales.items()})
             for number, block in enumerate(chosen) for p in block
         ]  # fmt: skip
         return replace(self, passes=tuple(replace(p, index=index) for index, p in enumerate(passes)))
@@ -395,7 +461,7 @@ class RecursionPlan:
 
     def describe(self) -> str:
         """The passes as a table for people, one line a block where all its latent passes are alike."""
-        has_stacks, has_steps = self.stacks != WHOLE, any(p.step != 1 for p in self.passes)
+        has_stacks, has_steps = self.stacks != WHOLE, not all(p.replaces_state for p in self.passes)
         rows = [("passes", "block", *["layers"] * has_stacks, "update", *["step"] * has_steps, "reads", "gradient",
                  "lm loss", "halt loss")]  # fmt: skip
         for run in self._runs():
@@ -403,8 +469,9 @@ class RecursionPlan:
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
             weights = (f"{p.supervised_weight:g}{' p' * self.exit_gate}" if p.supervised_weight else "-",
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
+            step = (MOVES[p.move][1] if p.move in MOVES else "{:.3g}").format(p.step)
             reads = MAPS[p.combine][0].format(*p.reads) if p.combine in MAPS else " + ".join(p.reads)
-            rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[f"{p.step:.3g}"] * has_steps,
+            rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[step] * has_steps,
                          reads, "yes" if p.grad else "no", *weights))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

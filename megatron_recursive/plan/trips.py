@@ -65,5 +65,5 @@ def trips_of(plan: RecursionPlan, layers_per_stage: Sequence[int] = ()) -> tuple
 def _continues(previous: DecoderPass, p: DecoderPass) -> bool:
     """Whether a pass reads the bare result of the one before, and replaces it."""
     alike = (previous.block, previous.grad) == (p.block, p.grad)
-    bare = p.reads == (p.target,) == (previous.target,) and previous.step == p.step == 1
+    bare = p.reads == (p.target,) == (previous.target,) and previous.replaces_state and p.replaces_state
     return alike and bare and not p.cuts_states

@@ -19,7 +19,7 @@ _UNITS = {
     "tokens": ((1e12, "trillion tokens"), (1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens")),
     "seconds": ((86400, "days"), (3600, "hours"), (60, "minutes")),
 }
-_BLOCK = re.compile(r"(.*) block (\d+)")
+_AT = re.compile(r"(.*) (block|depth) (\d+)")
 _STYLES = tuple(zip(("#2166ac", "#d6604d", "#1b7837", "#8c510a", "#762a83", "#4d4d4d", "#01a0a0", "#c51b7d"),
                     "osD^vPX*", strict=True))  # fmt: skip
 _GREY: dict[str, Any] = {"color": "#444444"}
@@ -43,13 +43,13 @@ class Drawn:
         found = [(r[self.x] / self.unit, r[metric]) for r in self.run.of(kind) if metric in r and self.x in r]
         return [x for x, _ in found], [y if math.isfinite(y) else math.nan for _, y in found]
 
-    def blocks(self, metric: str, *kinds: str) -> dict[int, Points]:
-        """``"METRIC block 1"``, ``... 2`` by block, of the first kind that has any."""
+    def blocks(self, metric: str, *kinds: str, of: str = "block") -> dict[int, Points]:
+        """``"METRIC block 1"``, ``... 2`` by block, of the first kind that has any; ``of`` depth, by depth."""
         for kind in kinds:
-            matches = [_BLOCK.fullmatch(name) for record in self.run.of(kind) for name in record]
-            found = sorted({int(match[2]) for match in matches if match is not None and match[1] == metric})
+            matches = [_AT.fullmatch(name) for record in self.run.of(kind) for name in record]
+            found = sorted({int(match[3]) for match in matches if match and match.group(1, 2) == (metric, of)})
             if found:
-                return {block: self.points(kind, f"{metric} block {block}") for block in found}
+                return {block: self.points(kind, f"{metric} {of} {block}") for block in found}
         return {}
 
     @property
@@ -76,12 +76,14 @@ def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = Non
             raise UserError(f"{run.file} holds no losses to draw; name the metrics of a run that has logged some")
     drawn, label = _along(runs, x)
     panels = _panels(drawn)
-    columns = 2 if len(panels) == 4 else len(panels)
-    rows = len(panels) // columns
+    columns = len(panels) if len(panels) < 4 else 2 if len(panels) == 4 else 3
+    rows = -(-len(panels) // columns)
     size = max(5.4 * columns, 8), 3.8 * rows + 0.9
     figure, axes = pyplot.subplots(rows, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
     try:
-        for axis, draw in zip(axes.flat, panels, strict=True):
+        for axis in list(axes.flat)[len(panels) :]:
+            axis.remove()
+        for axis, draw in zip(list(axes.flat), panels, strict=False):
             draw(axis)
             axis.set(xlabel=label, xlim=(0, None))
             axis.tick_params(labelbottom=True)
@@ -118,6 +120,9 @@ def _panels(drawn: Sequence[Drawn]) -> list[Callable[[Any], None]]:
         # What has no blocks (a plain GPT) stands beside their last ones.
         losses = [b or {1: each.points("held-out", "lm loss")} for each, b in zip(drawn, losses, strict=True)]
         panels.append(lambda axis: _draw_blocks(axis, drawn, losses, "held-out loss after each block"))
+    depths = [each.blocks("lm loss", "held-out", of="depth") for each in drawn]
+    if any(depths):
+        panels.append(lambda axis: _draw_blocks(axis, drawn, depths, "held-out loss at each depth", of="depth"))
     if any("halt loss" in r for each in drawn for r in each.run.records):
         panels.append(lambda axis: _draw_loss(axis, drawn, "halt loss", "halting loss"))
     changes = [each.blocks("output change", "held-out", "train") for each in drawn]
@@ -142,21 +147,22 @@ def _draw_loss(axis: Any, drawn: Sequence[Drawn], metric: str, title: str) -> No
 
 
 def _draw_blocks(
-    axis: Any, drawn: Sequence[Drawn], blocks: Sequence[dict[int, Points]], title: str, *, is_loss: bool = True
+    axis: Any, drawn: Sequence[Drawn], blocks: Sequence[dict[int, Points]], title: str, *, is_loss: bool = True,
+    of: str = "block",
 ) -> None:
     """Earlier blocks are paler, and wider so that they show under later ones that lie on them."""
 
-    def style(block: int, of: int) -> dict[str, Any]:
-        late = 1.0 if of == 1 else (block - 1) / (of - 1)
-        return {"alpha": 0.3 + 0.7 * late, "lw": 3.4 - 2 * late, "ms": (8 - 3 * late) * (1 if of <= 6 else 0.6)}
+    def style(place: int, count: int) -> dict[str, Any]:
+        late = 1.0 if count == 1 else place / (count - 1)
+        return {"alpha": 0.3 + 0.7 * late, "lw": 3.4 - 2 * late, "ms": (8 - 3 * late) * (1 if count <= 6 else 0.6)}
 
-    most = max(map(len, blocks))
     for each, curves in zip(drawn, blocks, strict=True):
-        for block, (x, y) in curves.items():
-            axis.plot(x, y, "-", marker=each.marker, color=each.color, **style(block, len(curves)))
-    for block in range(1, most + 1):
-        if most <= 6 or block in (1, most):
-            axis.plot([], [], "-o", label=f"block {block}", **_GREY, **style(block, most))
+        for place, (x, y) in enumerate(curves.values()):
+            axis.plot(x, y, "-", marker=each.marker, color=each.color, **style(place, len(curves)))
+    names = sorted({block for curves in blocks for block in curves})
+    for place, block in enumerate(names):
+        if len(names) <= 6 or block in (names[0], names[-1]):
+            axis.plot([], [], "-o", label=f"{of} {block}", **_GREY, **style(place, len(names)))
     axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
     axis.set_title(title, fontsize="medium")
     if is_loss:

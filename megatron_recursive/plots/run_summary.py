@@ -15,7 +15,7 @@ from megatron_recursive.plots.runs import Run, read_runs
 NOTHING = 0.002  # nats: the threshold of the alarm "the state is ignored"
 LAST = 5  # logged values of single iterations, of which the end of training is a mean
 AS_FAR = 0.98  # of the tokens or FLOPs of a run
-_BLOCK = re.compile(r"lm loss block (\d+)")
+_LOSS_AT = re.compile(r"lm loss (block|depth) (\d+)")
 _SHAPE = re.compile(r"(\d+) layers of width (\d+)")
 _ROW = "{:<24} {:>6} {:>6} {:>7} {:>8} {:>8} {:>8}  {}"  # a line of the table: at most 100 columns
 
@@ -47,7 +47,8 @@ def _figures(run: Run) -> dict[str, Any]:
     shape, last = _SHAPE.match(str(about.get("description", ""))), run.records[-1]
     values = {name: [r[name] for r in train if name in r] for name in ("lm loss", "halt loss", "total loss")}
     end: dict[str, Any] = next(iter(run.of("held-out")[-1:]), {})
-    blocks = {int(found[1]): value for name, value in end.items() if (found := _BLOCK.fullmatch(name))}
+    found = [(match, value) for name, value in end.items() if (match := _LOSS_AT.fullmatch(name))]
+    blocks, depths = ({int(m[2]): value for m, value in found if m[1] == kind} for kind in ("block", "depth"))
     return {
         "run": run.name, "file": str(run.file), "description": about.get("description"),
         "layers": int(shape[1]) if shape else None, "width": int(shape[2]) if shape else None,
@@ -59,6 +60,7 @@ def _figures(run: Run) -> dict[str, Any]:
                      for name, v in values.items() if v},
         "held out": end.get("lm loss"), "held out at": end.get("iteration"),
         "blocks": [blocks[block] for block in sorted(blocks)], "steps": end.get("expected refinement steps"),
+        "depths": {str(depth): depths[depth] for depth in sorted(depths)},
         "alarms": [f"ALARM at iteration {r['iteration']}: {r['alarm']}" for r in run.of("alarm")[-2:]],
     }  # fmt: skip
 
@@ -85,6 +87,9 @@ def _one(f: dict[str, Any], about: dict[str, Any]) -> list[str]:
     if f["blocks"]:
         each = ", ".join(f"{block}: {loss:.3f}" for block, loss in enumerate(f["blocks"], start=1))
         lines.append(f"held-out lm loss after each refinement block: {each}")
+    if f["depths"]:
+        each = ", ".join(f"{depth}: {loss:.3f}" for depth, loss in f["depths"].items())
+        lines.append(f"held-out lm loss at depths: {each}")
     return lines
 
 

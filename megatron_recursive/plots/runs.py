@@ -100,7 +100,7 @@ def _read(file: Path, name: str) -> Run:
             if "tokens per iteration" in facts:
                 r.setdefault("tokens", r["iteration"] * facts["tokens per iteration"])
             if "tokens" in r and "FLOPs per token" in facts:
-                r["flops"] = r["tokens"] * facts["FLOPs per token"]
+                r["flops"] = r.get("FLOPs", r["tokens"] * facts["FLOPs per token"])  # of drawn depths, what was spent
             if "time" in r and "time" in head and base is not None:
                 r["elapsed"] = base + r["time"] - head["time"]
             kept[r["kind"], r["iteration"], r.get("alarm")] = r

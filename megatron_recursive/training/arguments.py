@@ -34,12 +34,14 @@ from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
 from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
+from megatron_recursive.training.distillation import add_distillation_arguments, settle_distillation
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
 from megatron_recursive.training.optimizer_arguments import add_optimizer_arguments, refuse_optimizers, settle_rates
 from megatron_recursive.training.patches import gpt2_tokenizer
 from megatron_recursive.training.ranges import restrict_numbers
 from megatron_recursive.training.samples import add_sample_arguments, refuse_samples
 from megatron_recursive.training.schedule_check import refuse_schedule_values
+from megatron_recursive.training.supervision_steps import refuse_supervision
 
 MEGATRON_INIT_STD = 0.02
 
@@ -76,6 +78,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
         args.eval_global_batch_size = refusals.scheduled_batches(args)[-1]
     refusals.refuse_schedule(args)
+    refuse_supervision(args)
     refuse_schedule_values(args)
     refusals.refuse_tokenizer(args)
     refusals.refuse_data(args)
@@ -102,6 +105,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     tokenizer_check.note_tokenizer(args)
     _set_padded_vocabulary(args, asked)
     tokenizer_check.check_data(args)
+    settle_distillation(args)
     return args, recursion
 
 
@@ -115,6 +119,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_norm_arguments(parser)
     add_sample_arguments(parser)
     add_optimizer_arguments(parser)
+    add_distillation_arguments(parser)
     group = parser.add_argument_group("recursive runs")
     group.add_argument(
         "--init-from-gpt", metavar="DIR",

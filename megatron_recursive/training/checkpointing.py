@@ -9,21 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.training import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException  # NOTE it derives from BaseException
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.checkpoint_integrity import advise_other, check_integrity
 from megatron_recursive.models.stored_arguments import DONOR, name_as_today
 from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan.growth import Growth
 from megatron_recursive.plan.recursion_config import Difference, flag_of
+from megatron_recursive.training import console
 from megatron_recursive.training.architecture import check_architecture
 from megatron_recursive.training.optimizer_state import check_optimizer
 from megatron_recursive.training.schedule_check import check_schedule
 
 
 def check_checkpoint(
-    folder: Path, recursion: RecursionConfig, scheduler: Any, run: argparse.Namespace, *, from_plain_gpt: bool
+    folder: Path, growth: Growth, scheduler: Any, run: argparse.Namespace, *, from_plain_gpt: bool
 ) -> dict[str, Any]:
     """Refuse a checkpoint that cannot go on in this run; returns its common state (see :func:`common_state`)."""
     common = common_state(folder)
@@ -35,8 +36,12 @@ def check_checkpoint(
         if saved.get("enable_recursive_refinement"):
             raise UserError(f"--init-from-gpt: {folder} is of a recursive model; continue it with --load.")
         return common
-    for note in check_recursion(folder, saved, recursion, run.override_recursion_depth):
-        print_rank_0(f"> {note}")
+    trained = 0 if run.finetune else common.get("iteration") or 0
+    notes = check_recursion(folder, saved, growth.config_after(trained), run.override_recursion_depth)
+    if saved.get("ema_decay") is not None and run.ema_decay is None:
+        notes.append(f"the checkpoint averages its weights (--ema-decay {saved['ema_decay']}), which this run drops")
+    for note in notes if run.rank == 0 else ():
+        console.say(f"> {note}")
     check_schedule(folder, common, scheduler, run)
     check_optimizer(folder, common, run)
     return common

@@ -13,8 +13,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_recursive.accounting import parameters_by_stack
 from megatron_recursive.backends import cpu
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.added_parameters import COMBINING
 
 
 def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -24,7 +26,7 @@ def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     from megatron.training.global_vars import destroy_global_vars
 
     from megatron_recursive.training.arguments import parse_arguments
-    from megatron_recursive.training.model_provider import model_config_from_args
+    from megatron_recursive.training.model_provider import model_config_from_args, model_shape
     from megatron_recursive.training.report import run_description
 
     facts: dict[str, dict[str, Any]] = {}
@@ -35,7 +37,13 @@ def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
         try:
             args, recursion = parse_arguments()
             more = {"layers": args.num_layers, "width": args.hidden_size, "evaluation iterations": args.eval_iters}
-            facts[name] = run_description(args, model_config_from_args(args, recursion)) | more
+            config = model_config_from_args(args, recursion)
+            plan, shape = config.plan, model_shape(config, args.seq_length)
+            stacks = {n: (held, run // held) for n, (held, run) in parameters_by_stack(shape, plan).items() if held}
+            if plan.maps:  # what joins state and input
+                size = sum(each.size(shape.hidden_size) for word in plan.maps for each in COMBINING[word])
+                stacks["injection"] = size, sum(each.combine in plan.maps for each in plan.passes)
+            facts[name] = run_description(args, config) | more | {"stacks": stacks}
             facts[name]["plain"] = not recursion.enable_recursive_refinement
         except UserError as error:
             facts[name] = {"error": str(error)}

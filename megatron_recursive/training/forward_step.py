@@ -22,6 +22,10 @@ from megatron_recursive.data.content_keyed import ContentKeyedGPTDataset
 from megatron_recursive.errors import UserError
 from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.recursion_core import RecursiveOutput
+from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+from megatron_recursive.plan import RecursionPlan, StepPlans
+from megatron_recursive.training.distillation import check_samples, has_teacher
+from megatron_recursive.training.supervision_steps import samples_read
 
 SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
 STRAGGLER = StragglerDetector()  # of --log-straggler, which divides by the time between its start and stop
@@ -58,7 +62,8 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         micro_batch_size=args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        # Of one stage all are told: a teacher on the last one reads tokens too.
+        pipeline_model_parallel_size=1 if is_last and has_teacher(args) else args.pipeline_model_parallel_size,
         is_pipeline_first_stage=not is_last,  # a middle stage reads the same samples, and uses their mask
         is_pipeline_last_stage=is_last,
     )
@@ -110,8 +115,13 @@ def _check(loss: Tensor) -> None:
         )
 
 
-def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor | RecursiveOutput, Any]:
-    """One micro-batch through the model; called by Megatron's schedules in training and evaluation."""
+def forward_step(
+    data_iterator: Any, model: Any, plan: RecursionPlan | None = None
+) -> tuple[Tensor | RecursiveOutput, Any]:
+    """One micro-batch through the model; called by Megatron's schedules in training and evaluation.
+
+    ``plan``: of this step, on one stage (the ring knows its own); None is the model's own.
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with STRAGGLER(bdata=True):
@@ -129,13 +139,28 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor | RecursiveOutp
             batch["attention_mask"],
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
+            **({} if plan is None else {"plan": plan}),
         )
     return output, partial(loss_func, batch["loss_mask"])
+
+
+def plan_of_step(plans: StepPlans, model: RecursiveGPTModel, forward_only: bool) -> RecursionPlan | None:
+    """What a step runs: in training the plan of Megatron's iteration, in evaluation the model's own (None).
+
+    A model that grows has another plan from then on.
+    """
+    if forward_only:
+        return None
+    iteration = get_args().curr_iteration
+    model.plan = plans.own_plan(iteration + 1)
+    return plans.plan_at(iteration)
 
 
 def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Megatron's GPT datasets for the three splits, built where a rank reads them."""
     args = get_args()
+    train, *held_out = train_valid_test_num_samples
+    train_valid_test_num_samples = [samples_read(args, train), *held_out]
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = None
     if args.per_dataset_sequences_path is not None:
@@ -169,6 +194,8 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     datasets = builder.build()
     if args.dataloader_type != "cyclic":
         _check_enough(datasets[0], train_valid_test_num_samples[0], args)
+    if datasets[0] is not None and has_teacher(args):
+        check_samples(args, datasets[0], train_valid_test_num_samples[0])
     print_rank_0("> finished creating datasets ...")
     return datasets
 

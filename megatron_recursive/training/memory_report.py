@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,19 +56,31 @@ def memory_of_run(
     ``num_microbatches`` is that of the present batch size where it ramps up; the final one if left out. ``recording``
     is this machine's if left out.
     """
-    plan, stages = config.plan, args.pipeline_model_parallel_size
+    plan, stages = config.step_plans(args).deepest, args.pipeline_model_parallel_size
     transformer: Any = config.transformer
     batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     phases = transformer.pipeline_phases, transformer.pipeline_window
-    windows = chosen_windows(transformer.pipeline_costs, batches, *phases)  # as the run has chosen them
+    windows = chosen_windows(transformer.pipeline_costs(plan), batches, *phases)  # as the run has chosen them
     split = layers_of_stages(transformer)
     grad = [trip.grad for trip in trips_of(plan, split)]
     interleaved = len(grad) > 1
-    return stage_memory(
+    stages_memory = stage_memory(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
         layers_per_stage=split, most_held=partial(most_held, grad, stages, batches, windows),
         in_flight=in_flight(stages, batches, windows, interleaved=interleaved), window=max(windows, default=0),
     )  # fmt: skip
+    first = stages_memory[0]
+    return [replace(first, states=first.states + carried_bytes(args, config)), *stages_memory[1:]]
+
+
+def carried_bytes(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> int:
+    """What the first stage holds of --num-supervision-steps: the states that a step starts at, and that it leaves."""
+    if config.recursion.num_supervision_steps == 1:
+        return 0
+    sequences = args.global_batch_size // args.data_parallel_size
+    parts = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    state = sequences * args.seq_length // parts * config.hidden_size * args.params_dtype.itemsize
+    return 2 * len(config.plan.carried) * state
 
 
 def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> Recording:

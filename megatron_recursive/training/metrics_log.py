@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
 from megatron_recursive.training import console
 from megatron_recursive.training.progress import Progress
+from megatron_recursive.training.progress_lines import blocks_of
 
 WINDOW = 50  # iterations that an alarm averages over
 STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
@@ -26,13 +27,15 @@ class MetricsLog:
     """One run's metrics, already averaged over micro-batches and ranks: to the file, the alarms and the progress.
 
     ``description`` is what the file says of the run before its metrics. Every rank has a log; the last, which knows the
-    losses, writes.
+    losses, writes. ``plans``: of its steps, whose depth a record says where it changes.
     """
 
-    def __init__(self, recursion: RecursionConfig, description: dict[str, Any], progress: Progress) -> None:
-        self.progress = progress
+    def __init__(
+        self, recursion: RecursionConfig, plans: StepPlans, description: dict[str, Any], progress: Progress
+    ) -> None:
+        self.progress, self.plans = progress, plans
         self._description: dict[str, Any] | None = description
-        self._alarms = HealthAlarms(recursion)
+        self._alarms = HealthAlarms(recursion, plans.plan)
         self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device until an interval's end
 
     def start(self, run: argparse.Namespace) -> None:
@@ -65,11 +68,13 @@ class MetricsLog:
             "tokens": run.consumed_train_samples * run.seq_length, **metrics, "time": time.time(), "seconds": seconds,
             "tokens per second": run.global_batch_size * run.seq_length / seconds,
         }  # fmt: skip
+        if self.plans.changes:
+            record |= {"recurrence": self.plans.plan_at(iteration - 1).depth, "FLOPs": run.flops_spent}
         for name in ("learning_rate", "grad_norm"):
             if given.get(name) is not None:
                 record[name.replace("_", " ")] = float(given[name])
         append_metrics(run.metrics_file, record)
-        means = {name: sum(each[name] for _, each in known) / len(known) for name in metrics}
+        means = {name: _mean([each[name] for _, each in known if name in each]) for name in metrics}
         self.progress.trained(record, means, run.train_iters, len(known))
 
     def evaluated(
@@ -81,6 +86,8 @@ class MetricsLog:
             if metrics and run.rank == run.world_size - 1:
                 record = {"kind": kind, "iteration": iteration, "time": time.time(),
                           "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
+                if self.plans.changes and hasattr(run, "flops_spent"):
+                    record["FLOPs"] = run.flops_spent
                 if len(sets) > 1:
                     record["set"] = number
                 append_metrics(run.metrics_file, record)
@@ -119,19 +126,21 @@ class HealthAlarms:
     Each must hold over the window and over the last fifth of it.
     """
 
-    def __init__(self, recursion: RecursionConfig) -> None:
+    def __init__(self, recursion: RecursionConfig, plan: RecursionPlan) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
-        self.blocks = recursion.num_refinement_blocks
-        self.detached = recursion.detach_between_refinements and recursion.recursion_family == "core"
+        # Of carried states the first block goes on where the last one ended.
+        self.blocks = plan.num_blocks if recursion.num_supervision_steps == 1 else 1
+        self.detached = any(p.cuts_states for p in plan.passes)
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)
         self.quiet_until = 0
 
     def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
         """Take in the metrics of an iteration of so many; returns what must be said."""
-        first, last = metrics.get("lm loss block 1"), metrics.get(f"lm loss block {self.blocks}")
-        if first is not None and last is not None and self.blocks > 1:
-            self.gains.append(first - last)
+        losses = blocks_of(metrics)  # of as many blocks as the step had
+        if len(losses) > 1:
+            self.blocks = max(losses)
+            self.gains.append(losses[min(losses)] - losses[self.blocks])
         if "token cosine" in metrics:
             self.cosines.append(metrics["token cosine"])
         after = min(LATEST, max(iterations // 10, 1)) if self.after is None else self.after

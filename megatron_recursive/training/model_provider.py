@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
@@ -15,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import scaled_init_method_normal
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
+from megatron.training.training import update_train_iters
 
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
@@ -23,7 +26,8 @@ from megatron_recursive.models.layer_specs import engine_layer_spec, layers_of_s
 from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 from megatron_recursive.pipeline.pass_costs import price_passes
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
+from megatron_recursive.training.distillation import DistillationSource, source_of
 from megatron_recursive.training.norm_arguments import norm_layout
 
 
@@ -35,11 +39,18 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     norms: NormLayout = field(default_factory=NormLayout)
     train_only: str | None = None
+    distillation: DistillationSource | None = None
 
     @property
     def plan(self) -> RecursionPlan:
         plan = build_plan(self.recursion)
         return plan.heads_only() if self.train_only == "heads" else plan
+
+    def step_plans(self, args: argparse.Namespace) -> StepPlans:
+        """The plans of the training steps of a run."""
+        counted = copy.copy(args)
+        update_train_iters(counted)  # from samples and a schedule of batches
+        return StepPlans(self.recursion, self.plan, seed=args.seed, iterations=max(counted.train_iters, 1))
 
 
 class RecursiveGPTModelBuilder(GPTModelBuilder):
@@ -55,7 +66,7 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
         vp_stage: int | None = None,
     ) -> RecursiveGPTModel:
         config = self._model_config
-        return RecursiveGPTModel(
+        model = RecursiveGPTModel(
             config=config.transformer,
             transformer_layer_spec=_layer_spec(config, vp_stage),
             vocab_size=config.vocab_size,
@@ -77,6 +88,10 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
             recursion=config.recursion,
             plan=config.plan,
         )
+        if config.distillation is not None and model.post_process:
+            rows, dtype = config.vocab_size or 0, config.transformer.params_dtype
+            model.distillation = config.distillation.loaded(rows, dtype, pg_collection.tp)
+        return model
 
 
 def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
@@ -123,12 +138,14 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
     config.norms = norm_layout(vars(args))
+    config.distillation = source_of(args)
     config.train_only = getattr(args, "train_only", None)  # a checkpoint of an earlier version does not say
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
     backward = 2.0 + transformer.recompute_passes + (transformer.recompute_granularity == "full")
     shape = model_shape(config, config.seq_length)
-    transformer.pipeline_costs = price_passes(config.plan, shape, layers_of_stages(transformer), backward)
+    split = layers_of_stages(transformer)
+    transformer.pipeline_costs = partial(price_passes, shape=shape, layers_per_stage=split, backward_cost=backward)
     return config
 
 
@@ -155,3 +172,8 @@ def model_shape(config: RecursiveGPTModelConfig, seq_length: int) -> ModelShape:
         norms_per_layer=config.norms.norms_per_layer,
         attention_gate=transformer.attention_output_gate,
     )
+
+
+def teacher_flops(config: RecursiveGPTModelConfig, seq_length: int) -> float:
+    """A teacher's forward, of each token."""
+    return 0.0 if config.distillation is None else config.distillation.costs(seq_length)[1]

@@ -3,7 +3,7 @@
 The distributed optimizer has two ways to write its state. Megatron's default keeps the flat buffers of the layout that
 wrote them, which only another data-parallel size can read. ``--dist-ckpt-optim-fully-reshardable`` writes a tensor for
 each parameter, which any layout reads; while it is saved and loaded every rank holds its model-parallel share of the
-state, 12 bytes a parameter, in host memory.
+state, 12 bytes a parameter (16 with --ema-decay), in host memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.recursion_config import flag_of
 
-HELD_BYTES = 12  # a parameter's fp32 copy and Adam's moments
+HELD_BYTES = 12  # a parameter's fp32 copy and Adam's moments; --ema-decay has another copy
 LIMIT_BYTES = 10 * 10**9
 """Up to this share on a rank the state is written for any layout unasked."""
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -26,7 +26,8 @@ def choose_format(args: argparse.Namespace, parameters: int) -> None:
     """Settle how a distributed optimizer is written, where the flags leave it open."""
     if args.dist_ckpt_optim_fully_reshardable is None:
         share = parameters / (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-        fits = share * HELD_BYTES <= LIMIT_BYTES
+        held = HELD_BYTES + (0 if args.ema_decay is None else 4)
+        fits = share * held <= LIMIT_BYTES
         args.dist_ckpt_optim_fully_reshardable = args.use_distributed_optimizer and fits
 
 

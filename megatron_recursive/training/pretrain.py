@@ -39,10 +39,19 @@ def _run() -> None:
 
         from megatron_recursive.pipeline import dispatch
         from megatron_recursive.training.arguments import megatron_speaks_in_sentences, parse_arguments
-        from megatron_recursive.training.forward_step import datasets_provider, forward_step
+        from megatron_recursive.training.distillation_files import prepare
+        from megatron_recursive.training.forward_step import datasets_provider, forward_step, plan_of_step
         from megatron_recursive.training.metrics_log import MetricsLog
         from megatron_recursive.training.model_provider import model_config_from_args
-        from megatron_recursive.training.patches import accounts, checkpoints, observing, optimizers, profiler, wheel
+        from megatron_recursive.training.patches import (
+            accounts,
+            carried,
+            checkpoints,
+            observing,
+            optimizers,
+            profiler,
+            wheel,
+        )
         from megatron_recursive.training.progress import Progress
         from megatron_recursive.training.report import announce, run_description
         from megatron_recursive.training.result_checks import said_in_a_sentence
@@ -53,14 +62,18 @@ def _run() -> None:
         model_config = model_config_from_args(args, recursion)
         container = pretrain_cfg_container_from_args(args, model_config)
     console.begin(args.log_style, args.save, timers=args.timing_log_level > 0)
+    if args.distill_prepare is not None and model_config.distillation is not None:
+        return prepare(args, model_config.distillation, _in_sentences(datasets_provider))
     announce(args, model_config)
     progress = Progress()
-    dispatch.install()
+    plans = model_config.step_plans(args)
+    dispatch.install(functools.partial(plan_of_step, plans), recursion.depths_to_evaluate)
     wheel.install()
-    accounts.install(model_config)
-    averages = optimizers.install(args)
+    accounts.install(model_config, plans)
+    averages = optimizers.install(args, plans.growth)
+    carried.install()
     checkpoints.install(args, model_config, progress, averages)
-    log = MetricsLog(recursion, run_description(args, model_config), progress)
+    log = MetricsLog(recursion, plans, run_description(args, model_config), progress)
     observing.install(args, log, averages if args.evaluate_ema else ())
     try:
         with said_in_a_sentence(), profiler.stopped_at_exit(args):

@@ -25,7 +25,7 @@ class Progress:
         self.reached = 0  # the last iteration trained, logged or not
         self._first_loss: tuple[float, int] | None = None
         self._last_loss: tuple[float, int] | None = None
-        self._tokens = self._trained = 0
+        self._tokens = self._trained = self._read_before = 0
         self.alarms: dict[str, str] = {}  # the last of each kind
         self._held_out: tuple[int, dict[str, float]] | None = None
 
@@ -42,6 +42,7 @@ class Progress:
         """Training is about to start, with ``run`` as its arguments. Starts the clock."""
         self._since = self._began = time.monotonic()
         self._paused, self._first = 0.0, run.iteration + 1
+        self._read_before = run.consumed_train_samples * run.seq_length
         if run.rank == 0 and console.style() == "compact":
             start = f", going on from {run.load}" if run.iteration else ""
             console.say(f"training: iterations {self._first} to {run.train_iters}{start}")
@@ -95,7 +96,7 @@ class Progress:
         elif not self._last:
             lines = [f"nothing was trained: iteration {args.iteration} of {args.train_iters} is the last one"]
         else:
-            tokens = self._tokens - (self._first - 1) * args.global_batch_size * args.seq_length
+            tokens = self._tokens - self._read_before
             end = "done" if self._last >= args.train_iters else "stopped"
             lines = [f"{end}: iterations {self._first} to {self._last} of {args.train_iters}, {count(tokens)} tokens "
                      f"in {duration(spent)}, evaluations and saves included"]  # fmt: skip

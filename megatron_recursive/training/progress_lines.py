@@ -10,9 +10,9 @@ MOST_BLOCKS = 3  # columns for losses by block; of more blocks some are shown, t
 Metrics = Mapping[str, float]
 
 
-def blocks_of(metrics: Metrics, name: str = "lm loss") -> dict[int, float]:
-    """``"lm loss block 3"`` and its like, by block."""
-    prefix = f"{name} block "
+def blocks_of(metrics: Metrics, name: str = "lm loss", of: str = "block") -> dict[int, float]:
+    """``"lm loss block 3"`` and its like, by block; ``of`` depth, by depth."""
+    prefix = f"{name} {of} "
     found = {int(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
     return dict(sorted(found.items()))
 
@@ -94,6 +94,10 @@ def evaluation(title: str, metrics: Metrics) -> str:
         lines.append("    lm loss      " + "".join(f"{losses[block]:>8.3f}" for block in shown))
         if set(shown) <= set(changes):
             lines.append("    state moved  " + "".join(f"{changes[block]:>8.3f}" for block in shown))
+    if depths := blocks_of(metrics, of="depth"):
+        shown = shown_blocks(list(depths), 10)
+        lines.append("    at depth     " + "".join(f"{depth:>8}" for depth in shown))
+        lines.append("    lm loss      " + "".join(f"{depths[depth]:>8.3f}" for depth in shown))
     facts = []
     if "expected refinement steps" in metrics:
         facts.append(f"{metrics['expected refinement steps']:.2f} blocks until a token halts, on average")

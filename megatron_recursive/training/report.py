@@ -6,27 +6,35 @@ import argparse
 import sys
 from typing import Any
 
-from megatron_recursive.accounting import count_parameters, flops_per_token
+from megatron_recursive.accounting import count_parameters, flops_per_token, mean_flops_per_token
 from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.training import console
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.memory_report import carried_bytes
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, teacher_flops
 
 
 def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     """Rank 0 prints the passes, which carry gradient, parameters held and unrolled, and FLOPs per token."""
-    plan, shape = config.plan, model_shape(config, args.seq_length)
+    plan, shape, plans = config.plan, model_shape(config, args.seq_length), config.step_plans(args)
     parameters, flops = count_parameters(shape, plan), flops_per_token(shape, plan)
     if args.rank != 0:
         return
-    phases = ""
+    phases = teacher = ""
+    if config.distillation is not None:
+        teacher = f"\ndistillation: {config.distillation.describe(args)}"
     if args.pipeline_model_parallel_size > 1 and not plan.is_plain:
         batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-        costs = config.transformer.pipeline_costs
+        costs = config.transformer.pipeline_costs(plan)
         said = said_of_phases(costs, batches, args.pipeline_phases, args.pipeline_window)
         balance = said_of_balance(plan, shape, layers_of_stages(config.transformer))
         phases = f"\npipeline: {'; '.join(filter(None, (said, balance)))}"
+    steps = ""
+    if plans.changes:
+        mean = mean_flops_per_token(shape, plans.counts()).total
+        steps = f"\n{plans.describe()}\nFLOPs per token over all steps: {mean:.4g}"
+    phases += _said_of_carried(args, config)
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
     if path is not None:
@@ -42,6 +50,20 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         f"embedding multiplier: {plan.embedding_multiplier:g}\n"
         f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
         f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}"
+        f"{steps}{teacher}"
+    )
+
+
+def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> str:
+    """How many steps a batch has, and what the carried states need: where a step starts and what it has left so far."""
+    steps, names = config.recursion.num_supervision_steps, config.plan.carried
+    if steps == 1:
+        return ""
+    size = f"{carried_bytes(args, config) / 1e6:,.1f} MB"
+    until = ", or until a sample halts" if config.recursion.carry_halted else ""
+    return (
+        f"\nsupervision: {steps} steps on each batch{until}, on carried states ({', '.join(names)}: {size} "
+        f"on a rank of the first stage); an evaluation runs them in a row, {steps * config.plan.num_passes} passes"
     )
 
 
@@ -56,7 +78,8 @@ def run_description(args: argparse.Namespace, config: RecursiveGPTModelConfig) -
         "passes": plan.num_passes,
         "parameters held": parameters.held,
         "parameters unrolled": parameters.unrolled,
-        "FLOPs per token": flops_per_token(shape, plan).total,
+        "FLOPs per token": (mean_flops_per_token(shape, config.step_plans(args).counts()).total
+                            + teacher_flops(config, shape.seq_length)),
         "tokens per iteration": args.global_batch_size * args.seq_length,
         "world size": args.world_size,
         "command": sys.argv,

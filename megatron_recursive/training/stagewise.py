@@ -58,7 +58,7 @@ def run_passes(
 
     ``watch`` sees each pass with what it read and what came out, both [S, B, H].
     """
-    config, group = model.config, model.pg_collection.pp
+    config, group, plan = model.config, model.pg_collection.pp, model.plan_of_step(None)
     ranks = model.pg_collection.tp.size() if config.sequence_parallel else 1
     shape = (input_ids.shape[1] // ranks, input_ids.shape[0], config.hidden_size)
     dtype = torch.float if config.fp32_residual_connection else config.params_dtype
@@ -68,11 +68,14 @@ def run_passes(
     state = model.initial_state(from_stage(model, embedding, 0), input_ids, positions)
     state.values = {name: from_stage(model, value, 0) for name, value in state.values.items()}
 
-    def combine(decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
-        mine = model.combine(decoder_pass, *values_SBH) if model.pre_process else torch.empty_like(values_SBH[0])
-        return from_stage(model, mine, 0)
+    def on_the_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def told(decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
+            mine = function(decoder_pass, *values_SBH) if model.pre_process else torch.empty_like(values_SBH[0])
+            return from_stage(model, mine, 0)
 
-    state.combine = combine
+        return told
+
+    state.combine, state.move = on_the_first(model.combine), on_the_first(model.move)
 
     def decode(decoder_pass: DecoderPass, read_SBH: Tensor) -> Tensor:
         hidden_SBH = read_SBH
@@ -81,14 +84,14 @@ def run_passes(
                 model.decoder.set_input_tensor(None if model.pre_process else hidden_SBH)
                 hidden_SBH = model.decode(
                     hidden_SBH if model.pre_process else None, None, stack=decoder_pass.stack,
-                    closes=model.plan.closes(decoder_pass),
+                    closes=plan.closes(decoder_pass),
                 ).to(dtype)  # fmt: skip
             hidden_SBH = from_stage(model, hidden_SBH, stage)
         if watch is not None:
             watch(decoder_pass, read_SBH, hidden_SBH)
         return hidden_SBH
 
-    for _ in run_plan(model.plan, state, decode):
+    for _ in run_plan(plan, state, decode):
         pass
     return state.output
 

@@ -39,7 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "optimizers",
-                                            "pipeline")),
+                                            "pipeline", "hf.convert.teacher")),
         "torch", "megatron.core", "megatron.training",
     ),
     "inference": (
@@ -54,7 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "hf", "models", "inference")),
         "torch", "transformers", "kneed", "safetensors",
     ),
-    "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "tqdm", "yaml"),
+    "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "numpy", "tqdm", "yaml"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
                                             "plots", "ablation", "analysis", "evaluation", "launch", "__version__")),

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.stored_arguments import DONOR
+from megatron_recursive.plan.added_parameters import low_rank
 
 PADDING_MULTIPLE = 128  # Megatron's default; rows divide by any tensor-parallel size that is a power of two up to it
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2")
@@ -113,6 +114,7 @@ class Architecture:
             "q": self.num_attention_heads * self.head_dim, "k": self.num_query_groups * self.head_dim,
             "p": self.max_positions, "1": 1, "2h": 2 * self.hidden_size, "u": 2 * self.ffn_hidden_size,
             "g": 2 * (self.num_attention_heads + self.num_query_groups) * self.head_dim,
+            "r": low_rank(self.hidden_size),
         }  # fmt: skip
         return sizes[symbol]
 

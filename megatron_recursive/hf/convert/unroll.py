@@ -77,7 +77,7 @@ def chain(plan: RecursionPlan, num_layers: int) -> list[int]:
         if [states[name] for name in p.reads if states[name] is not None] != [newest]:
             raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) reads {' + '.join(p.reads)} "
                             f"(state_init {plan.state_init}).")  # fmt: skip
-        if p.step != 1:
+        if not p.replaces_state:
             raise UserError(f"{no}: pass {p.index + 1} ({p.stack}) moves its state by the step {p.step:.3g}.")
         newest = states[p.target] = p.index + 1
         if p.target == "input" and plan.starts_at_input:

@@ -3,11 +3,14 @@
 from megatron_recursive.plan.added_parameters import (
     COMBINING,
     EVERY,
+    MOVING,
     SEED,
     AddedParameter,
     added_parameters,
+    low_rank,
     sampled_start,
     start_of,
 )
 
-__all__ = ["COMBINING", "EVERY", "SEED", "AddedParameter", "added_parameters", "sampled_start", "start_of"]
+__all__ = ["COMBINING", "EVERY", "MOVING", "SEED", "AddedParameter", "added_parameters", "low_rank", "sampled_start",
+           "start_of"]  # fmt: skip

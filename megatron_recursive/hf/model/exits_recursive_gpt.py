@@ -75,7 +75,7 @@ class ExitOptions:
         plan = config.recursion_plan
         kinds = [(p.block, p.target, p.reads, p.stack) for p in plan.passes]
         blocks = [[kind for number, *kind in kinds if number == block] for block in range(plan.num_blocks)]
-        in_parts = any(p.target == "input" or p.step != 1 or p.stack == "coda" for p in plan.passes)
+        in_parts = any(p.target == "input" or p.stack == "coda" for p in plan.passes)
         if plan.is_plain or in_parts or any(block != blocks[0] for block in blocks):
             raise ValueError(f"exit={exit} needs a plan of refinement blocks that are alike, which this model has not.")
         if exit == "halting" and not plan.has_halting:
@@ -294,7 +294,7 @@ def run_with_exits(
         for number in range(per_block):
             each = passes[min(block, options.trained_blocks - 1) * per_block + number]
             result = model.run_pass(block * per_block + number, model.gather(each, now), **shared)
-            now[each.target] = result
+            now[each.target] = model.moved(each, now, result)
         output_NH = now["output"].flatten(0, 1)
         if len(index) == batch * length:  # nobody has left
             final = now["output"]

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .added_parameters import low_rank
 from .configuration_recursive_gpt import RecursiveGPTConfig
 from .exits_recursive_gpt import ActiveTokens
 
@@ -116,6 +117,39 @@ class RecursiveGPTInjection(nn.Module):
 
 
 COMBINING_MODULES = {"concat": RecursiveGPTAdapter, "diagonal": RecursiveGPTInjection}
+
+# --- how a state is moved by what a pass makes ----------------------------------------------------------------------
+
+
+class RecursiveGPTBoundaryGate(nn.Module):
+    """``state + a * (result - state)``; ``a = exp(-softplus(up^T down (result - state) + bias) exp(A_log))``."""
+
+    def __init__(self, config: RecursiveGPTConfig) -> None:
+        super().__init__()
+        size, rank = config.hidden_size, low_rank(config.hidden_size)
+        self.A_log, self.bias = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
+        self.down, self.up = nn.Parameter(torch.zeros(rank, size)), nn.Parameter(torch.zeros(rank, size))
+
+    def forward(self, result: Tensor, state: Tensor) -> Tensor:
+        change = result - state
+        delta = F.softplus(F.linear(F.linear(change, self.down), self.up.T, self.bias).float())
+        return state + torch.exp(-delta * self.A_log.float().exp()).to(change.dtype) * change
+
+
+class RecursiveGPTBoundaryNorm(nn.Module):
+    """``rms(result) + input``."""
+
+    def __init__(self, config: RecursiveGPTConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+
+    def forward(self, result: Tensor, given: Tensor) -> Tensor:
+        return F.rms_norm(result, result.shape[-1:], eps=self.eps) + given
+
+
+MOVING_MODULES: dict[str, type[nn.Module]] = {
+    "gate": RecursiveGPTBoundaryGate, "norm-inject": RecursiveGPTBoundaryNorm,
+}  # fmt: skip
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 

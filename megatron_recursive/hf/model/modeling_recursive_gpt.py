@@ -25,13 +25,14 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .added_parameters import COMBINING, EVERY, SEED, added_parameters, sampled_start, start_of
+from .added_parameters import COMBINING, EVERY, MOVING, SEED, added_parameters, sampled_start, start_of
 from .cache_recursive_gpt import RecursiveCache
 from .configuration_recursive_gpt import RecursiveGPTConfig
 from .exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, left_by, run_with_exits
 from .generation_recursive_gpt import RecursiveGenerationMixin
 from .layers_recursive_gpt import (
     COMBINING_MODULES,
+    MOVING_MODULES,
     RecursiveGPTAttention,
     RecursiveGPTDecoderLayer,
     RecursiveGPTNorm,
@@ -131,6 +132,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
             setattr(self, each.exported.removeprefix(MODEL), start)
         for word in config.recursion_plan.maps:
             setattr(self, COMBINING[word][0].module, COMBINING_MODULES[word](config.hidden_size))
+        for word in config.recursion_plan.moves:
+            setattr(self, MOVING[word].module, MOVING_MODULES[word](config))
         self.gradient_checkpointing = False
         self._read_plan()
         self.post_init()
@@ -275,9 +278,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
                 states["output"], states["latent"] = states["output"].detach(), states["latent"].detach()
             with torch.set_grad_enabled(each.grad and torch.is_grad_enabled()):
                 result = self.run_pass(index, self.gather(each, states), **shared)
-                if each.step != 1:
-                    result = states[each.target] + each.step * (result - states[each.target])
-            states[each.target] = result
+                result = states[each.target] = self.moved(each, states, result)
             if each.target == "input" and self.starts_at_input:  # a prelude, which comes first
                 states["output"] = result
             if index in self.block_ends and keeps_states:
@@ -293,6 +294,16 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         for name in each.reads[1:]:
             total = total + states[name]
         return total
+
+    def moved(self, each: DecoderPass, states: dict[str, Tensor], result: Tensor) -> Tensor:
+        """What the target of a pass becomes by its result."""
+        if each.replaces_state:
+            return result
+        others = [states[name] for name in each.moved_with]
+        if each.move != "step":
+            moved: Tensor = getattr(self, MOVING[each.move].module)(result, *others)
+            return moved.to(result.device)
+        return others[0] + each.step * (result - others[0])
 
 
 class RecursiveGPTTokenHead(nn.Linear):

@@ -12,22 +12,35 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_recursive.accounting import flops_per_token
+from megatron_recursive.plan import StepPlans
 from megatron_recursive.training import memory_report
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, teacher_flops
 from megatron_recursive.training.patches import wrap
 
 
-def install(config: RecursiveGPTModelConfig) -> None:
-    """Replace the counts. Where recursion is off, Megatron's own are right."""
+def install(config: RecursiveGPTModelConfig, plans: StepPlans) -> None:
+    """Replace the counts, those of a step by its own of ``plans``. Where recursion is off, Megatron's are right."""
     from megatron.training import training
 
     recursive = config.recursion.enable_recursive_refinement
+    steps: dict[int, float] = {}  # FLOPs of the steps since Megatron's last line, by iteration
 
     def flops(call: Callable[[], Any], given: dict[str, Any]) -> Any:
         if not recursive:
             return call()
-        length = given["args"].seq_length
-        return flops_per_token(model_shape(config, length), config.plan).total * given["batch_size"] * length
+        run = given["args"]
+        iteration, length = run.curr_iteration, run.seq_length
+        if iteration in steps:  # asked again for the throughput of the line, which is of all its steps
+            mean = sum(steps.values()) / len(steps)
+            if (iteration + 1) % run.log_interval == 0:
+                steps.clear()
+            return mean
+        plan = plans.plan_at(iteration)
+        tokens = given["batch_size"] * length
+        each = flops_per_token(model_shape(config, length), plan).total + teacher_flops(config, length)
+        steps[iteration] = each * tokens
+        run.flops_spent = getattr(run, "flops_spent", run.num_floating_point_operations_so_far) + steps[iteration]
+        return steps[iteration]
 
     def memory(call: Callable[[], Any], given: dict[str, Any]) -> Any:
         if not recursive:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -34,6 +36,7 @@ from megatron_recursive.models.checkpoint_integrity import (
 )
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
 from megatron_recursive.optimizers.weight_average import WeightAverage, read_where_stored
+from megatron_recursive.plan import StepPlans
 from megatron_recursive.training import run_record
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
 from megatron_recursive.training.checkpointing import check_checkpoint, reason_of
@@ -44,7 +47,7 @@ from megatron_recursive.training.patches.adam import tell_step, torch_adam_mende
 from megatron_recursive.training.progress import Progress
 from megatron_recursive.training.schedule_check import groups_of_the_checkpoint
 
-STATE_BYTES = 16  # a parameter with its fp32 copy and Adam's moments, at most
+STATE_BYTES = 20  # a parameter with its fp32 copy, Adam's moments and --ema-decay's average, at most
 
 
 def install(
@@ -59,7 +62,7 @@ def install(
         args.verify_integrity = parameters * STATE_BYTES <= LIMIT_BYTES
     record = run_record.record_of(args, config) if args.save is not None else {}
     wrap(training, "load_checkpoint", partial(_load, config, asked, averages))
-    wrap(training, "save_checkpoint", partial(_save, record, progress))
+    wrap(training, "save_checkpoint", partial(_save, record, config.step_plans(args), progress))
     original = checkpointing.maybe_msc
     checkpointing.maybe_msc = FilesWithAtomicTracker(getattr(original, "__wrapped__", original))
 
@@ -72,11 +75,11 @@ def _load(
     run, optimizer, scheduler = get_args(), given["optimizer"], given["opt_param_scheduler"]
     writes_manifest = run.verify_integrity
     folder, from_plain_gpt = checkpoint_to_read(run)
-    common: dict[str, Any] = {}
+    common, plans = dict[str, Any](), config.step_plans(run)
     if folder is not None:
         if verify is not False:
             check_integrity(folder, needed=verify is True)
-        common = check_checkpoint(folder, config.recursion, scheduler, run, from_plain_gpt=from_plain_gpt)
+        common = check_checkpoint(folder, plans.growth, scheduler, run, from_plain_gpt=from_plain_gpt)
     try:
         run.verify_integrity = False  # it is done, where there was a manifest
         if run.train_only is not None:
@@ -88,7 +91,11 @@ def _load(
             groups_of_the_checkpoint({} if from_plain_gpt else common, optimizer, scheduler, run),
             read_where_stored(averages, stored=bool(common) and vars(common["args"]).get("ema_decay") is not None),
         ):
-            return call()
+            iteration, *more = call()
+        if plans.growth.at is not None:
+            for model in unwrap_model(given["ddp_model"]):
+                model.plan = plans.own_plan(iteration)
+        return (iteration, *more)
     except (Exception, CheckpointException) as error:
         if folder is None:
             raise
@@ -101,11 +108,18 @@ def _load(
         run.verify_integrity = writes_manifest
 
 
-def _save(record: dict[str, Any], progress: Progress, call: Callable[[], Any], given: dict[str, Any]) -> Any:
+def _save(
+    record: dict[str, Any], plans: StepPlans, progress: Progress, call: Callable[[], Any], given: dict[str, Any]
+) -> Any:
+    """A model that has grown is saved as one of its depth: in the arguments, which exports read, and in run.json."""
     run = get_args()
     if run.save is None:  # Megatron saves before it stops for a bad result, asked to or not
         return None
     iteration = given["iteration"]
+    if (recursion := plans.growth.config_after(iteration)) is not plans.config:
+        vars(run).update(recursion.to_dict())
+        plan = plans.own_plan(iteration)
+        record = {**record, "recursion": recursion.to_dict(), "plan": json.loads(plan.to_json())}
     root = saving_root(run, passing=given.get("non_persistent_ckpt", False))
     folder = root / f"iter_{iteration:07d}"
     try:

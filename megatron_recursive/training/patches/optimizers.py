@@ -2,8 +2,10 @@
 
 ``megatron.training.training`` calls ``get_megatron_optimizer`` as a global of its own, with overrides for parameter
 groups to which it has no hook. The wrapper adds ours (``optimizers/parameter_groups.py``), and under ``--ema-decay``
-puts an average beside what was built (``optimizers/weight_average.py``). ``ft_integration.setup`` reads the command
-line a second time with Megatron's own parser, which knows no ``--optimizer`` of ours: it is called where it has work.
+puts an average beside what was built (``optimizers/weight_average.py``). Nor has the scheduler that it gets from
+``get_optimizer_param_scheduler`` one for the rate of a model that has grown (``plan/growth.py``).
+``ft_integration.setup`` reads the command line a second time with Megatron's own parser, which knows no
+``--optimizer`` of ours: it is called where it has work.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from megatron.core.utils import unwrap_model
 from megatron_recursive.optimizers import registry
 from megatron_recursive.optimizers.parameter_groups import group_overrides
 from megatron_recursive.optimizers.weight_average import WeightAverage, averages_of
+from megatron_recursive.plan.growth import Growth
 from megatron_recursive.training.patches import wrap
 
 
-def install(args: argparse.Namespace) -> list[WeightAverage]:
-    """Wrap the ``get_megatron_optimizer`` that a run calls, and add our optimizers to Megatron's registry.
+def install(args: argparse.Namespace, growth: Growth) -> list[WeightAverage]:
+    """Wrap what a run calls to get its optimizer and schedule, and add our optimizers to Megatron's registry.
 
     Returns:
         A list that will hold the run's averages of weights.
@@ -38,6 +41,19 @@ def install(args: argparse.Namespace) -> list[WeightAverage]:
         averages[:] = [] if args.ema_decay is None else averages_of(optimizer, args.ema_decay)
         return optimizer
 
+    def schedule(call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        scheduler = call()
+        scheduled = scheduler.get_lr
+
+        def rate(group: dict[str, Any]) -> float:  # the scheduler counts samples
+            factor: float = growth.rate_factor(scheduler.num_steps // args.global_batch_size)
+            return factor * scheduled(group)
+
+        if growth.config.grow_rewarm_iters:
+            scheduler.get_lr = rate
+        return scheduler
+
     wrap(training, "get_megatron_optimizer", build)
+    wrap(training, "get_optimizer_param_scheduler", schedule)
     wrap(ft_integration, "setup", lambda call, given: call() if args.enable_ft_package else None)
     return averages

@@ -21,7 +21,7 @@ import pytest
 from megatron_recursive.ablation import runs, schedule
 from megatron_recursive.ablation.config import SCHEMA, read_config
 from megatron_recursive.ablation.runs import Study
-from megatron_recursive.accounting import ModelShape, flops_per_token
+from megatron_recursive.accounting import ModelShape, count_parameters, flops_per_token
 from megatron_recursive.commands import main
 from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.training.describe import describe
@@ -204,6 +204,7 @@ def test_rates_then_seeds_then_results(ablate: Any, tmp_path: Path, monkeypatch:
     deep, own = figures["arms"]
     assert (deep["lr"], deep["edge"], deep["losses"]) == (2e-3, None, pytest.approx([3.02, 3.0]))
     assert (own["mean"], own["spread"]) == pytest.approx((3.06, 0.02)) and own["blocks"] == []
+    assert (deep["stacks"], own["stacks"]) == ({"core": [90, 3]}, {"core": [90, 1]})
     assert deep["blocks"] == pytest.approx([3.21, 3.11, 3.01]) and deep["token cosine"] == 0.25
     (said,) = figures["comparisons"]
     assert said["said"] == (
@@ -344,6 +345,8 @@ def test_what_training_says_of_an_arm() -> None:
     common = [*REAL.split("flags: >")[1].split("arms:")[0].split(), "--lr", "1e-2", "--train-iters", "4"]
     core = ["--num-refinement-blocks", "2", "--num-latent-refinements", "1"]
     flags = {"core": core, "wrong": ["--hidden-size", "33"], "off": ["--disable-recursive-refinement"]}
+    flags["loops"] = [*"--recursion-family recurrent --num-layers 3 --num-coda-layers 1 --num-recurrences 4".split(),
+                      "--injection", "concat"]  # fmt: skip
     asked = {name: {"processes": 2, "flags": [*common, *each]} for name, each in flags.items()}
     (facts,) = run_distributed(describe, 1, asked)
     shape = ModelShape(1, 32, 128, 4, 4, 8, 128, 16)
@@ -353,6 +356,10 @@ def test_what_training_says_of_an_arm() -> None:
         assert facts[name]["FLOPs per token"] == flops_per_token(shape, plan).total
         assert facts[name]["plain"] == (name == "off") and facts[name]["passes"] == plan.num_passes
         assert (facts[name]["tokens per iteration"], facts[name]["world size"]) == (64, 2)
+    layer = facts["off"]["stacks"]["core"][0]
+    assert layer == count_parameters(shape, plan).layers and facts["core"]["stacks"] == {"core": (layer, 4)}
+    stacks = {"core": (2 * layer, 4), "coda": (layer, 1), "injection": (2 * 32 * 32, 4)}
+    assert facts["loops"]["stacks"] == stacks, "what phi counts"
     assert list(facts["wrong"]) == ["error"] and "33" in facts["wrong"]["error"]
 
 

@@ -20,6 +20,7 @@ RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda
 CASES: dict[str, Case] = {
     "concat": Case({**RECURRENT, "injection": "concat", "state_norm": "core"}, transformer={"num_layers": 4}),
     "diagonal": Case({**RECURRENT, "injection": "diagonal"}, transformer={"num_layers": 4}),
+    "gate": Case({**RECURRENT, "injection": "add", "boundary": "gate"}, transformer={"num_layers": 4}),
     "detach": Case(),
     "full": Case(recursion=FULL),
     "halting-last": Case(recursion={"halt_supervision": "last", "num_refinement_blocks": 3}),
@@ -62,7 +63,8 @@ def counted_by_torch() -> dict[str, tuple[int, int, int]]:
 
                 return run
 
-            model.decode, model.combine = counted_apart(model.decode), counted_apart(model.combine)
+            for part in ("decode", "combine", "move"):
+                setattr(model, part, counted_apart(getattr(model, part)))
             output = model.train()(**batch)
             forward = counter.get_total_flops()
             getattr(output, "objective_BS", output).sum().backward()

@@ -26,6 +26,7 @@ HIDDEN, HEADS, FFN, SEQ, MICRO_BATCH = 64, 8, 256, 64, 4
 TOLERANCE = 0.1
 WIDE = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "ffn_hidden_size": FFN}
 LLAMA_LIKE = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "num_query_groups": 4}
+DEEP = {"enable_deep_supervision": True}
 FULL = {"detach_between_refinements": False}
 RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_recurrences": 5}
 REPLAY = {"recompute_granularity": "full", "recompute_method": "uniform"}
@@ -72,7 +73,12 @@ CASES = {
         {**RECURRENT, "injection": "diagonal", "state_norm": "core-end"}, {"num_layers": 3},
         Layout(recompute_passes=True), {"recompute_passes": True},
     ),
+    "boundary gate": Measured({**RECURRENT, "boundary": "gate"}, {"num_layers": 3}),
+    "boundary norm": Measured({**RECURRENT, "boundary": "norm-inject"}, {"num_layers": 3}),
     "norm once": Measured({"state_norm": "none"}),
+    "supervised": Measured({**DEEP, "num_refinement_blocks": 4, **FULL}),
+    "supervised apart, norm once": Measured({**DEEP, "num_refinement_blocks": 3, "state_norm": "none"}),
+    "ring, supervised": Measured({**DEEP, **FULL}, {"num_layers": 4}, Layout(pp=2), micro_batches=4),
     "exit gate": Measured({"recursion_family": "looped", "exit_gate": True, "num_refinement_blocks": 3}),
     "documents": Measured(documents=True, recording={"attention_mask": 1}),
     "bf16": Measured(transformer={"bf16": True}, recording={"element": 2}),
@@ -222,6 +228,7 @@ LIVE = {
     "heads": Measured(transformer={"bf16": True}),
     "heads, full gradient": Measured(FULL, {"bf16": True}),
     "heads, replay passes": Measured(FULL, {"bf16": True}, Layout(recompute_passes=True), {"recompute_passes": True}),
+    "supervised": Measured({**DEEP, "num_refinement_blocks": 4}, {"bf16": True}),
     "a replay": Measured(
         FULL, {"bf16": True, "num_layers": 12}, Layout(recompute_passes=True), {"recompute_passes": True}
     ),

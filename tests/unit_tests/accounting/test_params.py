@@ -69,10 +69,15 @@ def test_count_is_what_the_model_holds(option: str) -> None:
     assert count.unrolled == count.held + (plan.num_passes - 1) * model["layers"]
 
 
-@pytest.mark.parametrize(("injection", "added"), [("concat", 2 * HIDDEN**2), ("diagonal", HIDDEN**2 + 2 * HIDDEN)])
-def test_a_map_before_a_core_counts_on_the_first_stage(injection: str, added: int) -> None:
+@pytest.mark.parametrize(
+    ("word", "added"),
+    [({"injection": "concat"}, 2 * HIDDEN**2), ({"injection": "diagonal"}, HIDDEN**2 + 2 * HIDDEN),
+     ({"boundary": "gate"}, 2 * HIDDEN * -(-HIDDEN // 16) + 2 * HIDDEN), ({"boundary": "norm-inject"}, 0)],
+    ids=str,
+)  # fmt: skip
+def test_what_stands_around_a_core_counts_on_the_first_stage(word: dict[str, str], added: int) -> None:
     knobs = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda_layers": 1}
-    case = Case({**knobs, "injection": injection}, transformer={"num_layers": 4})
+    case = Case({**knobs, **word}, transformer={"num_layers": 4})
     plan, shape = build_plan(case.resolved_recursion()), shape_of(case)
     none = build_plan(Case({**knobs, "injection": "add"}).resolved_recursion())
     assert count_parameters(shape, plan).added == added

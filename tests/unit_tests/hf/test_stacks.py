@@ -144,7 +144,8 @@ def test_chains_of_layers(knobs: dict[str, Any], layers: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("knobs", "word"),
-    [({**RECURRENT, "recurrence_step": "mean"}, "moves its state by the step 0.333"),
+    [({**RECURRENT, "boundary": "gate"}, "it has move gate"),
+     ({**RECURRENT, "recurrence_step": "mean"}, "moves its state by the step 0.333"),
      ({**RECURRENT, "injection": "add"}, r"pass 2 \(core\) reads output \+ input"),
      ({**RECURRENT, "injection": "concat"}, "it has combine concat"),
      ({**RECURRENT, "state_init": "sampled", "injection": "add"}, r"output \+ input \(state_init sampled\)"),

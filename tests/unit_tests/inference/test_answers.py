@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 from collections import defaultdict
@@ -14,6 +15,8 @@ import torch
 from megatron_recursive.commands import main
 from megatron_recursive.data.tasks import ANSWERS, Addition, Hops, read_task, write_task
 from megatron_recursive.inference import answers
+from megatron_recursive.inference.generation import Settings
+from megatron_recursive.inference.text import NumberText
 from tests.unit_tests.inference.folders import write_plain, write_recursive
 
 DOCUMENTS = 12
@@ -83,7 +86,7 @@ def test_other_models_exits_and_mistakes(folder: Path, capsys: pytest.CaptureFix
     plain, recursive = ["--model", str(folder / "plain")], ["--model", str(folder / "recursive")]
     data = ["--data", str(folder / "hops")]
     out, _ = said(capsys, *plain, *data)
-    assert out.splitlines()[0].split() == ["hops", "answers", "block", "1"] and len(out.splitlines()) == 4
+    assert out.splitlines()[0].split() == ["hops", "answers", "block", "1", "whole"] and len(out.splitlines()) == 4
     out, _ = said(capsys, *recursive, *data, "--num-refinement-blocks", "4", "--exit", "argmax")
     assert "block 4" in out and "mean exit block" in out and f" {DOCUMENTS * 19} " in out.splitlines()[-1]
     assert "exit" not in said(capsys, *recursive, *data, "--exit", "none")[0]
@@ -95,3 +98,24 @@ def test_other_models_exits_and_mistakes(folder: Path, capsys: pytest.CaptureFix
     ):
         out, err = said(capsys, *words)
         assert out == "" and sentence in err and err.count("\n") == 1
+
+
+def test_whole_documents(folder: Path) -> None:
+    """A model that knows all answers but one of the last document."""
+    documents = torch.from_numpy(read_task(str(folder / "sums"))[1].astype("int64"))
+    knows = torch.nn.functional.one_hot(documents[:, 1:], 128).float()
+    asked = (documents[-1, 1:] >= ANSWERS).nonzero()[-1]
+    knows[-1, asked] = 0.0
+
+    class Knowing:
+        device, config = torch.device("cpu"), argparse.Namespace(vocab_size=128)
+
+        def __call__(self, _: torch.Tensor) -> argparse.Namespace:
+            return argparse.Namespace(logits=knows)
+
+    loaded = answers.Loaded("", Knowing(), NumberText(128), None, recursive=False)
+    rows = answers.evaluate(loaded, str(folder / "sums"), Settings())[1]
+    right, levels = torch.ones(DOCUMENTS), documents[:, 0]
+    right[-1] = 0.0
+    expected = {level: right[levels == level].mean().item() for level in levels.unique().tolist()}
+    assert {row["level"]: row["whole"] for row in rows} == pytest.approx(expected | {None: 11 / 12})

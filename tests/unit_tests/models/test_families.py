@@ -35,6 +35,7 @@ HUGINN = {"norm_placement": "sandwich", "output_norm_scope": "residual"}
 BIASED = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "add_qkv_bias": True}
 UNTIED = {"share_embeddings_and_output_weights": False}
 FOUR, SIX = {"num_layers": 4}, {"num_layers": 6}
+DEEP = {"enable_deep_supervision": True}
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
@@ -71,6 +72,21 @@ CASES = {
         recurrent(0, 1, num_recurrences=3, injection="concat", state_norm="core", recurrence_step="0.6"),
         transformer={**FOUR, **FULL_RECOMPUTE},
     ),
+    "gate": Case(recurrent(1, 1, num_recurrences=3, recurrence_step="mean", boundary="gate"), transformer=FOUR),
+    "gate-window": Case(
+        recurrent(0, 1, num_recurrences=4, injection="add", backprop_depth=2, boundary="gate"), transformer=FOUR,
+        model=UNTIED, evaluate=True,
+    ),
+    "gate-core": Case({"boundary": "gate", "num_latent_refinements": 3}, transformer=FOUR),
+    "gate-hierarchical": Case(
+        {"recursion_family": "hierarchical", "boundary": "gate", "num_latent_refinements": 3,
+         "latent_backprop_depth": "2", "state_init": "trunc-normal"}, transformer=FOUR,
+    ),
+    "norm-inject": Case(recurrent(1, 1, num_recurrences=3, boundary="norm-inject"), transformer=FOUR),
+    "norm-inject-window": Case(  # the input gets its gradient where states move, and nowhere else
+        recurrent(0, 1, num_recurrences=4, backprop_depth=2, boundary="norm-inject"),
+        transformer={**FOUR, **FULL_RECOMPUTE}, model=UNTIED,
+    ),
     # A prelude and a coda that the first and the last of two and of four stages hold alone; the last is one trip.
     "recurrent-folded": Case(
         recurrent(1, 1, num_recurrences=4, backprop_depth=2, injection="add"), transformer=FOUR, model=UNTIED,
@@ -92,6 +108,25 @@ CASES = {
         {"recursion_family": "looped", "num_refinement_blocks": 4, "exit_gate": True, "state_norm": "none",
          "exit_entropy_weight": 0.5},
         transformer=FOUR, model=UNTIED,
+    ),
+    # Deep supervision
+    "looped-supervised": Case({"recursion_family": "looped", "num_refinement_blocks": 3, **DEEP}, transformer=FOUR,
+                              evaluate=True),
+    "looped-supervised-one-norm": Case(
+        {"recursion_family": "looped", "num_refinement_blocks": 4, "state_norm": "none", "halt_loss_weight": 0.0, **DEEP,
+         "deep_supervision_schedule": "exponential_decay", "deep_supervision_weight": 0.8}, transformer=FOUR,
+        model=UNTIED,
+    ),
+    "core-supervised": Case(
+        {"num_refinement_blocks": 3, "detach_between_refinements": False, **DEEP}, transformer={**FOUR, **FULL_RECOMPUTE}
+    ),
+    "core-supervised-apart": Case(
+        {"num_refinement_blocks": 3, **DEEP, "deep_supervision_schedule": "linear_decay"}, transformer=FOUR, model=UNTIED,
+        evaluate=True,
+    ),
+    "hierarchical-supervised": Case(
+        {"recursion_family": "hierarchical", "num_refinement_blocks": 3, "latent_backprop_depth": "1,2",
+         "state_norm": "none", **DEEP, "deep_supervision_schedule": "linear_decay"}, transformer=FOUR,
     ),
     "hierarchical": Case({"recursion_family": "hierarchical"}, transformer=FOUR),
     "hierarchical-window": Case(
@@ -122,6 +157,18 @@ def combined(model: Any, s: Tensor, e: Tensor, injection: str) -> Tensor:
     return s + e if injection == "add" else s
 
 
+def moved(model: Any, result: Tensor, state: Tensor, e: Tensor, knobs: Any, step: float) -> Tensor:
+    if knobs.boundary == "gate":  # LoopUS
+        own = model.boundary_gate
+        low = (result - state) @ own.down.view(-1, state.shape[-1]).T
+        delta = F.softplus(low @ own.up.view(-1, state.shape[-1]) + own.bias)
+        a = torch.exp(delta * -torch.exp(own.A_log))
+        return a * result + (1 - a) * state
+    if knobs.boundary == "norm-inject":
+        return result / (result.pow(2).mean(-1, keepdim=True) + model.config.layernorm_epsilon).sqrt() + e
+    return state + step * (result - state)
+
+
 def states(model: Any, x: Tensor, knobs: Any, layers: Any, start: Tensor) -> list[Tensor]:
     """The output state after each block, as the papers write it. ``layers(a, b)`` applies the layers from a to b."""
     total = model.config.num_layers
@@ -135,7 +182,7 @@ def states(model: Any, x: Tensor, knobs: Any, layers: Any, start: Tensor) -> lis
             if knobs.backprop_depth and i == r - knobs.backprop_depth:
                 s = s.detach()
             result = layers(p, total - c)(combined(model, s, e, knobs.injection))
-            s = s + step * ((model.output_norm(result) if i in norms else result) - s)
+            s = moved(model, model.output_norm(result) if i in norms else result, s, e, knobs, step)
         return [layers(total - c, total)(s)]
     norm = model.decoder.final_layernorm or (lambda h: h)
     out, z = x, torch.zeros_like(x)
@@ -148,11 +195,21 @@ def states(model: Any, x: Tensor, knobs: Any, layers: Any, start: Tensor) -> lis
     if knobs.state_init != "zeros":
         z = model.initial_latent.expand_as(x)
     blocks, latents = knobs.num_refinement_blocks, knobs.num_latent_refinements
+    if knobs.recursion_family == "core":
+        out = torch.zeros_like(x)
+        for _ in range(blocks):
+            if knobs.detach_between_refinements:
+                out, z = out.detach(), z.detach()
+            for _ in range(latents):
+                z = moved(model, norm(layers(0, total)(out + z + x)), z, x, knobs, 1.0)
+            out = norm(layers(0, total)(out + z))
+            found.append(out)
+        return found
     window = [int(each) for each in knobs.latent_backprop_depth.split(",")]
     window = [1] * (blocks - len(window)) + window if window != [0] else [latents] * blocks
     for block in range(blocks):
         for i in range(latents):  # as HRM-Text: the last so many calls of the low module carry gradient
-            low = norm(layers(0, total // 2)(z + out))
+            low = moved(model, norm(layers(0, total // 2)(z + out)), z, x, knobs, 1.0)
             z = low if i >= latents - window[block] else low.detach()
         out = norm(layers(total // 2, total)(out + z))
         found.append(out)
@@ -177,20 +234,31 @@ def reference(model: Any, batch: dict[str, Tensor], knobs: Any) -> tuple[Tensor,
     head = (model.embedding.word_embeddings if model.share_embeddings_and_output_weights else model.output_layer).weight
     if hasattr(model, "exit_gate"):
         return expected(model, [getattr(model, "output_norm", lambda h: h)(s) for s in found], head, batch, knobs)
-    losses, halting = [], []
-    for state in found:
+    losses, halting, weights = [], [], weights_of(knobs, len(found))
+    for state, weight in zip(found, weights, strict=True):
         last = state is found[-1]
-        hidden = state if last else state.detach()
+        hidden = state if weight else state.detach()
         if hasattr(model, "output_norm"):
-            with torch.set_grad_enabled(last):  # the halting head of earlier blocks teaches nothing but itself
+            with torch.set_grad_enabled(weight > 0):  # the halting head of earlier blocks teaches nothing but itself
                 hidden = model.output_norm(hidden)
         logits = hidden @ head.T
         losses.append(F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none"))
         if hasattr(model, "halting_head"):
-            q = hidden @ model.halting_head.weight + model.halting_head.bias
+            q = (hidden if last else hidden.detach()) @ model.halting_head.weight + model.halting_head.bias
             right = (logits.argmax(-1) == batch["labels"]).float()
             halting.append(F.binary_cross_entropy_with_logits(q, right, reduction="none"))
-    return losses[-1] + sum(halting) / len(found), losses[-1]  # type: ignore[operator]
+    objective = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) + sum(halting) / len(found)
+    return objective, losses[-1]
+
+
+def weights_of(knobs: Any, blocks: int) -> list[float]:
+    """What the loss after each block weighs: b, b (i + 1) / N or b 2^i / 2^(N-1), the last 1, over their sum."""
+    if not knobs.enable_deep_supervision:
+        return [0.0] * (blocks - 1) + [1.0]
+    b, kind, weights = knobs.deep_supervision_weight, knobs.deep_supervision_schedule, [1.0] * blocks
+    for i in range(blocks - 1):
+        weights[i] = {"c": b, "l": b * (i + 1) / blocks, "e": b * 2**i / 2 ** (blocks - 1)}[kind[0]]
+    return [weight / sum(weights) for weight in weights]
 
 
 def expected(model: Any, found: list[Tensor], head: Tensor, batch: dict[str, Tensor], knobs: Any) -> Any:
@@ -251,9 +319,10 @@ def watched(model: Any, batch: dict[str, Tensor]) -> tuple[list[float], Tensor]:
         return turns, run_passes(model.eval(), batch["input_ids"], batch["position_ids"], watch)
 
 
-def look(pp: int) -> tuple[list[float], Tensor]:
+def look(pp: int) -> list[tuple[list[float], Tensor]]:
     start_parallel(1, pp)
-    return watched(build_model(CASES["huginn"], Layout(pp=pp)), make_batches(CASES["huginn"], 0)[0])
+    return [watched(build_model(case, Layout(pp=pp)), make_batches(case, 0)[0])
+            for case in (CASES["huginn"], CASES["gate-window"])]  # fmt: skip
 
 
 def starts() -> dict[str, Any]:
@@ -298,10 +367,11 @@ def test_a_sampled_start_depends_on_positions_and_in_training_on_the_step_and_th
 
 
 def test_stages_watched_one_by_one_are_one_process() -> None:
-    (expected, whole), ranks = run_distributed(look, 1, 1, timeout=120)[0], run_distributed(look, 2, 2, timeout=120)
-    assert min(expected) > 0.1
-    for turns, state in ranks:
-        assert turns == pytest.approx(expected, rel=1e-5) and torch.allclose(state, whole, atol=1e-5)
+    alone, ranks = run_distributed(look, 1, 1, timeout=120)[0], run_distributed(look, 2, 2, timeout=120)
+    for rank in ranks:
+        for (turns, state), (expected, whole) in zip(rank, alone, strict=True):
+            assert turns == pytest.approx(expected, rel=1e-5) and torch.allclose(state, whole, atol=1e-5)
+    assert min(alone[0][0]) > 0.1
 
 
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 2000, "use_distributed_optimizer": True}

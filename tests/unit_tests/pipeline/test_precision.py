@@ -27,6 +27,9 @@ KINDS: dict[str, dict[str, Any]] = {
         "state_init": "sampled", "state_norm": "core-end"}},
     "gate": {"recursion": {"recursion_family": "looped", "num_refinement_blocks": 3, "exit_gate": True}},
     "hierarchical": {"recursion": {"recursion_family": "hierarchical", "latent_backprop_depth": "1"}},
+    "boundary gate": {"recursion": {
+        "recursion_family": "recurrent", "num_recurrences": 3, "backprop_depth": 2, "injection": "add",
+        "recurrence_step": "mean", "boundary": "gate"}},
 }
 PP2, PASSES = Layout(pp=2), Layout(pp=2, recompute_passes=True)
 Variants = dict[str, tuple[dict[str, Any], Layout]]

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from typing import Any
 
 import pytest
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.plan.recursion_config import PARTS, HeadKnobs, add_recursion_arguments, flag_of, knobs_in
+from megatron_recursive.plan.recursion_plan import STATES
+from megatron_recursive.plan.supervision_steps import whole
 
 KNOBS = {knob.name: knob for knob in dataclasses.fields(RecursionConfig)}
 SWITCHES = {
     "enable_recursive_refinement": "--disable-recursive-refinement",
     "detach_between_refinements": "--no-detach-between-refinements",
     "exit_gate": "--no-exit-gate",
+    "carry_halted": "--no-carry-halted",
+    "uncalibrated_recurrence": "--calibrated-recurrence",
+    "enable_deep_supervision": "--disable-deep-supervision",
 }
 # A value other than the default, and values that are refused.
 OTHER: dict[str, tuple[Any, list[Any]]] = {
@@ -30,6 +36,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "num_coda_layers": (2, [-1]),
     "injection": ("add", ["product"]),
     "recurrence_step": ("mean", ["0", "1.5", "half", "nan"]),
+    "boundary": ("gate", ["norm"]),
     "state_init": ("trunc-normal", ["learned", ""]),
     "state_std": (0.5, [0.0, math.nan]),
     "state_norm": ("none", ["each"]),
@@ -38,18 +45,38 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
     "halt_bias": (-2.0, [math.nan, -math.inf]),
     "detach_between_refinements": (False, []),
+    "enable_deep_supervision": (True, []),
+    "deep_supervision_weight": (0.25, [0.0, -0.5, math.nan, math.inf]),
+    "deep_supervision_schedule": ("linear_decay", ["cosine"]),
+    "deep_supervision_warmup": ((10, 20), [(20, 10), (5, 5), (-1, 5), (1,), (1.0, 2.0), "10"]),
     "backprop_depth": (2, [-1]),
+    "recurrence_distribution": ("poisson-lognormal", ["poisson", "lognormal"]),
+    "mean_recurrence": (6.5, [0.5, math.nan, math.inf]),
+    "max_recurrence": (9, [0]),
+    "uncalibrated_recurrence": (True, []),
+    "recurrence_curriculum": ("1-sqrt", ["cosine"]),
+    "recurrence_curriculum_fraction": (0.75, [0.0, 1.01, math.nan]),
+    "backprop_curriculum": ("linear", ["cosine"]),
+    "backprop_curriculum_fraction": (1.0, [-0.25, 2.0]),
+    "grow_depth_at": ("0.77:8", ["0.77", "1.5:8", "0.5:3"]),
+    "grow_rewarm_iters": (40, [-1]),
     "latent_backprop_depth": ("1,2", ["", "-1", "1,0", "two", "1,1,1,1"]),
     "init_depth_scaling": ("unrolled", ["both"]),
     "halt_supervision": ("last", ["first"]),
     "halt_target": ("agrees-with-last", ["wrong"]),
     "exit_entropy_weight": (0.5, [-0.1, math.nan, math.inf]),
+    "num_supervision_steps": (4, [0, -1]),
+    "carry_halted": (True, []),
+    "halt_exploration": (0.5, [-0.1, 1.5, math.nan]),
     "halt_threshold": (0.9, [0.0, 1.0, -1.0, 2.0, math.nan]),
     "max_inference_refinement_steps": (4, [0]),
     "recursion_alarm_after": (0, [-1]),
+    "eval_depths": ("1,4,16", ["", "0", "1,0", "1 4", "1,"]),
 }
 RECURRENT = {"num_recurrences", "num_prelude_layers", "num_coda_layers", "injection", "recurrence_step",
-             "backprop_depth", "state_std"}  # fmt: skip
+             "boundary", "state_std"}  # fmt: skip
+BACKPROP = {"backprop_depth", "backprop_curriculum", "backprop_curriculum_fraction"}
+DRAWN = {"mean_recurrence", "max_recurrence", "uncalibrated_recurrence"}
 GATED = {"exit_gate", "exit_entropy_weight"}
 BAD = [(name, value) for name, (_, values) in OTHER.items() for value in values]
 
@@ -58,11 +85,23 @@ def beside(name: str) -> dict[str, Any]:
     """What must be said for a knob to mean something."""
     if name in GATED:
         return {"recursion_family": "looped", "exit_gate": True}
+    if name in ("carry_halted", "halt_exploration"):
+        return {"num_supervision_steps": 2, "carry_halted": True}
+    if name.startswith("deep_supervision"):
+        return {"enable_deep_supervision": True}
     if name == "latent_backprop_depth":
         return {"recursion_family": "hierarchical"}
     if name == "state_std":
         return {"recursion_family": "recurrent", "state_init": "sampled", "injection": "add"}
-    return {"recursion_family": "recurrent"} if name in RECURRENT else {}
+    if name in DRAWN:
+        return {"recurrence_distribution": "poisson-lognormal"}
+    if name.startswith("backprop_curriculum"):
+        return {"recursion_family": "recurrent", "backprop_depth": 2, "backprop_curriculum": "linear"}
+    if name == "grow_rewarm_iters":
+        return {"grow_depth_at": "0.77:8"}
+    if name == "recurrence_curriculum_fraction":
+        return {"recurrence_curriculum": "linear"}
+    return {"recursion_family": "recurrent"} if name in RECURRENT | BACKPROP else {}
 
 
 def parse(*flags: str) -> RecursionConfig:
@@ -83,10 +122,13 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
 @pytest.mark.parametrize(
     ("name", "value", "family"),
     [("num_recurrences", 8, "core"), ("num_latent_refinements", 2, "looped"), ("injection", "add", "hierarchical"),
-     ("detach_between_refinements", False, "recurrent"), ("state_norm", "none", "recurrent"),
+     ("detach_between_refinements", False, "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
-     ("halt_loss_weight", 0.5, "recurrent")],
+     ("halt_loss_weight", 0.5, "recurrent"), ("num_supervision_steps", 2, "looped"),
+     ("num_supervision_steps", 4, "hierarchical"), ("carry_halted", True, "recurrent"),
+     ("enable_deep_supervision", True, "recurrent"),
+     ("boundary", "gate", "looped"), ("boundary", "norm-inject", "core")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
     flag = f"{flag_of(name)} {value}"
@@ -97,19 +139,28 @@ def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, fami
     assert not RecursionConfig(recursion_family="recurrent", halt_loss_weight=0.0).has_halting
 
 
+def test_depths_are_evaluated_in_order_and_need_a_recursion() -> None:
+    assert RecursionConfig(eval_depths="4,1,4").depths_to_evaluate == (1, 4)
+    with pytest.raises(UserError, match="--eval-depths needs a recursion; leave .*--disable-recursive-refinement"):
+        RecursionConfig(enable_recursive_refinement=False, eval_depths="1")
+
+
 @pytest.mark.parametrize("name", KNOBS)
 def test_every_knob_has_a_flag_and_a_text(name: str) -> None:
     value = OTHER[name][0]
     assert KNOBS[name].metadata["help"].endswith(".")
     words = {**beside(name), name: value}
-    flags = [[flag_of(knob) if said else SWITCHES[knob]] if knob in SWITCHES else [flag_of(knob), str(said)]
+    flags = [[flag_of(knob) if said else SWITCHES[knob]] if knob in SWITCHES
+             else [flag_of(knob), *map(str, said if isinstance(said, tuple) else [said])]
              for knob, said in words.items()]  # fmt: skip
     assert parse(*(word for flag in flags for word in flag)) == RecursionConfig(**words)
 
 
 @pytest.mark.parametrize(("name", "off"), SWITCHES.items())
 def test_switches_have_both_flags_and_the_last_one_counts(name: str, off: str) -> None:
-    beside = ["--recursion-family", "looped"] if name == "exit_gate" else []
+    needs = {"exit_gate": ["--recursion-family", "looped"], "carry_halted": ["--num-supervision-steps", "2"],
+             "uncalibrated_recurrence": ["--recurrence-distribution", "poisson-lognormal"]}  # fmt: skip
+    beside = needs.get(name, [])
     assert getattr(parse(), name) is KNOBS[name].default
     assert getattr(parse(*beside, flag_of(name)), name) is True
     assert getattr(parse(*beside, off), name) is False
@@ -128,6 +179,12 @@ def test_a_knob_of_two_names_takes_one_value() -> None:
 def test_a_sampled_start_asks_for_an_injection() -> None:
     with pytest.raises(UserError, match="--injection .*give it add or concat"):
         RecursionConfig(recursion_family="recurrent", state_init="sampled")
+
+
+@pytest.mark.parametrize(("name", "value"), [("injection", "add"), ("recurrence_step", "mean")])
+def test_what_a_boundary_that_injects_takes_the_place_of_is_refused(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{flag_of(name)} does not go with --boundary norm-inject.*is {value}"):
+        RecursionConfig(recursion_family="recurrent", boundary="norm-inject", **{name: value})
 
 
 def test_without_flags_the_defaults_hold() -> None:
@@ -178,9 +235,9 @@ def test_frozen_hashable_and_made_of_primitives() -> None:
 
 
 def test_from_mapping_inverts_to_dict_and_ignores_the_rest() -> None:
-    config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items()
-                                if name not in RECURRENT | GATED | {"recursion_family", "latent_backprop_depth"}
-                                })  # fmt: skip
+    others = RECURRENT | BACKPROP | GATED | {"recursion_family", "latent_backprop_depth"}
+    others |= {"grow_depth_at", "grow_rewarm_iters", "eval_depths"}  # not of a plain GPT
+    config = RecursionConfig(**{name: value for name, (value, _) in OTHER.items() if name not in others})
     kept = dataclasses.replace(config, recursion_alarm_after=None)  # what only observes is not kept with weights
     assert RecursionConfig.from_mapping({**config.to_dict(), "hidden_size": 4}) == kept != config
     assert RecursionConfig.from_mapping(vars(config)) == config
@@ -195,7 +252,7 @@ def test_one_difference(name: str) -> None:
     assert (found.name, found.mine, found.theirs) == (name, getattr(mine, name), OTHER[name][0])
     assert found.is_depth == (name in ("num_refinement_blocks", "num_latent_refinements", "num_recurrences"))
     shapes_the_function = ("num_refinement_blocks", "num_latent_refinements", "state_init", "state_norm")
-    families = ("recursion_family", *RECURRENT - {"backprop_depth"})
+    families = ("recursion_family", *RECURRENT)
     assert found.binds == (name in (*shapes_the_function, *families, "embedding_multiplier", "exit_gate"))
     assert mine.differences(mine) == [] == mine.differences(RecursionConfig(recursion_alarm_after=3, **others))
 
@@ -221,9 +278,46 @@ def test_knobs_of_a_head_that_is_not_there_are_refused() -> None:
     assert not RecursionConfig(**looped, exit_gate=True).has_halting
 
 
+def test_deep_supervision_needs_blocks_to_supervise_and_nothing_else_that_weighs_them() -> None:
+    with pytest.raises(UserError, match="--enable-deep-supervision supervises .*--num-refinement-blocks 1 has none"):
+        RecursionConfig(enable_deep_supervision=True, num_refinement_blocks=1)
+    with pytest.raises(UserError, match="--exit-gate weighs .*leave --enable-deep-supervision out"):
+        RecursionConfig(recursion_family="looped", exit_gate=True, enable_deep_supervision=True)
+    with pytest.raises(UserError, match="--deep-supervision-warmup says nothing without --enable-deep-supervision"):
+        RecursionConfig(deep_supervision_warmup=(0, 5))
+    given = RecursionConfig(enable_deep_supervision=True, deep_supervision_warmup=(0, 5))
+    assert RecursionConfig.from_mapping(json.loads(json.dumps(given.to_dict()))) == given == parse(*given.flags())
+
+
 def test_once_recursion_is_off_only_that_counts() -> None:
     on, off = RecursionConfig(), RecursionConfig(enable_recursive_refinement=False, state_norm="none")
     for mine, theirs in ((on, off), (off, on)):
         (found,) = mine.differences(theirs)
         assert found.name == "enable_recursive_refinement" and found.binds
     assert off.differences(dataclasses.replace(off, state_norm="final", num_refinement_blocks=9)) == []
+
+
+def test_carried_states_need_a_plan_that_has_some() -> None:
+    recurrent: dict[str, Any] = {"recursion_family": "recurrent", "num_supervision_steps": 2}
+    sampled = recurrent | {"state_init": "sampled", "injection": "concat"}
+    for knobs in (recurrent, sampled | {"recurrence_step": "mean"}, {"enable_recursive_refinement": False,
+                                                                     "num_supervision_steps": 2}):  # fmt: skip
+        with pytest.raises(UserError, match="--num-supervision-steps 2 carries states .* has none"):
+            build_plan(RecursionConfig(**knobs).resolved(embedding_init_std=1.0))
+    plan = build_plan(RecursionConfig(**sampled, num_coda_layers=1).resolved(embedding_init_std=1.0))
+    assert plan.carried == ("output",) and build_plan(RecursionConfig(embedding_multiplier=1.0)).carried == STATES
+    with pytest.raises(UserError, match="--carry-halted .*give --num-supervision-steps 2 or more"):
+        RecursionConfig(carry_halted=True)
+    with pytest.raises(UserError, match="--carry-halted asks the halting head, which --halt-loss-weight 0 leaves out"):
+        RecursionConfig(carry_halted=True, num_supervision_steps=2, halt_loss_weight=0.0)
+    with pytest.raises(UserError, match="--halt-exploration 0.5 says nothing without --carry-halted"):
+        RecursionConfig(num_supervision_steps=2, halt_exploration=0.5)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"recursion_family": "recurrent", "state_init": "sampled", "injection": "add"}])
+def test_a_model_trained_in_steps_is_evaluated_as_all_of_them_in_a_row(knobs: dict[str, Any]) -> None:
+    config = RecursionConfig(embedding_multiplier=2.0, num_supervision_steps=3, **knobs)
+    all_steps, once = build_plan(whole(config)), build_plan(config)
+    assert all_steps == once.with_blocks(3 * once.depth) and all_steps.depth == 3 * once.depth
+    assert [(p.target, p.reads) for p in all_steps.passes] == [(p.target, p.reads) for p in once.passes] * 3
+    assert whole(config).num_supervision_steps == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.added_parameters import sampled_start, tokens_so_far
+from megatron_recursive.plan.added_parameters import added_parameters, sampled_start, tokens_so_far
 
 
 def make_plan(blocks: int = 2, latents: int = 2, **knobs: object) -> RecursionPlan:
@@ -208,6 +209,27 @@ def test_what_a_core_combines_where_it_starts_and_what_norms_it() -> None:
     assert "a output + B input" in family("recurrent", **RECURRENT, injection="diagonal").describe()
     once = family("recurrent", **{**knobs, "num_recurrences": 1}, state_norm="core-end")
     assert once.with_blocks(3) == ends
+
+
+def test_how_a_state_moves_is_a_word_of_its_pass() -> None:
+    gated = family("recurrent", **RECURRENT, recurrence_step="mean", boundary="gate")
+    assert [p.moved_with for p in gated.passes] == [(), *[("output",)] * 3, ()] and gated.moves == ("gate",)
+    assert RecursionPlan.from_json(gated.to_json()) == gated and "gate from 0.333" in gated.describe()
+    for plan, step in ((gated, 1 / 3), (family("core", boundary="gate"), 0.99)):
+        (bias,) = (each.start for each in added_parameters(plan) if each.key == "boundary_gate.bias")
+        assert math.exp(-math.log1p(math.exp(float(bias)))) == pytest.approx(step, abs=1e-4)
+    assert [p.move for p in family("core", num_latent_refinements=2, boundary="gate").passes[:3]] == [
+        "gate", "gate", "step"]  # fmt: skip
+    bare = family("recurrent", num_recurrences=4, backprop_depth=2, boundary="norm-inject")
+    assert bare.passes[-1].stack == "coda" and "norm + input" in bare.describe()
+    # The third pass is the first with gradient; the state that the fourth reads is made of its result and the input.
+    assert bare.first_input_gradient() is bare.passes[3] and bare.gradient_groups(tied_embeddings=False)["embedding"]
+    assert all(map(bare.feeds_gradient, bare.grad_passes[:-1])) and not family("recurrent").moves
+    for wrong, match in (({"move": "slide"}, "moves the output by 'slide'"), ({"reads": ("input",)}, "must read it")):
+        number = 3 if "move" in wrong else 4
+        passes = [dataclasses.replace(p, **wrong) if p.index == number else p for p in gated.passes]  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=match):
+            dataclasses.replace(gated, passes=tuple(passes))
 
 
 def test_a_sampled_start_is_a_truncated_normal_of_each_token_and_of_none_behind_it() -> None:

@@ -51,6 +51,10 @@ def test_several_runs_share_a_picture(tmp_path, monkeypatch):
     assert {"training, one logged iteration", "training, mean of 3 logged iterations"} <= {*texts}
     assert {"held-out, one evaluation", "language-model loss", "halting loss", "block 1", "block 4"} <= {*texts}
     assert "iteration" in texts_of(plot_loss_curve(["default", "plain"], tmp_path / "x.svg", "iteration"))
+    depths = {"lm loss depth 1": 6.0, "lm loss depth 16": 4.0}
+    file = write(tmp_path / "deep.jsonl", *run_of(2), valid(60, 5.0, 4.5, **depths))
+    texts = texts_of(plot_loss_curve([file], tmp_path / "x.svg"))
+    assert {"held-out loss at each depth", "depth 1", "depth 16"} <= {*texts}
     assert "training FLOPs (1e9)" in texts_of(plot_loss_curve(["plain"], tmp_path / "x.svg", "flops"))
     with pytest.raises(UserError, match="--x seconds: .* does not tell it; choose one of iteration, tokens, flops"):
         plot_loss_curve(["default", "plain"], x="seconds")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan import RecursionConfig, build_plan
 from tests.distributed import run_distributed
 from tests.unit_tests.training.runs import FLAGS, RECURSION
 from tests.unit_tests.training.test_run_output import shown_in_worker
@@ -24,7 +24,8 @@ def alarms_of(gains: list[float], cosines: list[float], **knobs: int | None) -> 
     """Iteration to the kinds of alarms that speak."""
     from megatron_recursive.training.metrics_log import HealthAlarms
 
-    alarms = HealthAlarms(RecursionConfig(num_refinement_blocks=2, **knobs))  # type: ignore[arg-type]
+    recursion = RecursionConfig(num_refinement_blocks=2, **knobs)  # type: ignore[arg-type]
+    alarms = HealthAlarms(recursion, build_plan(recursion.resolved(embedding_init_std=0.02)))
     said = {}
     for iteration, (gain, cosine) in enumerate(zip(gains, cosines, strict=True), start=1):
         metrics = {"lm loss block 1": 6.0, "lm loss block 2": 6.0 - gain, "token cosine": cosine}

@@ -11,6 +11,9 @@ import pytest
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.unit_tests.training.runs import (
+    FEW,
+    FLAGS,
+    RECURSION,
     copy_checkpoint,
     losses_of,
     metrics_of,
@@ -19,6 +22,7 @@ from tests.unit_tests.training.runs import (
     tensors_of,
     train,
 )
+from tests.unit_tests.training.test_run_output import shown_in_worker
 
 STILL = ["--hidden-dropout", "0", "--attention-dropout", "0"]
 LAYOUTS = {"one": [], "TP 2": ["--tensor-model-parallel-size", "2"], "PP 2": ["--pipeline-model-parallel-size", "2"]}
@@ -119,7 +123,9 @@ def test_evaluating_the_average_does_not_change_the_training(average: Path, tmp_
     assert mine != other
     copy_checkpoint(average, tmp_path / "none", 5)
     eps = EMA[:2]
-    assert train(*save_to(tmp_path / "none", 6), *STILL, *SHARDED, *eps, world_size=2) is None
+    flags = [*FLAGS, *RECURSION, *save_to(tmp_path / "none", 6), *STILL, *SHARDED, *eps]
+    (said, _), _ = run_distributed(shown_in_worker, 2, flags, mock_documents=FEW, timeout=120)
+    assert "averages its weights (--ema-decay 0.5), which this run drops" in said
     assert metrics_of(tmp_path / "none")[6] == metrics_of(average)[6] and averaged(tmp_path / "none", 6) == {}
     more = [*EMA, "--train-iters", "7", "--override-opt_param-scheduler"]
     assert train(*save_to(tmp_path / "none", 7), *STILL, *SHARDED, *more, world_size=2) is None

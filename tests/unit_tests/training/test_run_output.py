@@ -67,13 +67,13 @@ def test_only_losses_have_a_perplexity() -> None:
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def shown_in_worker(argv: list[str]) -> tuple[str, str]:
+def shown_in_worker(argv: list[str], **options: Any) -> tuple[str, str]:
     """What this rank's part of a run shows on stdout and stderr, as the command has it."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = shown = io.StringIO(), io.StringIO()
     try:
         console.install()
-        assert in_worker(argv) is None
+        assert in_worker(argv, **options) is None
     finally:
         console._current = None
         sys.stdout, sys.stderr = streams

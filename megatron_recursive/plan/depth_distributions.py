@@ -1,0 +1,61 @@
+"""How deep training steps go: the probability of each depth, from 1, and curricula."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import accumulate
+
+SIGMA = 0.5  # of the logarithm of a step's rate (Geiping et al. 2025, Huginn)
+NODES = tuple(node / 8 for node in range(-64, 65))  # of a normal, whose density makes the trapezoidal rule exact
+
+
+@lru_cache(maxsize=128)
+def poisson_lognormal(mean: float, cap: int, *, calibrated: bool = True) -> tuple[float, ...]:
+    """Of ``min(cap, 1 + Poisson(rate))``, the rate log-normal: Huginn's distribution of the depth of a training step.
+
+    Calibrated, the location of the rate is solved so that the depth has the asked mean, below the cap. Otherwise it is
+    the paper's: the mean of the rate is the asked one, so that the depth's is one more, less what the cap takes.
+    """
+    if not calibrated:
+        return _mixture(math.log(mean) - SIGMA**2 / 2, cap)
+    if mean <= 1:
+        return (1.0,)
+    low, high = -40.0, math.log(cap) + 10
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_of(_mixture(middle, cap)) < mean else (low, middle)
+    return _mixture(low, cap)
+
+
+def _mixture(location: float, cap: int) -> tuple[float, ...]:
+    weights = [math.exp(-node * node / 2) for node in NODES]
+    found = [0.0] * (cap - 1)
+    for node, weight in zip(NODES, weights, strict=True):
+        rate = math.exp(location + SIGMA * node)
+        chance = weight / sum(weights) * math.exp(-rate)
+        for extra in range(cap - 1):
+            found[extra] += chance
+            chance *= rate / (extra + 1)
+    return (*found, max(0.0, 1.0 - sum(found)))
+
+
+def uniform(mean: float, cap: int) -> tuple[float, ...]:
+    """Of the whole numbers from ``2 mean - cap`` to the cap."""
+    least = round(2 * mean) - cap
+    return (*(0.0,) * (least - 1), *(1.0 / (cap - least + 1),) * (cap - least + 1))
+
+
+def mean_of(probabilities: tuple[float, ...]) -> float:
+    return sum(depth * chance for depth, chance in enumerate(probabilities, start=1))
+
+
+def depth_at(probabilities: tuple[float, ...], place: float) -> int:
+    """The depth at a place in [0, 1) of the cumulative distribution."""
+    return next((depth for depth, sum_ in enumerate(accumulate(probabilities), 1) if place < sum_), len(probabilities))
+
+
+def grown(value: float, shape: str, part: float) -> float:
+    """What a curriculum has come to after a part of its length: whole numbers from 1 up to a value."""
+    reached = min(part, 1.0) if shape == "linear" else 1.0 - math.sqrt(1.0 - min(part, 1.0))
+    return min(value, max(1, math.ceil(value * reached)))

@@ -1,0 +1,191 @@
+"""The plan of each training step: a pure function of the knobs, the seed and the iteration.
+
+So all ranks agree without a message, and a resumed run draws the same. Evaluation runs the model's own plan.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan.builders import build_plan
+from megatron_recursive.plan.deep_supervision import share_of, supervised
+from megatron_recursive.plan.depth_distributions import depth_at, grown, mean_of, poisson_lognormal, uniform
+from megatron_recursive.plan.growth import Growth
+from megatron_recursive.plan.recursion_config import RecursionConfig
+from megatron_recursive.plan.recursion_plan import RecursionPlan
+
+
+class StepPlans:
+    """Plans of a run's training steps.
+
+    Args:
+        config: the knobs.
+        plan: the model's own; of one that grows, before it does.
+        seed: of the run; None spreads the draws evenly, for a count of what is to be expected.
+        iterations: of the whole run, of which curricula take a fraction.
+
+    Raises:
+        UserError: the knobs contradict each other.
+    """
+
+    def __init__(
+        self, config: RecursionConfig, plan: RecursionPlan, *, seed: int | None = 0, iterations: int = 1
+    ) -> None:
+        self.config, self.plan, self.seed, self.iterations = config, plan, seed, iterations
+        self.growth = Growth(config, iterations)
+        depth = plan.depth if self.growth.at is None else self.growth.depth
+        self.mean = float(depth if config.mean_recurrence is None else config.mean_recurrence)
+        self.ramp = None if plan.is_plain or plan.trains_heads_only else config.deep_supervision_warmup
+        self._built, self._supervised = lru_cache(maxsize=256)(with_depth), lru_cache(maxsize=256)(supervised)
+        self._grown = lru_cache(maxsize=1)(build_plan)
+        self._check()
+
+    @property
+    def changes(self) -> bool:
+        """Whether any step may run another plan than the model's own."""
+        return self._depth_changes or self.ramp is not None
+
+    @property
+    def _depth_changes(self) -> bool:
+        knobs = self.config
+        curricula = (knobs.recurrence_curriculum, knobs.backprop_curriculum)
+        return not self.plan.is_plain and (
+            knobs.recurrence_distribution != "fixed" or any(curricula) or knobs.grow_depth_at is not None
+        )
+
+    def own_plan(self, trained: int) -> RecursionPlan:
+        """The plan of the model that has been trained for so many iterations: what it is evaluated and exported at."""
+        config = self.growth.config_after(trained)
+        if config is self.config:
+            return self.plan
+        plan = self._grown(config)
+        return plan.heads_only() if self.plan.trains_heads_only else plan
+
+    def plan_at(self, iteration: int, *, priced: bool = False) -> RecursionPlan:
+        """The plan of a training step, counted from 0 (as Megatron's ``curr_iteration``).
+
+        ``priced``: or another one that costs the same, of which there are few.
+        """
+        plan = self.own_plan(iteration + 1)
+        if self.changes:
+            share = 1.0 if self.ramp is None else share_of(self.ramp, iteration)
+            plan = self._at_depth(plan, iteration)
+            plan = self._supervised(plan, self.config, float(share > 0) if priced else share)
+        return self.plan if plan == self.plan else plan
+
+    @property
+    def deepest(self) -> RecursionPlan:
+        """The plan of the deepest step that there may be."""
+        return self._built(self.own_plan(self.iterations), self.cap, self.config.backprop_depth)
+
+    def counts(self, most: int = 10_000) -> Counter[RecursionPlan]:
+        """How often each plan is run: in all steps of a run, or in so many that lie evenly in it."""
+        if not self.changes:
+            return Counter({self.plan: 1})
+        steps = range(0, self.iterations, -(-self.iterations // most))
+        return Counter(self.plan_at(step, priced=True) for step in steps)
+
+    def depth_at(self, iteration: int) -> int:
+        """How deep a step goes: blocks, loops, or passes of a recurrent core."""
+        chances = self._distribution(self._mean_at(iteration))
+        place = iteration * (math.sqrt(5) - 1) / 2 % 1
+        if self.seed is not None:
+            place = random.Random(self.seed * 0x9E3779B97F4A7C15 + iteration).random()
+        return depth_at(chances, place)
+
+    @property
+    def cap(self) -> int:
+        """The deepest that a step may go."""
+        if self.config.recurrence_distribution == "fixed":
+            return round(self.mean)
+        if self.config.max_recurrence is not None:
+            return self.config.max_recurrence
+        return round(2 * self.mean - 1) if self.config.recurrence_distribution == "uniform" else round(4 * self.mean)
+
+    def expected_depth(self, iteration: int | None = None) -> float:
+        """The mean depth of a step; without an iteration, behind curriculum and growth."""
+        return mean_of(self._distribution(self.mean if iteration is None else self._mean_at(iteration)))
+
+    def describe(self) -> str:
+        """A line for people; nothing where all steps run the model's own plan."""
+        ramp = []
+        if self.ramp is not None:
+            ramp = ["blocks before the last are supervised from iteration {} on, in full from {}".format(*self.ramp)]
+        if not self._depth_changes:
+            return "".join(ramp)
+        if self.growth.at is not None:
+            grows = (f"depth of a training step: {self.plan.depth}, behind iteration {self.growth.at} "
+                     f"{self.growth.depth}; evaluated and exported at that of its last step")  # fmt: skip
+            return " | ".join([grows, *ramp])
+        config, mean, cap = self.config, f"mean {self.expected_depth():.4g}", self.cap
+        said = {"fixed": f"{self.mean:g}", "uniform": f"uniform, {mean}, at most {cap}",
+                "poisson-lognormal": f"min({cap}, 1 + Poisson of a log-normal rate), {mean}"}  # fmt: skip
+        parts = [f"depth of a training step: {said[config.recurrence_distribution]}"]
+        for what, shape, fraction in (("depth", config.recurrence_curriculum, config.recurrence_curriculum_fraction),
+                                      ("gradient", config.backprop_curriculum, config.backprop_curriculum_fraction)):
+            parts += [f"{what} grows over {fraction:.0%} of the training ({shape})"] if shape else []
+        return " | ".join([*parts, f"evaluated and exported at {self.plan.depth}", *ramp])
+
+    def _mean_at(self, iteration: int) -> float:
+        if self.growth.at is not None:
+            return float(self.own_plan(iteration + 1).depth)
+        shape, length = self.config.recurrence_curriculum, self.config.recurrence_curriculum_fraction * self.iterations
+        return self.mean if shape is None else grown(self.mean, shape, iteration / length)
+
+    def _distribution(self, mean: float) -> tuple[float, ...]:
+        kind = self.config.recurrence_distribution
+        if kind == "uniform":
+            return uniform(mean, min(self.cap, round(2 * mean - 1)))
+        if kind == "poisson-lognormal":
+            return poisson_lognormal(mean, self.cap, calibrated=not self.config.uncalibrated_recurrence)
+        return uniform(mean, round(mean))
+
+    def _at_depth(self, plan: RecursionPlan, iteration: int) -> RecursionPlan:
+        window, shape = self.config.backprop_depth, self.config.backprop_curriculum
+        if shape is not None:
+            length = self.config.backprop_curriculum_fraction * self.iterations
+            window = round(grown(window, shape, iteration / length))
+        return self._built(plan, self.depth_at(iteration), window)
+
+    def _check(self) -> None:
+        config, cap, kind = self.config, self.cap, self.config.recurrence_distribution
+        self.own_plan(self.iterations)  # refuses what it would become
+        if config.backprop_depth > cap and not self.plan.is_plain:
+            raise UserError(f"--backprop-depth {config.backprop_depth} is above {cap}, the deepest that a step goes.")
+        if self.ramp is not None and self.ramp[1] > self.iterations:
+            raise UserError(
+                f"--deep-supervision-warmup {self.ramp[0]} {self.ramp[1]} ends behind the {self.iterations} iterations of "
+                "the training; give an END of at most so many."
+            )
+        if not self._depth_changes:
+            return
+        if self.plan.depth == 1 and cap > 1 and self.growth.at is None:
+            raise UserError(
+                f"--recurrence-distribution {kind} changes a depth of 1, which shows no inner block to repeat; give "
+                "--num-recurrences or --num-refinement-blocks 2 or more."
+            )
+        given, mean = "" if config.max_recurrence is None else f" with --max-recurrence {cap}", f"{self.mean:g}"
+        if kind == "poisson-lognormal" and self.mean >= cap and not config.uncalibrated_recurrence:
+            raise UserError(f"--mean-recurrence {mean} must be below the cap of {cap} (--max-recurrence).")
+        if kind == "uniform" and not (2 * self.mean).is_integer():
+            raise UserError(f"--mean-recurrence {mean} is not the middle of whole numbers; give a multiple of 0.5.")
+        if kind == "uniform" and not 1 <= 2 * self.mean - cap <= cap:
+            raise UserError(
+                f"--mean-recurrence {mean}{given} would draw from {2 * self.mean - cap:g} to {cap}; give a cap from "
+                f"{math.ceil(self.mean)} to {2 * self.mean - 1:g}."
+            )
+
+
+def with_depth(plan: RecursionPlan, depth: int, window: int) -> RecursionPlan:
+    """A plan at another depth, of whose core the last ``window`` passes carry gradient; 0: as it is."""
+    plan = plan.with_blocks(depth)
+    if not window:
+        return plan
+    recorded = [p.index for p in plan.passes if p.stack == "core"][-window:]
+    passes = (replace(p, grad=p.index in recorded) if p.stack == "core" else p for p in plan.passes)
+    return replace(plan, passes=tuple(passes))

@@ -1,0 +1,109 @@
+"""Runs whose iterations are steps on carried batches: what is read and counted, resumed, and spread over ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.grids import grid
+from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, records_of, save_to, train
+
+STEPS, LAST = 4, 10
+CARRIED = ["--num-supervision-steps", str(STEPS)]
+STILL = ["--hidden-dropout", "0", "--attention-dropout", "0", "--global-batch-size", "8", "--train-iters", str(LAST),
+         "--lr-decay-iters", "20"]  # fmt: skip
+HALTING = [*CARRIED, "--carry-halted", "--halt-bias", "5", "--halt-threshold", "0.01"]  # at once, unless it explores
+EXPLORING = [*HALTING, "--halt-exploration", "0.6"]
+COUNTS = ("consumed samples", "tokens")
+
+
+def run(folder: Path, *flags: str, world_size: int = 1) -> dict[int, dict[str, Any]]:
+    said = train(*save_to(folder, STEPS), *STILL, *flags, world_size=world_size)
+    assert said is None, said
+    return metrics_of(folder)
+
+
+def without_counts(metrics: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {i: {n: v for n, v in each.items() if n not in COUNTS} for i, each in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder, *CARRIED, "--eval-iters", "1", "--eval-interval", str(LAST))
+
+
+def test_iterations_are_optimizer_steps_and_a_batch_counts_when_it_is_over(whole: Any, tmp_path: Path) -> None:
+    folder, metrics = whole
+    once = run(tmp_path)
+    assert [each["learning rate"] for each in metrics.values()] == [each["learning rate"] for each in once.values()]
+    assert [each["consumed samples"] for each in metrics.values()] == [0, 0, 0, 8, 8, 8, 8, 16, 16, 16]
+    assert metrics[1]["lm loss"] == pytest.approx(once[1]["lm loss"], rel=1e-6)
+    (evaluated,) = records_of(folder, "valid")
+    assert f"lm loss block {2 * STEPS}" in evaluated, "an evaluation runs all steps"
+    batch, others = [metrics[i]["lm loss"] for i in (1, 2, 3, 4)], [once[i]["lm loss"] for i in (1, 2, 3, 4)]
+    assert batch[3] < others[3] - 0.3, "a batch that is seen again is soon known"
+
+
+def test_a_resume_at_a_batch_is_exact_and_within_one_starts_it_again(whole: Any, tmp_path: Path) -> None:
+    folder, metrics = whole
+    copy_checkpoint(folder, tmp_path / "exact", STEPS)
+    resumed = run(tmp_path / "exact", *CARRIED)
+    assert resumed == {i: each for i, each in metrics.items() if i > STEPS}
+    copy_checkpoint(folder, tmp_path / "within", LAST)
+    onward = run(tmp_path / "within", *CARRIED, "--train-iters", "14", "--override-opt_param-scheduler")
+    assert [each["consumed samples"] for each in onward.values()] == [16, 24, 24, 24]
+
+
+def test_samples_that_halt_at_once_are_a_run_without_carried_states(tmp_path: Path) -> None:
+    flags = ["--halt-bias", "5", "--halt-threshold", "0.01"]
+    once, halting = run(tmp_path / "once", *flags), run(tmp_path / "halting", *HALTING, "--halt-exploration", "0")
+    for each in once.values():
+        del each["output change block 1"]  # of carried states the last stage does not know it
+    assert halting == once
+
+
+LAYOUTS = {"TP 2 x PP 2": (2, 2, 4), "PP 2 x DP 2": (1, 2, 4), "PP 2": (1, 2, 2)}
+OVER_RANKS = {"fixed": CARRIED, "exploring": EXPLORING}
+CASES = [("TP 2 x PP 2", "exploring"), ("TP 2 x PP 2", "fixed"), ("PP 2 x DP 2", "fixed"), ("PP 2", "exploring")]
+
+
+@pytest.mark.parametrize(("layout", "case"), grid(CASES, quick=[("PP 2", "exploring")]))
+def test_a_layout_reads_what_one_process_does(tmp_path: Path, layout: str, case: str) -> None:
+    start = tmp_path / "start"
+    train(*save_to(start, STEPS), *STILL, *OVER_RANKS[case], "--exit-interval", str(STEPS))
+    tp, pp, ranks = LAYOUTS[layout]
+    sizes = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    found = []
+    for name, flags, world_size in (("one", [], 1), ("spread", sizes, ranks)):
+        copy_checkpoint(start, tmp_path / name, STEPS)
+        found.append(run(tmp_path / name, *OVER_RANKS[case], *flags, "--no-load-rng", world_size=world_size))
+    one, spread = found
+    if case == "exploring":
+        read = [each["consumed samples"] for each in one.values()]
+        assert 8 * LAST > read[-1] > 8 * LAST / STEPS
+    assert list(one) == list(spread) == list(range(STEPS + 1, LAST + 1))
+    for iteration, metrics in one.items():
+        for key in ("consumed samples", "lm loss", "halt loss", "grad norm"):
+            assert spread[iteration][key] == pytest.approx(metrics[key], rel=1e-5), (iteration, key)
+
+
+def _held() -> list[list[int]]:
+    import torch
+
+    from megatron_recursive.training.supervision_steps import HeldBatch
+
+    source = ({"tokens": torch.tensor([[2 * i], [2 * i + 1]])} for i in range(9))
+    held, seen = HeldBatch(source, 2), []
+    for replaced in ([[], []], [[], []], [[1], [0, 1]], [[], []], [[0], []]):
+        held.replaced = replaced
+        seen.append([int(v) for _ in range(2) for v in next(held)["tokens"]])
+    return [*seen, [held.reads]]
+
+
+def test_finished_samples_alone_are_replaced_in_the_order_of_the_data() -> None:
+    (seen,) = run_distributed(_held, 1)
+    assert seen == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 4, 5, 6], [0, 4, 5, 6], [7, 4, 5, 6], [4]]
