@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 from megatron_recursive.accounting.params import ModelShape
 from megatron_recursive.plan import RecursionPlan
@@ -67,3 +68,11 @@ def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = Tr
         head_forward=projected * vocabulary,
         head_backward=2 * supervised * vocabulary,
     )
+
+
+def mean_flops_per_token(shape: ModelShape, plans: Mapping[RecursionPlan, float]) -> FlopsPerToken:
+    """Over training steps of several plans, given with how many there are of each."""
+    counted = [(flops_per_token(shape, plan), number) for plan, number in plans.items()]
+    steps = sum(plans.values())
+    means = {f.name: sum(getattr(x, f.name) * number for x, number in counted) / steps for f in fields(FlopsPerToken)}
+    return FlopsPerToken(**means)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_recursive import accounting
-from megatron_recursive.accounting import ModelShape, flops_per_token
+from megatron_recursive.accounting import ModelShape, flops_per_token, mean_flops_per_token
 from megatron_recursive.command_line import example
 from megatron_recursive.commands import plan as planning
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.plan.added_parameters import added_parameters
 from megatron_recursive.plan.recursion_config import flag_of, knobs_in, retrofit
 
 SUMMARY = "Count a model's parameters, FLOPs and cache by part, and the memory of each rank in a layout."
 VERSION = 1  # of the record
+STEPS = 2_000  # of a run whose steps differ, of which the mean is counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 class Model(NamedTuple):  # rows: of the embedding, in a folder the true ones, Megatron's the padded ones
     source: str
     arch: Architecture
-    plan: RecursionPlan
+    steps: StepPlans
     rows: int
     dtype: str
     values: dict[str, Any]
@@ -70,7 +71,7 @@ def open_model(args: argparse.Namespace) -> Model:
         values = planning.values_of_flags(args, "--model")
         arch, multiple = Architecture.from_megatron(values, "The model"), 128 * args.tp  # as Megatron pads
         rows = -(-arch.vocab_size // multiple) * multiple
-        return Model("flags", arch, _plan(arch, knobs), rows, "bfloat16" if args.bf16 else "float32", values)
+        return Model("flags", arch, _steps(arch, knobs), rows, "bfloat16" if args.bf16 else "float32", values)
     if given:
         raise UserError(f"{flag_of(next(iter(given)))} is decided by the model of --model; leave out either.")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
@@ -80,8 +81,8 @@ def open_model(args: argparse.Namespace) -> Model:
         values, stored = checkpoint.arguments(), checkpoint.dtypes["embedding.word_embeddings.weight"]
         arch = Architecture.from_megatron(values, name)
         is_plain = values.get("enable_recursive_refinement") is None and not knobs  # of Megatron's own training
-        plan = _plan(arch, {"enable_recursive_refinement": False} if is_plain else {**values, **knobs})
-        return Model("checkpoint", arch, plan, arch.padded_vocab_size, str(stored).removeprefix("torch."), values)
+        steps = _steps(arch, {"enable_recursive_refinement": False} if is_plain else {**values, **knobs})
+        return Model("checkpoint", arch, steps, arch.padded_vocab_size, str(stored).removeprefix("torch."), values)
     from megatron_recursive.hf.convert.sources import cached_folder, open_source
 
     if Path(name).suffix == ".gguf":
@@ -91,13 +92,16 @@ def open_model(args: argparse.Namespace) -> Model:
     own = getattr(config, "recursion_plan", None)
     started = theirs or retrofit(knobs, arch.num_layers)
     asked = knobs or (theirs and own is None)
-    plan = _plan(arch, {**started, **knobs}) if asked else own or RecursionPlan.plain()
+    steps = StepPlans(RecursionConfig(), own or RecursionPlan.plain())
+    if asked:
+        steps = _steps(arch, {**started, **knobs})
     dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return Model("Hugging Face", arch, plan, arch.vocab_size, dtype, arch.to_megatron())
+    return Model("Hugging Face", arch, steps, arch.vocab_size, dtype, arch.to_megatron())
 
 
-def _plan(arch: Architecture, values: dict[str, Any]) -> RecursionPlan:
-    return build_plan(RecursionConfig.from_mapping(values).resolved(embedding_init_std=arch.init_std))
+def _steps(arch: Architecture, values: dict[str, Any]) -> StepPlans:
+    config = RecursionConfig.from_mapping(values).resolved(embedding_init_std=arch.init_std)
+    return StepPlans(config, build_plan(config), seed=None, iterations=STEPS)
 
 
 def count(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,14 +109,14 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_recursive.pipeline.layouts import layout_of
 
     model = open_model(args)
-    arch, plan = model.arch, model.plan
+    arch, steps, plan = model.arch, model.steps, model.steps.plan
     args.gpus = args.gpus or args.tp * args.pp
     args.bf16 = args.bf16 or model.dtype == "bfloat16"
     planning.complete_job(args, model.values)
     shape = arch.shape(args.seq_length, model.rows if model.source == "Hugging Face" else None)
     shape = replace(shape, vocab_size=model.rows)
     cache = accounting.cache_bytes_per_token(shape, plan, 4 if model.dtype == "float32" else 2)
-    job = planning.job_of(args, arch, plan, memory=0.0, flops=1.0, pads_vocabulary=args.model is None)
+    job = planning.job_of(args, arch, steps.deepest, memory=0.0, flops=1.0, pads_vocabulary=args.model is None)
     found = layout_of(job, args.tp, args.pp)
     return {
         "format": "megatron-recursive count", "version": VERSION,
@@ -121,8 +125,9 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
             "layers_applied": plan.unrolled_layers(arch.num_layers), "hidden_size": arch.hidden_size,
             "vocabulary": arch.vocab_size, "rows": model.rows, "sequence_length": args.seq_length,
             "passes": plan.num_passes, "passes_with_gradient": len(plan.grad_passes), "dtype": model.dtype,
+            "steps": steps.describe(),
         },
-        "parameters": parameters_of(shape, plan), "flops_per_token": flops_of(shape, plan),
+        "parameters": parameters_of(shape, plan), "flops_per_token": flops_of(shape, steps.counts(), plan),
         "cache_bytes_per_token": cache,
         "memory": {
             **{name: getattr(found, name) for name in ("tensor", "pipeline", "data", "micro_batches")},
@@ -146,12 +151,12 @@ def parameters_of(shape: ModelShape, plan: RecursionPlan) -> dict[str, dict[str,
     }  # fmt: skip
 
 
-def flops_of(shape: ModelShape, plan: RecursionPlan) -> dict[str, Any]:
-    """Of a training step under one plan; over a distribution of depths, the mean over its plans.
+def flops_of(shape: ModelShape, plans: Mapping[RecursionPlan, float], plan: RecursionPlan) -> dict[str, Any]:
+    """Of a training step, the mean over those of a run by their plans; and of inference at the model's own.
 
     ``attention``: of these, what grows with the sequence: the scores, of which the causal half is counted.
     """
-    flops, flat = flops_per_token(shape, plan), flops_per_token(replace(shape, seq_length=0), plan)
+    flops, flat = mean_flops_per_token(shape, plans), mean_flops_per_token(replace(shape, seq_length=0), plans)
     columns = ("forward", "backward", "attention")
     parts = {
         "grad_free_passes": (flops.grad_free_passes, 0.0, flops.grad_free_passes - flat.grad_free_passes),
@@ -159,10 +164,10 @@ def flops_of(shape: ModelShape, plan: RecursionPlan) -> dict[str, Any]:
         "vocabulary": (flops.head_forward, flops.head_backward, 0.0),
         "total": (flops.forward, flops.total - flops.forward, flops.total - flat.total),
     }
-    one_projection = flops_per_token(shape, RecursionPlan.plain()).head_forward
+    once = flops_per_token(shape, plan).passes_forward + flops_per_token(shape, RecursionPlan.plain()).head_forward
     return {
         **{part: dict(zip(columns, values, strict=True)) for part, values in parts.items()},
-        "training": flops.total, "inference": flops.passes_forward + one_projection,
+        "training": flops.total, "inference": once,
     }  # fmt: skip
 
 
@@ -171,7 +176,7 @@ def tables(record: dict[str, Any]) -> list[str]:
     return [
         f"{model['name']}: {model['family']}, {model['layers']} layers of width {model['hidden_size']}, "
         f"{model['layers_applied']} applied in {model['passes']} passes, {model['passes_with_gradient']} with gradient",
-        f"vocabulary {model['vocabulary']:,} in {model['rows']:,} rows", "",
+        f"vocabulary {model['vocabulary']:,} in {model['rows']:,} rows", *filter(None, [model["steps"]]), "",
         *aligned(["parameters", "held", "unrolled"],
                 [[part, f"{size:,}", f"{sizes['unrolled'][part]:,}"] for part, size in sizes["held"].items() if size]),
         "", *aligned([f"MFLOPs a token at {model['sequence_length']:,}", "forward", "backward", "of both, attention"],

@@ -8,11 +8,11 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_recursive.accounting import Recording, StateBytes, count_parameters, flops_per_token
+from megatron_recursive.accounting import Recording, StateBytes, count_parameters, mean_flops_per_token
 from megatron_recursive.command_line import command, example
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.plan.recursion_config import TRAINED, add_recursion_arguments, flag_of, knobs_in, retrofit
 
 if TYPE_CHECKING:
@@ -97,8 +97,10 @@ def run(args: argparse.Namespace) -> None:
     recursion = RecursionConfig.from_mapping({**imported, **values, **knobs})
     from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
 
-    plan, flops = build_plan(recursion.resolved(embedding_init_std=arch.init_std)), args.peak_tflops * 1e12 * args.mfu
-    job = job_of(args, arch, plan, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
+    resolved, flops = recursion.resolved(embedding_init_std=arch.init_std), args.peak_tflops * 1e12 * args.mfu
+    steps = StepPlans(resolved, build_plan(resolved), iterations=10_000)
+    grown = steps.own_plan(steps.iterations)
+    job = job_of(args, arch, grown, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
                  pads_vocabulary=not (args.ckpt or args.hf))  # fmt: skip
     fitting = fitting_layouts(job)
     if not fitting:
@@ -107,7 +109,8 @@ def run(args: argparse.Namespace) -> None:
     if not found:
         sizes = ", ".join(f"{x.tensor} x {x.pipeline}" for x in fitting[:8])
         raise UserError(f"No layout of these --tp and --pp fits; those that do have TP x PP of {sizes}.")
-    parameters, flops = count_parameters(job.shape, job.plan), flops_per_token(job.shape, job.plan).total
+    parameters = count_parameters(job.shape, job.plan)
+    flops = mean_flops_per_token(job.shape, steps.counts()).total
     report = {
         "layers": arch.num_layers, "width": arch.hidden_size, "passes": job.plan.num_passes,
         "passes_with_gradient": len(job.plan.grad_passes), "parameters_held": parameters.held,

@@ -15,6 +15,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from megatron_recursive.losses.distillation import Distillation
 from megatron_recursive.losses.exit_gate import expected_loss, improvement_loss
 from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
@@ -54,6 +55,7 @@ class BlockReadout:
     arg_max_BS: Tensor | None = None
     halt_logits_BS: Tensor | None = None
     gate_logits_BS: Tensor | None = None
+    distillation_BS: Tensor | None = None
 
 
 @lru_cache(maxsize=8)
@@ -81,6 +83,7 @@ class RecursionCore:
     recursion: RecursionConfig
     plan: RecursionPlan
     uses: Uses
+    distillation: Distillation | None = None  # of the last block, in training
     draw: int  # of a training step; sampled starts differ by it
     carried_states: CarriedStates | None
     compute_language_model_loss: Callable[[Tensor, Tensor], Tensor]  # labels [B, S] and logits [S, B, V] to [B, S]
@@ -176,14 +179,15 @@ class RecursionCore:
         return self.uses.apart(name.replace("_", " "), getattr(self, name), *values_SBH)
 
     def read_block(
-        self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor
-    ) -> BlockReadout:
+        self, plan: RecursionPlan, decoder_pass: DecoderPass, output_SBH: Tensor, labels_BS: Tensor,
+        inputs: tuple[Any, ...] = (),
+    ) -> BlockReadout:  # fmt: skip
         """Ask the heads about the output state after a block of a plan.
 
         The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
         the plan weighs it, on all blocks but the last through their detached state. In evaluation every block is read
         in full. The last block needs no gate: what has not left leaves there; a
-        gate that is trained alone learns there too.
+        gate that is trained alone learns there too. ``inputs`` are a teacher's: token ids, positions, attention mask.
         """
         readout, is_last = BlockReadout(decoder_pass), decoder_pass is plan.passes[-1]
         supervised = decoder_pass.supervised_weight > 0
@@ -197,13 +201,20 @@ class RecursionCore:
         if plan.is_projected(decoder_pass) or not self.training:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
                 replays = torch.is_grad_enabled() and plan.is_replayed(decoder_pass)
-                readout.lm_loss_BS, readout.arg_max_BS = self._loss(hidden_SBH, labels_BS, plan.has_halting, replays)
+                teacher = self.distillation if is_last and self.training else None
+                pull = None if teacher is None else partial(teacher.loss, self.pg_collection.tp, inputs)
+                found = self._loss(hidden_SBH, labels_BS, plan.has_halting, replays, pull)
+                readout.lm_loss_BS, readout.arg_max_BS, readout.distillation_BS = found
         return readout
 
     def _loss(
-        self, hidden_SBH: Tensor, labels_BS: Tensor, chooses: bool, replays: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The loss [B, S], and the arg-max [B, S] where it ``chooses``. See ``RecursionPlan.is_replayed``."""
+        self, hidden_SBH: Tensor, labels_BS: Tensor, chooses: bool, replays: bool,
+        pull: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss [B, S], the arg-max [B, S] where it ``chooses``, and what ``pull`` makes of the logits.
+
+        See ``RecursionPlan.is_replayed``.
+        """
         chosen: list[Tensor] = []
 
         def loss_of(hidden_SBH: Tensor) -> Tensor:
@@ -211,12 +222,12 @@ class RecursionCore:
             if chooses and not chosen:  # a replay need not ask again
                 # Before the loss: Megatron's cross-entropy overwrites fp32 logits.
                 chosen.append(vocab_parallel_argmax(logits_SBV.detach(), self.pg_collection.tp))
-            loss_BS: Tensor = self.compute_language_model_loss(labels_BS, logits_SBV)
-            return loss_BS
+            pulled = [] if pull is None else [pull(logits_SBV)]
+            return torch.stack([self.compute_language_model_loss(labels_BS, logits_SBV), *pulled])
 
         function = partial(tensor_parallel.checkpoint, loss_of, False) if replays else loss_of
-        loss_BS = self.uses.apart("output layer", function, hidden_SBH)
-        return loss_BS, chosen[0] if chosen else None
+        loss_BS, *pulled = self.uses.apart("output layer", function, hidden_SBH)
+        return loss_BS, chosen[0] if chosen else None, pulled[0] if pulled else None
 
     def _final_state(self, output_SBH: Tensor, supervised: bool) -> Tensor:
         if self.plan.state_norm == "final":
@@ -243,8 +254,12 @@ class RecursionCore:
         plan = self.plan_of_step(plan)
         state = self.initial_state(self.embed(input_ids, position_ids), input_ids, position_ids)
 
+        ends: dict[str, Tensor] = {}  # where carried states end, other than the plan does
+
         def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             closes = plan.closes(decoder_pass)
+            if decoder_pass.stack == "coda":
+                ends["output"] = state.output
             return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes)
 
         if labels is None:
@@ -257,12 +272,13 @@ class RecursionCore:
         metrics: dict[str, Tensor] = {}
         before = expanded(getattr(self, "initial_output", None), state.values["input"])
         for decoder_pass in run_plan(plan, state, decode):
-            readouts.append(self.read_block(plan, decoder_pass, state.output, labels))
+            inputs = (input_ids, position_ids, attention_mask)
+            readouts.append(self.read_block(plan, decoder_pass, state.output, labels, inputs))
             self.observe_state(plan, before, state.output, mask_BS, decoder_pass, metrics)
             before = state.output.detach()
         if self.carried is not None:
             for name in plan.carried:
-                self.carried.leave(name, state.values[name])
+                self.carried.leave(name, ends.get(name, state.values[name]))
         return self.objective(plan, readouts, labels, mask_BS, metrics)
 
     def observe_state(
@@ -308,6 +324,10 @@ class RecursionCore:
                 assert readout.halt_logits_BS is not None and readout.arg_max_BS is not None and goal_BS is not None
                 loss_BS = halting_loss(readout.halt_logits_BS, torch.eq(readout.arg_max_BS, goal_BS))
                 halt_loss_BS = halt_loss_BS + readout.decoder_pass.halt_weight * loss_BS
+        distilled: dict[str, Tensor] = {}
+        if last.distillation_BS is not None and self.distillation is not None:
+            weight, distilled = self.distillation.weight, {"distillation loss": last.distillation_BS.detach()}
+            objective_BS = (1 - weight) * objective_BS + weight * last.distillation_BS
         if plan.has_halting and self.carried is not None:
             assert last.halt_logits_BS is not None
             probability_BS = torch.sigmoid(last.halt_logits_BS.detach().float())
@@ -321,7 +341,7 @@ class RecursionCore:
             reported["mean halting probability"] = masked(torch.sigmoid(logits_TBS).mean(0), mask_BS)
             steps_BS = steps_until_halt(logits_TBS, self.recursion.halt_threshold)
             reported["expected refinement steps"] = masked(steps_BS, mask_BS)
-        reported |= {name: masked(value_BS, mask_BS) for name, value_BS in gated.items()}
+        reported |= {name: masked(value_BS, mask_BS) for name, value_BS in (gated | distilled).items()}
         reported["total loss"] = masked(objective_BS.detach(), mask_BS)
         for readout in readouts:
             if readout.lm_loss_BS is not None and len(readouts) > 1:

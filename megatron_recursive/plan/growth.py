@@ -1,21 +1,21 @@
-"""Growth: a model that becomes deeper in the course of its training (--grow-depth-at)."""
+"""Growth: a model that becomes deeper in the course of its training (--grow-depth-at).
+
+``config`` is a RecursionConfig, whose module imports this one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megatron_recursive.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_recursive.plan.recursion_config import RecursionConfig
 
 FORM = re.compile(r"(0?\.\d*[1-9]\d*):([1-9]\d*)")
 BESIDE = ("recurrence_distribution", "recurrence_curriculum", "backprop_curriculum")  # what else sets a step's depth
 
 
-def check_growth(config: RecursionConfig) -> None:
+def check_growth(config: Any) -> None:
     """Refuse a growth that is none, or that another knob contradicts."""
     given, rewarm = f"--grow-depth-at {config.grow_depth_at}", config.grow_rewarm_iters
     if config.grow_depth_at is None and rewarm:
@@ -36,7 +36,7 @@ def check_growth(config: RecursionConfig) -> None:
             raise UserError(f"{given} and {_flag(name)} both set the depth of steps; leave one of them out.")
 
 
-def _growth(config: RecursionConfig) -> tuple[float, int]:
+def _growth(config: Any) -> tuple[float, int]:
     fraction, depth = str(config.grow_depth_at).split(":")
     return float(fraction), int(depth)
 
@@ -56,7 +56,7 @@ class Growth:
         UserError: it would train none at its first depth.
     """
 
-    def __init__(self, config: RecursionConfig, iterations: int) -> None:
+    def __init__(self, config: Any, iterations: int) -> None:
         self.config, self.at, self.depth = config, None, getattr(config, config.depth_knob)
         if config.grow_depth_at is None:
             return
@@ -68,7 +68,7 @@ class Growth:
                 f"{_flag(config.depth_knob)} {getattr(config, config.depth_knob)}; train for more."
             )
 
-    def config_after(self, trained: int) -> RecursionConfig:
+    def config_after(self, trained: int) -> Any:
         """The knobs of the model that has been trained for so many iterations; one that has grown grows no more."""
         if self.at is None or trained <= self.at:
             return self.config

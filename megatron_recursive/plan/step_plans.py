@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 
@@ -25,20 +26,22 @@ class StepPlans:
     Args:
         config: the knobs.
         plan: the model's own; of one that grows, before it does.
-        seed: of the run.
+        seed: of the run; None spreads the draws evenly, for a count of what is to be expected.
         iterations: of the whole run, of which curricula take a fraction.
 
     Raises:
         UserError: the knobs contradict each other.
     """
 
-    def __init__(self, config: RecursionConfig, plan: RecursionPlan, *, seed: int = 0, iterations: int = 1) -> None:
+    def __init__(
+        self, config: RecursionConfig, plan: RecursionPlan, *, seed: int | None = 0, iterations: int = 1
+    ) -> None:
         self.config, self.plan, self.seed, self.iterations = config, plan, seed, iterations
         self.growth = Growth(config, iterations)
         depth = plan.depth if self.growth.at is None else self.growth.depth
         self.mean = float(depth if config.mean_recurrence is None else config.mean_recurrence)
         self.ramp = None if plan.is_plain or plan.trains_heads_only else config.deep_supervision_warmup
-        self._built, self._supervised = lru_cache(maxsize=256)(_with_depth), lru_cache(maxsize=256)(supervised)
+        self._built, self._supervised = lru_cache(maxsize=256)(with_depth), lru_cache(maxsize=256)(supervised)
         self._grown = lru_cache(maxsize=1)(build_plan)
         self._check()
 
@@ -75,10 +78,24 @@ class StepPlans:
             plan = self._supervised(plan, self.config, float(share > 0) if priced else share)
         return self.plan if plan == self.plan else plan
 
+    @property
+    def deepest(self) -> RecursionPlan:
+        """The plan of the deepest step that there may be."""
+        return self._built(self.own_plan(self.iterations), self.cap, self.config.backprop_depth)
+
+    def counts(self, most: int = 10_000) -> Counter[RecursionPlan]:
+        """How often each plan is run: in all steps of a run, or in so many that lie evenly in it."""
+        if not self.changes:
+            return Counter({self.plan: 1})
+        steps = range(0, self.iterations, -(-self.iterations // most))
+        return Counter(self.plan_at(step, priced=True) for step in steps)
+
     def depth_at(self, iteration: int) -> int:
         """How deep a step goes: blocks, loops, or passes of a recurrent core."""
         chances = self._distribution(self._mean_at(iteration))
-        place = random.Random(self.seed * 0x9E3779B97F4A7C15 + iteration).random()
+        place = iteration * (math.sqrt(5) - 1) / 2 % 1
+        if self.seed is not None:
+            place = random.Random(self.seed * 0x9E3779B97F4A7C15 + iteration).random()
         return depth_at(chances, place)
 
     @property
@@ -102,16 +119,16 @@ class StepPlans:
         if not self._depth_changes:
             return "".join(ramp)
         if self.growth.at is not None:
-            said = (f"depth of a training step: {self.plan.depth}, behind iteration {self.growth.at} "
-                    f"{self.growth.depth}; evaluated and exported at that of its last step")  # fmt: skip
-            return " | ".join([said, *ramp])
+            grows = (f"depth of a training step: {self.plan.depth}, behind iteration {self.growth.at} "
+                     f"{self.growth.depth}; evaluated and exported at that of its last step")  # fmt: skip
+            return " | ".join([grows, *ramp])
         config, mean, cap = self.config, f"mean {self.expected_depth():.4g}", self.cap
         said = {"fixed": f"{self.mean:g}", "uniform": f"uniform, {mean}, at most {cap}",
                 "poisson-lognormal": f"min({cap}, 1 + Poisson of a log-normal rate), {mean}"}  # fmt: skip
         parts = [f"depth of a training step: {said[config.recurrence_distribution]}"]
         for what, shape, fraction in (("depth", config.recurrence_curriculum, config.recurrence_curriculum_fraction),
                                       ("gradient", config.backprop_curriculum, config.backprop_curriculum_fraction)):
-            parts += [f"{what} grows by {shape} over {fraction:.0%} of the training"] if shape else []
+            parts += [f"{what} grows over {fraction:.0%} of the training ({shape})"] if shape else []
         return " | ".join([*parts, f"evaluated and exported at {self.plan.depth}", *ramp])
 
     def _mean_at(self, iteration: int) -> float:
@@ -164,7 +181,7 @@ class StepPlans:
             )
 
 
-def _with_depth(plan: RecursionPlan, depth: int, window: int) -> RecursionPlan:
+def with_depth(plan: RecursionPlan, depth: int, window: int) -> RecursionPlan:
     """A plan at another depth, of whose core the last ``window`` passes carry gradient; 0: as it is."""
     plan = plan.with_blocks(depth)
     if not window:

@@ -122,8 +122,7 @@ def _panels(drawn: Sequence[Drawn]) -> list[Callable[[Any], None]]:
         panels.append(lambda axis: _draw_blocks(axis, drawn, losses, "held-out loss after each block"))
     depths = [each.blocks("lm loss", "held-out", of="depth") for each in drawn]
     if any(depths):
-        title = "held-out loss at each depth"
-        panels.append(lambda axis: _draw_blocks(axis, drawn, depths, title, of="depth"))
+        panels.append(lambda axis: _draw_blocks(axis, drawn, depths, "held-out loss at each depth", of="depth"))
     if any("halt loss" in r for each in drawn for r in each.run.records):
         panels.append(lambda axis: _draw_loss(axis, drawn, "halt loss", "halting loss"))
     changes = [each.blocks("output change", "held-out", "train") for each in drawn]

@@ -34,6 +34,7 @@ from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
 from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
+from megatron_recursive.training.distillation import add_distillation_arguments, settle_distillation
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
 from megatron_recursive.training.optimizer_arguments import add_optimizer_arguments, refuse_optimizers, settle_rates
 from megatron_recursive.training.patches import gpt2_tokenizer
@@ -104,6 +105,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     tokenizer_check.note_tokenizer(args)
     _set_padded_vocabulary(args, asked)
     tokenizer_check.check_data(args)
+    settle_distillation(args)
     return args, recursion
 
 
@@ -117,6 +119,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_norm_arguments(parser)
     add_sample_arguments(parser)
     add_optimizer_arguments(parser)
+    add_distillation_arguments(parser)
     group = parser.add_argument_group("recursive runs")
     group.add_argument(
         "--init-from-gpt", metavar="DIR",

@@ -24,6 +24,7 @@ from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.recursion_core import RecursiveOutput
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import RecursionPlan, StepPlans
+from megatron_recursive.training.distillation import check_samples, has_teacher
 from megatron_recursive.training.supervision_steps import samples_read
 
 SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
@@ -61,7 +62,8 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         micro_batch_size=args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        # Of one stage all are told: a teacher on the last one reads tokens too.
+        pipeline_model_parallel_size=1 if is_last and has_teacher(args) else args.pipeline_model_parallel_size,
         is_pipeline_first_stage=not is_last,  # a middle stage reads the same samples, and uses their mask
         is_pipeline_last_stage=is_last,
     )
@@ -192,6 +194,8 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     datasets = builder.build()
     if args.dataloader_type != "cyclic":
         _check_enough(datasets[0], train_valid_test_num_samples[0], args)
+    if datasets[0] is not None and has_teacher(args):
+        check_samples(args, datasets[0], train_valid_test_num_samples[0])
     print_rank_0("> finished creating datasets ...")
     return datasets
 

@@ -56,7 +56,7 @@ def memory_of_run(
     ``num_microbatches`` is that of the present batch size where it ramps up; the final one if left out. ``recording``
     is this machine's if left out.
     """
-    plan, stages = config.plan, args.pipeline_model_parallel_size
+    plan, stages = config.step_plans(args).deepest, args.pipeline_model_parallel_size
     transformer: Any = config.transformer
     batches = num_microbatches or args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     phases = transformer.pipeline_phases, transformer.pipeline_window

@@ -33,7 +33,7 @@ class MetricsLog:
     def __init__(
         self, recursion: RecursionConfig, plans: StepPlans, description: dict[str, Any], progress: Progress
     ) -> None:
-        self.progress, self._plans = progress, plans
+        self.progress, self.plans = progress, plans
         self._description: dict[str, Any] | None = description
         self._alarms = HealthAlarms(recursion, plans.plan)
         self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device until an interval's end
@@ -68,8 +68,8 @@ class MetricsLog:
             "tokens": run.consumed_train_samples * run.seq_length, **metrics, "time": time.time(), "seconds": seconds,
             "tokens per second": run.global_batch_size * run.seq_length / seconds,
         }  # fmt: skip
-        if self._plans.changes:
-            record |= {"recurrence": self._plans.plan_at(iteration - 1).depth, "FLOPs": run.flops_spent}
+        if self.plans.changes:
+            record |= {"recurrence": self.plans.plan_at(iteration - 1).depth, "FLOPs": run.flops_spent}
         for name in ("learning_rate", "grad_norm"):
             if given.get(name) is not None:
                 record[name.replace("_", " ")] = float(given[name])
@@ -86,7 +86,7 @@ class MetricsLog:
             if metrics and run.rank == run.world_size - 1:
                 record = {"kind": kind, "iteration": iteration, "time": time.time(),
                           "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
-                if self._plans.changes and hasattr(run, "flops_spent"):
+                if self.plans.changes and hasattr(run, "flops_spent"):
                     record["FLOPs"] = run.flops_spent
                 if len(sets) > 1:
                     record["set"] = number
@@ -128,7 +128,8 @@ class HealthAlarms:
 
     def __init__(self, recursion: RecursionConfig, plan: RecursionPlan) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
-        self.blocks = plan.num_blocks
+        # Of carried states the first block goes on where the last one ended.
+        self.blocks = plan.num_blocks if recursion.num_supervision_steps == 1 else 1
         self.detached = any(p.cuts_states for p in plan.passes)
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)
@@ -136,9 +137,10 @@ class HealthAlarms:
 
     def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
         """Take in the metrics of an iteration of so many; returns what must be said."""
-        if len(losses := blocks_of(metrics)) > 1:  # of this step's depth
+        losses = blocks_of(metrics)  # of as many blocks as the step had
+        if len(losses) > 1:
             self.blocks = max(losses)
-            self.gains.append(losses[1] - losses[self.blocks])
+            self.gains.append(losses[min(losses)] - losses[self.blocks])
         if "token cosine" in metrics:
             self.cosines.append(metrics["token cosine"])
         after = min(LATEST, max(iterations // 10, 1)) if self.after is None else self.after

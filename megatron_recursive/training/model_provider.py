@@ -27,6 +27,7 @@ from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 from megatron_recursive.pipeline.pass_costs import price_passes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
+from megatron_recursive.training.distillation import DistillationSource, source_of
 from megatron_recursive.training.norm_arguments import norm_layout
 
 
@@ -38,6 +39,7 @@ class RecursiveGPTModelConfig(GPTModelConfig):
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     norms: NormLayout = field(default_factory=NormLayout)
     train_only: str | None = None
+    distillation: DistillationSource | None = None
 
     @property
     def plan(self) -> RecursionPlan:
@@ -64,7 +66,7 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
         vp_stage: int | None = None,
     ) -> RecursiveGPTModel:
         config = self._model_config
-        return RecursiveGPTModel(
+        model = RecursiveGPTModel(
             config=config.transformer,
             transformer_layer_spec=_layer_spec(config, vp_stage),
             vocab_size=config.vocab_size,
@@ -86,6 +88,10 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
             recursion=config.recursion,
             plan=config.plan,
         )
+        if config.distillation is not None and model.post_process:
+            rows, dtype = config.vocab_size or 0, config.transformer.params_dtype
+            model.distillation = config.distillation.loaded(rows, dtype, pg_collection.tp)
+        return model
 
 
 def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
@@ -132,6 +138,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)
     config.recursion = recursion
     config.norms = norm_layout(vars(args))
+    config.distillation = source_of(args)
     config.train_only = getattr(args, "train_only", None)  # a checkpoint of an earlier version does not say
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
@@ -165,3 +172,8 @@ def model_shape(config: RecursiveGPTModelConfig, seq_length: int) -> ModelShape:
         norms_per_layer=config.norms.norms_per_layer,
         attention_gate=transformer.attention_output_gate,
     )
+
+
+def teacher_flops(config: RecursiveGPTModelConfig, seq_length: int) -> float:
+    """A teacher's forward, of each token."""
+    return 0.0 if config.distillation is None else config.distillation.costs(seq_length)[1]

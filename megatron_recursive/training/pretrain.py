@@ -39,6 +39,7 @@ def _run() -> None:
 
         from megatron_recursive.pipeline import dispatch
         from megatron_recursive.training.arguments import megatron_speaks_in_sentences, parse_arguments
+        from megatron_recursive.training.distillation_files import prepare
         from megatron_recursive.training.forward_step import datasets_provider, forward_step, plan_of_step
         from megatron_recursive.training.metrics_log import MetricsLog
         from megatron_recursive.training.model_provider import model_config_from_args
@@ -61,6 +62,8 @@ def _run() -> None:
         model_config = model_config_from_args(args, recursion)
         container = pretrain_cfg_container_from_args(args, model_config)
     console.begin(args.log_style, args.save, timers=args.timing_log_level > 0)
+    if args.distill_prepare is not None and model_config.distillation is not None:
+        return prepare(args, model_config.distillation, _in_sentences(datasets_provider))
     announce(args, model_config)
     progress = Progress()
     plans = model_config.step_plans(args)

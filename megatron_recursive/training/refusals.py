@@ -73,7 +73,7 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
      "use --reset-attention-mask and --reset-position-ids"),
     # They hook the output layer, which runs once a block, and the loss knows nothing of what they load.
     ("files of logits (--logits-save-dir, --logits-load-dir)", lambda a: a.logits_save_dir or a.logits_load_dir,
-     "leave it out"),
+     "use --distill-prepare and --distill-from"),
     ("in-process restarts (--inprocess-restart)", lambda a: a.inprocess_restart, "let torchrun restart the run"),
     ("data loaders of one's own (--dataloader-type external)", lambda a: a.dataloader_type == "external",
      "use --dataloader-type single or cyclic"),
@@ -224,7 +224,7 @@ def _refuse_batches(args: argparse.Namespace, step: int) -> None:
     if args.train_samples is None:
         raise UserError(f"{given} needs --train-samples, since iterations take more and more samples; give their sum.")
     if args.grow_rewarm_iters:
-        raise UserError(f"{given} changes what an iteration takes, so that --grow-rewarm-iters cannot be; leave it out.")
+        raise UserError(f"{given} changes what an iteration takes, which --grow-rewarm-iters counts; leave it out.")
     odd = [batch for batch in scheduled_batches(args) if batch % step or not batch]
     if odd:
         raise UserError(

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from typing import Any
 
-from megatron_recursive.accounting import ModelShape, count_parameters, flops_per_token
+from megatron_recursive.accounting import count_parameters, flops_per_token, mean_flops_per_token
 from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
-from megatron_recursive.plan import StepPlans
 from megatron_recursive.training import console
 from megatron_recursive.training.memory_report import carried_bytes
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
-
-SAMPLED_STEPS = 10_000
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, teacher_flops
 
 
 def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
@@ -25,7 +21,9 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
     parameters, flops = count_parameters(shape, plan), flops_per_token(shape, plan)
     if args.rank != 0:
         return
-    phases = ""
+    phases = teacher = ""
+    if config.distillation is not None:
+        teacher = f"\ndistillation: {config.distillation.describe(args)}"
     if args.pipeline_model_parallel_size > 1 and not plan.is_plain:
         batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
         costs = config.transformer.pipeline_costs(plan)
@@ -34,7 +32,8 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         phases = f"\npipeline: {'; '.join(filter(None, (said, balance)))}"
     steps = ""
     if plans.changes:
-        steps = f"\n{plans.describe()} | mean FLOPs per token: {mean_flops_per_token(shape, plans):.4g}"
+        mean = mean_flops_per_token(shape, plans.counts()).total
+        steps = f"\n{plans.describe()}\nFLOPs per token over all steps: {mean:.4g}"
     phases += _said_of_carried(args, config)
     backward = flops.passes_backward + flops.head_backward
     path = console.log_path()
@@ -50,26 +49,20 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         f"state init: {plan.state_init} | state norm: {plan.state_norm} | "
         f"embedding multiplier: {plan.embedding_multiplier:g}\n"
         f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
-        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}{steps}"
+        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}"
+        f"{steps}{teacher}"
     )
 
 
-def mean_flops_per_token(shape: ModelShape, plans: StepPlans) -> float:
-    """Over the steps of a run: of all, or of so many that lie evenly in it."""
-    if not plans.changes:
-        return flops_per_token(shape, plans.plan).total
-    steps = range(0, plans.iterations, -(-plans.iterations // SAMPLED_STEPS))
-    counts = Counter(plans.plan_at(step, priced=True) for step in steps)
-    return sum(number * flops_per_token(shape, plan).total for plan, number in counts.items()) / len(steps)
 def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> str:
     """How many steps a batch has, and what the carried states need: where a step starts and what it has left so far."""
     steps, names = config.recursion.num_supervision_steps, config.plan.carried
     if steps == 1:
         return ""
-    size = carried_bytes(args, config)
+    size = f"{carried_bytes(args, config) / 1e6:,.1f} MB"
     until = ", or until a sample halts" if config.recursion.carry_halted else ""
     return (
-        f"\nsupervision: {steps} steps on each batch{until}, on carried states ({', '.join(names)}: {size / 1e6:,.1f} MB "
+        f"\nsupervision: {steps} steps on each batch{until}, on carried states ({', '.join(names)}: {size} "
         f"on a rank of the first stage); an evaluation runs them in a row, {steps * config.plan.num_passes} passes"
     )
 
@@ -85,7 +78,8 @@ def run_description(args: argparse.Namespace, config: RecursiveGPTModelConfig) -
         "passes": plan.num_passes,
         "parameters held": parameters.held,
         "parameters unrolled": parameters.unrolled,
-        "FLOPs per token": mean_flops_per_token(shape, config.step_plans(args)),
+        "FLOPs per token": (mean_flops_per_token(shape, config.step_plans(args).counts()).total
+                            + teacher_flops(config, shape.seq_length)),
         "tokens per iteration": args.global_batch_size * args.seq_length,
         "world size": args.world_size,
         "command": sys.argv,

@@ -20,7 +20,7 @@ GO_ON = "or go on with --allow-other-tokenizer"
 
 def note_tokenizer(args: argparse.Namespace) -> None:
     """Put the identity of the tokenizer into the arguments, which every checkpoint carries: ``IDS:DIGEST`` or None."""
-    vocabulary = _vocabulary()
+    vocabulary = known_vocabulary()
     args.tokenizer_identity = None
     if vocabulary is not None:
         inner = getattr(get_tokenizer(), "_tokenizer", None)  # without what --special-tokens adds behind it
@@ -32,7 +32,7 @@ def check_data(args: argparse.Namespace) -> None:
     """Refuse data whose ids the model has no rows for, or that another tokenizer made."""
     if args.mock_data:
         return
-    rows, vocabulary = args.padded_vocab_size, None if args.allow_other_tokenizer else _vocabulary()
+    rows, vocabulary = args.padded_vocab_size, None if args.allow_other_tokenizer else known_vocabulary()
     digest_below = functools.lru_cache(lambda below: vocabulary_digest(vocabulary or {}, below))
     for flag, prefix in prefixes_of(args):
         made = read_preparation(prefix)
@@ -57,7 +57,7 @@ def check_data(args: argparse.Namespace) -> None:
 
 def check_checkpoint(folder: Path, saved: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Refuse to go on with another tokenizer of the same size."""
-    identity, vocabulary = saved.get("tokenizer_identity"), _vocabulary()
+    identity, vocabulary = saved.get("tokenizer_identity"), known_vocabulary()
     if identity is None or vocabulary is None or args.allow_other_tokenizer:
         return
     below, _, digest = str(identity).partition(":")
@@ -68,7 +68,7 @@ def check_checkpoint(folder: Path, saved: Mapping[str, Any], args: argparse.Name
         )
 
 
-def _vocabulary() -> dict[str, int] | None:
+def known_vocabulary() -> dict[str, int] | None:
     """Token to id; None for a tokenizer that has no tokens (NullTokenizer) or does not list them."""
     inner: Any = getattr(getattr(get_tokenizer(), "_tokenizer", None), "tokenizer", None)
     if hasattr(inner, "get_vocab"):

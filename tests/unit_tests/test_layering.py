@@ -39,7 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "optimizers",
-                                            "pipeline")),
+                                            "pipeline", "hf.convert.teacher")),
         "torch", "megatron.core", "megatron.training",
     ),
     "inference": (

@@ -104,7 +104,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
                         "--layer-selection out.")  # fmt: skip
     untied = source.arch.tied and options.untie
     arch = dataclasses.replace(source.arch, num_layers=len(layers), tied=source.arch.tied and not options.untie)
-    tokenizer = _donor_tokenizer(source)
+    tokenizer = donor_tokenizer(source)
     if options.resize_vocab:
         if tokenizer is None:
             raise UserError(f"--resize-vocab: {source.name} has no tokenizer that loads here; leave it out.")
@@ -434,7 +434,7 @@ class _Import:
         return ".".join(parts)
 
 
-def _donor_tokenizer(source: Source) -> Any:
+def donor_tokenizer(source: Source) -> Any:
     """As transformers loads it beside the donor's config.json; None where it does not load."""
     if source.gguf is not None:
         return tokenizer_of(source.gguf.parent, gguf_file=source.gguf.name)

@@ -54,8 +54,9 @@ def knobs(config: Any, where: str) -> dict[str, Any]:
 
 
 def expresses(recursion: RecursionConfig) -> bool:
-    words = (recursion.recursion_family, recursion.state_init, recursion.state_norm, recursion.has_halting)
-    return recursion.enable_recursive_refinement and words == ("hierarchical", "trunc-normal", "final", False)
+    words = (recursion.recursion_family, recursion.state_init, recursion.state_norm, recursion.boundary)
+    is_hrm = words == ("hierarchical", "trunc-normal", "final", "none") and not recursion.has_halting
+    return recursion.enable_recursive_refinement and is_hrm
 
 
 def config_of(arch: Architecture, recursion: RecursionConfig) -> dict[str, Any]:

@@ -198,9 +198,12 @@ def one_process() -> Iterator[None]:
 
 
 def build_megatron(
-    arch: Architecture, recursion: RecursionConfig, dtype: torch.dtype, tp: int = 1, pp: int = 1
+    arch: Architecture, recursion: RecursionConfig, dtype: torch.dtype, tp: int = 1, pp: int = 1, whole: bool = False
 ) -> Any:
-    """The Megatron model, or this rank's part of it, with the local layer spec; its parameters are not initialised."""
+    """The Megatron model, or this rank's part of it, with the local layer spec; its parameters are not initialised.
+
+    ``whole``: all of it, whatever pipeline stage of another model this rank is.
+    """
     from megatron.core import parallel_state
     from megatron.core.activations import squared_relu
 
@@ -235,7 +238,8 @@ def build_megatron(
         rotary_percent=arch.rotary_percent, rotary_base=arch.rotary_base,
         rope_scaling=arch.llama3_factor is not None, rope_scaling_factor=arch.llama3_factor or 8.0,
         seq_len_interpolation_factor=arch.linear_factor, share_embeddings_and_output_weights=arch.tied,
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=whole or parallel_state.is_pipeline_first_stage(),
+        post_process=whole or parallel_state.is_pipeline_last_stage(),
         recursion=recursion,
     )  # fmt: skip
 

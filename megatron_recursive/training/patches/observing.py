@@ -3,10 +3,11 @@
 ``train``, ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of
 ``megatron.training.training``, which see the model, and metrics that are already averaged over micro-batches and ranks;
 Megatron has no hook there. The observers are plain: ``metrics_log``, ``progress``, ``samples``, ``start_check``. The
-wrappers pass everything through unchanged, but for three things. Under ``--evaluate-ema`` an evaluation is of the
+wrappers pass everything through unchanged, but for four things. Where the depth of steps changes, Megatron's own lines
+and events are without figures of blocks, which not every step has. Under ``--evaluate-ema`` an evaluation is of the
 averaged weights. An evaluation at the end of a run of what was evaluated at its last iteration just before is left out.
-And the line of a process's first iteration ends its interval where it
-falls on one, as Megatron's pull request 7092 has it later: in 0.19 the second line was the mean of two iterations.
+And the line of a process's first iteration ends its interval where it falls on one, as Megatron's pull request 7092 has
+it later: in 0.19 the second line was the mean of two iterations.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ def install(args: argparse.Namespace, log: MetricsLog, averages: Sequence[Weight
         run, iteration = get_args(), given["iteration"]
         if iteration % run.log_interval == 0:  # the first line is an interval's: without its end the next is their mean
             given["is_first_iteration"] = False
+        known = given["loss_dict"]
+        if log.plans.changes:  # Megatron divides by all iterations
+            given["loss_dict"] = {name: value for name, value in known.items() if " block " not in name}
         result = call()
-        log.trained(run, given)
+        log.trained(run, given | {"loss_dict": known})
         if prompts and iteration % run.generate_interval == 0:
             with log.progress.pausing():
                 samples.print_samples(run, trained["model"], trained["optimizer"], iteration, prompts)

@@ -3,9 +3,9 @@
 ``megatron.training.training`` calls ``get_megatron_optimizer`` as a global of its own, with overrides for parameter
 groups to which it has no hook. The wrapper adds ours (``optimizers/parameter_groups.py``), and under ``--ema-decay``
 puts an average beside what was built (``optimizers/weight_average.py``). Nor has the scheduler that it gets from
-``get_optimizer_param_scheduler`` one for the rate of a model that has grown (``plan/growth.py``). ``ft_integration.setup``
-reads the command line a second time with Megatron's own parser, which knows no ``--optimizer`` of ours: it is called
-where it has work.
+``get_optimizer_param_scheduler`` one for the rate of a model that has grown (``plan/growth.py``).
+``ft_integration.setup`` reads the command line a second time with Megatron's own parser, which knows no
+``--optimizer`` of ours: it is called where it has work.
 """
 
 from __future__ import annotations

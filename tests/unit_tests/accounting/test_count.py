@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_recursive.commands import main
+from megatron_recursive.plan.depth_distributions import poisson_lognormal
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.donors import LAYERS, make_donor, save_donor
 from tests.unit_tests.hf.recursive_models import make_config, make_model
@@ -140,3 +141,27 @@ def test_mistakes_end_in_a_sentence(words: list[str], said: str, capsys: pytest.
         main(["count", *words])
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "") and err.startswith(f"error: {said}") and err.count("\n") == 1, err
+
+
+def test_steps_of_several_depths_are_counted_at_what_is_to_be_expected() -> None:
+    model = ["--num-layers", 4, "--hidden-size", 64, "--num-attention-heads", 4, "--vocab-size", 100,
+             "--seq-length", 32, "--recursion-family", "recurrent", "--injection", "add"]  # fmt: skip
+
+    def training(*flags: object) -> float:
+        return float(count(*model, *flags)["flops_per_token"]["training"])
+
+    by_depth = [training("--num-recurrences", r, "--backprop-depth", min(r, 2)) for r in (1, 2, 3, 4, 5)]
+    record = count(*model, "--num-recurrences", 2, "--backprop-depth", 2, "--grow-depth-at", "0.77:4")
+    assert record["flops_per_token"]["training"] == pytest.approx(0.77 * by_depth[1] + 0.23 * by_depth[3], rel=1e-9)
+    assert record["model"]["passes"] == 2 and "2, behind iteration 1540 4" in record["model"]["steps"]
+    deep = count(*model, "--num-recurrences", 4, "--backprop-depth", 2)["memory"]["bytes_by_stage"]
+    assert record["memory"]["bytes_by_stage"] == deep
+
+    drawn = ["--num-recurrences", 3, "--backprop-depth", 2, "--recurrence-distribution"]
+    uniform = training(*drawn, "uniform", "--max-recurrence", 5)
+    assert uniform == pytest.approx(sum(by_depth) / 5, rel=2e-3)
+    chances = poisson_lognormal(3.0, 5)
+    mean = sum(chance * flops for chance, flops in zip(chances, by_depth, strict=True))
+    assert training(*drawn, "poisson-lognormal", "--max-recurrence", 5) == pytest.approx(mean, rel=2e-3)
+    growing = training(*drawn[:4], "--recurrence-curriculum", "linear", "--recurrence-curriculum-fraction", 0.75)
+    assert growing == pytest.approx((by_depth[0] + by_depth[1] + 2 * by_depth[2]) / 4, rel=2e-3)

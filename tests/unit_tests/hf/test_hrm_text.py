@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_recursive.hf.convert.hrm_text import expresses
+from megatron_recursive.plan import RecursionConfig
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.test_convert import _export, _import, _loaded_logits
 
@@ -176,6 +179,11 @@ def test_what_it_cannot_be_is_refused(found: dict[str, Any]) -> None:
     assert "leave --core out" in stacks and "has tie_word_embeddings" in tied
     assert "L_bp_cycles [1, 0]" in window and "leave --layers" in layers and "H_cycles 0" in cycles
     assert "hierarchical in itself, with --recursion-family hierarchical; leave that flag out" in family
+
+
+def test_a_gate_is_none_of_its_words() -> None:
+    own = RecursionConfig(recursion_family="hierarchical", state_init="trunc-normal", halt_loss_weight=0.0)
+    assert expresses(own) and not expresses(dataclasses.replace(own, boundary="gate"))
 
 
 @pytest.mark.grid

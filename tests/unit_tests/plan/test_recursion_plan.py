@@ -222,7 +222,7 @@ def test_how_a_state_moves_is_a_word_of_its_pass() -> None:
         "gate", "gate", "step"]  # fmt: skip
     bare = family("recurrent", num_recurrences=4, backprop_depth=2, boundary="norm-inject")
     assert bare.passes[-1].stack == "coda" and "norm + input" in bare.describe()
-    # The third pass is the first with gradient, and the state that the fourth reads is made of its result and the input.
+    # The third pass is the first with gradient; the state that the fourth reads is made of its result and the input.
     assert bare.first_input_gradient() is bare.passes[3] and bare.gradient_groups(tied_embeddings=False)["embedding"]
     assert all(map(bare.feeds_gradient, bare.grad_passes[:-1])) and not family("recurrent").moves
     for wrong, match in (({"move": "slide"}, "moves the output by 'slide'"), ({"reads": ("input",)}, "must read it")):

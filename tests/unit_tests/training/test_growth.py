@@ -27,7 +27,9 @@ FAMILIES = {  # other knobs, that of the depth, both depths
 }  # fmt: skip
 
 
-def run(folder: Path, family: str, *flags: str, grows: bool = True, depth: int | None = None, **more: Any) -> str | None:
+def run(
+    folder: Path, family: str, *flags: str, grows: bool = True, depth: int | None = None, **more: Any
+) -> str | None:
     knobs, flag, first, then = FAMILIES[family]
     growth = ["--grow-depth-at", f"0.5:{then}"] if grows else []
     return train(*save_to(folder, 2), *HOW, *flags, *growth, recursion=[*knobs, flag, str(depth or first)], **more)
@@ -45,11 +47,11 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def said(folder: Path, kind: str, after: int) -> list[dict[str, Any]]:
-    left_out = (*TIMES, "recurrence", "FLOPs")
-    return [{n: v for n, v in r.items() if n not in left_out} for r in records_of(folder, kind) if r["iteration"] > after]
+    left_out, records = (*TIMES, "recurrence", "FLOPs"), records_of(folder, kind)
+    return [{n: v for n, v in r.items() if n not in left_out} for r in records if r["iteration"] > after]
 
 
-@pytest.mark.parametrize("family", grid(FAMILIES, quick=["recurrent"]))
+@pytest.mark.parametrize("family", grid(FAMILIES, quick=[]))
 def test_it_is_the_run_that_goes_on_at_the_other_depth(
     family: str, grown: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -80,6 +82,7 @@ def test_two_stages_go_on_before_and_behind_the_growth(
         assert ours["lm loss"] == pytest.approx(theirs["lm loss"], rel=1e-5)
 
 
+@pytest.mark.grid
 def test_a_checkpoint_is_of_its_depth_and_resumes_exactly(grown: Callable[[str], Path], tmp_path: Path) -> None:
     """Behind the growth it is a model of the other depth and goes on with or without the flag."""
     from megatron_recursive.commands import main
@@ -102,6 +105,7 @@ def test_a_checkpoint_is_of_its_depth_and_resumes_exactly(grown: Callable[[str],
     assert refused is not None and "--num-recurrences 4 (this run: 2)" in refused
 
 
+@pytest.mark.grid
 def test_the_learning_rate_may_rise_anew(tmp_path: Path) -> None:
     how = ["--lr-decay-style", "linear", "--grow-rewarm-iters", "3", "--eval-interval", "100"]
     assert run(tmp_path, "looped", *how, "--exit-interval", "6") is None

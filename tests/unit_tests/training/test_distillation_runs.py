@@ -1,0 +1,89 @@
+"""--distill-from and --distill-prepare in whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.grids import grid
+from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, save_to, train
+
+LAYOUTS = {
+    "TP 2 with SP, PP 2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    "DP 2": (2, "--micro-batch-size 1"),
+}
+STILL = "--hidden-dropout 0 --attention-dropout 0".split()
+RUNS = [(source, layout) for source in ("teacher", "prepared") for layout in LAYOUTS]
+HOW = ["--distill-weight", "0.6", "--distill-temperature", "1.5"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recursive model of another shape, as a checkpoint."""
+    folder = tmp_path_factory.mktemp("teacher")
+    shape = ["--hidden-size", "48", "--num-layers", "3", "--train-iters", "3", "--lr", "1e-1"]
+    assert train(*save_to(folder), *shape, recursion=["--recursion-family", "looped"]) is None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(teacher: Path) -> Path:
+    files = teacher / "prepared"
+    asked = ["--distill-from", teacher, *HOW[2:], "--distill-prepare", files, "--distill-top-k", "20"]
+    assert train(*asked, "--micro-batch-size", "1", world_size=2) is None
+    return files
+
+
+def distilled(folder: Path, source: Path, *flags: str, ranks: int = 1) -> dict[int, dict[str, float]]:
+    assert train(*save_to(folder), *STILL, "--distill-from", source, *HOW, *flags, world_size=ranks) is None
+    return metrics_of(folder)
+
+
+@pytest.mark.parametrize(("source", "layout"), grid(RUNS, quick=[("prepared", "TP 2 with SP, PP 2")]))
+def test_layouts_and_a_resume_are_one_run(
+    request: pytest.FixtureRequest, tmp_path: Path, layout: str, source: str
+) -> None:
+    place = request.getfixturevalue(source)
+    alone = distilled(tmp_path / "alone", place)
+    assert all(step["distillation loss"] > 0 for step in alone.values())
+    for step in alone.values():
+        mixed = 0.4 * step["lm loss"] + 0.6 * step["distillation loss"] + step["halt loss"]
+        assert step["total loss"] == pytest.approx(mixed, rel=1e-5)
+    copy_checkpoint(tmp_path / "alone", tmp_path / "spread", 3)
+    ranks, flags = LAYOUTS[layout]
+    spread = distilled(tmp_path / "spread", place, *flags.split(), ranks=ranks)
+    assert sorted(spread) == [4, 5, 6]
+    for number, step in spread.items():
+        for name in ("lm loss", "distillation loss", "total loss", "grad norm"):
+            assert step[name] == pytest.approx(alone[number][name], rel=1e-5), (number, name)
+
+
+@pytest.mark.grid
+def test_all_tokens_kept_are_the_teacher_itself(teacher: Path, tmp_path: Path) -> None:
+    asked = ["--distill-from", teacher, *HOW[2:], "--distill-prepare", tmp_path / "all", "--distill-top-k", "500"]
+    assert train(*asked) is None
+    read, computed = (distilled(tmp_path / name, at) for name, at in (("a", tmp_path / "all"), ("b", teacher)))
+    for number, step in read.items():
+        assert step["distillation loss"] == pytest.approx(computed[number]["distillation loss"], rel=2e-3)
+
+
+def test_what_does_not_fit_is_refused_by_name(teacher: Path, prepared: Path, tmp_path: Path) -> None:
+    live, read = ["--distill-from", teacher], ["--distill-from", prepared, *HOW]
+    cases = {
+        "--distill-weight needs --distill-from": HOW[:2],
+        "--distill-prepare needs --distill-from": ["--distill-prepare", tmp_path / "x"],
+        "--distill-weight must be above 0 and at most 1, but is 1.5": [*live, "--distill-weight", "1.5"],
+        "--distill-temperature must be positive": [*live, "--distill-temperature", "0"],
+        "leave it or --train-only out": [*live, "--train-only", "heads", "--load", teacher],
+        "leave it or --disable-recursive-refinement out": [*live, "--disable-recursive-refinement"],
+        "has another tokenizer, of 127 (this run: 120)": [*live, "--vocab-size", "120"],
+        "16 positions, fewer than --seq-length 32": [*live, "--seq-length", "32", "--max-position-embeddings", "32"],
+        "nowhere does not exist": ["--distill-from", tmp_path / "nowhere"],
+        "was prepared with --distill-temperature 1.5 (this run: 1.0)": ["--distill-from", prepared],
+        "was prepared with --seq-length 16 (this run: 8)": [*read, "--seq-length", "8"],
+        "lacks a sample of this run": [*read, "--seed", "7"],
+        "is no model; name one": [*read, "--distill-prepare", tmp_path / "x"],
+    }  # fmt: skip
+    for sentence, flags in cases.items():
+        assert sentence in str(train(*flags)), sentence
