@@ -48,6 +48,16 @@ def test_iterations_are_optimizer_steps_and_a_batch_counts_when_it_is_over(whole
     assert batch[3] < others[3] - 0.3, "a batch that is seen again is soon known"
 
 
+def _blocks_exported(folder: str) -> int:
+    from megatron_recursive.hf.convert.export import open_checkpoint
+
+    return open_checkpoint(folder).plan.num_blocks
+
+
+def test_an_export_is_all_steps_in_a_row(whole: Any) -> None:
+    assert run_distributed(_blocks_exported, 1, str(whole[0])) == [2 * STEPS]
+
+
 def test_a_resume_at_a_batch_is_exact_and_within_one_starts_it_again(whole: Any, tmp_path: Path) -> None:
     folder, metrics = whole
     copy_checkpoint(folder, tmp_path / "exact", STEPS)
