@@ -202,13 +202,14 @@ class RecursionCore:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
                 replays = torch.is_grad_enabled() and plan.is_replayed(decoder_pass)
                 teacher = self.distillation if is_last and self.training else None
-                pull = None if teacher is None else partial(teacher.loss, self.pg_collection.tp, *inputs)
+                pull = None if teacher is None else partial(teacher.loss, self.pg_collection.tp, inputs)
                 found = self._loss(hidden_SBH, labels_BS, plan.has_halting, replays, pull)
                 readout.lm_loss_BS, readout.arg_max_BS, readout.distillation_BS = found
         return readout
 
     def _loss(
-        self, hidden_SBH: Tensor, labels_BS: Tensor, chooses: bool, replays: bool, pull: Callable[[Tensor], Tensor] | None
+        self, hidden_SBH: Tensor, labels_BS: Tensor, chooses: bool, replays: bool,
+        pull: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss [B, S], the arg-max [B, S] where it ``chooses``, and what ``pull`` makes of the logits.
 
