@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.grids import grid
-from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, records_of, save_to, train
+from tests.unit_tests.training.runs import FLAGS, RECURSION, copy_checkpoint, metrics_of, records_of, save_to, train
 
 STEPS, LAST = 4, 10
 CARRIED = ["--num-supervision-steps", str(STEPS)]
@@ -99,6 +99,32 @@ def test_a_layout_reads_what_one_process_does(tmp_path: Path, layout: str, case:
     for iteration, metrics in one.items():
         for key in ("consumed samples", "lm loss", "halt loss", "grad norm"):
             assert spread[iteration][key] == pytest.approx(metrics[key], rel=1e-5), (iteration, key)
+
+
+def _said(flags: list[str]) -> str:
+    import contextlib
+    import io
+    import sys
+
+    from megatron_recursive.training.arguments import parse_arguments
+    from megatron_recursive.training.memory_report import memory_of_run
+    from megatron_recursive.training.model_provider import model_config_from_args
+    from megatron_recursive.training.report import announce
+
+    sys.argv = ["pretrain", *flags]
+    args, recursion = parse_arguments()
+    config = model_config_from_args(args, recursion)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        announce(args, config)
+    return f"{out.getvalue()}\nstates: {memory_of_run(args, config)[0].states:.0f}"
+
+
+def test_the_plan_names_what_carried_states_need() -> None:
+    wide = [*FLAGS, *RECURSION, "--hidden-size", "512", "--global-batch-size", "32"]
+    (once,), (carried,) = (run_distributed(_said, 1, [*wide, *more]) for more in ([], CARRIED))
+    size = 2 * 2 * 32 * 16 * 512 * 4  # where a step starts and what it leaves; output and latent
+    assert f"carried states (output, latent: {size / 1e6:.1f} MB" in carried and "in a row, 16 passes" in carried
+    assert int(carried.split()[-1]) - int(once.split()[-1]) == size
 
 
 def _held() -> list[list[int]]:
