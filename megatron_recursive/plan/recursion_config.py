@@ -398,6 +398,11 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         return self if steps == 1 else dataclasses.replace(self, **changes)
 
     @property
+    def move(self) -> str:
+        """The word of a pass that moves a state as ``boundary`` says."""
+        return "step" if self.boundary == "none" else self.boundary
+
+    @property
     def step_size(self) -> float:
         """Of a pass of a recurrent core."""
         return 1.0 / self.num_recurrences if self.recurrence_step == "mean" else float(self.recurrence_step)
