@@ -52,7 +52,7 @@ def _dispatcher(
         plan = plan_of_step(inner, forward_only)
         run = partial(ours, model=model, forward_only=forward_only)
         if forward_only and eval_depths:
-            return evaluate_at_depths(run, plan or inner.plan, eval_depths, **kwargs)
+            return evaluate_at_depths(run, inner.plan_of_step(plan), eval_depths, **kwargs)
         return run(**{"plan": plan, **kwargs})
 
     forward_backward.__wrapped__ = original  # type: ignore[attr-defined]

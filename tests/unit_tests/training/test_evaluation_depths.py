@@ -58,3 +58,12 @@ def test_each_depth_has_the_loss_of_a_run_of_that_depth_on_the_same_batches(tmp_
     events = scalars_of(tmp_path / "events")
     assert events[f"lm loss depth {others[-1]} validation"].keys() == {1, 2, 3}
 
+
+@pytest.mark.grid
+def test_supervision_steps_are_evaluated_in_a_row_whatever_the_other_depths(tmp_path: Path) -> None:
+    steps = ["--num-refinement-blocks", "1", "--num-latent-refinements", "1", "--num-supervision-steps", "2"]
+    for name, more in (("with", ["--eval-depths", "2,3"]), ("without", [])):
+        metrics = ["--metrics-file", str(tmp_path / name / "metrics.jsonl")]
+        assert train(*metrics, *EVALUATING, *more, recursion=steps) is None
+    for ours, theirs in zip(evaluations(tmp_path / "with"), evaluations(tmp_path / "without"), strict=True):
+        assert ours["lm loss depth 2"] == ours["lm loss"] == theirs["lm loss"] != ours["lm loss depth 3"]

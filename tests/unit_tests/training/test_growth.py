@@ -51,7 +51,7 @@ def said(folder: Path, kind: str, after: int) -> list[dict[str, Any]]:
     return [{n: v for n, v in r.items() if n not in left_out} for r in records if r["iteration"] > after]
 
 
-@pytest.mark.parametrize("family", grid(FAMILIES, quick=["recurrent"]))
+@pytest.mark.parametrize("family", grid(FAMILIES, quick=[]))
 def test_it_is_the_run_that_goes_on_at_the_other_depth(
     family: str, grown: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -82,6 +82,7 @@ def test_two_stages_go_on_before_and_behind_the_growth(
         assert ours["lm loss"] == pytest.approx(theirs["lm loss"], rel=1e-5)
 
 
+@pytest.mark.grid
 def test_a_checkpoint_is_of_its_depth_and_resumes_exactly(grown: Callable[[str], Path], tmp_path: Path) -> None:
     """Behind the growth it is a model of the other depth and goes on with or without the flag."""
     from megatron_recursive.commands import main
@@ -104,6 +105,7 @@ def test_a_checkpoint_is_of_its_depth_and_resumes_exactly(grown: Callable[[str],
     assert refused is not None and "--num-recurrences 4 (this run: 2)" in refused
 
 
+@pytest.mark.grid
 def test_the_learning_rate_may_rise_anew(tmp_path: Path) -> None:
     how = ["--lr-decay-style", "linear", "--grow-rewarm-iters", "3", "--eval-interval", "100"]
     assert run(tmp_path, "looped", *how, "--exit-interval", "6") is None
