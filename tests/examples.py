@@ -20,7 +20,8 @@ from tests.quick_start import start_quickly
 
 FOLDER = REPOSITORY / "examples" / "recursive_gpt"
 README = FOLDER / "README.md"
-SCRIPTS = ("small", "medium", "large", "ablation", "full_gradient", "one_gpu", "one_node", "multi_node", "slurm")
+SCRIPTS = ("small", "medium", "large", "ablation", "full_gradient", "one_gpu", "one_node", "multi_node", "slurm",
+           "retrofit_llama", "retrofit_tinyllama", "retrofit_olmo", "ouro", "parcae", "trm")  # fmt: skip
 TABLE = re.compile(r"(<!-- table: python -m tests\.examples -->\n).*?\n(?=\n|\Z)", re.DOTALL)
 GPT2_VOCABULARY = ["--vocab-size", "50257"]  # of the table; the tokenizer at hand is a tiny one
 
@@ -62,6 +63,7 @@ def _write_inputs(place: str) -> dict[str, str]:
     return {
         "DATA": str(folder / "data"), "TOKENIZER": str(tokenizer), "VOCAB": str(tokenizer / "vocab.json"),
         "MERGES": str(tokenizer / "merges.txt"), "SAVE": str(folder / "save"), "ENDPOINT": "127.0.0.1:29500",
+        "START": str(folder / "start"),
     }  # fmt: skip
 
 
@@ -139,8 +141,10 @@ def _facts_of(command: Command) -> dict[str, Any] | str:
     fullest = max(stages, key=lambda stage: stage.total)
     parameters = count_parameters(shape, plan)
     return {
-        "plain": plan.is_plain, "passes": plan.num_passes, "with gradient": len(plan.grad_passes),
+        "plain": plan.is_plain, "family": plan.family, "passes": plan.num_passes, "with gradient": len(plan.grad_passes),
         "layers": shape.num_layers, "width": shape.hidden_size, "sequence": shape.seq_length,
+        "stacks": [f"{sum(p.stack == name for p in plan.passes)} x {len(layers)}"
+                   for name, layers in plan.layers_of(shape.num_layers).items() if layers],
         "blocks": recursion.num_refinement_blocks, "latents": recursion.num_latent_refinements,
         "tensor": args.tensor_model_parallel_size, "pipeline": args.pipeline_model_parallel_size,
         "data": args.data_parallel_size, "held": parameters.held, "unrolled": parameters.unrolled,
@@ -161,7 +165,10 @@ def table_of(facts: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, fact in facts.items():
-        plan = f"{fact['blocks']} x ({fact['latents']} + 1) = {fact['passes']} passes, {fact['with gradient']} recorded"
+        made_of = f"{fact['blocks']} x ({fact['latents']} + 1) = {fact['passes']} passes"
+        if fact["family"] != "core":
+            made_of = f"{fact['family']}, {' + '.join(fact['stacks'])} layers = {fact['passes']} passes"
+        plan = f"{made_of}, {fact['with gradient']} recorded"
         ranks = [f"{fact[kind]} {kind}" for kind in ("tensor", "pipeline", "data") if fact[kind] > 1]
         model = f"{fact['layers']} x {fact['width']}, sequence {fact['sequence']}"
         weights, activations = fact["weights"] / 1e9, fact["activations"] / 1e9

@@ -41,10 +41,10 @@ class Distillation:
     weight: float
     temperature: float
 
-    def loss(self, group: ProcessGroup, input_ids: Tensor, positions: Tensor, mask: Tensor | None, logits_SBV: Tensor) -> Tensor:
+    def loss(self, group: ProcessGroup, inputs: tuple[Any, ...], logits_SBV: Tensor) -> Tensor:
         """Per token, [B, S]: ``temperature^2 * KL``. Call it before the cross-entropy, which overwrites logits."""
         with torch.no_grad():
-            said = self.teacher(input_ids, positions, mask)
+            said = self.teacher(*inputs)
         loss_BS: Tensor = _Divergence.apply(logits_SBV.transpose(0, 1), said, self.temperature, group)
         return loss_BS
 

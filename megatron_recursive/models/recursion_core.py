@@ -202,13 +202,14 @@ class RecursionCore:
             with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
                 replays = torch.is_grad_enabled() and plan.is_replayed(decoder_pass)
                 teacher = self.distillation if is_last and self.training else None
-                pull = None if teacher is None else partial(teacher.loss, self.pg_collection.tp, *inputs)
+                pull = None if teacher is None else partial(teacher.loss, self.pg_collection.tp, inputs)
                 found = self._loss(hidden_SBH, labels_BS, plan.has_halting, replays, pull)
                 readout.lm_loss_BS, readout.arg_max_BS, readout.distillation_BS = found
         return readout
 
     def _loss(
-        self, hidden_SBH: Tensor, labels_BS: Tensor, chooses: bool, replays: bool, pull: Callable[[Tensor], Tensor] | None
+        self, hidden_SBH: Tensor, labels_BS: Tensor, chooses: bool, replays: bool,
+        pull: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss [B, S], the arg-max [B, S] where it ``chooses``, and what ``pull`` makes of the logits.
 
@@ -253,8 +254,12 @@ class RecursionCore:
         plan = self.plan_of_step(plan)
         state = self.initial_state(self.embed(input_ids, position_ids), input_ids, position_ids)
 
+        ends: dict[str, Tensor] = {}  # where carried states end, other than the plan does
+
         def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             closes = plan.closes(decoder_pass)
+            if decoder_pass.stack == "coda":
+                ends["output"] = state.output
             return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes)
 
         if labels is None:
@@ -273,7 +278,7 @@ class RecursionCore:
             before = state.output.detach()
         if self.carried is not None:
             for name in plan.carried:
-                self.carried.leave(name, state.values[name])
+                self.carried.leave(name, ends.get(name, state.values[name]))
         return self.objective(plan, readouts, labels, mask_BS, metrics)
 
     def observe_state(

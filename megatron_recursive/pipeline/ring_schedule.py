@@ -34,7 +34,7 @@ from megatron_recursive.models.recursion_core import BlockReadout, RecursiveOutp
 from megatron_recursive.models.recursion_state import RecursionState, expanded
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.pipeline.autograd import CarryGraph, JoinLeafGradient, JoinReadings
-from megatron_recursive.pipeline.carrying import send_back
+from megatron_recursive.pipeline.carrying import leave_output, leave_states, send_back
 from megatron_recursive.pipeline.communication import RingCommunicator, groups_of
 from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
@@ -206,6 +206,8 @@ class RingStep:
             given = self._stage_input(batch, trip, received) if model.pre_process else received
             self._free_superseded(batch, trip, sent)
             output: Tensor | RecursiveOutput = self._decode(batch, trip.around, given)
+            if model.post_process and trip is self.totals.trips[-1]:
+                leave_output(model, trip.around, output)
             for behind in trip.behind if model.post_process else ():
                 output = self._decode(batch, behind, output)
         last = trip.last if model.post_process else trip.around
@@ -266,10 +268,7 @@ class RingStep:
         state.values.update({name: leaves[id(x)][1] for name, x in state.values.items() if id(x) in leaves})
         batch.graphs.clear()
         if trip is self.totals.trips[-1]:
-            carried = self.model.carried
-            for name in self.plan.carried if carried is not None else ():
-                if name != "output":  # which comes back from the last stage
-                    carried.leave(name, state.values[name].detach().clone())  # its data is about to go
+            leave_states(self.model, self.plan, state, decoder_pass)
             if self.train:
                 batch.received["input"] = state.values["input"]
             batch.state = batch.start = None
@@ -365,8 +364,6 @@ class RingStep:
             joined = JoinReadings.apply(output, [*leaves.values()], *graphs.values())
             output, readout = make_viewless_tensor(joined, True, True), replace(readout, **leaves)
         batch.readouts.append(readout)
-        if is_last and model.carried is not None:
-            model.carried.leave("output", output)
         return model.objective(self.plan, batch.readouts, labels, mask_BS, batch.metrics) if is_last else output
 
 
@@ -479,7 +476,7 @@ def ring_forward_backward(
     with _no_sync(get_model_config(wrapped)) if before else nullcontext():
         reports = [report for size in before for report in run_window(size, is_last=False)]
     reports += run_window(last, is_last=True)
-    send_back(inner, group)
+    send_back(inner, group, trips[-1].around)
     return reports
 
 

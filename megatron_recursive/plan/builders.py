@@ -18,7 +18,7 @@ def build_plan(config: RecursionConfig) -> RecursionPlan:
     if config.enable_recursive_refinement:
         plan = supervised(FAMILIES[config.recursion_family](config), config)
     if config.num_supervision_steps > 1 and not plan.carried:
-        mend = " (--state-init sampled, no coda, no --recurrence-step)" if plan.family == "recurrent" else ""
+        mend = " (it needs --state-init sampled, and steps that are no mean)" if plan.family == "recurrent" else ""
         raise UserError(
             f"--num-supervision-steps {config.num_supervision_steps} carries states from step to step, of which the "
             f"plan of this {plan.family} model has none{mend}; leave it out, or use --recursion-family core."

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.growth import check_growth
 from megatron_recursive.plan.recursion_plan import MAPS, MOVES
+from megatron_recursive.plan.supervision_steps import check_carried
 
 
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None, off: str | None = None,
@@ -259,8 +260,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             self._check_type(knob)
         if re.fullmatch(r"\d+\.\d*|\.\d+", self.recurrence_step):  # 1.0 is 1
             object.__setattr__(self, "recurrence_step", repr(float(self.recurrence_step)).removesuffix(".0"))
-        for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps",
-                     "num_supervision_steps"):  # fmt: skip
+        for name in ("num_refinement_blocks", "num_latent_refinements", "max_inference_refinement_steps"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("num_recurrences", self.num_recurrences >= 1, "must be at least 1")
         for name in ("num_prelude_layers", "num_coda_layers", "backprop_depth"):
@@ -272,6 +272,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
                       f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
         self._check_depth_of_steps()
         check_growth(self)
+        check_carried(self)
         after = self.recursion_alarm_after
         self._require("recursion_alarm_after", after is None or after >= 0, "must be 0 (off) or positive")
         wanted = self.eval_depths
@@ -330,7 +331,6 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
 
-        self._check_carried()
 
     def _check_depth_of_steps(self) -> None:
         for name in ("mean_recurrence", "max_recurrence"):
@@ -375,25 +375,6 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         for knob in (knob for knob in dataclasses.fields(self) if knob.name in DEEP):
             if not self.enable_deep_supervision and getattr(self, knob.name) != knob.default:
                 raise UserError(f"{flag_of(knob.name)} says nothing without --enable-deep-supervision; leave it out.")
-
-    def _check_carried(self) -> None:
-        """Halting samples need states to carry, and a head that halts."""
-        self._require("halt_exploration", 0 <= self.halt_exploration <= 1, "must lie between 0 and 1")
-        if self.carry_halted and self.num_supervision_steps < 2:
-            raise UserError("--carry-halted replaces samples between supervision steps; give --num-supervision-steps 2 "
-                            "or more.")  # fmt: skip
-        if self.carry_halted and not self.has_halting:
-            raise UserError("--carry-halted asks the halting head, which --halt-loss-weight 0 leaves out.")
-        default = RecursionConfig.__dataclass_fields__["halt_exploration"].default
-        self._require("halt_exploration", self.carry_halted or self.halt_exploration == default,
-                      "says nothing without --carry-halted")
-
-    def whole(self) -> RecursionConfig:
-        """As a trained model is evaluated and exported: the supervision steps of a batch in a row, as one plan."""
-        steps, depth = self.num_supervision_steps, self.depth_knob
-        changes = {depth: steps * getattr(self, depth), "num_supervision_steps": 1, "carry_halted": False,
-                   "halt_exploration": RecursionConfig.__dataclass_fields__["halt_exploration"].default}  # fmt: skip
-        return self if steps == 1 else dataclasses.replace(self, **changes)
 
     @property
     def step_size(self) -> float:

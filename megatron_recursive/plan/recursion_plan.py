@@ -236,10 +236,10 @@ class RecursionPlan:
     def carried(self) -> tuple[str, ...]:
         """The states that a step of training may leave to the next one (``--num-supervision-steps``).
 
-        None where the output starts at the input, which a next step would no longer read, where a coda makes another
-        output of the state, and where the steps of the passes depend on their number.
+        None where the output starts at the input, which a next step would no longer read, and where the steps of the
+        passes depend on their number. The output is carried as a coda reads it.
         """
-        if self.is_plain or self.starts_at_input or self.mean_steps or self.passes[-1].stack == "coda":
+        if self.is_plain or self.starts_at_input or self.mean_steps:
             return ()
         return tuple(name for name in STATES if any(name in p.reads for p in self.passes))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from megatron_recursive.training.tokenizer_check import known_vocabulary
 # name: default, what a value must be, test of it, metavar, help
 NUMBERS: dict[str, tuple[Any, str, Any, str]] = {
     "distill_weight": (0.5, "above 0 and at most 1", lambda w: 0 < w <= 1, "Share of the teacher in the objective"),
-    "distill_temperature": (1.0, "above 0", lambda t: t > 0, "Divides the logits of teacher and model"),
+    "distill_temperature": (1.0, "positive", lambda t: 0 < t < math.inf, "Divides the logits of teacher and model"),
     "distill_top_k": (64, "at least 1", lambda k: k > 0, "Tokens of each position that --distill-prepare keeps"),
 }
 
@@ -66,15 +67,15 @@ def opened(path: str) -> Any:
 
 def settle_distillation(args: argparse.Namespace) -> None:
     """Fill in what is not given, and refuse what cannot be. The tokenizer is there."""
-    given = [name for name in (*NUMBERS, "distill_prepare") if getattr(args, name) is not None]
-    if args.distill_from is None and given:
-        raise UserError(f"{flag_of(given[0])} needs --distill-from, a teacher.")
-    for name, (default, what, fits, _) in NUMBERS.items() if has_teacher(args) else ():
-        setattr(args, name, getattr(args, name) if name in given else default)
+    given = {name: getattr(args, name) for name in (*NUMBERS, "distill_prepare") if getattr(args, name) is not None}
+    if args.distill_from is None:
+        for name in given:
+            raise UserError(f"{flag_of(name)} needs --distill-from, a teacher.")
+        return
+    for name, (default, what, fits, _) in NUMBERS.items():
+        setattr(args, name, given.get(name, default))
         if not fits(getattr(args, name)):
             raise UserError(f"{flag_of(name)} must be {what}, but is {getattr(args, name)}.")
-    if not has_teacher(args):
-        return
     if args.distill_prepare is None and (args.train_only or not args.enable_recursive_refinement):
         other = "--train-only" if args.train_only else "--disable-recursive-refinement"
         raise UserError(f"--distill-from is for the layers of a recursive model; leave it or {other} out.")
@@ -111,11 +112,10 @@ def _check_donor(donor: Any, args: argparse.Namespace) -> None:
     if args.seq_length > arch.max_positions:
         raise UserError(f"{said} has {arch.max_positions} positions, fewer than --seq-length {args.seq_length}.")
     mine, theirs = known_vocabulary(), donor.tokenizer and donor.tokenizer.get_vocab()
-    below = min(arch.vocab_size, args.vocab_size)
     same = arch.vocab_size == args.vocab_size
     if mine is not None and theirs is not None:
-        same = arch.vocab_size <= args.padded_vocab_size
-        same &= args.allow_other_tokenizer or vocabulary_digest(mine, below) == vocabulary_digest(theirs, below)
+        ours, other = (vocabulary_digest(each, min(arch.vocab_size, args.vocab_size)) for each in (mine, theirs))
+        same = arch.vocab_size <= args.padded_vocab_size and (ours == other or args.allow_other_tokenizer)
     if not same:
         raise UserError(f"{said} has another tokenizer, of {arch.vocab_size} (this run: {args.vocab_size}); give "
                         "that one with --tokenizer-model, or another teacher.")  # fmt: skip
@@ -129,11 +129,11 @@ class DistillationSource:
     weight: float
     temperature: float
 
-    def attached(self, rows: int, dtype: torch.dtype, group: ProcessGroup) -> Distillation:
-        return Distillation(self.teacher(rows, dtype, group), self.weight, self.temperature)
+    def loaded(self, rows: int, dtype: torch.dtype, group: ProcessGroup) -> Distillation:
+        """The teacher and how much it counts. ``rows``: of the padded vocabulary."""
+        return Distillation(self._teacher(rows, dtype, group), self.weight, self.temperature)
 
-    def teacher(self, rows: int, dtype: torch.dtype, group: ProcessGroup) -> Teacher:
-        """Its weights loaded. ``rows``: of the padded vocabulary."""
+    def _teacher(self, rows: int, dtype: torch.dtype, group: ProcessGroup) -> Teacher:
         source = opened(self.path)
         if isinstance(source, TeacherFiles):
             return functools.partial(_look_up, source)
@@ -158,9 +158,9 @@ class DistillationSource:
         """For the start of a run."""
         parameters, flops = self.costs(args.seq_length)
         size = parameters * args.params_dtype.itemsize / args.tensor_model_parallel_size
-        where = f"{parameters:,} parameters, {size / 1e6:,.1f} MB on a rank of the last stage; {flops:.4g} FLOPs a token"
-        said = f"weight {self.weight:g}, temperature {self.temperature:g}, from {self.path}"
-        return f"{said} ({where if parameters else 'read from disk'})"
+        held = f"{parameters:,} parameters, {size / 1e6:,.1f} MB on a rank of the last stage"
+        where = f"{held}; {flops:.4g} FLOPs a token" if parameters else "read from disk"
+        return f"weight {self.weight:g}, temperature {self.temperature:g}, from {self.path} ({where})"
 
 
 def source_of(args: argparse.Namespace) -> DistillationSource | None:
@@ -178,4 +178,6 @@ def _look_up(files: TeacherFiles, input_ids: Tensor, *_: Any) -> TopTokens:
 def check_samples(args: argparse.Namespace, train: Any, samples: int) -> None:
     """Refuse other data before the first step, by the first and the last sample."""
     if args.distill_prepare is None and isinstance(files := opened(args.distill_from), TeacherFiles):
-        files.read(torch.stack([train[number]["tokens"] for number in (0, samples - 1)]).numpy())
+        tokens = torch.stack([train[number]["tokens"] for number in (0, samples - 1)])
+        hidden = tokens >= (args.answer_tokens or args.padded_vocab_size)  # as the model reads them
+        files.read(tokens.masked_fill(hidden, 0).numpy())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,21 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.losses.distillation import vocab_parallel_log_softmax
 from megatron_recursive.training import console
 from megatron_recursive.training.distillation import DistillationSource, facts_of, opened
-from megatron_recursive.training.forward_step import datasets_provider, get_batch
+from megatron_recursive.training.forward_step import get_batch
 
 
-def prepare(args: argparse.Namespace, source: DistillationSource) -> None:
-    """Ask the teacher of every full micro-batch of the training set. The folder gets its name when it is complete."""
+def prepare(args: argparse.Namespace, source: DistillationSource, datasets_provider: Callable[..., Any]) -> None:
+    """Ask the teacher of every training sample. The folder gets its name when it is complete."""
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import get_train_valid_test_num_samples
 
     initialize_megatron()
     wanted = get_train_valid_test_num_samples()
-    train, *_ = datasets_provider(wanted)
-    micro, group = args.micro_batch_size, parallel_state.get_tensor_model_parallel_group()
+    (train, *_), samples, micro = datasets_provider(wanted), wanted[0], args.micro_batch_size
+    group = parallel_state.get_tensor_model_parallel_group()
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    step = micro * ranks
-    samples = wanted[0] // step * step
-    teacher: Any = source.teacher(args.padded_vocab_size, args.params_dtype, group)
-    kept = min(args.distill_top_k, opened(source.path).arch.vocab_size)
-    target = Path(args.distill_prepare)
+    teacher: Any = source.loaded(args.padded_vocab_size, args.params_dtype, group).teacher
+    kept, target = min(args.distill_top_k, opened(source.path).arch.vocab_size), Path(args.distill_prepare)
     partial = target.with_name(f"{target.name}.partial")
     try:
         if args.rank == 0:
@@ -43,8 +41,8 @@ def prepare(args: argparse.Namespace, source: DistillationSource) -> None:
             TeacherFiles.create(partial, facts_of(args), samples, args.seq_length, kept)
         torch.distributed.barrier()
         files = TeacherFiles(partial, mode="r+")
-        for first in range(rank * micro, samples, step):
-            rows = range(first, first + micro)
+        for first in range(0, samples, micro * ranks):
+            rows = [min(first + rank * micro + number, samples - 1) for number in range(micro)]  # all batches are full
             batch: Any = get_batch(None if train is None else iter([default_collate([train[row] for row in rows])]))
             with torch.no_grad():
                 logits = teacher(batch["tokens"], batch["position_ids"], batch["attention_mask"]).float()
@@ -56,6 +54,8 @@ def prepare(args: argparse.Namespace, source: DistillationSource) -> None:
                 values = (each.cpu().numpy() for each in (batch["tokens"], ids, torch.cat([top, rest], -1)))
                 for row, *said in zip(rows, *values, strict=True):
                     files.write(row, *said)
+            if args.rank == 0 and first // (micro * ranks) % 1000 == 0:
+                console.say(f"{target}: {first:,} of {samples:,} samples")
         files.flush()
         torch.distributed.barrier()
         if args.rank == 0:

@@ -128,7 +128,8 @@ class HealthAlarms:
 
     def __init__(self, recursion: RecursionConfig, plan: RecursionPlan) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
-        self.blocks = plan.num_blocks
+        # Of carried states the first block goes on where the last one ended.
+        self.blocks = plan.num_blocks if recursion.num_supervision_steps == 1 else 1
         self.detached = any(p.cuts_states for p in plan.passes)
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)

@@ -90,7 +90,7 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
         )
         if config.distillation is not None and model.post_process:
             rows, dtype = config.vocab_size or 0, config.transformer.params_dtype
-            model.distillation = config.distillation.attached(rows, dtype, pg_collection.tp)
+            model.distillation = config.distillation.loaded(rows, dtype, pg_collection.tp)
         return model
 
 

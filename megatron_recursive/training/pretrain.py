@@ -63,7 +63,7 @@ def _run() -> None:
         container = pretrain_cfg_container_from_args(args, model_config)
     console.begin(args.log_style, args.save, timers=args.timing_log_level > 0)
     if args.distill_prepare is not None and model_config.distillation is not None:
-        return prepare(args, model_config.distillation)
+        return prepare(args, model_config.distillation, _in_sentences(datasets_provider))
     announce(args, model_config)
     progress = Progress()
     plans = model_config.step_plans(args)

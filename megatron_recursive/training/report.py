@@ -59,10 +59,10 @@ def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) 
     steps, names = config.recursion.num_supervision_steps, config.plan.carried
     if steps == 1:
         return ""
-    size = carried_bytes(args, config)
+    size = f"{carried_bytes(args, config) / 1e6:,.1f} MB"
     until = ", or until a sample halts" if config.recursion.carry_halted else ""
     return (
-        f"\nsupervision: {steps} steps on each batch{until}, on carried states ({', '.join(names)}: {size / 1e6:,.1f} MB "
+        f"\nsupervision: {steps} steps on each batch{until}, on carried states ({', '.join(names)}: {size} "
         f"on a rank of the first stage); an evaluation runs them in a row, {steps * config.plan.num_passes} passes"
     )
 

@@ -64,6 +64,12 @@ EXPECTED = {
     "one_node": (24, 1024, 2048, 21, 7, 2, 2, 2),
     "multi_node": (24, 2048, 4096, 21, 7, 2, 4, 2),
     "slurm": (24, 2048, 4096, 21, 7, 2, 4, 4),
+    "retrofit_llama": (8, 2048, 1024, 34, 10, 1, 1, 8),
+    "retrofit_tinyllama": (16, 2048, 1024, 18, 10, 1, 1, 8),
+    "retrofit_olmo": (14, 2048, 1024, 34, 10, 1, 1, 8),
+    "ouro": (24, 2048, 4096, 4, 4, 1, 1, 8),
+    "parcae": (6, 768, 2048, 10, 6, 1, 1, 1),
+    "trm": (2, 512, 512, 21, 7, 1, 1, 1),
 }
 
 
@@ -91,6 +97,37 @@ def test_a_later_flag_wins_and_what_cannot_work_is_refused(variables: dict[str, 
     (facts,) = run_distributed(examples.facts_of, 1, {"medium": medium, "large": large})
     assert (facts["medium"]["train"], facts["medium"]["data"]) == (7, 4)
     assert "--pipeline-model-parallel-size 5" in facts["large"]
+
+
+def test_the_other_ways_to_call_a_recipe(variables: dict[str, str], tmp_path: Path) -> None:
+    """(script, its variables) -> flags that it then has, and those that it then lacks. No way is refused."""
+    scratch = {key: value for key, value in variables.items() if key != "START"}
+    begun, start = str(tmp_path / "begun"), f"--load {variables['START']} --finetune"
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "latest_checkpointed_iteration.txt").write_text("7")
+    mixed = f"0.5 {variables['DATA']} 0.5 {variables['DATA']}"
+    ways: list[tuple[str, dict[str, str], tuple[str, ...], tuple[str, ...]]] = [
+        ("retrofit_llama", variables, (start, "--num-recurrences 32", "--embedding-multiplier 1"), ()),
+        ("retrofit_llama", {**scratch, "RECURRENCES": "4"}, ("--num-recurrences 4",), ("--finetune", "multiplier")),
+        ("retrofit_llama", {**variables, "SAVE": begun}, (f"--load {begun} --save-i", "multiplier 1"), ("--finetune",)),
+        ("retrofit_tinyllama", variables, (start, "ellis_adam --lr 5e-5", "curriculum 1-sqrt"), ("--decoupled-lr",)),
+        ("retrofit_tinyllama", {**variables, "PHASE": "task", "OPTIMIZER": "muon", "DATA": mixed},
+         (start, "muon --lr 1e-3 --decoupled-lr 5e-5", f"--data-path {mixed} --split"), ("curriculum",)),
+        ("retrofit_tinyllama", {**variables, "SAVE": begun, "OPTIMIZER": "adam"}, ("adam --lr 5e-5",), ("--finetune",)),
+        ("ouro", variables, ("--exit-gate",), ("--train-only", "--finetune")),
+        ("ouro", {**variables, "STAGE": "2"}, ("--train-only heads", start), ()),
+        ("ouro", {**scratch, "STAGE": "2", "SAVE": begun}, ("--train-only heads", f"--load {begun}"), ("--finetune",)),
+    ]  # fmt: skip
+    commands = {}
+    for number, (name, given, has, lacks) in enumerate(ways):
+        commands[f"{number} {name}"] = command = examples.command_of(name, given, tmp_path)
+        words = " ".join(command.flags)
+        assert all(each in words for each in has) and not any(each in words for each in lacks), words
+    (facts,) = run_distributed(examples.facts_of, 1, commands, timeout=120)
+    assert {name: fact for name, fact in facts.items() if isinstance(fact, str)} == {}
+    for given, said in ((scratch, "START: is the checkpoint"), ({**variables, "PHASE": "x"}, "PHASE is heal or task")):
+        result = examples.run_script("retrofit_tinyllama", given, tmp_path / "argv")
+        assert result.returncode != 0 and said in result.stderr
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -45,6 +45,7 @@ from megatron_recursive.hf.model.exits_recursive_gpt import EXIT_ARGUMENTS
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY
+from megatron_recursive.plan.supervision_steps import whole
 
 IN_FP32 = tuple(each.key for each in EVERY if each.in_fp32)
 Logits = Callable[[proof.Text, torch.dtype], Tensor]
@@ -100,7 +101,7 @@ def open_checkpoint(given: str, *, averaged: bool = False, checked: bool = True)
         recursion = RecursionConfig(enable_recursive_refinement=False)
     else:
         recursion = RecursionConfig.from_mapping(args)
-    model = MegatronModel(checkpoint, args, arch, recursion.resolved(embedding_init_std=arch.init_std).whole())
+    model = MegatronModel(checkpoint, args, arch, whole(recursion.resolved(embedding_init_std=arch.init_std)))
     _check(model, given)
     return model
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import run_distributed
+from tests.grids import grid
 from tests.models import VOCAB, Case, Layout, build_wrapped, full_gradients, make_batches, run_schedule
 from tests.unit_tests.hf.donors import make_donor
 from tests.unit_tests.models.comparing import worst_error
@@ -19,7 +20,7 @@ WEIGHT, TEMPERATURE = 0.7, 2.0
 CASES = {
     "halting": Case(transformer={"num_layers": 2}),
     "gate": Case({"recursion_family": "looped", "num_refinement_blocks": 3, "exit_gate": True}),
-    "5 micro-batches, untied": Case({"halt_loss_weight": 0.0, "detach_between_refinements": False}, micro_batches=6,
+    "untied": Case({"halt_loss_weight": 0.0, "detach_between_refinements": False}, micro_batches=6,
                                     model={"share_embeddings_and_output_weights": False}),
 }  # fmt: skip
 LAYOUTS = {
@@ -27,6 +28,7 @@ LAYOUTS = {
     "PP 2": (2, Layout(pp=2)),
     "DP 2": (2, Layout()),
     "TP 2, PP 2": (4, Layout(tp=2, pp=2)),
+    "TP 2 with SP, DP 2": (4, Layout(tp=2, sequence_parallel=True)),
 }
 Result = tuple[dict[str, float], dict[str, Tensor]]
 
@@ -56,7 +58,7 @@ def distilled(donor: Path, layout: Layout, evaluate: bool = False) -> dict[str, 
         model = unwrap_model(wrapped)
         if model.post_process:
             source = DistillationSource(str(donor), WEIGHT, TEMPERATURE)
-            model.distillation = source.attached(VOCAB, torch.float32, parallel_state.get_tensor_model_parallel_group())
+            model.distillation = source.loaded(VOCAB, torch.float32, parallel_state.get_tensor_model_parallel_group())
         wrapped.zero_grad_buffer()
         losses = run_schedule(wrapped, case)
         gradients = full_gradients(wrapped)
@@ -104,12 +106,12 @@ def _against_formula(donor: Path) -> None:
         assert worst_error(gradients, mine)[0] <= 1e-5, (name, worst_error(gradients, mine))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", grid(["llama", "qwen3"], quick=["llama"]))
 def test_the_objective_is_the_formulas(donors: Path, kind: str) -> None:
     run_distributed(_against_formula, 1, donors / kind, timeout=120)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", grid(LAYOUTS, quick=["TP 2, PP 2"]))
 def test_layouts(donors: Path, layout: str) -> None:
     ranks, how = LAYOUTS[layout]
     (serial,) = run_distributed(distilled, 1, donors / "llama", Layout(), timeout=120)
@@ -118,5 +120,4 @@ def test_layouts(donors: Path, layout: str) -> None:
             expected_losses, expected = serial[name]
             assert not losses or losses == pytest.approx(expected_losses, rel=1e-6, abs=1e-6)
             mine = {key: expected[key] for key in gradients}
-            print(layout, name, worst_error(gradients, mine))
-            assert worst_error(gradients, mine)[0] <= 2e-6
+            assert worst_error(gradients, mine)[0] <= 1e-6

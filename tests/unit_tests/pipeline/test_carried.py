@@ -19,6 +19,14 @@ CASES = {
     "full": Case({"num_supervision_steps": STEPS, "detach_between_refinements": False, "halt_loss_weight": 0.0}),
     "sampled": Case({"recursion_family": "recurrent", "state_init": "sampled", "injection": "concat",
                      "num_recurrences": 2, "num_supervision_steps": STEPS}),
+    "prelude, coda": Case({
+        "recursion_family": "recurrent", "state_init": "sampled", "injection": "add", "num_recurrences": 2,
+        "recurrence_step": "0.5", "num_prelude_layers": 1, "num_coda_layers": 1, "num_supervision_steps": STEPS,
+    }, transformer={"num_layers": 4}),
+    "coda behind": Case({
+        "recursion_family": "recurrent", "state_init": "sampled", "injection": "concat", "num_recurrences": 2,
+        "num_coda_layers": 1, "num_supervision_steps": STEPS,
+    }, transformer={"num_layers": 3}),
 }  # fmt: skip
 LAYOUTS = {
     "pp2": (2, Layout(pp=2)),
@@ -26,8 +34,10 @@ LAYOUTS = {
     "pp2 dp2, overlapped": (4, Layout(pp=2, ddp=OVERLAP)),
     "tp2 sp": (2, Layout(tp=2, sequence_parallel=True)),
     "pp2, passes replayed": (2, Layout(pp=2, recompute_passes=True)),
+    "pp2, coda behind": (2, Layout(pp=2, stages={"num_layers_in_first_pipeline_stage": 2})),
 }
-PAIRS = [(layout, case) for layout in LAYOUTS for case in CASES]
+PAIRS = [(layout, case) for layout in LAYOUTS for case in CASES
+         if ("behind" in layout) == ("behind" in case)]  # fmt: skip
 QUICK = [("tp2 pp2 sp, two phases", "core"), ("pp2 dp2, overlapped", "sampled")]
 FRESH = (False, True)  # the second sample of each micro-batch starts anew at the last step
 
@@ -64,7 +74,6 @@ def alone() -> dict[str, list[Training]]:
 
 def by_hand(case: Case) -> list[float]:
     """The loss of each step, by the model's own plan run on states that are passed on by hand."""
-    from megatron_recursive.models.recursion_state import run_plan
     from tests.models import make_batches
 
     model = build_wrapped(case, Layout()).module
@@ -77,9 +86,12 @@ def by_hand(case: Case) -> list[float]:
                 model.embed(batch["input_ids"], batch["position_ids"]), batch["input_ids"], batch["position_ids"]
             )
             state.values.update(carried)
-            for _ in run_plan(model.plan, state, lambda p, h: model.decode(h, None, closes=model.plan.closes(p))):
-                pass
-            carried.update({name: state.values[name].detach() for name in model.plan.carried})
+            ends = dict[str, torch.Tensor]()
+            for p in model.plan.passes:
+                if p.stack == "coda":
+                    ends["output"] = state.output
+                state.update(p, model.decode(state.gather(p), None, stack=p.stack, closes=model.plan.closes(p)))
+            carried.update({name: ends.get(name, state.values[name]).detach() for name in model.plan.carried})
             logits = model.logits_BSV(state.output).flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="none")
             total += float((loss * batch["loss_mask"].flatten()).sum())

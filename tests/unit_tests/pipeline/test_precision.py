@@ -30,7 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "boundary gate": {"recursion": {
         "recursion_family": "recurrent", "num_recurrences": 3, "backprop_depth": 2, "injection": "add",
         "recurrence_step": "mean", "boundary": "gate"}},
-    "boundary norm": {"recursion": {"recursion_family": "recurrent", "num_recurrences": 3, "boundary": "norm-inject"}},
 }
 PP2, PASSES = Layout(pp=2), Layout(pp=2, recompute_passes=True)
 Variants = dict[str, tuple[dict[str, Any], Layout]]

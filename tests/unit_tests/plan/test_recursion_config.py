@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.plan.recursion_config import PARTS, HeadKnobs, add_recursion_arguments, flag_of, knobs_in
+from megatron_recursive.plan.recursion_plan import STATES
+from megatron_recursive.plan.supervision_steps import whole
 
 KNOBS = {knob.name: knob for knob in dataclasses.fields(RecursionConfig)}
 SWITCHES = {
     "enable_recursive_refinement": "--disable-recursive-refinement",
     "detach_between_refinements": "--no-detach-between-refinements",
     "exit_gate": "--no-exit-gate",
+    "carry_halted": "--no-carry-halted",
     "uncalibrated_recurrence": "--calibrated-recurrence",
     "enable_deep_supervision": "--disable-deep-supervision",
 }
@@ -62,6 +65,9 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "halt_supervision": ("last", ["first"]),
     "halt_target": ("agrees-with-last", ["wrong"]),
     "exit_entropy_weight": (0.5, [-0.1, math.nan, math.inf]),
+    "num_supervision_steps": (4, [0, -1]),
+    "carry_halted": (True, []),
+    "halt_exploration": (0.5, [-0.1, 1.5, math.nan]),
     "halt_threshold": (0.9, [0.0, 1.0, -1.0, 2.0, math.nan]),
     "max_inference_refinement_steps": (4, [0]),
     "recursion_alarm_after": (0, [-1]),
@@ -79,6 +85,8 @@ def beside(name: str) -> dict[str, Any]:
     """What must be said for a knob to mean something."""
     if name in GATED:
         return {"recursion_family": "looped", "exit_gate": True}
+    if name in ("carry_halted", "halt_exploration"):
+        return {"num_supervision_steps": 2, "carry_halted": True}
     if name.startswith("deep_supervision"):
         return {"enable_deep_supervision": True}
     if name == "latent_backprop_depth":
@@ -117,7 +125,9 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
      ("detach_between_refinements", False, "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
-     ("halt_loss_weight", 0.5, "recurrent"), ("enable_deep_supervision", True, "recurrent"),
+     ("halt_loss_weight", 0.5, "recurrent"), ("num_supervision_steps", 2, "looped"),
+     ("num_supervision_steps", 4, "hierarchical"), ("carry_halted", True, "recurrent"),
+     ("enable_deep_supervision", True, "recurrent"),
      ("boundary", "gate", "looped"), ("boundary", "norm-inject", "core")],
 )  # fmt: skip
 def test_a_knob_of_another_family_is_refused_by_name(name: str, value: Any, family: str) -> None:
@@ -148,7 +158,7 @@ def test_every_knob_has_a_flag_and_a_text(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "off"), SWITCHES.items())
 def test_switches_have_both_flags_and_the_last_one_counts(name: str, off: str) -> None:
-    needs = {"exit_gate": ["--recursion-family", "looped"],
+    needs = {"exit_gate": ["--recursion-family", "looped"], "carry_halted": ["--num-supervision-steps", "2"],
              "uncalibrated_recurrence": ["--recurrence-distribution", "poisson-lognormal"]}  # fmt: skip
     beside = needs.get(name, [])
     assert getattr(parse(), name) is KNOBS[name].default
@@ -285,3 +295,29 @@ def test_once_recursion_is_off_only_that_counts() -> None:
         (found,) = mine.differences(theirs)
         assert found.name == "enable_recursive_refinement" and found.binds
     assert off.differences(dataclasses.replace(off, state_norm="final", num_refinement_blocks=9)) == []
+
+
+def test_carried_states_need_a_plan_that_has_some() -> None:
+    recurrent: dict[str, Any] = {"recursion_family": "recurrent", "num_supervision_steps": 2}
+    sampled = recurrent | {"state_init": "sampled", "injection": "concat"}
+    for knobs in (recurrent, sampled | {"recurrence_step": "mean"}, {"enable_recursive_refinement": False,
+                                                                     "num_supervision_steps": 2}):  # fmt: skip
+        with pytest.raises(UserError, match="--num-supervision-steps 2 carries states .* has none"):
+            build_plan(RecursionConfig(**knobs).resolved(embedding_init_std=1.0))
+    plan = build_plan(RecursionConfig(**sampled, num_coda_layers=1).resolved(embedding_init_std=1.0))
+    assert plan.carried == ("output",) and build_plan(RecursionConfig(embedding_multiplier=1.0)).carried == STATES
+    with pytest.raises(UserError, match="--carry-halted .*give --num-supervision-steps 2 or more"):
+        RecursionConfig(carry_halted=True)
+    with pytest.raises(UserError, match="--carry-halted asks the halting head, which --halt-loss-weight 0 leaves out"):
+        RecursionConfig(carry_halted=True, num_supervision_steps=2, halt_loss_weight=0.0)
+    with pytest.raises(UserError, match="--halt-exploration 0.5 says nothing without --carry-halted"):
+        RecursionConfig(num_supervision_steps=2, halt_exploration=0.5)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"recursion_family": "recurrent", "state_init": "sampled", "injection": "add"}])
+def test_a_model_trained_in_steps_is_evaluated_as_all_of_them_in_a_row(knobs: dict[str, Any]) -> None:
+    config = RecursionConfig(embedding_multiplier=2.0, num_supervision_steps=3, **knobs)
+    all_steps, once = build_plan(whole(config)), build_plan(config)
+    assert all_steps == once.with_blocks(3 * once.depth) and all_steps.depth == 3 * once.depth
+    assert [(p.target, p.reads) for p in all_steps.passes] == [(p.target, p.reads) for p in once.passes] * 3
+    assert whole(config).num_supervision_steps == 1
