@@ -88,7 +88,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         args.pretrained_checkpoint = args.init_from_gpt  # Megatron's name for "weights only, start at iteration 0"
     recursion = _resolve_recursion(args)
     plan = build_plan(recursion)
-    settle_rates(args, plan.heads_only() if args.train_only else plan)
+    settle_rates(args, plan.heads_only() if args.train_only else plan, recursion)
     if args.train_only is not None and folder is None:
         raise UserError(f"--train-only {args.train_only} leaves all other weights as they are; give those of a model, "
                         "with --load DIR or --init-from-gpt DIR.")  # fmt: skip
