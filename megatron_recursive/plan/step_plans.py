@@ -159,8 +159,8 @@ class StepPlans:
             raise UserError(f"--backprop-depth {config.backprop_depth} is above {cap}, the deepest that a step goes.")
         if self.ramp is not None and self.ramp[1] > self.iterations:
             raise UserError(
-                f"--deep-supervision-warmup {self.ramp[0]} {self.ramp[1]} ends behind the {self.iterations} iterations of "
-                "the training; give an END of at most so many."
+                f"--deep-supervision-warmup {self.ramp[0]} {self.ramp[1]} ends behind the {self.iterations} iterations "
+                "of the training; give an END of at most so many."
             )
         if not self._depth_changes:
             return
