@@ -90,6 +90,13 @@ class StepPlans:
         steps = range(0, self.iterations, -(-self.iterations // most))
         return Counter(self.plan_at(step, priced=True) for step in steps)
 
+    def drawn(self) -> list[tuple[float, RecursionPlan]]:
+        """The plans of steps behind all curricula, with their probabilities."""
+        if self.plan.is_plain:
+            return [(1.0, self.plan)]
+        chances = enumerate(self._distribution(self.mean), start=1)
+        return [(chance, self._built(self.plan, depth, self.config.backprop_depth)) for depth, chance in chances]
+
     def depth_at(self, iteration: int) -> int:
         """How deep a step goes: blocks, loops, or passes of a recurrent core."""
         chances = self._distribution(self._mean_at(iteration))
