@@ -357,6 +357,11 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
                 raise UserError(f"{flag_of(knob.name)} says nothing without --enable-deep-supervision; leave it out.")
 
     @property
+    def move(self) -> str:
+        """The word of a pass that moves a state as ``boundary`` says."""
+        return "step" if self.boundary == "none" else self.boundary
+
+    @property
     def step_size(self) -> float:
         """Of a pass of a recurrent core."""
         return 1.0 / self.num_recurrences if self.recurrence_step == "mean" else float(self.recurrence_step)
