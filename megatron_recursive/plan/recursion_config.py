@@ -332,7 +332,6 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
 
-
     @property
     def depth_knob(self) -> str:
         """The knob that says how deep a plan of the family is."""
