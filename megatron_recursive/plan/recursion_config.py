@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan.depth_checks import check_depths
+from megatron_recursive.plan.depth_distributions import check_depths
 from megatron_recursive.plan.growth import check_growth
 from megatron_recursive.plan.recursion_plan import MAPS, MOVES
 from megatron_recursive.plan.supervision_steps import check_carried
