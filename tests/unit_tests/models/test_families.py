@@ -293,7 +293,7 @@ def in_one_process(cases: dict[str, Case]) -> dict[str, Any]:
 
 @cache
 def serial() -> dict[str, tuple[tuple[tuple[float, str], float, float], Training]]:
-    found: dict[str, Any] = run_distributed(in_one_process, 1, CASES, timeout=120)[0]
+    found: dict[str, Any] = run_distributed(in_one_process, 1, CASES, timeout=300)[0]
     return found
 
 
