@@ -294,7 +294,7 @@ def in_one_process(cases: dict[str, Case]) -> dict[str, Any]:
 
 @cache
 def serial() -> dict[str, tuple[tuple[tuple[float, str], float, float], Training]]:
-    found: dict[str, Any] = run_distributed(in_one_process, 1, CASES, timeout=120)[0]
+    found: dict[str, Any] = run_distributed(in_one_process, 1, CASES, timeout=300)[0]
     return found
 
 
@@ -350,7 +350,7 @@ def starts() -> dict[str, Any]:
         "another token": [float(x) for x in (start(ids, 1, True) - start(moved, 1, True)).abs().amax((1, 2))],
         "leak": [float((seen(ids, train) - seen(moved, train))[:, :9].abs().max()) for train in (True, False)],
     }
-    for name in ("huginn", "parcae"):
+    for name in ("huginn", "parcae", "gate"):
         chunk, config = build_model(CASES[name]), OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1)
         names = {id(p): key for key, p in chunk.named_parameters()}
         for group in _get_param_groups([chunk], config, get_standard_config_overrides(config)):
@@ -365,6 +365,7 @@ def test_a_sampled_start_depends_on_positions_and_in_training_on_the_step_and_th
     assert max(found["another token"][:9]) == 0 and min(found["another token"][9:]) > 0
     assert found["leak"] == [0.0, 0.0]
     assert found["adapter.weight"] == 1 and {found[f"injection.{name}"] for name in ("A_log", "dt_bias", "B")} == {0}
+    assert {found[f"boundary_gate.{name}"] for name in ("A_log", "bias", "down", "up")} == {0}
 
 
 def test_stages_watched_one_by_one_are_one_process() -> None:
