@@ -331,7 +331,6 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
 
-
     def _check_depth_of_steps(self) -> None:
         for name in ("mean_recurrence", "max_recurrence"):
             value = getattr(self, name)

@@ -139,7 +139,7 @@ class SupervisionSteps:
             self.had += 1
             halted = torch.stack(self.carried.last(self.carried.halted)).cpu()
             seed = (self.args.seed * 0x9E3779B1 ^ iteration) + parallel_state.get_data_parallel_rank() * 0x85EBCA6B
-            draws = torch.Generator().manual_seed(seed)
+            draws = torch.Generator().manual_seed(seed & 2**63 - 1)
             explores = torch.rand(halted.shape, generator=draws) < self.args.halt_exploration
             least = explores * torch.randint(2, self.steps + 1, halted.shape, generator=draws)
             over = ((self.had >= self.steps) | halted) & (self.had >= least)
