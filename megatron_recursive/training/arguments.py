@@ -21,14 +21,8 @@ from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.gradient_fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig, build_plan
-from megatron_recursive.plan.recursion_config import (
-    DEPTHS,
-    ExitKnobs,
-    TrainingKnobs,
-    add_recursion_arguments,
-    flag_of,
-    initial_std,
-)
+from megatron_recursive.plan.knobs import DEPTHS, ExitKnobs, TrainingKnobs, flag_of
+from megatron_recursive.plan.recursion_config import add_recursion_arguments, initial_std
 from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only

@@ -11,7 +11,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.optimizers.parameter_groups import ROLES, rate_factors
 from megatron_recursive.optimizers.registry import OURS
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 
 MEGATRONS = ("adam", "sgd")  # which its distributed optimizer, fp16 and CPU offloading know
 KNOWN = (*MEGATRONS, "muon", *OURS)
