@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # TRM's network (2510.04871) on text: 2 layers of width 512, T = 3 and n = 6, weightless norms behind the sum, AdamATan2,
-# an average of the weights, gradient through the last block alone. Attention is causal here, and each token halts.
+# an average of the weights, gradient through the last block alone, up to 16 supervision steps on carried states, fewer for
+# samples that halt. Attention is causal here, and each token halts.
 #
 #   DATA=... TOKENIZER=... bash examples/recursive_gpt/pretrain_trm.sh
 set -euo pipefail
@@ -17,7 +18,7 @@ torchrun --standalone --nproc_per_node "$GPUS" "$here/pretrain_recursive_gpt.py"
   --position-embedding-type rope --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 \
   --seq-length 512 --max-position-embeddings 512 \
   --num-refinement-blocks 3 --num-latent-refinements 6 --state-init trunc-normal --state-norm none \
-  --halt-loss-weight 0.5 \
+  --halt-loss-weight 0.5 --num-supervision-steps 16 --carry-halted \
   --micro-batch-size 32 --global-batch-size 768 --train-iters 50000 \
   --optimizer adam_atan2 --lr 1e-4 --lr-decay-style constant --lr-warmup-iters 2000 --adam-beta2 0.95 \
   --weight-decay 0.1 --clip-grad 1.0 --ema-decay 0.999 --evaluate-ema --bf16 \

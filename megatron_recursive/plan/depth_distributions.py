@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 SIGMA = 0.5  # of the logarithm of a step's rate (Geiping et al. 2025, Huginn)
-NODES = tuple(node / 8 for node in range(-64, 65))  # of a normal, whose density makes the trapezoidal rule exact
+NODES = tuple(node / 4 for node in range(-28, 29))  # of a normal, whose density makes the trapezoidal rule exact
 
 
 @lru_cache(maxsize=128)
@@ -21,8 +21,8 @@ def poisson_lognormal(mean: float, cap: int, *, calibrated: bool = True) -> tupl
         return _mixture(math.log(mean) - SIGMA**2 / 2, cap)
     if mean <= 1:
         return (1.0,)
-    low, high = -40.0, math.log(cap) + 10
-    for _ in range(80):
+    low, high = math.log(mean - 1) - SIGMA**2 / 2, math.log(cap) + 10  # what it were without a cap, and far too much
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if mean_of(_mixture(middle, cap)) < mean else (low, middle)
     return _mixture(low, cap)

@@ -90,6 +90,13 @@ class StepPlans:
         steps = range(0, self.iterations, -(-self.iterations // most))
         return Counter(self.plan_at(step, priced=True) for step in steps)
 
+    def drawn(self) -> list[tuple[float, RecursionPlan]]:
+        """The plans of steps behind all curricula, with their probabilities."""
+        if self.plan.is_plain:
+            return [(1.0, self.plan)]
+        chances = enumerate(self._distribution(self.mean), start=1)
+        return [(chance, self._built(self.plan, depth, self.config.backprop_depth)) for depth, chance in chances]
+
     def depth_at(self, iteration: int) -> int:
         """How deep a step goes: blocks, loops, or passes of a recurrent core."""
         chances = self._distribution(self._mean_at(iteration))
@@ -159,8 +166,8 @@ class StepPlans:
             raise UserError(f"--backprop-depth {config.backprop_depth} is above {cap}, the deepest that a step goes.")
         if self.ramp is not None and self.ramp[1] > self.iterations:
             raise UserError(
-                f"--deep-supervision-warmup {self.ramp[0]} {self.ramp[1]} ends behind the {self.iterations} iterations of "
-                "the training; give an END of at most so many."
+                f"--deep-supervision-warmup {self.ramp[0]} {self.ramp[1]} ends behind the {self.iterations} iterations "
+                "of the training; give an END of at most so many."
             )
         if not self._depth_changes:
             return

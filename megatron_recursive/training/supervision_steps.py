@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.carried_states import CarriedStates
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 
 Batch = dict[str, Tensor]  # [B, ...]
 INTERVALS = ("save_interval", "exit_interval", "non_persistent_save_interval")
@@ -139,7 +139,7 @@ class SupervisionSteps:
             self.had += 1
             halted = torch.stack(self.carried.last(self.carried.halted)).cpu()
             seed = (self.args.seed * 0x9E3779B1 ^ iteration) + parallel_state.get_data_parallel_rank() * 0x85EBCA6B
-            draws = torch.Generator().manual_seed(seed)
+            draws = torch.Generator().manual_seed(seed & 2**63 - 1)
             explores = torch.rand(halted.shape, generator=draws) < self.args.halt_exploration
             least = explores * torch.randint(2, self.steps + 1, halted.shape, generator=draws)
             over = ((self.had >= self.steps) | halted) & (self.had >= least)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.grids import grid
-from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, records_of, save_to, train
+from tests.unit_tests.training.runs import FLAGS, RECURSION, copy_checkpoint, metrics_of, records_of, save_to, train
 
 STEPS, LAST = 4, 10
 CARRIED = ["--num-supervision-steps", str(STEPS)]
@@ -46,6 +46,16 @@ def test_iterations_are_optimizer_steps_and_a_batch_counts_when_it_is_over(whole
     assert f"lm loss block {2 * STEPS}" in evaluated, "an evaluation runs all steps"
     batch, others = [metrics[i]["lm loss"] for i in (1, 2, 3, 4)], [once[i]["lm loss"] for i in (1, 2, 3, 4)]
     assert batch[3] < others[3] - 0.3, "a batch that is seen again is soon known"
+
+
+def _blocks_exported(folder: str) -> int:
+    from megatron_recursive.hf.convert.export import open_checkpoint
+
+    return open_checkpoint(folder).plan.num_blocks
+
+
+def test_an_export_is_all_steps_in_a_row(whole: Any) -> None:
+    assert run_distributed(_blocks_exported, 1, str(whole[0])) == [2 * STEPS]
 
 
 def test_a_resume_at_a_batch_is_exact_and_within_one_starts_it_again(whole: Any, tmp_path: Path) -> None:
@@ -89,6 +99,32 @@ def test_a_layout_reads_what_one_process_does(tmp_path: Path, layout: str, case:
     for iteration, metrics in one.items():
         for key in ("consumed samples", "lm loss", "halt loss", "grad norm"):
             assert spread[iteration][key] == pytest.approx(metrics[key], rel=1e-5), (iteration, key)
+
+
+def _said(flags: list[str]) -> str:
+    import contextlib
+    import io
+    import sys
+
+    from megatron_recursive.training.arguments import parse_arguments
+    from megatron_recursive.training.memory_report import memory_of_run
+    from megatron_recursive.training.model_provider import model_config_from_args
+    from megatron_recursive.training.report import announce
+
+    sys.argv = ["pretrain", *flags]
+    args, recursion = parse_arguments()
+    config = model_config_from_args(args, recursion)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        announce(args, config)
+    return f"{out.getvalue()}\nstates: {memory_of_run(args, config)[0].states:.0f}"
+
+
+def test_the_plan_names_what_carried_states_need() -> None:
+    wide = [*FLAGS, *RECURSION, "--hidden-size", "512", "--global-batch-size", "32"]
+    (once,), (carried,) = (run_distributed(_said, 1, [*wide, *more]) for more in ([], CARRIED))
+    size = 2 * 2 * 32 * 16 * 512 * 4  # where a step starts and what it leaves; output and latent
+    assert f"carried states (output, latent: {size / 1e6:.1f} MB" in carried and "in a row, 16 passes" in carried
+    assert int(carried.split()[-1]) - int(once.split()[-1]) == size
 
 
 def _held() -> list[list[int]]:
