@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_recursive.plan import RecursionConfig, RecursionPlan
-from megatron_recursive.plan.recursion_config import families_of
+from megatron_recursive.plan.knobs import families_of
 from tests.distributed import ON_GPU
 from tests.parameters import EMBEDDING_STD, Tensors, fill_weights, full_gradients, gathered, named_parameters
 

@@ -149,7 +149,7 @@ def _sharing(sweep: Sweep, batch: Tensor) -> Tensor:
     model, (ids_BS, targets, _) = sweep.model, sweep.read(batch)
 
     def losses(branches: list[Branch]) -> dict[int, Tensor]:
-        return {depth: F.cross_entropy(model.logits(model.output(states)).float(), targets, reduction="none")
+        return {depth: F.cross_entropy(model.logits(model.output(states)).float(), targets, reduction="none").cpu()
                 for depth, states in walk(model, ids_BS, branches)}  # fmt: skip
 
     times = [time.perf_counter()]

@@ -29,7 +29,7 @@ def frontier(sweep: Sweep, found: dict[str, Tensor], mean_depth: float | None, m
         points = [_point(sweep, found, options, each, measures) for each in thresholds]
         result[exit] = {"argument": threshold_of(exit), "points": points}
         if mean_depth is not None:
-            chosen = threshold_for(exit, signal, min(mean_depth, blocks), blocks)
+            chosen = threshold_for(exit, signal, min(max(mean_depth, 1.0), blocks), blocks)
             result[exit]["asked"] = _point(sweep, found, options, chosen, measures)
     return result
 

@@ -8,7 +8,8 @@ import re
 
 from megatron_recursive.command_line import example
 from megatron_recursive.hf.convert.stacks import PRESETS, STACKS, StackChoice
-from megatron_recursive.plan.recursion_config import FunctionKnobs, HeadKnobs, add_recursion_arguments, knobs_in
+from megatron_recursive.plan.knobs import FunctionKnobs, HeadKnobs, knobs_in
+from megatron_recursive.plan.recursion_config import add_recursion_arguments
 
 SUMMARY = "Convert between Hugging Face models and Megatron checkpoints, with a proof at every run."
 

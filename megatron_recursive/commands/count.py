@@ -17,7 +17,8 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.plan.added_parameters import added_parameters
-from megatron_recursive.plan.recursion_config import flag_of, knobs_in, retrofit
+from megatron_recursive.plan.knobs import flag_of, knobs_in
+from megatron_recursive.plan.recursion_config import retrofit
 
 SUMMARY = "Count a model's parameters, FLOPs and cache by part, and the memory of each rank in a layout."
 VERSION = 1  # of the record

@@ -13,7 +13,8 @@ from megatron_recursive.command_line import command, example
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
-from megatron_recursive.plan.recursion_config import TRAINED, add_recursion_arguments, flag_of, knobs_in, retrofit
+from megatron_recursive.plan.knobs import TRAINED, flag_of, knobs_in
+from megatron_recursive.plan.recursion_config import add_recursion_arguments, retrofit
 
 if TYPE_CHECKING:
     from megatron_recursive.pipeline.layouts import Job, Layout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 from megatron_recursive.command_line import example
 from megatron_recursive.commands.count import aligned
 from megatron_recursive.commands.evaluate import depth_list
-from megatron_recursive.commands.generate import DEVICE_HELP, DEVICES, prepare_transformers
-from megatron_recursive.commands.plan import check
-from megatron_recursive.data.hub import add_hub_flags, hub_choice
+from megatron_recursive.commands.layers import add_output, add_text, length_of, prepare
+from megatron_recursive.data.hub import hub_choice
 from megatron_recursive.errors import UserError
 
 SUMMARY = "Measure held-out text at many depths of one or several models, and what leaving early would cost."
@@ -31,14 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required = parser.add_argument_group("required")
     required.add_argument("--model", required=True, nargs="+", metavar="DIR_OR_CKPT", help="Hugging Face folders, "
                           ".gguf files, names in the hub's cache, or Megatron checkpoints")
-    text = parser.add_argument_group("text")
-    text.add_argument("--text", nargs="+", default=[], metavar="PATH", help="documents, as preprocess reads them, or "
-                      "the PREFIX of one token file, as training takes it (default: the text that Python ships)")
-    text.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text")
-    add_hub_flags(text.add_argument)
-    text.add_argument("--num-samples", type=int, default=256, help="samples at most")
-    text.add_argument("--seq-length", type=int, help="tokens of a sample (default: 256, at most the model's)")
-    text.add_argument("--batch-size", type=int, default=4, help="samples at a time")
+    text = add_text(parser, ", or alone the PREFIX of training's token files")
     text.add_argument("--data-seed", type=int, default=1234, help="of a PREFIX: --seed of the training, which orders "
                       "its documents")
     text.add_argument("--answer-tokens", type=int, metavar="N", help="as in training: tokens from N on are answers")
@@ -48,23 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_argument("--mean-depth", type=float, metavar="X", help="also the threshold of each exit for this mean")
     depth.add_argument("--measure-exits", action="store_true", help="also run the model itself under every exit; a "
                        "checkpoint reads token by token then")
-    rest = parser.add_argument_group("tokenizer, device and output")
-    rest.add_argument("--tokenizer", metavar="DIR", help="a folder, or a hub name (default: each model's)")
-    rest.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
-    rest.add_argument("--output", default="runs/sweep.json", metavar="FILE", help="JSON; the picture is beside it")
-    rest.add_argument("--json", action="store_true", help="print the same JSON instead of tables")
+    add_output(parser, "runs/sweep.json")
     # fmt: on
     parser.epilog = example("sweep", "--model", "CKPT", "DIR", "--text", "heldout.jsonl", "--mean-depth", "2.5")
 
 
 def run(args: argparse.Namespace) -> None:
-    check(args)
-    output, parts = Path(args.output), Path(f"{args.output}.parts")
-    if output.suffix != ".json":
-        raise UserError(f"--output {output} must end with .json; the picture gets its name, with .png.")
-    if any(each.startswith("hf://") for each in args.text):
-        os.environ.setdefault("HF_HUB_OFFLINE", "0")  # the model comes from the cache all the same
-    prepare_transformers()
+    (output, picture), parts = prepare(args), Path(f"{args.output}.parts")
     from megatron_recursive.data.files import replacing
     from megatron_recursive.plots.depth_sweep import plot_depth_sweep
 
@@ -74,10 +55,10 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     with replacing(output) as (partial,):
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    plot_depth_sweep(record, output.with_suffix(".png"))
+    plot_depth_sweep(record, picture)
     shutil.rmtree(parts, ignore_errors=True)
     lines = [line for each in record["models"] for line in [*table(each), ""]]
-    print(json.dumps(record) if args.json else "\n".join([*lines, f"{output} and {output.with_suffix('.png')}"]))
+    print(json.dumps(record) if args.json else "\n".join([*lines, f"{output} and {picture}"]))
 
 
 def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any]:
@@ -93,15 +74,15 @@ def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any
         raise UserError(f"--text {prefix} is a token file, which stands alone; give one, or documents.")
     with open_subject(name, args.tokenizer, args.device, numbers=prefix is not None) as loaded:
         model = walker_of(loaded)
-        most = loaded.max_positions or 2**31
-        length = args.seq_length or min(256, most)
-        if not 2 <= length <= most:
-            raise UserError(f"--seq-length {length} must lie between 2 and the {most} positions of {name}.")
+        length = length_of(args, loaded)
         if prefix is not None:
             rows = torch.from_numpy(held_out_rows(prefix, args.num_samples, length, args.data_seed))
         else:
             hub = hub_choice(args)
             rows = text_rows(loaded.text, args.text, args.num_samples, length, args.json_key, hub, ahead=1)
+        largest, size = int(rows.max()), loaded.model.config.vocab_size
+        if largest >= size:
+            raise UserError(f"--text has the token id {largest}, but {name} has {size} tokens; give its own text.")
         depths = sorted({*args.depths, model.plan.depth})
         asked = depth_sweep.Sweep(model, depths, rows.to(loaded.model.device), args.batch_size, args.answer_tokens)
         found = depth_sweep.run(asked, parts, f"{name} {fingerprint(name)}")
@@ -137,7 +118,7 @@ def table(record: dict[str, Any]) -> list[str]:
             for exit, found in record["exits"].items()
             for each in [*found["points"], *([found["asked"]] if "asked" in found else [])]]  # fmt: skip
     heads = ["exit", "threshold", "mean depth", "loss", "MFLOPs a token", "", "measured"]
-    return [*lines, *(["", *aligned(heads, rows)] if rows else [])]
+    return [*lines, "", *(aligned(heads, rows) if rows else ["no exits, which need refinement blocks that are alike"])]
 
 
 def _mega(flops: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -19,7 +19,9 @@ ROLES = ("core", "adapter", "head")
 Factors = Mapping[str, float]
 
 
-def rate_factors(plan: RecursionPlan, asked: Factors, *, throttle: bool) -> dict[str, float]:
+def rate_factors(
+    plan: RecursionPlan, asked: Factors, *, throttle: bool, drawn: Sequence[tuple[float, RecursionPlan]] = ()
+) -> dict[str, float]:
     """What the learning rate is multiplied with, by part of the model (:meth:`RecursiveGPTModel.weights_by_part`).
 
     The core is the layers that the plan applies more than once; ``throttle`` divides its factor by the number of those
@@ -27,8 +29,12 @@ def rate_factors(plan: RecursionPlan, asked: Factors, *, throttle: bool) -> dict
 
     Args:
         asked: factors by role.
+        drawn: the plans that steps draw, with their probabilities, of whose passes with gradient the mean counts.
     """
-    applied, graded = (Counter(p.stack for p in passes) for passes in (plan.passes, plan.grad_passes))
+    applied, graded = Counter(p.stack for p in plan.passes), dict.fromkeys(dict(plan.stacks), 0.0)
+    for chance, each in drawn or [(1.0, plan)]:
+        for p in each.grad_passes:
+            graded[p.stack] += chance
     factors = {
         part_of(stack): asked["core"] / (graded[stack] if throttle else 1)
         for stack, count in applied.items()

@@ -40,7 +40,6 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
         grad = last_block or not config.detach_between_refinements or config.enable_deep_supervision
         for step in range(latents + 1):
             is_output = step == latents
-            move = "step" if is_output or config.boundary == "none" else config.boundary
             passes.append(DecoderPass(
                 index=len(passes),
                 block=block,
@@ -50,7 +49,7 @@ def core_plan(config: RecursionConfig) -> RecursionPlan:
                 cuts_states=config.detach_between_refinements and step == 0 and block > 0,
                 supervised_weight=1.0 if is_output and last_block else 0.0,
                 halt_weight=_halt_weight(config, block) if is_output else 0.0,
-                move=move,
+                move="step" if is_output else config.move,
             ))
     multiplier = config.embedding_multiplier or 1.0
     return RecursionPlan("core", tuple(passes), config.state_init, config.state_norm, multiplier)
@@ -69,13 +68,12 @@ def recurrent_plan(config: RecursionConfig) -> RecursionPlan:
     r, window = config.num_recurrences, config.backprop_depth or config.num_recurrences
     reads = ("output",) if config.injection == "none" else ("output", "input")
     combine = config.injection if config.injection in MAPS else "sum"
-    move = "step" if config.boundary == "none" else config.boundary
     passes: list[DecoderPass] = []
     if config.num_prelude_layers:
         passes.append(DecoderPass(0, 0, "input", ("input",), grad=True, stack="prelude"))
     for step in range(r):
         passes.append(DecoderPass(len(passes), 0, "output", reads, grad=step >= r - window, step=config.step_size,
-                                  combine=combine, move=move))  # fmt: skip
+                                  combine=combine, move=config.move))  # fmt: skip
     # A state that was moved by a part is read by a pass; at r = 1 too, where a step of 1 / r is 1.
     if config.num_coda_layers or config.recurrence_step != "1" or not passes[-1].replaces_state:
         passes.append(DecoderPass(len(passes), 0, "output", ("output",), grad=True, stack="coda"))

@@ -90,6 +90,13 @@ class StepPlans:
         steps = range(0, self.iterations, -(-self.iterations // most))
         return Counter(self.plan_at(step, priced=True) for step in steps)
 
+    def drawn(self) -> list[tuple[float, RecursionPlan]]:
+        """The plans of steps behind all curricula, with their probabilities."""
+        if self.plan.is_plain:
+            return [(1.0, self.plan)]
+        chances = enumerate(self._distribution(self.mean), start=1)
+        return [(chance, self._built(self.plan, depth, self.config.backprop_depth)) for depth, chance in chances]
+
     def depth_at(self, iteration: int) -> int:
         """How deep a step goes: blocks, loops, or passes of a recurrent core."""
         chances = self._distribution(self._mean_at(iteration))
@@ -159,8 +166,8 @@ class StepPlans:
             raise UserError(f"--backprop-depth {config.backprop_depth} is above {cap}, the deepest that a step goes.")
         if self.ramp is not None and self.ramp[1] > self.iterations:
             raise UserError(
-                f"--deep-supervision-warmup {self.ramp[0]} {self.ramp[1]} ends behind the {self.iterations} iterations of "
-                "the training; give an END of at most so many."
+                f"--deep-supervision-warmup {self.ramp[0]} {self.ramp[1]} ends behind the {self.iterations} iterations "
+                "of the training; give an END of at most so many."
             )
         if not self._depth_changes:
             return
@@ -169,15 +176,13 @@ class StepPlans:
                 f"--recurrence-distribution {kind} changes a depth of 1, which shows no inner block to repeat; give "
                 "--num-recurrences or --num-refinement-blocks 2 or more."
             )
-        given, mean = "" if config.max_recurrence is None else f" with --max-recurrence {cap}", f"{self.mean:g}"
+        mean = f"{self.mean:g}"
         if kind == "poisson-lognormal" and self.mean >= cap and not config.uncalibrated_recurrence:
             raise UserError(f"--mean-recurrence {mean} must be below the cap of {cap} (--max-recurrence).")
-        if kind == "uniform" and not (2 * self.mean).is_integer():
-            raise UserError(f"--mean-recurrence {mean} is not the middle of whole numbers; give a multiple of 0.5.")
-        if kind == "uniform" and not 1 <= 2 * self.mean - cap <= cap:
+        if kind == "uniform" and not (1 <= 2 * self.mean - cap <= cap and (2 * self.mean).is_integer()):
             raise UserError(
-                f"--mean-recurrence {mean}{given} would draw from {2 * self.mean - cap:g} to {cap}; give a cap from "
-                f"{math.ceil(self.mean)} to {2 * self.mean - 1:g}."
+                f"--mean-recurrence {mean} and --max-recurrence {cap} would draw from {2 * self.mean - cap:g} to "
+                f"{cap}; give a mean whose double is whole, and a cap from that mean to its double less 1."
             )
 
 

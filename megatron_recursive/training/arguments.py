@@ -21,14 +21,8 @@ from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.gradient_fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig, build_plan
-from megatron_recursive.plan.recursion_config import (
-    DEPTHS,
-    ExitKnobs,
-    TrainingKnobs,
-    add_recursion_arguments,
-    flag_of,
-    initial_std,
-)
+from megatron_recursive.plan.knobs import DEPTHS, ExitKnobs, TrainingKnobs, flag_of
+from megatron_recursive.plan.recursion_config import add_recursion_arguments, initial_std
 from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
@@ -88,7 +82,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         args.pretrained_checkpoint = args.init_from_gpt  # Megatron's name for "weights only, start at iteration 0"
     recursion = _resolve_recursion(args)
     plan = build_plan(recursion)
-    settle_rates(args, plan.heads_only() if args.train_only else plan)
+    settle_rates(args, plan.heads_only() if args.train_only else plan, recursion)
     if args.train_only is not None and folder is None:
         raise UserError(f"--train-only {args.train_only} leaves all other weights as they are; give those of a model, "
                         "with --load DIR or --init-from-gpt DIR.")  # fmt: skip

@@ -16,7 +16,8 @@ from megatron_recursive.models.checkpoint_integrity import advise_other, check_i
 from megatron_recursive.models.stored_arguments import DONOR, name_as_today
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.growth import Growth
-from megatron_recursive.plan.recursion_config import Difference, flag_of
+from megatron_recursive.plan.knobs import flag_of
+from megatron_recursive.plan.recursion_config import Difference
 from megatron_recursive.training import console
 from megatron_recursive.training.architecture import check_architecture
 from megatron_recursive.training.optimizer_state import check_optimizer

@@ -20,7 +20,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.losses.distillation import Distillation, Teacher, TopTokens
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import build_plan
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.training.tokenizer_check import known_vocabulary
 
 # name: default, what a value must be, test of it, metavar, help

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.norm_placement import OUTPUT_SCOPES, PLACEMENTS, QK_SCOPES, NormLayout
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 
 
 def add_norm_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,8 @@ from megatron.core.optimizer import emerging_optimizers
 from megatron_recursive.errors import UserError
 from megatron_recursive.optimizers.parameter_groups import ROLES, rate_factors
 from megatron_recursive.optimizers.registry import OURS
-from megatron_recursive.plan import RecursionPlan
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
+from megatron_recursive.plan.knobs import flag_of
 
 MEGATRONS = ("adam", "sgd")  # which its distributed optimizer, fp16 and CPU offloading know
 KNOWN = (*MEGATRONS, "muon", *OURS)
@@ -77,7 +77,7 @@ def _refuse_average(args: argparse.Namespace) -> None:
         raise UserError("--evaluate-ema does not go with --skip-train; export with convert export --ema instead.")
 
 
-def settle_rates(args: argparse.Namespace, plan: RecursionPlan) -> None:
+def settle_rates(args: argparse.Namespace, plan: RecursionPlan, recursion: RecursionConfig) -> None:
     """Store the factors by part of the model in the arguments, which every checkpoint carries."""
     asked = {role: getattr(args, f"{role}_lr_factor") for role in ROLES}
     everything = {role: rate_factors(plan, {**dict.fromkeys(ROLES, 1.0), role: 2.0}, throttle=False) for role in ROLES}
@@ -85,4 +85,5 @@ def settle_rates(args: argparse.Namespace, plan: RecursionPlan) -> None:
         if not everything[role] and (asked[role] != 1.0 or (role == "core" and args.throttle)):
             flag = "--throttle" if asked[role] == 1.0 else f"--{role}-lr-factor"
             raise UserError(f"{flag} needs {NEEDS[role]}, which this model does not have; leave it out.")
-    args.rate_factors = rate_factors(plan, asked, throttle=args.throttle)
+    drawn = StepPlans(recursion, plan).drawn() if recursion.recurrence_distribution != "fixed" else ()
+    args.rate_factors = rate_factors(plan, asked, throttle=args.throttle, drawn=drawn)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 
 HELD_BYTES = 12  # a parameter's fp32 copy and Adam's moments; --ema-decay has another copy
 LIMIT_BYTES = 10 * 10**9

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_recursive.command_line import command
 from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 
 Test = Callable[[argparse.Namespace], Any]
 SPLITS = ("train", "valid", "test")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 
 # A value of the scheduler | Megatron's arguments that it is made of (megatron.training.get_optimizer_param_scheduler).
 MADE_OF: dict[str, tuple[str, ...]] = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.carried_states import CarriedStates
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 
 Batch = dict[str, Tensor]  # [B, ...]
 INTERVALS = ("save_interval", "exit_interval", "non_persistent_save_interval")

@@ -15,7 +15,7 @@ import pytest
 from megatron_recursive.ablation.config import read_config
 from megatron_recursive.commands import parser_of
 from megatron_recursive.plan import RecursionConfig
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 from tests.distributed import run_distributed
 from tests.quick_start import start_quickly
 from tests.quotes import DOCUMENTS, ROOT, renewed

@@ -48,7 +48,8 @@ from megatron_recursive.models.added_modules import fresh_tensors
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY, added_parameters
-from megatron_recursive.plan.recursion_config import OF_FAMILIES, flag_of, retrofit
+from megatron_recursive.plan.knobs import OF_FAMILIES, flag_of
+from megatron_recursive.plan.recursion_config import retrofit
 
 ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.plan.recursion_config import flag_of
+from megatron_recursive.plan.knobs import flag_of
 
 STACKS = ("prelude", "core", "coda")
 # Donor -> prelude, core, coda. The first two stand in the conversion scripts of Retrofitting Recurrence (arXiv

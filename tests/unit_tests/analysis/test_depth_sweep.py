@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {  # and the passes of one wal
     "hierarchical": ({"recursion_family": "hierarchical", "num_latent_refinements": 2}, 21),
     "recurrent": ({**RECURRENT, "injection": "concat", "state_init": "sampled"}, 1 + 7 + 4),
     "mean steps": ({**RECURRENT, "recurrence_step": "mean"}, 1 + 14 + 4),
+    "gate": ({**RECURRENT, "recurrence_step": "mean", "boundary": "gate"}, 1 + 14 + 4),
     "core-end": ({**RECURRENT, "state_norm": "core-end"}, 1 + 7 + 3 + 4),
 }  # fmt: skip
 
@@ -167,6 +168,19 @@ def sweep(*words: str) -> dict[str, Any]:
     return json.loads(said.getvalue())
 
 
+def write_data(prefix: Path, above: int = 0) -> None:
+    """Five documents of 8 samples of 16 tokens, and one more token."""
+    import numpy
+
+    from megatron_recursive.data.indexed import write_index
+
+    lengths = [40, 7, 31, 30, 21]
+    ids = numpy.random.RandomState(0).randint(0, 126, sum(lengths)).astype("u2")
+    ids[-1] = above or ids[-1]
+    prefix.with_suffix(".bin").write_bytes(ids.tobytes())
+    write_index(prefix.with_suffix(".idx"), "u2", lambda: [lengths])
+
+
 def test_the_command_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders, output = [write_recursive(tmp_path / "a"), write_plain(tmp_path / "b")], tmp_path / "new" / "found.json"
     (tmp_path / "a.txt").write_text("Once upon a time there was a held-out text.\n" * 4)
@@ -189,6 +203,7 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.Ca
         (["--text", "nowhere.jsonl"], "--text nowhere.jsonl does not exist"),
         (["--seq-length", "64"], "--seq-length 64 must lie between 2 and the 48 positions"),
         (["--depths", "1,0"], "--depths: '1,0' is no list of numbers"),
+        (["--text", "PREFIX"], "--text has the token id 300, but"),
         (["--mean-depth", "0"], "--mean-depth must be positive"),
         (["--output", "found.txt"], "--output found.txt must end with .json"),
     ],
@@ -196,6 +211,8 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.Ca
 def test_mistakes_end_in_a_sentence(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_data(tmp_path / "data", above=300)
+    words = [str(tmp_path / "data") if word == "PREFIX" else word for word in words]
     with pytest.raises(SystemExit) as ended:
         main(["sweep", "--model", str(write_recursive(tmp_path / "model")), "--num-samples", "1", *words])
     out, err = capsys.readouterr()
@@ -207,18 +224,6 @@ def test_mistakes_end_in_a_sentence(
 SIZES = "--seq-length 16 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope"
 
 
-def write_data(prefix: Path) -> None:
-    """Five documents of 8 samples of 16 tokens, and one more token."""
-    import numpy
-
-    from megatron_recursive.data.indexed import write_index
-
-    lengths = [40, 7, 31, 30, 21]
-    ids = numpy.random.RandomState(0).randint(0, 126, sum(lengths)).astype("u2")
-    prefix.with_suffix(".bin").write_bytes(ids.tobytes())
-    write_index(prefix.with_suffix(".idx"), "u2", lambda: [lengths])
-
-
 def _sweep_and_its_export(checkpoint: str, folder: str, prefix: str) -> list[dict[str, Any]]:
     from megatron_recursive.backends import cpu
     from megatron_recursive.hf.convert.export import export_model
@@ -226,14 +231,15 @@ def _sweep_and_its_export(checkpoint: str, folder: str, prefix: str) -> list[dic
     cpu.install(on_purpose=True)
     export_model(checkpoint, f"{folder}/export", say=lambda _: None)
     words = ["--depths", "1,2,4", "--seq-length", "16", "--mean-depth", "1.5", "--measure-exits"]
-    record = sweep("--model", checkpoint, f"{folder}/export", "--text", prefix, "--output", f"{folder}/found.json", *words)
-    return record["models"]
+    models = ["--model", checkpoint, f"{folder}/export", "--text", prefix, "--output", f"{folder}/found.json"]
+    return sweep(*models, *words)["models"]
 
 
+@pytest.mark.grid
 def test_a_checkpoint_of_four_ranks_gives_trainings_evaluation_and_its_exports_figures(tmp_path: Path) -> None:
     write_data(tmp_path / "data")
     flags = [*SIZES.split(), "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
-             "--padded-vocab-size", "256", "--full-validation", "--eval-interval", "6", "--lr", "3e-2",
+             "--padded-vocab-size", "128", "--vocab-size", "128", "--eval-iters", "2", "--lr", "3e-2",
              "--train-data-path", str(tmp_path / "data"), "--valid-data-path", str(tmp_path / "data")]  # fmt: skip
     words = [each for each in FLAGS if each not in ("--mock-data", "--split", "90,5,5")]
     assert train(*save_to(tmp_path / "ckpt", 6), *flags, flags=words, world_size=4) is None

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
 from megatron_recursive.plan import RecursionConfig, build_plan
-from megatron_recursive.plan.recursion_config import families_of
+from megatron_recursive.plan.knobs import families_of
 
 VOCAB, LAYERS = 61, 2
 SHAPES: dict[str, dict[str, Any]] = {

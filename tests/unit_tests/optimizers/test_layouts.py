@@ -93,10 +93,12 @@ def test_rates_and_decay_by_part() -> None:
 
 def factors_of(knobs: list[dict[str, Any]]) -> list[dict[str, float]]:
     from megatron_recursive.optimizers.parameter_groups import rate_factors
-    from megatron_recursive.plan import RecursionConfig, build_plan
+    from megatron_recursive.plan import RecursionConfig, StepPlans, build_plan
 
-    plans = [build_plan(RecursionConfig(**each).resolved(embedding_init_std=0.02)) for each in knobs]
-    return [rate_factors(plan, {"core": 1.0, "adapter": 0.5, "head": 2.0}, throttle=True) for plan in plans]
+    configs = [RecursionConfig(**each).resolved(embedding_init_std=0.02) for each in knobs]
+    asked = {"core": 1.0, "adapter": 0.5, "head": 2.0}
+    return [rate_factors(plan := build_plan(config), asked, throttle=True, drawn=StepPlans(config, plan).drawn())
+            for config in configs]  # fmt: skip
 
 
 def test_the_throttle_counts_passes_with_gradient() -> None:
@@ -104,11 +106,13 @@ def test_the_throttle_counts_passes_with_gradient() -> None:
     recurrent = {"recursion_family": "recurrent", "num_recurrences": 6, "backprop_depth": 4,
                  "injection": "add", "num_prelude_layers": 1, "num_coda_layers": 1}  # fmt: skip
     adapted = {**recurrent, "injection": "concat"}
-    asked = [core, {**core, "detach_between_refinements": False}, recurrent, adapted]
+    drawn = {**recurrent, "num_recurrences": 4, "recurrence_distribution": "uniform"}  # 1 to 7, 4 with gradient
+    asked = [core, {**core, "detach_between_refinements": False}, recurrent, adapted, drawn]
     (factors,) = run_distributed(factors_of, 1, asked)
     assert factors == [
         {"layers": 1 / 5, "halting head": 2.0},  # the last block's passes
         {"layers": 1 / 15, "halting head": 2.0},
         {"layers": 1 / 4},  # prelude and coda run once
         {"layers": 1 / 4, "adapter": 0.5},
+        {"layers": pytest.approx(7 / (1 + 2 + 3 + 4 * 4))},
     ]

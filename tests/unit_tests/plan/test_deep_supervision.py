@@ -19,9 +19,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def config_of(family: str, blocks: int = 3, **knobs: Any) -> RecursionConfig:
-    return RecursionConfig(
-        enable_deep_supervision=True, num_refinement_blocks=blocks, embedding_multiplier=1.0, **FAMILIES[family], **knobs
-    )
+    knobs |= {"num_refinement_blocks": blocks, "embedding_multiplier": 1.0, **FAMILIES[family]}
+    return RecursionConfig(enable_deep_supervision=True, **knobs)
 
 
 def plain(config: RecursionConfig) -> RecursionPlan:
@@ -67,10 +66,10 @@ def test_a_ramp_goes_from_start_to_end() -> None:
     config = config_of("core", deep_supervision_warmup=(10, 30))
     assert [share_of((10, 30), iteration) for iteration in (0, 10, 15, 30, 99)] == [0, 0, 0.25, 1, 1]
     steps = StepPlans(config, build_plan(config), iterations=40)
-    assert steps.changes and [steps.plan_at(iteration) for iteration in (0, 10)] == [plain(config)] * 2
+    assert steps.changes and [steps.plan_at(iteration) for iteration in (0, 10)] == [plain(config_of("core"))] * 2
     assert [p.supervised_weight for p in steps.plan_at(15).block_ends] == pytest.approx([1 / 10, 1 / 10, 8 / 10])
     assert steps.plan_at(30) is steps.plan_at(39) is steps.plan and "from iteration 10 on" in steps.describe()
-    assert {steps.plan_at(iteration, priced=True) for iteration in range(40)} == {plain(config), steps.plan}
+    assert {steps.plan_at(iteration, priced=True) for iteration in range(40)} == {plain(config_of("core")), steps.plan}
     with pytest.raises(UserError, match="--deep-supervision-warmup 10 30 ends behind the 29 iterations"):
         StepPlans(config, build_plan(config), iterations=29)
     assert not StepPlans(config, build_plan(config).heads_only(), iterations=29).changes

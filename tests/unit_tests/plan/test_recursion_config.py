@@ -12,7 +12,8 @@ import pytest
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, build_plan
-from megatron_recursive.plan.recursion_config import PARTS, HeadKnobs, add_recursion_arguments, flag_of, knobs_in
+from megatron_recursive.plan.knobs import PARTS, HeadKnobs, flag_of, knobs_in
+from megatron_recursive.plan.recursion_config import add_recursion_arguments
 from megatron_recursive.plan.recursion_plan import STATES
 from megatron_recursive.plan.supervision_steps import whole
 

@@ -10,8 +10,19 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import run_distributed
 from tests.grids import grid
-from tests.unit_tests.training.runs import TIMES, copy_checkpoint, metrics_of, records_of, save_to, train
+from tests.unit_tests.training.runs import (
+    FLAGS,
+    TIMES,
+    copy_checkpoint,
+    losses_of,
+    metrics_of,
+    records_of,
+    save_to,
+    tensors_of,
+    train,
+)
 
 # Iterations 1 to 4 at the first depth, 5 to 8 at the other.
 HOW = ["--num-layers", "4", "--train-iters", "8", "--hidden-dropout", "0", "--attention-dropout", "0",
@@ -114,3 +125,40 @@ def test_the_learning_rate_may_rise_anew(tmp_path: Path) -> None:
     factors = {4: 1 / 3, 5: 2 / 3}  # Megatron's record of an iteration tells the rate of the next
     expected = {step: 1e-2 * (1 - (step - 1) / 8) * factors.get(step, 1.0) for step in range(1, LAST + 1)}
     assert rates == pytest.approx(expected)  # --lr-warmup-iters 1, --lr-decay-iters 9
+
+
+LLAMA = ["--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "rope"]
+CHAINS = {  # plans whose passes are a chain of layers
+    "looped": ["--recursion-family", "looped", "--state-norm", "none", "--halt-loss-weight", "0",
+               "--num-refinement-blocks", "2"],
+    "recurrent": ["--recursion-family", "recurrent", "--num-recurrences", "3", "--num-prelude-layers", "1",
+                  "--num-coda-layers", "1"],
+}  # fmt: skip
+
+
+def _untied(folder: str) -> None:
+    """A run's checkpoint, unrolled and imported as a plain GPT."""
+    from megatron_recursive.commands import main
+
+    main(["convert", "unroll", f"{folder}/tied", f"{folder}/unrolled"])
+    main(["convert", "import", "--hf", f"{folder}/unrolled", "--out", f"{folder}/untied",
+          "--disable-recursive-refinement"])  # fmt: skip
+
+
+@pytest.mark.parametrize("family", grid(CHAINS, quick=[]))
+def test_unrolled_layers_train_on_each_by_itself(family: str, tmp_path: Path) -> None:
+    """Untied growth: both begin with the loss of the loops, on the batch that the loops began with."""
+    how = [*HOW, *LLAMA, "--eval-interval", "100", "--lr-decay-iters", "40", "--vocab-size", "128"]  # of no padding
+    assert train(*save_to(tmp_path / "tied", 8), *how, recursion=CHAINS[family]) is None
+    run_distributed(_untied, 1, str(tmp_path), timeout=240)
+    begin = ["--lr-warmup-iters", "0", "--lr", "3e-3", "--save-interval", "8", "--save"]
+    tied = ["--load", tmp_path / "tied", "--finetune"]
+    assert train(*begin, tmp_path / "tied on", *how, *tied, recursion=CHAINS[family]) is None
+    flags, untied = [f"@{tmp_path}/untied/megatron_args.txt", *FLAGS], ["--init-from-gpt", tmp_path / "untied"]
+    how += ["--num-layers", "8"]
+    said = train(*begin, tmp_path / "on", *how, *untied, recursion=["--disable-recursive-refinement"], flags=flags)
+    assert said is None, said
+    loops, layers = (losses_of(tmp_path / name) for name in ("tied on", "on"))
+    assert layers[1] == pytest.approx(loops[1], rel=1e-5) and layers[8] < layers[1]
+    weight = tensors_of(tmp_path / "on" / "iter_0000008")["decoder.layers.mlp.linear_fc2.weight"]
+    assert len(weight) == 8 and (weight[1] - weight[5]).abs().max() > 1e-4
