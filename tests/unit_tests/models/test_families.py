@@ -113,16 +113,17 @@ CASES = {
     "looped-supervised": Case({"recursion_family": "looped", "num_refinement_blocks": 3, **DEEP}, transformer=FOUR,
                               evaluate=True),
     "looped-supervised-one-norm": Case(
-        {"recursion_family": "looped", "num_refinement_blocks": 4, "state_norm": "none", "halt_loss_weight": 0.0, **DEEP,
-         "deep_supervision_schedule": "exponential_decay", "deep_supervision_weight": 0.8}, transformer=FOUR,
+        {"recursion_family": "looped", "num_refinement_blocks": 4, "state_norm": "none", "halt_loss_weight": 0.0,
+         **DEEP, "deep_supervision_schedule": "exponential_decay", "deep_supervision_weight": 0.8}, transformer=FOUR,
         model=UNTIED,
     ),
     "core-supervised": Case(
-        {"num_refinement_blocks": 3, "detach_between_refinements": False, **DEEP}, transformer={**FOUR, **FULL_RECOMPUTE}
+        {"num_refinement_blocks": 3, "detach_between_refinements": False, **DEEP},
+        transformer={**FOUR, **FULL_RECOMPUTE},
     ),
     "core-supervised-apart": Case(
-        {"num_refinement_blocks": 3, **DEEP, "deep_supervision_schedule": "linear_decay"}, transformer=FOUR, model=UNTIED,
-        evaluate=True,
+        {"num_refinement_blocks": 3, **DEEP, "deep_supervision_schedule": "linear_decay"}, transformer=FOUR,
+        model=UNTIED, evaluate=True,
     ),
     "hierarchical-supervised": Case(
         {"recursion_family": "hierarchical", "num_refinement_blocks": 3, "latent_backprop_depth": "1,2",
