@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
+from megatron_recursive.errors import UserError
+
+CURRICULA = ("recurrence_curriculum", "backprop_curriculum")
 SIGMA = 0.5  # of the logarithm of a step's rate (Geiping et al. 2025, Huginn)
 NODES = tuple(node / 4 for node in range(-28, 29))  # of a normal, whose density makes the trapezoidal rule exact
 
@@ -59,3 +64,32 @@ def grown(value: float, shape: str, part: float) -> float:
     """What a curriculum has come to after a part of its length: whole numbers from 1 up to a value."""
     reached = min(part, 1.0) if shape == "linear" else 1.0 - math.sqrt(1.0 - min(part, 1.0))
     return min(value, max(1, math.ceil(value * reached)))
+
+
+def check_depths(config: Any) -> None:
+    """Refuse knobs of a RecursionConfig (whose module imports this one) out of range, and those that say nothing."""
+    for name in ("mean_recurrence", "max_recurrence"):
+        value = getattr(config, name)
+        if value is not None and not 1 <= value < math.inf:
+            raise UserError(f"{_flag(name)} must be a number of at least 1, but is {value}.")
+    for name in CURRICULA:
+        fraction = getattr(config, f"{name}_fraction")
+        if not 0 < fraction <= 1:
+            raise UserError(
+                f"{_flag(name)}-fraction must be above 0 and at most 1, the whole training, but is {fraction}."
+            )
+    drawn, needs = "--recurrence-distribution poisson-lognormal", {}
+    if config.recurrence_distribution == "fixed":
+        needs = dict.fromkeys(("mean_recurrence", "max_recurrence"), f"{drawn} or uniform")
+    if config.recurrence_distribution != "poisson-lognormal":
+        needs["uncalibrated_recurrence"] = drawn
+    if not config.backprop_depth:
+        needs["backprop_curriculum"] = "--backprop-depth"
+    needs |= {f"{name}_fraction": _flag(name) for name in CURRICULA if getattr(config, name) is None}
+    for knob in (knob for knob in dataclasses.fields(config) if knob.name in needs):
+        if getattr(config, knob.name) != knob.default:
+            raise UserError(f"{_flag(knob.name)} says nothing without {needs[knob.name]}; leave it out.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

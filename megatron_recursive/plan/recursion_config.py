@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.depth_distributions import check_depths
 from megatron_recursive.plan.growth import check_growth
 from megatron_recursive.plan.knobs import (
     ARTICLES,
@@ -59,7 +60,7 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         holds = re.fullmatch(f"0|{DEPTH_LIST}", windows) and windows.count(",") < self.num_refinement_blocks
         self._require("latent_backprop_depth", bool(holds),
                       f"must be 0, or at most {self.num_refinement_blocks} numbers above 0 with commas between them")
-        self._check_depth_of_steps()
+        check_depths(self)
         check_growth(self)
         check_carried(self)
         after = self.recursion_alarm_after
@@ -119,27 +120,6 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
             if getattr(self, knob.name) not in (knob.default, 0.0):
                 other = "without --exit-gate" if not self.exit_gate else "with --exit-gate, which has no halting head"
                 raise UserError(f"{flag_of(knob.name)} says nothing {other}; leave it out.")
-
-    def _check_depth_of_steps(self) -> None:
-        for name in ("mean_recurrence", "max_recurrence"):
-            value = getattr(self, name)
-            self._require(name, value is None or 1 <= value < math.inf, "must be a number of at least 1")
-        for name in ("recurrence_curriculum", "backprop_curriculum"):
-            fraction = getattr(self, f"{name}_fraction")
-            self._require(f"{name}_fraction", 0 < fraction <= 1, "must be above 0 and at most 1, the whole training")
-        drawn, needs = "--recurrence-distribution poisson-lognormal", {}
-        if self.recurrence_distribution == "fixed":
-            needs = dict.fromkeys(("mean_recurrence", "max_recurrence"), f"{drawn} or uniform")
-        if self.recurrence_distribution != "poisson-lognormal":
-            needs["uncalibrated_recurrence"] = drawn
-        if not self.backprop_depth:
-            needs["backprop_curriculum"] = "--backprop-depth"
-        for name in ("recurrence_curriculum", "backprop_curriculum"):
-            if getattr(self, name) is None:
-                needs[f"{name}_fraction"] = flag_of(name)
-        for knob in (knob for knob in dataclasses.fields(self) if knob.name in needs):
-            if getattr(self, knob.name) != knob.default:
-                raise UserError(f"{flag_of(knob.name)} says nothing without {needs[knob.name]}; leave it out.")
 
     @property
     def depth_knob(self) -> str:

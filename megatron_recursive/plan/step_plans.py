@@ -176,15 +176,13 @@ class StepPlans:
                 f"--recurrence-distribution {kind} changes a depth of 1, which shows no inner block to repeat; give "
                 "--num-recurrences or --num-refinement-blocks 2 or more."
             )
-        given, mean = "" if config.max_recurrence is None else f" with --max-recurrence {cap}", f"{self.mean:g}"
+        mean = f"{self.mean:g}"
         if kind == "poisson-lognormal" and self.mean >= cap and not config.uncalibrated_recurrence:
             raise UserError(f"--mean-recurrence {mean} must be below the cap of {cap} (--max-recurrence).")
-        if kind == "uniform" and not (2 * self.mean).is_integer():
-            raise UserError(f"--mean-recurrence {mean} is not the middle of whole numbers; give a multiple of 0.5.")
-        if kind == "uniform" and not 1 <= 2 * self.mean - cap <= cap:
+        if kind == "uniform" and not (1 <= 2 * self.mean - cap <= cap and (2 * self.mean).is_integer()):
             raise UserError(
-                f"--mean-recurrence {mean}{given} would draw from {2 * self.mean - cap:g} to {cap}; give a cap from "
-                f"{math.ceil(self.mean)} to {2 * self.mean - 1:g}."
+                f"--mean-recurrence {mean} and --max-recurrence {cap} would draw from {2 * self.mean - cap:g} to "
+                f"{cap}; give a mean whose double is whole, and a cap from that mean to its double less 1."
             )
 
 
