@@ -121,7 +121,8 @@ def _facts_of(command: Command) -> dict[str, Any] | str:
         parse_args([*command.launcher, "script"])  # exits at a flag that torchrun does not know
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(command.world_size)}
     os.environ["LOCAL_WORLD_SIZE"] = str(command.world_size)
-    sys.argv = ["pretrain", *command.flags]
+    # START holds no checkpoint here.
+    sys.argv = ["pretrain", *(flag for flag in command.flags if flag != "--exit-on-missing-checkpoint")]
     start_quickly()
     try:
         args, recursion = parse_arguments()
@@ -141,8 +142,9 @@ def _facts_of(command: Command) -> dict[str, Any] | str:
     fullest = max(stages, key=lambda stage: stage.total)
     parameters = count_parameters(shape, plan)
     return {
-        "plain": plan.is_plain, "family": plan.family, "passes": plan.num_passes, "with gradient": len(plan.grad_passes),
-        "layers": shape.num_layers, "width": shape.hidden_size, "sequence": shape.seq_length,
+        "plain": plan.is_plain, "family": plan.family, "passes": plan.num_passes,
+        "with gradient": len(plan.grad_passes), "layers": shape.num_layers,
+        "width": shape.hidden_size, "sequence": shape.seq_length,
         "stacks": [f"{sum(p.stack == name for p in plan.passes)} x {len(layers)}"
                    for name, layers in plan.layers_of(shape.num_layers).items() if layers],
         "blocks": recursion.num_refinement_blocks, "latents": recursion.num_latent_refinements,

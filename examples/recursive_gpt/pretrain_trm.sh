@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# TRM's network (2510.04871) on text: 2 layers of width 512, T = 3 and n = 6, weightless norms behind the sum, AdamATan2,
-# an average of the weights, gradient through the last block alone, up to 16 supervision steps on carried states, fewer for
-# samples that halt. Attention is causal here, and each token halts.
+# TRM (2510.04871) on text: 2 layers of width 512, T = 3, n = 6, weightless norms behind the sum, gradient through the
+# last block, 16 optimizer steps for each batch on carried states, AdamATan2, an average of the weights. Attention is
+# causal here, and each token halts by itself. An iteration is an optimizer step; an evaluation runs 16 in a row.
 #
 #   DATA=... TOKENIZER=... bash examples/recursive_gpt/pretrain_trm.sh
 set -euo pipefail

@@ -167,7 +167,7 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
 
     The cross-entropy keeps fp32 probabilities; in other dtypes the logits that it last reads are there beside them. The
     halting head keeps the state that it read, at every block end that teaches it; of the last one the language-model
-    head keeps the same tensor, and so does that of an earlier block that is supervised, whose logits are computed again.
+    head keeps the same tensor, as it does at an earlier block that is supervised, whose logits are computed again.
     """
     tokens, hidden = shape.seq_length * recording.micro_batch, hidden_bytes(shape, recording)
     norm = 0.0 if plan.state_norm == "final" else hidden * (2 if recording.splits_norm else 1)  # before the head

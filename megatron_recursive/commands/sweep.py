@@ -108,7 +108,8 @@ def table(record: dict[str, Any]) -> list[str]:
         f"{sharing['largest_difference']:.1e}",
     ]  # fmt: skip
     if sharing["alone"]:
-        lines.append(f"depths {', '.join(map(str, sharing['alone']))} ran separately: their steps are other ones")
+        alone = ", ".join(map(str, sharing["alone"]))
+        lines.append(f"depths {alone} ran separately: they compute other passes than the deepest")
     for name in ("frequency", "position"):
         bands = (f"{each['from']}-{each['to']}: {each['mean_depth']:.2f}" for each in settled[f"by_{name}"])
         lines.append(f"answers settle at depth {settled['mean_depth']:.2f}, by {name} {', '.join(bands)}")

@@ -31,7 +31,7 @@ def steps[Item](items: Sequence[Item], label: str, done: int = 0, interval_s: fl
         if now - shown >= interval_s or (count == len(items) and shown > start):
             rate, shown = count / (now - start), now
             left = int((len(items) - count) / rate)
-            print(f"{label}: {done + count} of {total} batches, {rate:.2f}/s, {left // 60}:{left % 60:02d} left",
+            print(f"{label}: {done + count} of {total} batches, {rate:.3g}/s, {left // 60}:{left % 60:02d} left",
                   file=sys.stderr, flush=True)  # fmt: skip
 
 

@@ -172,9 +172,7 @@ class RecursionCore:
         return self.uses.apart(name, getattr(self, name), *values_SBH)
 
     def move(self, decoder_pass: DecoderPass, *values_SBH: Tensor) -> Tensor:
-        """What a state becomes by a pass's result, where that is no step; in a graph of its own, since a ring frees
-        results and states.
-        """
+        """What a state becomes by a pass's result, where that is no step. A ring frees what it was given."""
         name = MOVING[decoder_pass.move].module
         return self.uses.apart(name.replace("_", " "), getattr(self, name), *values_SBH)
 

@@ -57,8 +57,8 @@ def price_passes(
     """FLOPs per token of each trip on each stage, as ``accounting`` counts them, over those of all layers' forward.
 
     The vocabulary projection stands on the last stage, at block ends that are supervised or teach a head; backward it
-    costs where the language-model loss is taken, and once more where its forward is replayed (before the last block). The
-    embedding is a lookup of no FLOPs.
+    costs where the language-model loss is taken, and once more where its forward is replayed (before the last block).
+    The embedding is a lookup of no FLOPs.
     """
     last = len(layers_per_stage) - 1
     unit = sum(layers_per_stage) * layer_forward_flops(shape)

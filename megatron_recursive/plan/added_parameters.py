@@ -68,9 +68,9 @@ class AddedParameter:
 
 @dataclass(frozen=True)
 class Mover:
-    """What moves a state in place of a step: a module, perhaps without parameters, on the first stage.
+    """What moves a state in place of a step: a module on the first stage, perhaps without parameters.
 
-    ``kept``: tensors of the size of a hidden state that it keeps for its backward.
+    It keeps so many tensors of the size of a hidden state for its backward.
     """
 
     module: str
@@ -128,14 +128,10 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
         asked += COMBINING[word]
     for word in plan.moves:
         step = next(p.step for p in plan.passes if p.move == word)
-        asked += tuple(replace(each, start=_opened(step)) if each.start == "step" else each
-                       for each in MOVING[word].parameters)  # fmt: skip
+        # b with exp(-softplus(b)) = step, or .99 where that is 1, which a gate never is.
+        opened = math.log(math.expm1(max(-math.log(step), 0.01)))
+        asked += tuple(replace(each, start=opened) if each.start == "step" else each for each in MOVING[word].parameters)
     return asked
-
-
-def _opened(step: float) -> float:
-    """``b`` with ``exp(-softplus(b)) = step``, or .99 where that is 1, which a gate never is."""
-    return math.log(math.expm1(max(-math.log(step), 0.01)))
 
 
 def combining_flops(decoder_pass: DecoderPass, hidden_size: int) -> float:

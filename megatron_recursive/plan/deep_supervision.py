@@ -24,7 +24,7 @@ def block_weights(config: RecursionConfig, blocks: int, share: float = 1.0) -> l
 
 
 def share_of(ramp: tuple[int, int], iteration: int) -> float:
-    """The part of the base weight that counts after so many iterations: 0 until START, 1 from END on, a line between."""
+    """The part of the base weight that counts after so many iterations: 0 until START, then a line to 1 at END."""
     start, end = ramp
     return min(max((iteration - start) / (end - start), 0.0), 1.0)
 

@@ -141,8 +141,8 @@ class TrainingKnobs:
         "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats or more by it. Off, gradients pass all blocks.",
         off="--no-detach-between-refinements")
     enable_deep_supervision: bool = _knob(
-        False, "Take the language-model loss after every block and not only after the last one: through all blocks, or, "
-        "where --detach-between-refinements cuts between them, each block by its own loss.",
+        False, "Take the language-model loss after every block and not only after the last one: through all blocks, "
+        "or, where --detach-between-refinements cuts between them, each block by its own loss.",
         off="--disable-deep-supervision")
     deep_supervision_weight: float = _knob(
         0.5, "b: with deep supervision, the weight of earlier blocks' losses, where the last block's has 1; then all "

@@ -283,10 +283,8 @@ class RecursionPlan:
         behind it. It reads the input, or a state that was moved with it.
         """
         for p in (p for p in self.grad_passes if p not in prelude):
-            if "input" in self.sources(p):
-                return p
-            if "input" in self._named(p, p.moved_with):
-                return self.passes[p.index + 1]
+            if "input" in self._named(p, (*p.reads, *p.moved_with)):
+                return p if "input" in self.sources(p) else self.passes[p.index + 1]
         return None
 
     def layers_of(self, num_layers: int) -> dict[str, range]:
@@ -378,7 +376,7 @@ class RecursionPlan:
     def gradient_groups(self, *, tied_embeddings: bool) -> dict[str, bool]:
         """Which parameter groups receive gradient. A tied embedding is also reached through the output head."""
         fed = [p for p in self.grad_passes if p is self.passes[-1] or self.feeds_gradient(p)]
-        reached = any("input" in (*self.sources(p), *self._named(p, p.moved_with)) for p in fed)
+        reached = any("input" in self._named(p, (*p.reads, *p.moved_with)) for p in fed)
         run = {p.stack for p in fed}
         layers = {"layers" if name == "core" else f"{name} layers": name in run for name, count in self.stacks
                   if count != 0}  # fmt: skip

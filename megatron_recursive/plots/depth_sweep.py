@@ -17,6 +17,7 @@ def plot_depth_sweep(record: dict[str, Any], output: Path) -> None:
     pyplot = pyplot_for(output, "--output")
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     loss, settling, by_depth, by_flops = grid.flat
+    labelled: set[str] = set()
     for number, model in enumerate(record["models"]):
         colour, exits = COLOURS[number % len(COLOURS)], model["exits"]
         depths, settled = model["depths"], model["settled"]["shares"]
@@ -30,17 +31,20 @@ def plot_depth_sweep(record: dict[str, Any], output: Path) -> None:
             for axis, key in ((by_depth, "mean_depth"), (by_flops, "flops_per_token")):
                 axis.plot([each[key] for each in found["points"]], [each["loss"] for each in found["points"]], "--",
                           marker=MARKERS[exit], color=colour, linewidth=1, markerfacecolor="none",
-                          label=exit if model is record["models"][0] else None)  # fmt: skip
+                          label=exit if exit not in labelled and axis is by_depth else None)  # fmt: skip
+            labelled.add(exit)
     for axis, x in ((loss, "depth (star: as trained)"), (settling, "depth"), (by_depth, "mean depth under an exit"),
                     (by_flops, "FLOPs a token under an exit")):  # fmt: skip
         axis.set(xlabel=x, ylabel="share of answers settled" if axis is settling else "loss")
         axis.grid(alpha=0.3)
         if axis in (loss, settling):
+            depths = sorted({each["depth"] for model in record["models"] for each in model["depths"]})
             axis.set_xscale("log", base=2)
+            axis.set_xticks(depths, map(str, depths))
+        elif not labelled:
+            axis.text(0.5, 0.5, "no model here can leave early", ha="center", transform=axis.transAxes)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
-        elif axis is not settling:
-            axis.text(0.5, 0.5, "no model here can leave early", ha="center", transform=axis.transAxes)
     try:
         save_picture(figure, output, dpi=130)
     finally:

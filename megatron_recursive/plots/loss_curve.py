@@ -115,11 +115,13 @@ def _along(runs: Sequence[Run], x: str | None) -> tuple[list[Drawn], str]:
 
 def _panels(drawn: Sequence[Drawn]) -> list[Callable[[Any], None]]:
     panels: list[Callable[[Any], None]] = [lambda axis: _draw_loss(axis, drawn, "lm loss", "language-model loss")]
-    losses = [each.blocks("lm loss", "held-out") for each in drawn]
+    kind = "held-out" if any(each.run.of("held-out") for each in drawn) else "train"  # a run may evaluate nothing
+    losses = [each.blocks("lm loss", kind) for each in drawn]
     if any(losses):
         # What has no blocks (a plain GPT) stands beside their last ones.
-        losses = [b or {1: each.points("held-out", "lm loss")} for each, b in zip(drawn, losses, strict=True)]
-        panels.append(lambda axis: _draw_blocks(axis, drawn, losses, "held-out loss after each block"))
+        losses = [b or {1: each.points(kind, "lm loss")} for each, b in zip(drawn, losses, strict=True)]
+        what = f"{kind.replace('train', 'training')} loss after each block"
+        panels.append(lambda axis: _draw_blocks(axis, drawn, losses, what))
     depths = [each.blocks("lm loss", "held-out", of="depth") for each in drawn]
     if any(depths):
         panels.append(lambda axis: _draw_blocks(axis, drawn, depths, "held-out loss at each depth", of="depth"))

@@ -49,6 +49,8 @@ def _figures(run: Run) -> dict[str, Any]:
     end: dict[str, Any] = next(iter(run.of("held-out")[-1:]), {})
     found = [(match, value) for name, value in end.items() if (match := _LOSS_AT.fullmatch(name))]
     blocks, depths = ({int(m[2]): value for m, value in found if m[1] == kind} for kind in ("block", "depth"))
+    names = {int(m[2]): name for name in train[-1] if (m := _LOSS_AT.fullmatch(name)) and m[1] == "block"}
+    learned = {block: [r[name] for r in train if name in r][-LAST:] for block, name in sorted(names.items())}
     return {
         "run": run.name, "file": str(run.file), "description": about.get("description"),
         "layers": int(shape[1]) if shape else None, "width": int(shape[2]) if shape else None,
@@ -58,6 +60,7 @@ def _figures(run: Run) -> dict[str, Any]:
         "seconds": max((r["elapsed"] for r in run.records if "elapsed" in r), default=None), "starts": run.starts,
         "training": {name: {"first": v[0], "mean of the last": sum(v[-LAST:]) / len(v[-LAST:]), "of": len(v[-LAST:])}
                      for name, v in values.items() if v},
+        "training by block": {str(block): sum(v) / len(v) for block, v in learned.items()},
         "held out": end.get("lm loss"), "held out at": end.get("iteration"),
         "blocks": [blocks[block] for block in sorted(blocks)], "steps": end.get("expected refinement steps"),
         "depths": {str(depth): depths[depth] for depth in sorted(depths)},
@@ -84,6 +87,9 @@ def _one(f: dict[str, Any], about: dict[str, Any]) -> list[str]:
         lines.append(f"expected refinement steps at the halting threshold: {f['steps']:.2f}")
     if f["held out"] is not None:
         lines.append(f"held-out lm loss at iteration {f['held out at']}: {f['held out']:.3f}")
+    if len(f["training by block"]) > 1:
+        each = ", ".join(f"{block}: {loss:.3f}" for block, loss in f["training by block"].items())
+        lines.append(f"training lm loss after each refinement block: {each}")
     if f["blocks"]:
         each = ", ".join(f"{block}: {loss:.3f}" for block, loss in enumerate(f["blocks"], start=1))
         lines.append(f"held-out lm loss after each refinement block: {each}")

@@ -89,7 +89,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
-# --- what a pass is given of what it reads --------------------------------------------------------------------------
+# --- what a pass is given of what it reads, and how a state is moved by what it makes --------------------------------
 
 
 class RecursiveGPTAdapter(nn.Linear):
@@ -117,8 +117,6 @@ class RecursiveGPTInjection(nn.Module):
 
 
 COMBINING_MODULES = {"concat": RecursiveGPTAdapter, "diagonal": RecursiveGPTInjection}
-
-# --- how a state is moved by what a pass makes ----------------------------------------------------------------------
 
 
 class RecursiveGPTBoundaryGate(nn.Module):

@@ -20,6 +20,8 @@ WEIGHT, TEMPERATURE = 0.7, 2.0
 CASES = {
     "halting": Case(transformer={"num_layers": 2}),
     "gate": Case({"recursion_family": "looped", "num_refinement_blocks": 3, "exit_gate": True}),
+    "deep supervision": Case({"halt_loss_weight": 0.0, "enable_deep_supervision": True,
+                              "detach_between_refinements": False}),
     "untied": Case({"halt_loss_weight": 0.0, "detach_between_refinements": False}, micro_batches=6,
                                     model={"share_embeddings_and_output_weights": False}),
 }  # fmt: skip
@@ -108,14 +110,14 @@ def _against_formula(donor: Path) -> None:
 
 @pytest.mark.parametrize("kind", grid(["llama", "qwen3"], quick=["llama"]))
 def test_the_objective_is_the_formulas(donors: Path, kind: str) -> None:
-    run_distributed(_against_formula, 1, donors / kind, timeout=120)
+    run_distributed(_against_formula, 1, donors / kind, timeout=400)
 
 
 @pytest.mark.parametrize("layout", grid(LAYOUTS, quick=["TP 2, PP 2"]))
 def test_layouts(donors: Path, layout: str) -> None:
     ranks, how = LAYOUTS[layout]
-    (serial,) = run_distributed(distilled, 1, donors / "llama", Layout(), timeout=120)
-    for rank in run_distributed(distilled, ranks, donors / "llama", how, timeout=120):
+    (serial,) = run_distributed(distilled, 1, donors / "llama", Layout(), timeout=400)
+    for rank in run_distributed(distilled, ranks, donors / "llama", how, timeout=400):
         for name, (losses, gradients) in rank.items():
             expected_losses, expected = serial[name]
             assert not losses or losses == pytest.approx(expected_losses, rel=1e-6, abs=1e-6)

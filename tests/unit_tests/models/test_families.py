@@ -113,16 +113,17 @@ CASES = {
     "looped-supervised": Case({"recursion_family": "looped", "num_refinement_blocks": 3, **DEEP}, transformer=FOUR,
                               evaluate=True),
     "looped-supervised-one-norm": Case(
-        {"recursion_family": "looped", "num_refinement_blocks": 4, "state_norm": "none", "halt_loss_weight": 0.0, **DEEP,
-         "deep_supervision_schedule": "exponential_decay", "deep_supervision_weight": 0.8}, transformer=FOUR,
+        {"recursion_family": "looped", "num_refinement_blocks": 4, "state_norm": "none", "halt_loss_weight": 0.0,
+         **DEEP, "deep_supervision_schedule": "exponential_decay", "deep_supervision_weight": 0.8}, transformer=FOUR,
         model=UNTIED,
     ),
     "core-supervised": Case(
-        {"num_refinement_blocks": 3, "detach_between_refinements": False, **DEEP}, transformer={**FOUR, **FULL_RECOMPUTE}
+        {"num_refinement_blocks": 3, "detach_between_refinements": False, **DEEP},
+        transformer={**FOUR, **FULL_RECOMPUTE},
     ),
     "core-supervised-apart": Case(
-        {"num_refinement_blocks": 3, **DEEP, "deep_supervision_schedule": "linear_decay"}, transformer=FOUR, model=UNTIED,
-        evaluate=True,
+        {"num_refinement_blocks": 3, **DEEP, "deep_supervision_schedule": "linear_decay"}, transformer=FOUR,
+        model=UNTIED, evaluate=True,
     ),
     "hierarchical-supervised": Case(
         {"recursion_family": "hierarchical", "num_refinement_blocks": 3, "latent_backprop_depth": "1,2",
@@ -293,7 +294,7 @@ def in_one_process(cases: dict[str, Case]) -> dict[str, Any]:
 
 @cache
 def serial() -> dict[str, tuple[tuple[tuple[float, str], float, float], Training]]:
-    found: dict[str, Any] = run_distributed(in_one_process, 1, CASES, timeout=120)[0]
+    found: dict[str, Any] = run_distributed(in_one_process, 1, CASES, timeout=300)[0]
     return found
 
 
@@ -349,7 +350,7 @@ def starts() -> dict[str, Any]:
         "another token": [float(x) for x in (start(ids, 1, True) - start(moved, 1, True)).abs().amax((1, 2))],
         "leak": [float((seen(ids, train) - seen(moved, train))[:, :9].abs().max()) for train in (True, False)],
     }
-    for name in ("huginn", "parcae"):
+    for name in ("huginn", "parcae", "gate"):
         chunk, config = build_model(CASES[name]), OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1)
         names = {id(p): key for key, p in chunk.named_parameters()}
         for group in _get_param_groups([chunk], config, get_standard_config_overrides(config)):
@@ -364,6 +365,7 @@ def test_a_sampled_start_depends_on_positions_and_in_training_on_the_step_and_th
     assert max(found["another token"][:9]) == 0 and min(found["another token"][9:]) > 0
     assert found["leak"] == [0.0, 0.0]
     assert found["adapter.weight"] == 1 and {found[f"injection.{name}"] for name in ("A_log", "dt_bias", "B")} == {0}
+    assert {found[f"boundary_gate.{name}"] for name in ("A_log", "bias", "down", "up")} == {0}
 
 
 def test_stages_watched_one_by_one_are_one_process() -> None:

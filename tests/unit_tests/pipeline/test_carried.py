@@ -45,6 +45,7 @@ FRESH = (False, True)  # the second sample of each micro-batch starts anew at th
 def on_carried_states(cases: dict[str, Case], layout: Layout) -> dict[str, list[Training]]:
     """Steps on one batch; of the last one, another sample in one slot; then one on the batch of another step."""
     from megatron.core import parallel_state
+    from megatron.core.utils import unwrap_model
 
     from megatron_recursive.models.carried_states import CarriedStates
 
@@ -52,7 +53,7 @@ def on_carried_states(cases: dict[str, Case], layout: Layout) -> dict[str, list[
     for name, case in cases.items():
         wrapped, found[name] = build_wrapped(case, layout), []
         count = case.micro_batches // parallel_state.get_data_parallel_world_size()
-        carried = wrapped.module.carried_states = CarriedStates(count)
+        carried = unwrap_model(wrapped).carried_states = CarriedStates(count)
         for step in range(STEPS + 1):
             fresh = [torch.tensor(FRESH)] * count if step == STEPS - 1 else None
             carried.begin(fresh, anew=step in (0, STEPS))

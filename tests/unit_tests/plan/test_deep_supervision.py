@@ -19,9 +19,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def config_of(family: str, blocks: int = 3, **knobs: Any) -> RecursionConfig:
-    return RecursionConfig(
-        enable_deep_supervision=True, num_refinement_blocks=blocks, embedding_multiplier=1.0, **FAMILIES[family], **knobs
-    )
+    knobs |= {"num_refinement_blocks": blocks, "embedding_multiplier": 1.0, **FAMILIES[family]}
+    return RecursionConfig(enable_deep_supervision=True, **knobs)
 
 
 def plain(config: RecursionConfig) -> RecursionPlan:

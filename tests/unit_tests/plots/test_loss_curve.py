@@ -51,6 +51,9 @@ def test_several_runs_share_a_picture(tmp_path, monkeypatch):
     assert {"training, one logged iteration", "training, mean of 3 logged iterations"} <= {*texts}
     assert {"held-out, one evaluation", "language-model loss", "halting loss", "block 1", "block 4"} <= {*texts}
     assert "iteration" in texts_of(plot_loss_curve(["default", "plain"], tmp_path / "x.svg", "iteration"))
+    learned = [train(i, 3.0, **{"lm loss block 1": 4.0, "lm loss block 2": 3.0}) for i in (1, 2)]
+    file = write(tmp_path / "learned.jsonl", *learned)  # of a run that evaluates nothing
+    assert "training loss after each block" in texts_of(plot_loss_curve([file], tmp_path / "x.svg"))
     depths = {"lm loss depth 1": 6.0, "lm loss depth 16": 4.0}
     file = write(tmp_path / "deep.jsonl", *run_of(2), valid(60, 5.0, 4.5, **depths))
     texts = texts_of(plot_loss_curve([file], tmp_path / "x.svg"))

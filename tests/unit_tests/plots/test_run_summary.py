@@ -9,11 +9,13 @@ from tests.unit_tests.plots.records import start, train, valid, write
 
 
 def test_what_a_stranger_wants_to_know_is_there(tmp_path):
-    steps = [train(i, 9.0 - i, **{"halt loss": 0.5}, time=10.0 * i) for i in (1, 2, 3)]
+    by_block = {"lm loss block 1": 7.5, "lm loss block 3": 6.25}
+    steps = [train(i, 9.0 - i, **{"halt loss": 0.5}, **by_block, time=10.0 * i) for i in (1, 2, 3)]
     told = {"expected refinement steps": 1.75, "lm loss depth 16": 6.25, "lm loss depth 3": 6.5}
     evaluated = valid(3, 7.25, 6.5, 6.5, **told, time=3700.0)
     alarm = {"kind": "alarm", "iteration": 4, "alarm": "tokens have collapsed."}
-    resumed = start(iteration=3, time=5000.0), train(4, 5.0, time=5020.0), alarm, start(time=9000.0, iteration=4)
+    fourth = train(4, 5.0, **by_block, time=5020.0)
+    resumed = start(iteration=3, time=5000.0), fourth, alarm, start(time=9000.0, iteration=4)
     file = write(tmp_path / "m.jsonl", start(time=0.0), *steps, evaluated, *resumed)
     text, figures = summarize_runs([file])
     assert all(len(line) <= 100 for line in text.split("\n"))
@@ -22,6 +24,7 @@ def test_what_a_stranger_wants_to_know_is_there(tmp_path):
     assert "spent: 256 tokens, 2.56e08 FLOPs, 1h 02m" in text
     assert "iterations 1 to 4: lm loss 8.000 -> 6.500" in text and "the mean of the last 4 logged" in text
     assert "after each refinement block: 1: 7.250, 2: 6.500, 3: 6.500" in text
+    assert "training lm loss after each refinement block: 1: 7.500, 3: 6.250" in text
     assert "block 2 adds 0.750, block 3 adds 0.000 nats: all after block 2 adds nothing" in text
     assert "held-out lm loss at depths: 3: 6.500, 16: 6.250" in text
     assert "beside a run with --disable-recursive-refinement" in text

@@ -26,7 +26,8 @@ PLAIN = ["--disable-recursive-refinement"]
 TIMES = ("time", "seconds", "tokens per second")
 PATCHED = (
     "training_log", "evaluate", "evaluate_and_print_results", "load_checkpoint", "save_checkpoint", "train",
-    "report_theoretical_memory", "num_floating_point_operations", "get_megatron_optimizer", "train_step",
+    "report_theoretical_memory", "num_floating_point_operations", "get_megatron_optimizer",
+    "get_optimizer_param_scheduler", "train_step",
 )  # fmt: skip
 
 

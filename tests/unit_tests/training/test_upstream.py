@@ -42,6 +42,8 @@ def _facts() -> dict[str, Any]:
             "train_step": calls(training.train, "train_step"),
             "second parser": calls(training.pretrain, "ft_integration.setup"),
             "get_megatron_optimizer": calls(training.setup_model_and_optimizer, "get_megatron_optimizer"),
+            "scheduler": calls(training.setup_model_and_optimizer, "get_optimizer_param_scheduler")
+            and "self.get_lr(" in inspect.getsource(OptimizerParamScheduler.step),
             "load_checkpoint": calls(training.setup_model_and_optimizer, "load_checkpoint"),
             "num_floating_point_operations": calls(training.training_log, "num_floating_point_operations"),
             "rotary positions": calls(rope_utils.apply_rotary_pos_emb, "_apply_rotary_pos_emb_bshd"),
