@@ -130,7 +130,8 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
         step = next(p.step for p in plan.passes if p.move == word)
         # b with exp(-softplus(b)) = step, or .99 where that is 1, which a gate never is.
         opened = math.log(math.expm1(max(-math.log(step), 0.01)))
-        asked += tuple(replace(each, start=opened) if each.start == "step" else each for each in MOVING[word].parameters)
+        declared = MOVING[word].parameters
+        asked += tuple(replace(each, start=opened) if each.start == "step" else each for each in declared)
     return asked
 
 
