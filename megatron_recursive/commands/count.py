@@ -22,7 +22,6 @@ from megatron_recursive.plan.recursion_config import renewed, retrofit
 
 SUMMARY = "Count a model's parameters, FLOPs and cache by part, and the memory of each rank in a layout."
 VERSION = 1  # of the record
-STEPS = 2_000  # of a run whose steps differ, of which the mean is counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,9 +101,7 @@ def open_model(args: argparse.Namespace) -> Model:
 
 def _steps(arch: Architecture, values: dict[str, Any]) -> StepPlans:
     config = RecursionConfig.from_mapping(values).resolved(embedding_init_std=arch.init_std)
-    _, last = config.deep_supervision_warmup or (0, 0)
-    iterations = (values.get("train_iters") if last else None) or max(STEPS, last)
-    return StepPlans(config, build_plan(config), seed=None, iterations=iterations)
+    return StepPlans(config, build_plan(config), seed=None)
 
 
 def count(args: argparse.Namespace) -> dict[str, Any]:

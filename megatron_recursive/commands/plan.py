@@ -100,11 +100,9 @@ def run(args: argparse.Namespace) -> None:
     from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
 
     resolved, flops = recursion.resolved(embedding_init_std=arch.init_std), args.peak_tflops * 1e12 * args.mfu
-    iterations = max(1000, *(resolved.deep_supervision_warmup or (0,)))
-    if tokens:
-        iterations = -(-int(tokens) // (args.global_batch_size * args.seq_length))
+    iterations = -(-int(tokens) // (args.global_batch_size * args.seq_length)) if tokens else None
     steps = StepPlans(resolved, build_plan(resolved), seed=None, iterations=iterations)
-    plan = steps.own_plan(iterations)
+    plan = steps.own_plan(steps.iterations)
     job = job_of(args, arch, steps.deepest, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
                  pads_vocabulary=not (args.ckpt or args.hf))  # fmt: skip
     fitting = fitting_layouts(job)
@@ -123,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         "passes_with_gradient": len(plan.grad_passes), "steps": steps.describe(), "parameters_held": parameters.held,
         "parameters_unrolled": parameters.unrolled, "flops_per_token": flops, "assumed_mfu": args.mfu,
         "assumed_peak_tflops": args.peak_tflops, "layouts": [_figures(args, job, x, flops, tokens) for x in found],
-        "command": command("pretrain", *_words(args, values, job, arch, recursion, found[0], iterations)),
+        "command": command("pretrain", *_words(args, values, job, arch, recursion, found[0], iterations or 1000)),
     }  # fmt: skip
     text = _text(args, job, report)
     if args.timeline:

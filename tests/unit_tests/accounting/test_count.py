@@ -153,10 +153,7 @@ def test_fewer_blocks_keep_the_windows_of_the_last_ones(tmp_path: Path) -> None:
     assert [(each["passes"], each["passes_with_gradient"]) for each in found] == [(4, 3)] * 2
 
 
-@pytest.mark.parametrize("flags", [
-    "--recurrence-distribution uniform", "--grow-depth-at 0.5:4",
-    "--enable-deep-supervision --deep-supervision-warmup 1000 9000",
-])  # fmt: skip
+@pytest.mark.parametrize("flags", ["--recurrence-distribution uniform", "--grow-depth-at 0.5:4"])
 def test_plan_and_count_agree_on_steps_that_differ(flags: str) -> None:
     """Both in memory, which is that of the deepest step, and in the mean FLOPs; time goes by these."""
     model = ["--num-layers", 4, "--hidden-size", 64, "--num-attention-heads", 4, "--recursion-family", "looped",
@@ -165,8 +162,7 @@ def test_plan_and_count_agree_on_steps_that_differ(flags: str) -> None:
     (layout,), (stage,) = plan["layouts"], record["memory"]["bytes_by_stage"]
     assert stage["total"] / 2**30 == pytest.approx(layout["total_gib"])
     assert plan["flops_per_token"] == pytest.approx(record["flops_per_token"]["training"], rel=2e-3)
-    assert 0.3 < layout["mfu"] < 0.41 and plan["steps"]  # logits of earlier blocks are computed again
-    assert f"--train-iters={9000 if 'warmup' in flags else 1000}" in plan["command"]
+    assert 0.35 < layout["mfu"] < 0.41 and plan["steps"]
 
 
 def test_supervision_steps_are_counted_as_they_are_exported() -> None:

@@ -16,11 +16,12 @@ from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, records_
 # Iterations 1 to 3 are those of the last block alone: passes without gradient, and two phases.
 RAMP, STEPS = (2, 5), 6
 HOW = ["--num-layers", "4", "--global-batch-size", "20", "--train-iters", str(STEPS), "--hidden-dropout", "0",
-       "--attention-dropout", "0", "--adam-eps", "1e-4", "--seed", "3", "--eval-iters", "1"]  # fmt: skip
+       "--attention-dropout", "0", "--adam-eps", "1e-4", "--seed", "3", "--eval-iters", "1",
+       "--use-distributed-optimizer"]  # fmt: skip
 DEEP = ["--num-refinement-blocks", "3", "--num-latent-refinements", "1", "--enable-deep-supervision",
         "--deep-supervision-schedule", "linear_decay", "--deep-supervision-warmup", *map(str, RAMP)]  # fmt: skip
 PLANS = {"apart": DEEP, "all blocks": [*DEEP, "--no-detach-between-refinements", "--halt-supervision", "last"]}
-PP2, DP = ["--pipeline-model-parallel-size", "2"], ["--use-distributed-optimizer", "--overlap-grad-reduce"]
+PP2, DP = ["--pipeline-model-parallel-size", "2"], ["--overlap-grad-reduce"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "PP 2 x DP 2": (4, [*PP2, *DP, "--overlap-param-gather", "--ddp-bucket-size", "2000", "--pipeline-phases", "two",
                         "--pipeline-window", "2"]),
