@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         "passes_with_gradient": len(plan.grad_passes), "steps": steps.describe(), "parameters_held": parameters.held,
         "parameters_unrolled": parameters.unrolled, "flops_per_token": flops, "assumed_mfu": args.mfu,
         "assumed_peak_tflops": args.peak_tflops, "layouts": [_figures(args, job, x, flops, tokens) for x in found],
-        "command": command("pretrain", *_words(args, values, job, arch, recursion, found[0], iterations or 1000)),
+        "command": command("pretrain", *_words(args, values, job, arch, recursion, found[0], iterations)),
     }  # fmt: skip
     text = _text(args, job, report)
     if args.timeline:
@@ -301,7 +301,7 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
 
 def _words(
     args: argparse.Namespace, values: dict[str, Any], job: Job, arch: Architecture, recursion: RecursionConfig,
-    layout: Layout, iterations: int,
+    layout: Layout, iterations: int | None,
 ) -> list[str]:  # fmt: skip
     """The flags of a run in a layout, to be given on each node."""
     from megatron_recursive.pipeline.balance import split_flags
@@ -328,7 +328,7 @@ def _words(
         f"--seq-length={args.seq_length}", *(flag for flag in arch.megatron_flags() if flag not in unsaid),
         *(flag for flag in recursion.flags() if flag not in RecursionConfig().flags()),
         "--hidden-dropout=0", "--attention-dropout=0", "--lr=3e-4",
-        f"--train-iters={iterations}",
+        f"--train-iters={iterations or max(1000, *(recursion.deep_supervision_warmup or (0,)))}",
         "--data-path=DATA", "--split=949,50,1", "--save=SAVE", "--save-interval=1000",
         f"--tokenizer-type={values.get('tokenizer_type') or 'HuggingFaceTokenizer'}",
         f"--tokenizer-model={values.get('tokenizer_model') or 'TOKENIZER'}",
