@@ -18,7 +18,7 @@ from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.plan.added_parameters import added_parameters
 from megatron_recursive.plan.knobs import flag_of, knobs_in
-from megatron_recursive.plan.recursion_config import retrofit
+from megatron_recursive.plan.recursion_config import renewed, retrofit
 
 SUMMARY = "Count a model's parameters, FLOPs and cache by part, and the memory of each rank in a layout."
 VERSION = 1  # of the record
@@ -81,7 +81,7 @@ def open_model(args: argparse.Namespace) -> Model:
         values, stored = checkpoint.arguments(), checkpoint.dtypes["embedding.word_embeddings.weight"]
         arch = Architecture.from_megatron(values, name)
         is_plain = values.get("enable_recursive_refinement") is None and not knobs  # of Megatron's own training
-        steps = _steps(arch, {"enable_recursive_refinement": False} if is_plain else {**values, **knobs})
+        steps = _steps(arch, {"enable_recursive_refinement": False} if is_plain else renewed(values, knobs))
         return Model("checkpoint", arch, steps, arch.padded_vocab_size, str(stored).removeprefix("torch."), values)
     from megatron_recursive.hf.convert.sources import cached_folder, open_source
 
@@ -94,7 +94,7 @@ def open_model(args: argparse.Namespace) -> Model:
     asked = knobs or (theirs and own is None)
     steps = StepPlans(RecursionConfig(), own or RecursionPlan.plain())
     if asked:
-        steps = _steps(arch, {**started, **knobs})
+        steps = _steps(arch, renewed(started, knobs))
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     return Model("Hugging Face", arch, steps, arch.vocab_size, dtype, arch.to_megatron())
 
@@ -109,13 +109,15 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_recursive.pipeline.layouts import layout_of
 
     model = open_model(args)
-    arch, steps, plan = model.arch, model.steps, model.steps.plan
+    arch, steps = model.arch, model.steps
+    plan = steps.own_plan(steps.iterations)
+    served = plan.with_blocks(plan.depth * steps.config.num_supervision_steps)  # as it is evaluated and exported
     args.gpus = args.gpus or args.tp * args.pp
     args.bf16 = args.bf16 or model.dtype == "bfloat16"
     planning.complete_job(args, model.values)
     shape = arch.shape(args.seq_length, model.rows if model.source == "Hugging Face" else None)
     shape = replace(shape, vocab_size=model.rows)
-    cache = accounting.cache_bytes_per_token(shape, plan, 4 if model.dtype == "float32" else 2)
+    cache = accounting.cache_bytes_per_token(shape, served, 4 if model.dtype == "float32" else 2)
     job = planning.job_of(args, arch, steps.deepest, memory=0.0, flops=1.0, pads_vocabulary=args.model is None)
     found = layout_of(job, args.tp, args.pp)
     return {
@@ -127,7 +129,7 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
             "passes": plan.num_passes, "passes_with_gradient": len(plan.grad_passes), "dtype": model.dtype,
             "steps": steps.describe(),
         },
-        "parameters": parameters_of(shape, plan), "flops_per_token": flops_of(shape, steps.counts(), plan),
+        "parameters": parameters_of(shape, plan), "flops_per_token": flops_of(shape, steps.counts(), served),
         "cache_bytes_per_token": cache,
         "memory": {
             **{name: getattr(found, name) for name in ("tensor", "pipeline", "data", "micro_batches")},

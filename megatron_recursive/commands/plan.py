@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_recursive.accounting import Recording, StateBytes, count_parameters, mean_flops_per_token
+from megatron_recursive.accounting import Recording, StateBytes, count_parameters, flops_per_token, mean_flops_per_token
 from megatron_recursive.command_line import command, example
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.plan.knobs import TRAINED, flag_of, knobs_in
-from megatron_recursive.plan.recursion_config import add_recursion_arguments, retrofit
+from megatron_recursive.plan.recursion_config import add_recursion_arguments, renewed, retrofit
 
 if TYPE_CHECKING:
     from megatron_recursive.pipeline.layouts import Job, Layout
@@ -95,13 +96,14 @@ def run(args: argparse.Namespace) -> None:
     args.peak_tflops = args.peak_tflops or (989.0 if args.bf16 else 67.0)
     arch, knobs = Architecture.from_megatron(values, args.ckpt or args.hf or "The model"), knobs_in(vars(args))
     imported = retrofit(knobs, arch.num_layers) if args.hf and not knobs_in(values) else {}  # as convert import does
-    recursion = RecursionConfig.from_mapping({**imported, **values, **knobs})
+    recursion = RecursionConfig.from_mapping(renewed({**imported, **values}, knobs))
     from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
 
     resolved, flops = recursion.resolved(embedding_init_std=arch.init_std), args.peak_tflops * 1e12 * args.mfu
-    steps = StepPlans(resolved, build_plan(resolved), seed=None)
-    grown = steps.own_plan(steps.iterations)
-    job = job_of(args, arch, grown, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
+    iterations = -(-int(tokens) // (args.global_batch_size * args.seq_length)) if tokens else None
+    steps = StepPlans(resolved, build_plan(resolved), seed=None, iterations=iterations)
+    plan = steps.own_plan(steps.iterations)
+    job = job_of(args, arch, steps.deepest, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
                  pads_vocabulary=not (args.ckpt or args.hf))  # fmt: skip
     fitting = fitting_layouts(job)
     if not fitting:
@@ -110,14 +112,16 @@ def run(args: argparse.Namespace) -> None:
     if not found:
         sizes = ", ".join(f"{x.tensor} x {x.pipeline}" for x in fitting[:8])
         raise UserError(f"No layout of these --tp and --pp fits; those that do have TP x PP of {sizes}.")
-    parameters = count_parameters(job.shape, job.plan)
+    parameters = count_parameters(job.shape, plan)
     flops = mean_flops_per_token(job.shape, steps.counts()).total
+    share = flops / flops_per_token(job.shape, job.plan).total  # of the time of the deepest step
+    found = [replace(each, seconds=each.seconds * share) for each in found]
     report = {
-        "layers": arch.num_layers, "width": arch.hidden_size, "passes": job.plan.num_passes,
-        "passes_with_gradient": len(job.plan.grad_passes), "parameters_held": parameters.held,
+        "layers": arch.num_layers, "width": arch.hidden_size, "passes": plan.num_passes,
+        "passes_with_gradient": len(plan.grad_passes), "steps": steps.describe(), "parameters_held": parameters.held,
         "parameters_unrolled": parameters.unrolled, "flops_per_token": flops, "assumed_mfu": args.mfu,
         "assumed_peak_tflops": args.peak_tflops, "layouts": [_figures(args, job, x, flops, tokens) for x in found],
-        "command": command("pretrain", *_words(args, values, job, arch, recursion, found[0], tokens)),
+        "command": command("pretrain", *_words(args, values, job, arch, recursion, found[0], iterations)),
     }  # fmt: skip
     text = _text(args, job, report)
     if args.timeline:
@@ -272,6 +276,7 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
         f"{report['parameters_unrolled'] / 1e6:,.0f} M unrolled, {report['flops_per_token'] / 1e9:,.2f} GFLOPs a token",
         f"{job.gpus} GPUs of {args.gpu_memory:g} GiB ({USABLE:.0%} may be filled), {'bf16' if args.bf16 else 'fp32'}; "
         f"a step of {job.global_batch} x {args.seq_length:,} tokens in micro-batches of {args.micro_batch_size}",
+        *(f"{steps}; memory is of the deepest step, time of the mean one" for steps in [report["steps"]] if steps),
     ]
     rows = ["".join(f"{name:>{form.partition('.')[0].rstrip('d,')}}" for name, _, form in columns)]
     rows += ["".join(f"{each[key]:{form}}" for _, key, form in columns) for each in report["layouts"][:SHOWN]]
@@ -296,7 +301,7 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
 
 def _words(
     args: argparse.Namespace, values: dict[str, Any], job: Job, arch: Architecture, recursion: RecursionConfig,
-    layout: Layout, tokens: float | None,
+    layout: Layout, iterations: int | None,
 ) -> list[str]:  # fmt: skip
     """The flags of a run in a layout, to be given on each node."""
     from megatron_recursive.pipeline.balance import split_flags
@@ -323,7 +328,7 @@ def _words(
         f"--seq-length={args.seq_length}", *(flag for flag in arch.megatron_flags() if flag not in unsaid),
         *(flag for flag in recursion.flags() if flag not in RecursionConfig().flags()),
         "--hidden-dropout=0", "--attention-dropout=0", "--lr=3e-4",
-        f"--train-iters={-(-int(tokens) // job.tokens_per_step) if tokens else 1000}",
+        f"--train-iters={iterations or max(1000, *(recursion.deep_supervision_warmup or (0,)))}",
         "--data-path=DATA", "--split=949,50,1", "--save=SAVE", "--save-interval=1000",
         f"--tokenizer-type={values.get('tokenizer_type') or 'HuggingFaceTokenizer'}",
         f"--tokenizer-model={values.get('tokenizer_model') or 'TOKENIZER'}",

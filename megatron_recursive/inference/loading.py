@@ -19,7 +19,7 @@ from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.data.tokenizer import gpt2_tokenizer, is_hub_name, load_tokenizer
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.files import check_generation_settings
-from megatron_recursive.hf.convert.sources import cached_folder
+from megatron_recursive.hf.convert.sources import cached_folder, is_published
 from megatron_recursive.inference.text import NumberText, Text, TokenizerText
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,6 +115,10 @@ def _open_folder(
         )
     # transformers and safetensors raise OSError, ValueError, KeyError, RuntimeError and their own for broken folders.
     except Exception as error:
+        if is_published(path):
+            line = command("convert", "import", "--hf", given, "--out", "CKPT")
+            raise UserError(f"--model {given} has a class that is no part of transformers; import it first ({line}), "
+                            "then give --model CKPT.") from error  # fmt: skip
         raise UserError(f"--model {given} cannot be loaded ({_reason(error)}); check the folder.") from error
     if device_map is None:
         model.to(device)

@@ -265,6 +265,12 @@ def retrofit(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
             "recurrence_step": "mean"}  # fmt: skip
 
 
+def renewed(theirs: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of a source, with those that are given in place of its own; of fewer blocks the windows of the last."""
+    windows = str(theirs.get("latent_backprop_depth", "")).split(",")[-given.get("num_refinement_blocks", 0) :]
+    return {**theirs, **({"latent_backprop_depth": ",".join(windows)} if any(windows) else {}), **given}
+
+
 def initial_std(hidden_size: int) -> float:
     """The std at which the matrices of a fresh recursive model start, where --init-method-std does not say otherwise.
 

@@ -49,7 +49,7 @@ from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY, added_parameters
 from megatron_recursive.plan.knobs import OF_FAMILIES, flag_of
-from megatron_recursive.plan.recursion_config import retrofit
+from megatron_recursive.plan.recursion_config import renewed, retrofit
 
 ARGUMENTS_FILE = "megatron_args.txt"
 REPORT_FILE = "conversion.json"
@@ -156,9 +156,7 @@ def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> Recursi
             if given.get(name, getattr(theirs, name)) != getattr(theirs, name):
                 raise UserError(f"{source.name} is {theirs.recursion_family} in itself, with {flag_of(name)} "
                                 f"{getattr(theirs, name)}; leave that flag out.")  # fmt: skip
-        blocks = given.get("num_refinement_blocks", theirs.num_refinement_blocks)
-        windows = ",".join(map(str, theirs.latent_windows[-blocks:]))  # of the last blocks, where fewer are asked for
-        return RecursionConfig.from_mapping({**theirs.to_dict(), "latent_backprop_depth": windows, **given})
+        return RecursionConfig.from_mapping(renewed(theirs.to_dict(), given))
     recursion = RecursionConfig.from_mapping({**retrofit(given, layers), **given})
     if source.family.own_class:
         knobs = RecursionConfig.from_mapping(source.config.recursion)
@@ -166,7 +164,7 @@ def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> Recursi
         if not given and build_plan(own) != source.plan:
             raise UserError(f"{source.name} has a plan that its knobs do not give; import it with recursion flags.")
         same = "recursion_family" not in given or recursion.recursion_family == own.recursion_family
-        recursion = RecursionConfig.from_mapping({**own.to_dict(), **given}) if same else recursion
+        recursion = RecursionConfig.from_mapping(renewed(own.to_dict(), given)) if same else recursion
     return recursion.resolved(embedding_init_std=source.arch.init_std, from_plain_gpt=True)
 
 

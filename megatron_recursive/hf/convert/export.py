@@ -220,6 +220,8 @@ def _cache_size(model: MegatronModel, report: Report) -> str:
 
 
 def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) -> None:
+    if model.as_published:  # its class has ids of its own
+        ids = {name: value for name, value in ids.items() if value is not None}
     config = {**_config(model), **ids}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -15,7 +15,7 @@ from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.configs import family_of, read_config
-from megatron_recursive.hf.convert.mappings import OWN, Family, Row, items, recursive_rows
+from megatron_recursive.hf.convert.mappings import OWN, PUBLISHED, Family, Row, items, recursive_rows
 from megatron_recursive.hf.convert.published_recurrent import RenamedTensors, open_raven
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.hf.convert.stacks import layer_numbers
@@ -119,6 +119,14 @@ def cached_folder(name: str) -> Path:
         raise UserError(
             f"{name} is neither a folder nor complete in the hub's cache; fetch it with: hf download {name}"
         ) from error
+
+
+def is_published(folder: Path) -> bool:
+    """Whether it holds a recursive model whose class only an import knows."""
+    try:
+        return read_json(folder / "config.json").get("model_type") in {family.model_type for family in PUBLISHED}
+    except UserError:
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -28,9 +28,9 @@ STACKS = {"core": {"core": (0, 6)}, "recurrent": {"prelude": (0, 2), "core": (2,
           "looped": {"core": (0, 6)}, "hierarchical": {"low": (0, 3), "high": (3, 6)}}  # fmt: skip
 
 
-def count(*words: object) -> dict[str, Any]:
+def count(*words: object, command: str = "count") -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        main(["count", *map(str, words), "--json"])
+        main([command, *map(str, words), "--json"])
     return json.loads(said.getvalue())
 
 
@@ -143,6 +143,37 @@ def test_mistakes_end_in_a_sentence(words: list[str], said: str, capsys: pytest.
     assert (ended.value.code, out) == (2, "") and err.startswith(f"error: {said}") and err.count("\n") == 1, err
 
 
+def test_fewer_blocks_keep_the_windows_of_the_last_ones(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 64, "hidden_size": 60, "num_attention_heads": 6, "intermediate_size": 100,
+             "num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 3, "L_bp_cycles": [1, 2]}  # fmt: skip
+    transformers.HrmTextConfig(**shape, architectures=["HrmTextForCausalLM"]).save_pretrained(tmp_path)
+    found = [count("--model", tmp_path, "--H-cycles", 1)["model"],
+             count("--gpus", 1, "--hf", tmp_path, "--H-cycles", 1, command="plan")]  # fmt: skip
+    assert [(each["passes"], each["passes_with_gradient"]) for each in found] == [(4, 3)] * 2
+
+
+@pytest.mark.parametrize("flags", ["--recurrence-distribution uniform", "--grow-depth-at 0.5:4"])
+def test_plan_and_count_agree_on_steps_that_differ(flags: str) -> None:
+    """Both in memory, which is that of the deepest step, and in the mean FLOPs; time goes by these."""
+    model = ["--num-layers", 4, "--hidden-size", 64, "--num-attention-heads", 4, "--recursion-family", "looped",
+             "--num-refinement-blocks", 3, "--seq-length", 32, *flags.split()]  # fmt: skip
+    record, plan = count(*model), count("--gpus", 1, *model, command="plan")
+    (layout,), (stage,) = plan["layouts"], record["memory"]["bytes_by_stage"]
+    assert stage["total"] / 2**30 == pytest.approx(layout["total_gib"])
+    assert plan["flops_per_token"] == pytest.approx(record["flops_per_token"]["training"], rel=2e-3)
+    assert 0.35 < layout["mfu"] < 0.41 and plan["steps"]
+
+
+def test_supervision_steps_are_counted_as_they_are_exported() -> None:
+    model = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-latent-refinements 1".split()
+    carried = count(*model, "--num-refinement-blocks", 2, "--num-supervision-steps", 3)
+    exported = count(*model, "--num-refinement-blocks", 6)
+    assert carried["flops_per_token"]["inference"] == exported["flops_per_token"]["inference"]
+    assert carried["cache_bytes_per_token"] == exported["cache_bytes_per_token"]
+    assert carried["flops_per_token"]["training"] < exported["flops_per_token"]["training"]
+
+
 def test_steps_of_several_depths_are_counted_at_what_is_to_be_expected() -> None:
     model = ["--num-layers", 4, "--hidden-size", 64, "--num-attention-heads", 4, "--vocab-size", 100,
              "--seq-length", 32, "--recursion-family", "recurrent", "--injection", "add"]  # fmt: skip
@@ -153,7 +184,7 @@ def test_steps_of_several_depths_are_counted_at_what_is_to_be_expected() -> None
     by_depth = [training("--num-recurrences", r, "--backprop-depth", min(r, 2)) for r in (1, 2, 3, 4, 5)]
     record = count(*model, "--num-recurrences", 2, "--backprop-depth", 2, "--grow-depth-at", "0.77:4")
     assert record["flops_per_token"]["training"] == pytest.approx(0.77 * by_depth[1] + 0.23 * by_depth[3], rel=1e-9)
-    assert record["model"]["passes"] == 2 and "2, behind iteration 1540 4" in record["model"]["steps"]
+    assert record["model"]["passes"] == 4 and "2, behind iteration 1540 4" in record["model"]["steps"]
     deep = count(*model, "--num-recurrences", 4, "--backprop-depth", 2)["memory"]["bytes_by_stage"]
     assert record["memory"]["bytes_by_stage"] == deep
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.published_looped import published_family
 from megatron_recursive.hf.convert.sources import open_source
+from megatron_recursive.inference.loading import open_model
 from megatron_recursive.plan import RecursionConfig, build_plan
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.test_convert import _export, _import
@@ -148,12 +149,19 @@ def test_a_published_checkpoint_computes_what_it_is_said_to(kind: str, tmp_path:
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    unsaid = ("rope_scaling", "bos_token_id", "eos_token_id")  # a tokenizer has the ids
+    unsaid = ("rope_scaling", "bos_token_id", "eos_token_id")  # a tokenizer has the ids, and there is none
+    assert not any(name.endswith("_token_id") for name in config)
     said = {name: value for name, value in config.items() if name in CONFIGS[kind] and name not in unsaid}
     assert said == {name: CONFIGS[kind][name] for name in said} and len(said) > 18
     args = (tmp_path / "ckpt" / "megatron_args.txt").read_text().split()
     depth = {"ouro": 4, "nanbeige": 2}[kind]
     assert {"--recursion-family=looped", f"--num-refinement-blocks={depth}", "--state-norm=final"} <= {*args}
+
+
+def test_measuring_a_published_folder_names_the_import(tmp_path: Path) -> None:
+    folder = save("ouro", tmp_path / "published")
+    with pytest.raises(UserError, match="convert import --hf .*then give --model CKPT"), open_model(str(folder)):
+        pass
 
 
 def test_only_what_a_published_class_computes_is_written_as_it(tmp_path: Path) -> None:
