@@ -1,8 +1,4 @@
-"""What goes on inside a recursion on given text: how states move pass by pass, what the heads say of them on the way,
-and whether the model needs the states that it has made.
-
-All is read from one walk, in which every token goes through all blocks.
-"""
+"""How states move pass by pass on given text, what the heads say of them, and whether the model needs them."""
 
 from __future__ import annotations
 
@@ -21,59 +17,49 @@ from megatron_recursive.data.progress import steps
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitRule, threshold_of
 from megatron_recursive.losses.telemetry import relative_change, token_cosine
-from megatron_recursive.plan import RecursionPlan
 
 BINS = 10  # of a reliability curve
-FOLLOWED = 8  # tokens of the first sample whose states are drawn
-
-
-def resets_of(plan: RecursionPlan) -> list[int]:
-    """Before how many of the last parts of its depth states are reset: 1, 2, 4, ..."""
-    return [2**n for n in range(plan.depth.bit_length()) if 2**n < plan.depth]
+FOLLOWED = 7  # tokens of the first sample whose states are drawn
 
 
 @torch.no_grad()
 def examine(sweep: Sweep) -> dict[str, Any]:
-    """What the documented record says of a recursive model; of ``sweep`` the depths are not asked.
-
-    Raises:
-        UserError: no token counts.
-    """
+    """What the documented record says of a recursive model; the depths of ``sweep`` are not asked. A UserError says
+    that no token counts."""
     parts = [_measure(sweep, batch) for batch in steps(sweep.rows.split(sweep.batch_size), "health")]
-    found = {name: torch.cat([each[name] for each, _, _ in parts], -1) for name in parts[0][0]}
-    found |= {name: torch.stack([each[name] for _, each, _ in parts]).sum(0) for name in parts[0][1]}
+    found = {name: torch.cat([each[name] for each, _ in parts], -1) for name in parts[0][0]}
     if not len(found["target"]):
         raise UserError("--answer-tokens leaves no token of --text to be judged; lower it, or give other text.")
-    return _record(sweep, found, parts[0][2])
+    return _record(sweep, found, parts[0][1])
 
 
-def _measure(sweep: Sweep, batch: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[int, Tensor]]:
-    """Of a batch: what is of each token that counts, [..., tokens]; sums with their counts, [..., 2]; and the states of
-    some tokens of its first sample, position -> [passes, H]."""
+def _measure(sweep: Sweep, batch: Tensor) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    """Of a batch, what is of each token that counts, [..., tokens], or a sum and its count, [..., 2]; and of tokens of
+    its first sample, position -> output states [passes, H]."""
     model, (ids_BS, targets, counts) = sweep.model, sweep.read(batch)
     plan, mask_SB = model.plan, counts.view(ids_BS.shape).T.float()
     # The same plan with one block, loop or pass of the core more, in steps as they are; it branches off behind a pass.
     branches = branches_of(replace(plan, mean_steps=False), [plan.depth, plan.depth + 1])
     shared, deeper = branches[0].shared, branches[-1].plan
-    found, sums, path = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list), list[Tensor]()
-    logits = torch.empty(0)
+    logits, found, path = torch.empty(0), defaultdict[str, list[Tensor]](list), list[Tensor]()
     rules = {exit: ExitRule(each, model.head, lambda _: logits) for exit, each in sweep.exits.items()}
 
     def loss(states: Any) -> Tensor:
-        return F.cross_entropy(model.logits(model.output(states)).float(), targets, reduction="none")
+        said = model.logits(model.output(states)).float()
+        return F.cross_entropy(said[counts], targets[counts], reduction="none")
 
     began = states = branching = model.begin(ids_BS)
     for each in plan.passes:
         before, states = states, model.advance(states, plan, each.index, each.index + 1)
         branching = states if each.index < shared else branching
         was_SBH, now_SBH = (model.state(at, each.target).transpose(0, 1) for at in (before, states))
-        sums["change"].append(relative_change(was_SBH, now_SBH, mask_SB, None))
-        sums["cosine"].append(token_cosine(now_SBH, mask_SB, None))
+        found["change"].append(relative_change(was_SBH, now_SBH, mask_SB, None))
+        found["cosine"].append(token_cosine(now_SBH, mask_SB, None))
         if each.target != "output":
             continue
-        output = model.output(states)
+        output = model.output(states)[counts]
         logits, read = model.logits(output).float(), model.read(output)
-        found["loss"].append(F.cross_entropy(logits, targets, reduction="none"))
+        found["loss"].append(F.cross_entropy(logits, targets[counts], reduction="none"))
         found["choice"].append(logits.argmax(-1))
         if each.index < plan.parts[-1].stop:
             path.append(now_SBH[:, 0].cpu())
@@ -82,16 +68,15 @@ def _measure(sweep: Sweep, batch: Tensor) -> tuple[dict[str, Tensor], dict[str, 
         for exit, rule in rules.items() if plan.is_block_end(each) else ():
             if each.block + 1 < rule.options.max_blocks:
                 found[exit].append(rule.signal(output, read).float())
-    for left in resets_of(plan):
+    for left in (2**n for n in range(plan.depth.bit_length()) if 2**n < plan.depth):
         found["reset"].append(loss(model.advance(model.reset(states, began), plan, plan.parts[-left].start, None)))
     further = model.advance(branching, deeper, shared, None)
-    ends = (model.state(at, "output").transpose(0, 1) for at in (states, further))
-    sums["distance"].append(relative_change(*ends, mask_SB, None))
+    was_SBH, now_SBH = (model.state(at, "output").transpose(0, 1) for at in (states, further))
+    found["distance"].append(relative_change(was_SBH, now_SBH, mask_SB, None))
     found["further"].append(loss(further))
-    of_tokens = {name: torch.stack(each)[..., counts].cpu() for name, each in found.items()}
     places = torch.linspace(0, ids_BS.shape[1] - 1, min(FOLLOWED, ids_BS.shape[1])).long().tolist()
-    return (of_tokens | {"target": targets[counts].cpu()}, {n: torch.stack(each).cpu() for n, each in sums.items()},
-            {place: torch.stack(path)[:, place] for place in places})  # fmt: skip
+    measured = {name: torch.stack(each).cpu() for name, each in found.items()} | {"target": targets[counts].cpu()}
+    return measured, {place: torch.stack(path)[:, place] for place in places}
 
 
 def projected(path_PNH: Tensor) -> tuple[Tensor, list[float]]:
@@ -119,8 +104,8 @@ def _record(sweep: Sweep, found: dict[str, Tensor], paths: dict[int, Tensor]) ->
     reads = [each for each in plan.passes if each.target == "output"]
     passes: list[dict[str, Any]] = [
         {"pass": each.index + 1, "block": each.block + 1, "stack": each.stack, "target": each.target,
-         "ends_block": plan.is_block_end(each), "change": _ratio(found["change"][each.index]),
-         "token_cosine": _ratio(found["cosine"][each.index])} for each in plan.passes
+         "ends_block": plan.is_block_end(each), "change": change, "token_cosine": cosine}
+        for each, change, cosine in zip(plan.passes, *map(_ratios, (found["change"], found["cosine"])), strict=True)
     ]  # fmt: skip
     for row, each in enumerate(reads):
         passes[each.index] |= {"loss": _mean(found["loss"][row]), "accuracy": _mean(right[row]),
@@ -128,30 +113,26 @@ def _record(sweep: Sweep, found: dict[str, Tensor], paths: dict[int, Tensor]) ->
     record: dict[str, Any] = {
         "family": plan.family, "depth": plan.depth, "tokens": right.shape[1], "loss": _mean(found["loss"][-1]),
         "accuracy": _mean(right[-1]), "passes": passes,
-        "one_more": {"distance": _ratio(found["distance"][0]), "loss": _mean(found["further"][0])},
+        "one_more": {"distance": _ratios(found["distance"])[0], "loss": _mean(found["further"])},
     }  # fmt: skip
     if "reset" in found:
-        losses = zip(resets_of(plan), found["reset"], strict=True)
-        record["reset"] = [{"remaining": left, "loss": _mean(loss)} for left, loss in losses]
+        record["reset"] = [{"remaining": 2**n, "loss": _mean(loss)} for n, loss in enumerate(found["reset"])]
     if sweep.exits:
         ends = right[[row for row, each in enumerate(reads) if plan.is_block_end(each)]]
         record["exits"] = {exit: _left(options, found[exit], ends) for exit, options in sweep.exits.items()}
     if "head" in found:
-        rows, goal = [row for row, each in enumerate(reads) if each.halt_weight], "correct"
-        goal = sweep.model.model.config.recursion.get("halt_target", goal)
+        rows = [row for row, each in enumerate(reads) if each.halt_weight]
+        goal = sweep.model.model.config.recursion.get("halt_target", "correct")
         said = right[rows] if goal == "correct" else choice[rows] == choice[-1]
         record["calibration"] = {"halt_target": goal, **calibration(found["head"].flatten(), said.flatten())}
-    if len(path := torch.stack(list(paths.values()), 1)) > 1:
-        points, shares = projected(path)
-        tokens = [{"position": at, "points": points[:, n].tolist()} for n, at in enumerate(paths)]
-        record["trajectories"] = {"variance": shares, "tokens": tokens}
+    points, shares = projected(torch.stack(list(paths.values()), 1))
+    tokens = [{"position": at, "points": points[:, n].tolist()} for n, at in enumerate(paths)]
+    record["trajectories"] = {"variance": shares, "tokens": tokens}
     reasons = {
         "reset": "the depth is 1, before which no state was made",
         "exits": "leaving early needs refinement blocks that are alike, without prelude and coda",
-        "calibration": "a gate says when to leave, not whether an answer is right" if plan.exit_gate
-        else "there is no halting head",
-        "trajectories": "the output moves once",
-    }  # fmt: skip
+        "calibration": "the exit gate says when to leave, not what is right" if plan.exit_gate else "no halting head",
+    }
     return record | {"left_out": {name: why for name, why in reasons.items() if name not in record}}
 
 
@@ -173,6 +154,7 @@ def _mean(values: Tensor) -> float | None:
     return float(values.double().mean()) if values.numel() else None
 
 
-def _ratio(pair: Tensor) -> float | None:
-    """A telemetry's (sum, count)."""
-    return float(pair[0] / pair[1]) if pair[1] else None
+def _ratios(pairs: Tensor) -> list[float | None]:
+    """Of a telemetry's sums and counts, [rows, 2 batches]."""
+    sums = pairs.double().unflatten(1, (-1, 2)).sum(1).tolist()
+    return [total / count if count else None for total, count in sums]

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_recursive.command_line import example
 from megatron_recursive.commands.count import aligned
 from megatron_recursive.commands.layers import add_output, prepare
-from megatron_recursive.commands.sweep import add_held_out, kind_of, opened
+from megatron_recursive.commands.sweep import add_held_out, opened
 from megatron_recursive.errors import UserError
 
 SUMMARY = "Examine a recursive model on text: its states by pass, its heads, and whether it uses the states."
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     with opened(args, args.model) as (loaded, rows):
         if not loaded.recursive:
             raise UserError(f"--model {args.model} is a plain model, which makes no states; name a recursive one.")
-        record |= {"kind": kind_of(loaded), "samples": len(rows), "sequence_length": rows.shape[1] - 1}
+        kind = "checkpoint" if hasattr(loaded.model, "megatron") else "recursive"
+        record |= {"kind": kind, "samples": len(rows), "sequence_length": rows.shape[1] - 1}
         record |= examine(Sweep(walker_of(loaded), [], rows, args.batch_size, args.answer_tokens))
     with replacing(output) as (partial,):
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -66,14 +67,13 @@ def table(record: dict[str, Any]) -> list[str]:
     lines += [f"loss with {what}: {loss:.4f} ({loss - record['loss']:+.4f})" for what, loss in tried.items()]
     for exit, found in record.get("exits", {}).items():
         shares = ", ".join(f"{each['block']}: {each['share']:.1%}" for each in found["blocks"])
-        lines.append(f"exit {exit} at {found['threshold']:g}: accuracy {found['accuracy']:.4f}, of those that leave "
-                     f"early {_said(found['early']['accuracy'])}; leave after {shares}")  # fmt: skip
+        lines.append(f"exit {exit} at {found['threshold']:g}: accuracy {found['accuracy']:.4f}, where early "
+                     f"{_said(found['early']['accuracy']) or 'none'}; leave after {shares}")  # fmt: skip
     if "calibration" in record:
         found = record["calibration"]
-        rows = [[f"{each['from']:.1f}-{each['to']:.1f}", f"{each['tokens']}", _said(each["right"])]
-                for each in found["bins"]]  # fmt: skip
-        lines += ["", f"halting ({found['halt_target']}), expected calibration error {found['expected_error']:.4f}",
-                  *aligned(["probability", "tokens", "right"], rows)]  # fmt: skip
+        bins = (f"{each['probability']:.2f}: {each['right']:.2f}" for each in found["bins"])
+        lines.append(f"halting, probability: share right ({found['halt_target']}): {', '.join(bins)}; expected "
+                     f"calibration error {found['expected_error']:.4f}")  # fmt: skip
     return lines + [f"left out: {name}, since {why}" for name, why in record["left_out"].items()]
 
 

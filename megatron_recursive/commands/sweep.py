@@ -76,10 +76,11 @@ def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any
     with opened(args, name) as (loaded, rows):
         model = walker_of(loaded)
         depths = sorted({*args.depths, model.plan.depth})
+        kind = "checkpoint" if hasattr(loaded.model, "megatron") else "recursive" if loaded.recursive else "plain"
         asked = depth_sweep.Sweep(model, depths, rows, args.batch_size, args.answer_tokens)
         found = depth_sweep.run(asked, parts, f"{name} {fingerprint(name)}")
         return {
-            "model": name, "kind": kind_of(loaded), "samples": len(rows), "sequence_length": rows.shape[1] - 1,
+            "model": name, "kind": kind, "samples": len(rows), "sequence_length": rows.shape[1] - 1,
             **depth_sweep.record_of(asked, found),
             "exits": exit_frontier.frontier(asked, found, args.mean_depth, args.measure_exits),
         }  # fmt: skip
@@ -107,10 +108,6 @@ def opened(args: argparse.Namespace, name: str) -> Iterator[tuple[Any, Any]]:
         if largest >= size:
             raise UserError(f"--text has the token id {largest}, but {name} has {size} tokens; give its own text.")
         yield loaded, rows.to(loaded.model.device)
-
-
-def kind_of(loaded: Any) -> str:
-    return "checkpoint" if hasattr(loaded.model, "megatron") else "recursive" if loaded.recursive else "plain"
 
 
 def table(record: dict[str, Any]) -> list[str]:
