@@ -74,7 +74,8 @@ def _measure(sweep: Sweep, batch: Tensor) -> tuple[dict[str, Tensor], dict[int, 
     was_SBH, now_SBH = (model.state(at, "output").transpose(0, 1) for at in (states, further))
     found["distance"].append(relative_change(was_SBH, now_SBH, mask_SB, None))
     found["further"].append(loss(further))
-    places = torch.linspace(0, ids_BS.shape[1] - 1, min(FOLLOWED, ids_BS.shape[1])).long().tolist()
+    length = ids_BS.shape[1]  # the first token is left out: as a sink of attention it is often far from all others
+    places = torch.linspace(min(1, length - 2), length - 1, min(FOLLOWED, length)).long().tolist()
     measured = {name: torch.stack(each).cpu() for name, each in found.items()} | {"target": targets[counts].cpu()}
     return measured, {place: torch.stack(path)[:, place] for place in places}
 
@@ -129,8 +130,8 @@ def _record(sweep: Sweep, found: dict[str, Tensor], paths: dict[int, Tensor]) ->
     tokens = [{"position": at, "points": points[:, n].tolist()} for n, at in enumerate(paths)]
     record["trajectories"] = {"variance": shares, "tokens": tokens}
     reasons = {
-        "reset": "the depth is 1, before which no state was made",
-        "exits": "leaving early needs refinement blocks that are alike, without prelude and coda",
+        "reset": "the depth is 1",
+        "exits": "not two refinement blocks that are alike",
         "calibration": "the exit gate says when to leave, not what is right" if plan.exit_gate else "no halting head",
     }
     return record | {"left_out": {name: why for name, why in reasons.items() if name not in record}}

@@ -74,7 +74,7 @@ def table(record: dict[str, Any]) -> list[str]:
         bins = (f"{each['probability']:.2f}: {each['right']:.2f}" for each in found["bins"])
         lines.append(f"halting, probability: share right ({found['halt_target']}): {', '.join(bins)}; expected "
                      f"calibration error {found['expected_error']:.4f}")  # fmt: skip
-    return lines + [f"left out: {name}, since {why}" for name, why in record["left_out"].items()]
+    return lines + [f"left out: {name} ({why})" for name, why in record["left_out"].items()]
 
 
 def _said(value: float | None) -> str:

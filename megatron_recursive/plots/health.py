@@ -30,7 +30,7 @@ def plot_health(record: dict[str, Any], output: Path) -> None:
     for axis in (lens, reset):
         axis.axhline(record["loss"], color="black", linestyle="--", linewidth=1, label="the model")
     for axis, key in ((reliability, "calibration"), (exits, "exits")):
-        axis.text(0.5, 0.5, record["left_out"].get(key, ""), ha="center", wrap=True, transform=axis.transAxes)
+        axis.text(0.5, 0.5, record["left_out"].get(key, ""), ha="center", transform=axis.transAxes)
     if "calibration" in record:
         reliability.plot([0, 1], [0, 1], "--", color="black", linewidth=1, label="calibrated")
         line(reliability, record["calibration"]["bins"], "probability", "right", label="halting head")

@@ -88,7 +88,7 @@ def test_a_core_that_is_the_identity_stands_still() -> None:
     for each in record["passes"]:
         assert (each["change"], each["token_cosine"], each["loss"], each["agrees"]) == (0, 0, record["loss"], 1)
     followed = record["trajectories"]["tokens"]
-    assert [each["position"] for each in followed] == [0, 1, 3, 5, 7, 9, 11]
+    assert [each["position"] for each in followed] == [1, 2, 4, 6, 7, 9, 11]
     assert all(len(each["points"]) == 4 and each["points"][0] == each["points"][3] for each in followed)
     assert record["exits"]["argmax"]["mean_depth"] == 2 and record["exits"]["output-change"]["mean_depth"] == 2
     alike = examined(identity(torch.ones(VOCAB, 32)), rows)
