@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_recursive.plots.picture import pyplot_for, save_picture
+from megatron_recursive.plots.picture import COLOURS, pyplot_for, save_picture
 
-# Readable in print and for the colour-blind: a colour a model, a marker an exit.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# A colour a model, a marker an exit.
 MARKERS = {"halting": "o", "quantile": "s", "output-change": "^", "kl": "v", "argmax": "D"}
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from megatron_recursive.errors import UserError
 
 FORMATS = ("png", "pdf", "svg")
+# Readable for the colour-blind (Okabe and Ito); for print, draw with markers or hatches too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def pyplot_for(output: Path, flag: str) -> Any:
