@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-eval test lint lock pretrain clean distclean
+.PHONY: help install install-eval test lint lock bench pretrain clean distclean
 
 PYTHON_VERSION := 3.12
 VENV := .venv
@@ -20,7 +20,7 @@ MARKERS ?= not heavy and not grid and not gpu
 # Tests see GPUs only where they are meant for them.
 ON_GPU = $(if $(filter-out gpu,$(MARKERS)),,MEGATRON_RECURSIVE_TEST_GPU=1)
 PYTEST_ARGS ?=
-# Arguments of the pretraining example ("make pretrain ARGS='--train-iters 20'").
+# Arguments of the pretraining example ("make pretrain ARGS='--train-iters 20'"), or the benchmarks to run.
 ARGS ?=
 # Arguments of "uv pip compile", for example LOCK_ARGS=--upgrade.
 LOCK_ARGS ?=
@@ -55,6 +55,9 @@ lock: | $(filter .uv/bin/uv,$(UV)) ## Compile requirements/*.in to *.txt again (
 	@"$(UV)" pip compile --quiet --no-deps requirements/models.in --output-file requirements/models.txt \
 	  --python-version $(PYTHON_VERSION) --python-platform x86_64-unknown-linux-gnu \
 	  --generate-hashes --no-emit-index-url --custom-compile-command "make lock" $(LOCK_ARGS)
+
+bench: $(STAMP) ## Run the benchmarks of an idle CPU, half an hour (ARGS="ring data" for some), and render their figures
+	@OMP_NUM_THREADS=1 $(PYTHON) benchmarks/bench.py $(ARGS)
 
 pretrain: $(STAMP) ## Run the pretraining example (ARGS=... passes arguments on)
 	@bash examples/recursive_gpt/pretrain_default.sh $(ARGS)

@@ -22,7 +22,6 @@ from megatron_recursive.plan.recursion_config import retrofit
 
 SUMMARY = "Count a model's parameters, FLOPs and cache by part, and the memory of each rank in a layout."
 VERSION = 1  # of the record
-STEPS = 2_000  # of a run whose steps differ, of which the mean is counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +71,7 @@ def open_model(args: argparse.Namespace) -> Model:
         values = planning.values_of_flags(args, "--model")
         arch, multiple = Architecture.from_megatron(values, "The model"), 128 * args.tp  # as Megatron pads
         rows = -(-arch.vocab_size // multiple) * multiple
-        return Model("flags", arch, _steps(args, arch, knobs), rows, "bfloat16" if args.bf16 else "float32", values)
+        return Model("flags", arch, _steps(arch, knobs), rows, "bfloat16" if args.bf16 else "float32", values)
     if given:
         raise UserError(f"{flag_of(next(iter(given)))} is decided by the model of --model; leave out either.")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
@@ -82,7 +81,7 @@ def open_model(args: argparse.Namespace) -> Model:
         values, stored = checkpoint.arguments(), checkpoint.dtypes["embedding.word_embeddings.weight"]
         arch = Architecture.from_megatron(values, name)
         is_plain = values.get("enable_recursive_refinement") is None and not knobs  # of Megatron's own training
-        steps = _steps(args, arch, {"enable_recursive_refinement": False} if is_plain else {**values, **knobs})
+        steps = _steps(arch, {"enable_recursive_refinement": False} if is_plain else {**values, **knobs})
         return Model("checkpoint", arch, steps, arch.padded_vocab_size, str(stored).removeprefix("torch."), values)
     from megatron_recursive.hf.convert.sources import cached_folder, open_source
 
@@ -95,15 +94,14 @@ def open_model(args: argparse.Namespace) -> Model:
     asked = knobs or (theirs and own is None)
     steps = StepPlans(RecursionConfig(), own or RecursionPlan.plain())
     if asked:
-        steps = _steps(args, arch, {**started, **knobs})
+        steps = _steps(arch, {**started, **knobs})
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     return Model("Hugging Face", arch, steps, arch.vocab_size, dtype, arch.to_megatron())
 
 
-def _steps(args: argparse.Namespace, arch: Architecture, values: dict[str, Any]) -> StepPlans:
+def _steps(arch: Architecture, values: dict[str, Any]) -> StepPlans:
     config = RecursionConfig.from_mapping(values).resolved(embedding_init_std=arch.init_std)
-    return StepPlans(config, build_plan(config), seed=getattr(args, "seed", None),
-                     iterations=getattr(args, "train_iters", STEPS))  # fmt: skip
+    return StepPlans(config, build_plan(config), seed=None)
 
 
 def count(args: argparse.Namespace) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
 
     resolved, flops = recursion.resolved(embedding_init_std=arch.init_std), args.peak_tflops * 1e12 * args.mfu
-    steps = StepPlans(resolved, build_plan(resolved), iterations=10_000)
+    steps = StepPlans(resolved, build_plan(resolved), seed=None)
     grown = steps.own_plan(steps.iterations)
     job = job_of(args, arch, grown, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
                  pads_vocabulary=not (args.ckpt or args.hf))  # fmt: skip

@@ -19,6 +19,8 @@ from megatron_recursive.plan.growth import Growth
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import RecursionPlan
 
+STEPS = 2_000  # of a run that is not known, of which the mean is counted
+
 
 class StepPlans:
     """Plans of a run's training steps.
@@ -27,20 +29,21 @@ class StepPlans:
         config: the knobs.
         plan: the model's own; of one that grows, before it does.
         seed: of the run; None spreads the draws evenly, for a count of what is to be expected.
-        iterations: of the whole run, of which curricula take a fraction.
+        iterations: of the whole run, of which curricula take a fraction; None: not known, and ramps are over.
 
     Raises:
         UserError: the knobs contradict each other.
     """
 
     def __init__(
-        self, config: RecursionConfig, plan: RecursionPlan, *, seed: int | None = 0, iterations: int = 1
+        self, config: RecursionConfig, plan: RecursionPlan, *, seed: int | None = 0, iterations: int | None = None
     ) -> None:
-        self.config, self.plan, self.seed, self.iterations = config, plan, seed, iterations
-        self.growth = Growth(config, iterations)
+        self.config, self.plan, self.seed, self.iterations = config, plan, seed, iterations or STEPS
+        self.growth = Growth(config, self.iterations)
         depth = plan.depth if self.growth.at is None else self.growth.depth
         self.mean = float(depth if config.mean_recurrence is None else config.mean_recurrence)
-        self.ramp = None if plan.is_plain or plan.trains_heads_only else config.deep_supervision_warmup
+        has_ramp = iterations is not None and not (plan.is_plain or plan.trains_heads_only)
+        self.ramp = config.deep_supervision_warmup if has_ramp else None
         self._built, self._supervised = lru_cache(maxsize=256)(with_depth), lru_cache(maxsize=256)(supervised)
         self._grown = lru_cache(maxsize=1)(build_plan)
         self._check()
@@ -171,6 +174,8 @@ class StepPlans:
             )
         if not self._depth_changes:
             return
+        if self.growth.at is None:  # a step that leaves weights without gradient is refused before the first one
+            self._built(self.plan, cap, 1 if config.backprop_curriculum else config.backprop_depth)
         if self.plan.depth == 1 and cap > 1 and self.growth.at is None:
             raise UserError(
                 f"--recurrence-distribution {kind} changes a depth of 1, which shows no inner block to repeat; give "

@@ -44,7 +44,4 @@ def plot_depth_sweep(record: dict[str, Any], output: Path) -> None:
             axis.text(0.5, 0.5, "no model here can leave early", ha="center", transform=axis.transAxes)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
-    try:
-        save_picture(figure, output, dpi=130)
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, output, dpi=130)

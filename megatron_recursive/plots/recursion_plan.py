@@ -15,18 +15,13 @@ SHOWN = 24  # numbers of passes and of blocks
 
 def plot_plan(plan: RecursionPlan, output: Path, title: str = "") -> None:
     """Draw a plan; a UserError says where that is not possible."""
-    pyplot = pyplot_for(output, "--output")
     size = min(max(9, 2 + 0.5 * plan.num_passes), WIDEST), 4.8
-    figure, axis = pyplot.subplots(figsize=size, layout="constrained")
-    try:
-        draw_plan(axis, plan)
-        axis.set_title(title, fontsize="medium")
-        handles, labels = axis.get_legend_handles_labels()
-        named = dict(zip(labels, handles, strict=True))
-        figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-        save_picture(figure, output, dpi=130)
-    finally:
-        pyplot.close(figure)
+    figure, axis = pyplot_for(output, "--output").subplots(figsize=size, layout="constrained")
+    draw_plan(axis, plan)
+    axis.set_title(title, fontsize="medium")
+    named = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    save_picture(figure, output, dpi=130)
 
 
 def draw_plan(axis: Any, plan: RecursionPlan) -> None:
@@ -48,11 +43,10 @@ def draw_plan(axis: Any, plan: RecursionPlan) -> None:
                  lw=2, hatch=None if p.grad else "///", zorder=3,
                  label=f"{p.stack} layers, {'with gradient' if p.grad else 'no gradient'}")  # fmt: skip
         for at, name in enumerate(reads):
+            beside = x + 0.3 * (at + 1) / (len(reads) + 1) - 0.15
+            start, tip = (beside, lanes[name]), (beside, y + (-0.28 if lanes[name] < y else 0.28))
             if name == p.target:
                 start, tip = (x - 0.62, y), (x - 0.36, y)
-            else:
-                start = x + 0.3 * (at + 1) / (len(reads) + 1) - 0.15, lanes[name]
-                tip = start[0], y + (-0.28 if lanes[name] < y else 0.28)
             axis.annotate("", tip, start, arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1.1}, zorder=2)
         words = [f"{p.step:.2g}"] * (p.move == "step" and p.step != 1) + [p.move] * (p.move != "step")
         words += [p.combine] * (p.combine != "sum")

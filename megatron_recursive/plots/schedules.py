@@ -21,18 +21,14 @@ STYLES = tuple(zip(COLOURS, "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-."), 
 
 def plot_schedules(steps: StepPlans, output: Path, cost: Cost | None = None) -> None:
     """Draw the steps of a run; a UserError says where that is not possible. Without ``cost``, FLOPs are not told."""
-    pyplot = pyplot_for(output, "--output")
-    weighed, figure = three_schedules(steps), pyplot.figure(figsize=(12, 8), layout="constrained")
-    try:
-        axes = [figure.add_subplot(2, 2, n) for n in range(1, 4 + bool(cost or weighed))]
-        draw_steps(axes, steps, None if weighed else cost)
-        if weighed:
-            draw_three(axes[3], weighed, cost)
-        said = steps.describe() or "all steps run the model's own plan"
-        figure.suptitle(said.replace(" | ", "\n"), fontsize="medium")
-        save_picture(figure, output, dpi=130)
-    finally:
-        pyplot.close(figure)
+    figure = pyplot_for(output, "--output").figure(figsize=(12, 8), layout="constrained")
+    weighed, said = three_schedules(steps), steps.describe() or "all steps run the model's own plan"
+    axes = [figure.add_subplot(2, 2, n) for n in range(1, 4 + bool(cost or weighed))]
+    draw_steps(axes, steps, None if weighed else cost)
+    if weighed:
+        draw_three(axes[3], weighed, cost)
+    figure.suptitle(said.replace(" | ", "\n"), fontsize="medium")
+    save_picture(figure, output, dpi=130)
 
 
 def draw_steps(axes: list[Any], steps: StepPlans, cost: Cost | None) -> None:

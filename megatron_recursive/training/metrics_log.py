@@ -128,8 +128,8 @@ class HealthAlarms:
 
     def __init__(self, recursion: RecursionConfig, plan: RecursionPlan) -> None:
         self.after = recursion.recursion_alarm_after if recursion.enable_recursive_refinement else 0
-        # Of carried states the first block goes on where the last one ended.
-        self.blocks = plan.num_blocks if recursion.num_supervision_steps == 1 else 1
+        self.blocks = plan.num_blocks
+        self.carries = recursion.num_supervision_steps > 1  # the first block goes on where the last one ended
         self.detached = any(p.cuts_states for p in plan.passes)
         self.gains: deque[float] = deque(maxlen=WINDOW)
         self.cosines: deque[float] = deque(maxlen=WINDOW)
@@ -138,7 +138,7 @@ class HealthAlarms:
     def observe(self, iteration: int, metrics: dict[str, float], iterations: int) -> list[str]:
         """Take in the metrics of an iteration of so many; returns what must be said."""
         losses = blocks_of(metrics)  # of as many blocks as the step had
-        if len(losses) > 1:
+        if len(losses) > 1 and not self.carries:
             self.blocks = max(losses)
             self.gains.append(losses[min(losses)] - losses[self.blocks])
         if "token cosine" in metrics:

@@ -99,7 +99,7 @@ RENAMED = {
     **{each.key: each.exported for each in EVERY},
     "decoder.layers.": "model.layers.",
 }  # fmt: skip
-ADDED = {each.key: each.shape.split() for each in EVERY}  # in an export; Megatron may hold a vector of it
+ADDED = {each.key: each for each in EVERY}
 RENAMED_IN_LAYERS = {
     "self_attention.linear_proj.post_layernorm.": "post_attention_layernorm.",
     "self_attn_bda.post_layernorm.": "post_attention_layernorm.",
@@ -122,9 +122,8 @@ def converted(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         if not name.startswith("decoder.layers."):
-            letters = {"h": config.hidden_size, "2h": 2 * config.hidden_size}
-            shape = [letters.get(each) or int(each) for each in ADDED.get(name, ())]
-            found[renamed(name, RENAMED)] = tensor.reshape(shape) if shape else tensor
+            shape = ADDED[name].exported_sizes(config.hidden_size) if name in ADDED else tensor.shape
+            found[renamed(name, RENAMED)] = tensor.reshape(shape)  # Megatron may hold a vector of it
             continue
         number, _, rest = name.removeprefix("decoder.layers.").partition(".")
         kind, layer = rest.rpartition(".")[2], f"model.layers.{number}."

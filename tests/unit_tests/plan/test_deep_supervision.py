@@ -73,6 +73,7 @@ def test_a_ramp_goes_from_start_to_end() -> None:
     with pytest.raises(UserError, match="--deep-supervision-warmup 10 30 ends behind the 29 iterations"):
         StepPlans(config, build_plan(config), iterations=29)
     assert not StepPlans(config, build_plan(config).heads_only(), iterations=29).changes
+    assert not StepPlans(config, build_plan(config)).changes, "of a run that is not known"
 
 
 def test_a_drawn_depth_has_the_weights_of_its_blocks() -> None:

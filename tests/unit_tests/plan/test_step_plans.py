@@ -117,3 +117,10 @@ def test_curricula_grow_depth_and_gradient() -> None:
 def test_what_cannot_be_drawn_is_refused(knobs: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         plans(**knobs)
+
+
+@pytest.mark.parametrize("knobs", [DRAWN, {"backprop_curriculum": "linear"}])
+def test_a_step_without_gradient_for_all_weights_is_refused_before_it_is_drawn(knobs: dict[str, Any]) -> None:
+    """Nothing injected: the prelude is reached by the first pass alone, and four of four are recorded."""
+    with pytest.raises(UserError, match="'embedding' would receive no gradient"):
+        plans(**{**RECURRENT, "injection": "none"}, num_recurrences=4, backprop_depth=4, iterations=1, **knobs)

@@ -60,12 +60,13 @@ def when_they_speak() -> list[dict[int, list[str]]]:
         alarms_of(flat[:600], apart[:600], recursion_alarm_after=0),
         alarms_of([-0.05] * 300, apart[:300]),  # harm: from half of the run on
         alarms_of([0.05] * 300, [0.98] * 250 + [0.5] * 50),
+        alarms_of(flat[:600], apart[:600], num_supervision_steps=2),  # its first block has the last one's state
     ]
 
 
 def test_they_speak_from_a_tenth_of_the_run_once_in_fifty_iterations() -> None:
-    tenth, late, off, harm, recovered = run_distributed(when_they_speak, 1)[0]
-    assert min(tenth) == 60 and min(late) == 500 and off == {}
+    tenth, late, off, harm, recovered, carried = run_distributed(when_they_speak, 1)[0]
+    assert min(tenth) == 60 and min(late) == 500 and off == carried == {}
     assert min(b - a for a, b in zip(tenth, list(tenth)[1:], strict=False)) == 50
     assert list(harm) == [150, 200, 250, 300] and set(sum(harm.values(), [])) == {"the last block does harm"}
     assert list(recovered) == [50, 100, 150, 200, 250]
