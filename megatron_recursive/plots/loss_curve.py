@@ -70,7 +70,8 @@ def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = Non
         UserError: metrics are missing or malformed, matplotlib is not installed, or the picture cannot be written.
     """
     runs = read_runs(given)
-    output = Path(output or (runs[0].file.with_suffix(".png") if len(runs) == 1 else "comparison.png"))
+    beside = runs[0].file if runs[0].file.exists() else Path(runs[0].file.name)  # of a run that is online
+    output = Path(output or (beside.with_suffix(".png") if len(runs) == 1 else "comparison.png"))
     pyplot = pyplot_for(output, "--output")
     for run in runs:
         if not any("lm loss" in r for r in run.records):
