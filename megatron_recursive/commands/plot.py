@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.accounting import ModelShape, flops_per_token
 from megatron_recursive.command_line import PROGRAM, example
+from megatron_recursive.commands import count, plan
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
+from megatron_recursive.plan.knobs import flag_of, knobs_in
+from megatron_recursive.plots.depth_sweep import plot_depth_sweep
+from megatron_recursive.plots.layer_scores import plot_layer_scores
 from megatron_recursive.plots.loss_curve import AXES, plot_loss_curve, plot_score_by_flops
+from megatron_recursive.plots.recursion_plan import plot_plan
+from megatron_recursive.plots.schedules import plot_schedules
 
 SUMMARY = "Draw runs, a plan, schedules, or what sweep and layers measured, into a picture."
 KINDS = {
@@ -41,8 +50,6 @@ def runs_of(args: argparse.Namespace) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
-    from megatron_recursive.commands.plan import add_model
-
     parser.description = "Draw a picture of a kind: " + "; ".join(f"{name} ({what})" for name, what in KINDS.items())
     parser.description += ". A run that is still writing can be drawn too. One that is called as a kind is ./NAME."
     add_runs(parser, "[KIND] FILE", "; of sweep and layers their JSON; of plan and schedule nothing")
@@ -57,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="DIR_OR_CKPT", help="as count takes it; FLOPs are told where sizes are known")
     model.add_argument("--train-iters", type=int, help=f"of schedule: how long the run is (default: {ITERATIONS})")
     model.add_argument("--seed", type=int, help=f"of schedule: the run's, which draws depths (default: {SEED})")
-    add_model(parser, model)
+    plan.add_model(parser, model)
     # fmt: on
     parser.epilog = example("plot", "runs/default", "runs/plain", "--x", "flops")
 
@@ -75,17 +82,18 @@ def run(args: argparse.Namespace) -> None:
         _draw_described(args, kind, output)
     else:
         output = output if args.output or len(words) > 1 else Path(words[0]).with_suffix(".png")
-        _draw_records(kind, [_read(kind, Path(word)) for word in words], output)
+        records = [_read(kind, Path(word)) for word in words]
+        if kind == "sweep":
+            plot_depth_sweep({"models": [model for record in records for model in record["models"]]}, output)
+        else:
+            plot_layer_scores(records[0], output)
     print(output)
 
 
 def _check(args: argparse.Namespace, kind: str, words: list[str]) -> None:
     """Flags and files of another kind are refused."""
-    from megatron_recursive.commands.plan import check, given_sizes
-    from megatron_recursive.plan.knobs import flag_of, knobs_in
-
     given = [name for name in OWNERS if getattr(args, name) is not None]
-    for name in (*given_sizes(args), *knobs_in(vars(args)), *given):
+    for name in (*plan.given_sizes(args), *knobs_in(vars(args)), *given):
         kinds = OWNERS.get(name, OF_FLAGS)
         if kind not in kinds:
             raise UserError(f"{flag_of(name)} belongs to the kind {' or '.join(kinds)}, not to {kind}; leave it out.")
@@ -93,46 +101,32 @@ def _check(args: argparse.Namespace, kind: str, words: list[str]) -> None:
         raise UserError(f"The kind {kind} draws no file such as {words[0]}; describe a model by flags or --model.")
     if kind not in OF_FLAGS and not words:
         raise UserError(f"FILE is missing; the kind {kind} draws {KINDS[kind]}.")
-    check(argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "seed"}))
+    if kind == "layers" and len(words) > 1:
+        raise UserError(f"The kind layers draws one file, but {len(words)} are given; draw each by itself.")
+    plan.check(argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "seed"}))
 
 
 def _draw_described(args: argparse.Namespace, kind: str, output: Path) -> None:
     """A plan or its schedules, of the model that flags or --model describe."""
-    from megatron_recursive.accounting import flops_per_token
-    from megatron_recursive.commands import count, plan
-    from megatron_recursive.plan import RecursionConfig, StepPlans, build_plan
-    from megatron_recursive.plan.knobs import knobs_in
-    from megatron_recursive.plots.recursion_plan import plot_plan
-    from megatron_recursive.plots.schedules import Cost, plot_schedules
-
-    args.tp, args.bf16, said = 1, False, ""
-    cost: Cost | None = None
+    args.tp, args.bf16, cost, sizes = 1, False, None, ""
     if args.model or plan.given_sizes(args):
         model = count.open_model(args)
         config, own, layers = model.steps.config, model.steps.plan, model.arch.num_layers
         shape = model.arch.shape(args.seq_length or min(4096, model.arch.max_positions), model.rows)
-        cost = lambda each: flops_per_token(shape, each).total  # noqa: E731
-        said = f", {layers} layers, {own.unrolled_layers(layers)} applied, {cost(own):.3g} FLOPs a token"
+        cost = partial(_cost, shape)
+        sizes = f", {layers} layers, {own.unrolled_layers(layers)} applied, {cost(own):.3g} FLOPs a token"
     else:
         config = RecursionConfig.from_mapping(knobs_in(vars(args))).resolved(embedding_init_std=0.02)
         own = build_plan(config)
     if kind == "plan":
-        said = f"{own.family}: {own.num_passes} passes, {len(own.grad_passes)} with gradient{said}"
-        return plot_plan(own, output, said)
+        about = f"{own.family}: {own.num_passes} passes, {len(own.grad_passes)} with gradient{sizes}"
+        return plot_plan(own, output, about)
     seed = SEED if args.seed is None else args.seed
     plot_schedules(StepPlans(config, own, seed=seed, iterations=args.train_iters or ITERATIONS), output, cost)
 
 
-def _draw_records(kind: str, records: list[dict[str, Any]], output: Path) -> None:
-    from megatron_recursive.plots.depth_sweep import plot_depth_sweep
-    from megatron_recursive.plots.layer_scores import plot_layer_scores
-
-    if kind == "sweep":
-        plot_depth_sweep({"models": [model for record in records for model in record["models"]]}, output)
-    elif len(records) > 1:
-        raise UserError(f"The kind layers draws one file, but {len(records)} are given; draw each by itself.")
-    else:
-        plot_layer_scores(records[0], output)
+def _cost(shape: ModelShape, each: RecursionPlan) -> float:
+    return flops_per_token(shape, each).total
 
 
 def _read(kind: str, file: Path) -> dict[str, Any]:

@@ -11,14 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_recursive.command_line import missing_package
 from megatron_recursive.errors import UserError
 
 ONLINE = "wandb:"  # ENTITY/PROJECT/RUN behind it
 BLOCK, HEAD = 32 * 1024, 7  # bytes of a block of W&B's file, and before each of its records
-
-Value = tuple[int, str, Any]
-"""Step, name and value."""
+Value = tuple[int, str, Any]  # step, name and value
 
 
 def find_events(path: Path) -> Path | None:
@@ -31,7 +28,7 @@ def find_events(path: Path) -> Path | None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The records of a run by iteration. A UserError says which package is missing, or what cannot be read."""
+    """The records of a run by iteration. A UserError says what cannot be read."""
     online = str(path).startswith(ONLINE)
     if not (online or path.exists()):
         raise UserError(f"cannot read {path} (No such file or directory); name a run that is there")
@@ -46,10 +43,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def _tensorboard(path: Path) -> Iterator[Value]:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ModuleNotFoundError as error:
-        raise missing_package("tensorboard") from error
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0: all of them
     events.Reload()
     for name in events.Tags()["scalars"]:
@@ -57,10 +52,8 @@ def _tensorboard(path: Path) -> Iterator[Value]:
 
 
 def _online(path: Path) -> Iterator[Value]:
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise missing_package("wandb") from error
+    import wandb
+
     try:
         for row in wandb.Api().run(str(path).removeprefix(ONLINE)).scan_history():
             yield from ((row["_step"], name, value) for name, value in row.items())
@@ -70,10 +63,8 @@ def _online(path: Path) -> Iterator[Value]:
 
 
 def _offline(path: Path) -> Iterator[Value]:
-    try:
-        from wandb.proto.wandb_internal_pb2 import Record
-    except ModuleNotFoundError as error:
-        raise missing_package("wandb") from error
+    from wandb.proto.wandb_internal_pb2 import Record
+
     data = path.read_bytes()
     if not data.startswith(b":W&B"):
         raise UserError(f"{path} is no file of W&B; name the folder of an offline run")

@@ -8,9 +8,7 @@ from typing import Any
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plots.picture import COLOURS, pyplot_for, save_picture
 
-MARKS = {"language-model loss, with its weight": "*", "halting loss": "D", "exit gate": "P"}
-WIDEST = 40  # inches
-SHOWN = 24  # numbers of passes and of blocks
+WIDEST, SHOWN = 40, 24  # inches; numbers of passes and of blocks
 
 
 def plot_plan(plan: RecursionPlan, output: Path, title: str = "") -> None:
@@ -54,13 +52,15 @@ def draw_plan(axis: Any, plan: RecursionPlan) -> None:
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if words else None)  # fmt: skip
         if p.cuts_states:
             axis.axvline(x - 0.5, color="black", ls=":", lw=1.5, label="states cut from the graph")
-    gates = [p for p in plan.block_ends if plan.exit_gate]
-    taught = [p for p in plan.passes if p.supervised_weight], [p for p in plan.passes if p.halt_weight], gates
-    for at, ((name, marker), passes) in enumerate(zip(MARKS.items(), taught, strict=True)):
+    taught = [p for p in plan.passes if p.supervised_weight]
+    marks = {"language-model loss, with its weight": ("*", taught, 0.48, 11),
+             "halting loss": ("D", [p for p in plan.passes if p.halt_weight], 0.72, 6),
+             "exit gate": ("P", plan.block_ends if plan.exit_gate else (), 0.72, 6)}  # fmt: skip
+    for color, (name, (marker, passes, above, width)) in zip(reversed(COLOURS), marks.items(), strict=False):
         if passes:
-            axis.plot([p.index + 1 for p in passes], [top + 0.48 + 0.24 * bool(at)] * len(passes), marker, label=name,
-                      ms=11 if marker == "*" else 6, color=COLOURS[-1 - at], ls="", zorder=5)  # fmt: skip
-    for p in taught[0]:
+            places = [p.index + 1 for p in passes]
+            axis.plot(places, [top + above] * len(places), marker, ms=width, color=color, label=name, zorder=5)
+    for p in taught:
         axis.text(p.index + 1.15, top + 0.5, f"{p.supervised_weight:.2g}", fontsize=size, va="center")
     axis.set(xlim=(0.3, end), ylim=(-0.6, top + 1.4), xlabel="pass (an arrow: what it reads)")
     axis.set_xticks(range(1, plan.num_passes + 1, -(-plan.num_passes // SHOWN)))

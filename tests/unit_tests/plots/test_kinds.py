@@ -73,10 +73,10 @@ def test_schedules_of_depth_gradient_and_supervision(axes):
     knobs = {"recursion_family": "recurrent", "num_recurrences": 8, "injection": "add", "backprop_depth": 4}
     steps = steps_of(**knobs, recurrence_curriculum="linear", backprop_curriculum="linear")
     draw_steps(axes, steps, lambda plan: float(plan.num_passes))
-    assert lines_of(axes[0])["depth of a step"] == (list(range(100)), [steps.depth_at(n) for n in range(100)])
+    assert lines_of(axes[0])["of a step"] == (list(range(100)), [steps.depth_at(n) for n in range(100)])
     assert lines_of(axes[0])["its mean"][1][::25] == [1, 8, 8, 8]
     assert lines_of(axes[1])["with gradient"][1] == [len(steps.plan_at(n).grad_passes) for n in range(100)]
-    assert lines_of(axes[3])["of a step"][1] == lines_of(axes[1])["passes"][1]
+    assert lines_of(axes[3])["of a step"][1] == lines_of(axes[1])["of a step"][1]
 
 
 def test_deep_supervision_is_shown_with_its_ramp_and_what_its_schedules_weigh_and_cost(axes):
