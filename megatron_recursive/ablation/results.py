@@ -62,11 +62,13 @@ def _arm(study: Study, arm: Arm) -> dict[str, Any]:
 def _compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     gain, ratio = b["mean"] - a["mean"], a["FLOPs"] / b["FLOPs"]
     own = " (its own layers)" if b["plain"] and not a["plain"] and a["layers"] == b["layers"] else ""
-    spread, verdict = None, "; a single seed has no spread to judge by"
+    spread, apart, verdict = None, False, "; a single seed has no spread to judge by"
     if a["spread"] is not None and b["spread"] is not None:
-        spread = max(a["spread"], b["spread"])
+        spread, apart = max(a["spread"], b["spread"]), max(a["losses"]) < min(b["losses"])
         verdict = f", {'more than' if abs(gain) > spread else 'within'} the spread of {spread:.3f} over the seeds"
-    beats, better = "beats" if gain > (spread or 0) else "does not beat", "better" if gain > 0 else "worse"
+        if apart and gain <= spread:
+            verdict = f", its worst seed ahead of the other's best (the spread over the seeds is {spread:.3f})"
+    beats, better = "beats" if apart or gain > (spread or 0) else "does not beat", "better" if gain > 0 else "worse"
     cost = "the same FLOPs" if abs(ratio - 1) < LIKE else f"{ratio:.3g} times the FLOPs"
     said = (f"{a['arm']} {beats} {b['arm']}{own}: {a['mean']:.3f} against {b['mean']:.3f}, {abs(gain):.3f} nats "
             f"{better}{verdict}, at {cost}.")  # fmt: skip

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.knobs import flag_of
 
 CURRICULA = ("recurrence_curriculum", "backprop_curriculum")
 SIGMA = 0.5  # of the logarithm of a step's rate (Geiping et al. 2025, Huginn)
@@ -71,12 +72,12 @@ def check_depths(config: Any) -> None:
     for name in ("mean_recurrence", "max_recurrence"):
         value = getattr(config, name)
         if value is not None and not 1 <= value < math.inf:
-            raise UserError(f"{_flag(name)} must be a number of at least 1, but is {value}.")
+            raise UserError(f"{flag_of(name)} must be a number of at least 1, but is {value}.")
     for name in CURRICULA:
         fraction = getattr(config, f"{name}_fraction")
         if not 0 < fraction <= 1:
             raise UserError(
-                f"{_flag(name)}-fraction must be above 0 and at most 1, the whole training, but is {fraction}."
+                f"{flag_of(name)}-fraction must be above 0 and at most 1, the whole training, but is {fraction}."
             )
     drawn, needs = "--recurrence-distribution poisson-lognormal", {}
     if config.recurrence_distribution == "fixed":
@@ -85,11 +86,7 @@ def check_depths(config: Any) -> None:
         needs["uncalibrated_recurrence"] = drawn
     if not config.backprop_depth:
         needs["backprop_curriculum"] = "--backprop-depth"
-    needs |= {f"{name}_fraction": _flag(name) for name in CURRICULA if getattr(config, name) is None}
+    needs |= {f"{name}_fraction": flag_of(name) for name in CURRICULA if getattr(config, name) is None}
     for knob in (knob for knob in dataclasses.fields(config) if knob.name in needs):
         if getattr(config, knob.name) != knob.default:
-            raise UserError(f"{_flag(knob.name)} says nothing without {needs[knob.name]}; leave it out.")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            raise UserError(f"{flag_of(knob.name)} says nothing without {needs[knob.name]}; leave it out.")

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.knobs import flag_of
 
 FORM = re.compile(r"(0?\.\d*[1-9]\d*):([1-9]\d*)")
 BESIDE = ("recurrence_distribution", "recurrence_curriculum", "backprop_curriculum")  # what else sets a step's depth
@@ -28,21 +29,17 @@ def check_growth(config: Any) -> None:
         raise UserError(f"{given} must be FRACTION:K, a fraction between 0 and 1 and a whole number, such as 0.77:4.")
     if not config.enable_recursive_refinement:
         raise UserError(f"{given} needs a depth to grow; leave it or --disable-recursive-refinement out.")
-    depth, knob = getattr(config, config.depth_knob), _flag(config.depth_knob)
+    depth, knob = getattr(config, config.depth_knob), flag_of(config.depth_knob)
     if depth >= _growth(config)[1]:
         raise UserError(f"{given} does not deepen a model of {knob} {depth}; name a larger K, or a smaller {knob}.")
     for name in BESIDE:
         if getattr(config, name) not in (None, "fixed"):
-            raise UserError(f"{given} and {_flag(name)} both set the depth of steps; leave one of them out.")
+            raise UserError(f"{given} and {flag_of(name)} both set the depth of steps; leave one of them out.")
 
 
 def _growth(config: Any) -> tuple[float, int]:
     fraction, depth = str(config.grow_depth_at).split(":")
     return float(fraction), int(depth)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 class Growth:
@@ -65,7 +62,7 @@ class Growth:
         if not self.at:
             raise UserError(
                 f"--grow-depth-at {config.grow_depth_at} of {iterations} iterations is their start, so that none has "
-                f"{_flag(config.depth_knob)} {getattr(config, config.depth_knob)}; train for more."
+                f"{flag_of(config.depth_knob)} {getattr(config, config.depth_knob)}; train for more."
             )
 
     def config_after(self, trained: int) -> Any:

@@ -139,7 +139,8 @@ class StepPlans:
         for what, shape, fraction in (("depth", config.recurrence_curriculum, config.recurrence_curriculum_fraction),
                                       ("gradient", config.backprop_curriculum, config.backprop_curriculum_fraction)):
             parts += [f"{what} grows over {fraction:.0%} of the training ({shape})"] if shape else []
-        return " | ".join([*parts, f"evaluated and exported at {self.plan.depth}", *ramp])
+        own = self.plan.depth * config.num_supervision_steps  # in a row
+        return " | ".join([*parts, f"evaluated and exported at {own}", *ramp])
 
     def _mean_at(self, iteration: int) -> float:
         if self.growth.at is not None:

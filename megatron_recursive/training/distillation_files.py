@@ -20,6 +20,7 @@ from megatron_recursive.losses.distillation import vocab_parallel_log_softmax
 from megatron_recursive.training import console
 from megatron_recursive.training.distillation import DistillationSource, facts_of, opened
 from megatron_recursive.training.forward_step import get_batch
+from megatron_recursive.training.supervision_steps import samples_read
 
 
 def prepare(args: argparse.Namespace, source: DistillationSource, datasets_provider: Callable[..., Any]) -> None:
@@ -29,7 +30,7 @@ def prepare(args: argparse.Namespace, source: DistillationSource, datasets_provi
 
     initialize_megatron()
     wanted = get_train_valid_test_num_samples()
-    (train, *_), samples, micro = datasets_provider(wanted), wanted[0], args.micro_batch_size
+    (train, *_), samples, micro = datasets_provider(wanted), samples_read(args, wanted[0]), args.micro_batch_size
     group = parallel_state.get_tensor_model_parallel_group()
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     teacher: Any = source.loaded(args.padded_vocab_size, args.params_dtype, group).teacher

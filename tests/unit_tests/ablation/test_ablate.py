@@ -375,3 +375,14 @@ def test_two_real_runs(tmp_path: Path) -> None:
     assert len(recursion["blocks"]) == 2 and recursion["token cosine"] is not None and 3 < own["mean"] < 6
     assert all(run["commit"] is None or len(run["commit"]["hash"]) == 40 for run in figures["runs"])
     assert all(run["seconds"] > 0 for run in figures["runs"]) and len(figures["runs"]) == 2
+
+
+def test_an_arm_whose_worst_seed_is_ahead_wins_whatever_the_losers_spread() -> None:
+    from megatron_recursive.ablation.results import _compare
+
+    def arm(name: str, *losses: float) -> dict[str, Any]:
+        return {"arm": name, "losses": losses, "mean": sum(losses) / len(losses), "spread": max(losses) - min(losses),
+                "FLOPs": 1.0, "plain": False, "layers": 1}  # fmt: skip
+
+    assert "a beats b: 0.010 against 0.900" in _compare(arm("a", 0.0, 0.02), arm("b", 0.4, 1.4))["said"]
+    assert "does not beat" in _compare(arm("a", 0.0, 0.5), arm("b", 0.4, 1.4))["said"]

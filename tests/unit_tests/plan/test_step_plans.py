@@ -124,3 +124,8 @@ def test_a_step_without_gradient_for_all_weights_is_refused_before_it_is_drawn(k
     """Nothing injected: the prelude is reached by the first pass alone, and four of four are recorded."""
     with pytest.raises(UserError, match="'embedding' would receive no gradient"):
         plans(**{**RECURRENT, "injection": "none"}, num_recurrences=4, backprop_depth=4, iterations=1, **knobs)
+
+
+def test_carried_steps_are_evaluated_in_a_row() -> None:
+    mine = plans(num_supervision_steps=4, recurrence_distribution="uniform")
+    assert "evaluated and exported at 12" in mine.describe()

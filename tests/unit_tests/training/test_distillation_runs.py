@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_recursive.data.teacher_files import TeacherFiles
 from tests.grids import grid
 from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, save_to, train
 
@@ -87,3 +88,13 @@ def test_what_does_not_fit_is_refused_by_name(teacher: Path, prepared: Path, tmp
     }  # fmt: skip
     for sentence, flags in cases.items():
         assert sentence in str(train(*flags)), sentence
+
+
+@pytest.mark.grid
+def test_carried_steps_ask_a_teacher_of_each_batch_once(teacher: Path, tmp_path: Path) -> None:
+    """What is prepared is the samples that the run reads: two batches in six steps."""
+    files, carried = tmp_path / "files", ["--num-supervision-steps", "3"]
+    assert train("--distill-from", teacher, *HOW[2:], "--distill-prepare", files, *carried) is None
+    assert len(TeacherFiles(files).keys) == 8
+    read = distilled(tmp_path / "run", files, *carried)
+    assert all(step["distillation loss"] > 0 for step in read.values())
