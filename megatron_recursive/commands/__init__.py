@@ -99,6 +99,6 @@ def _quiet_libraries() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def door(name: str) -> None:
-    """What a file in ``tools/`` does: the command of this name, with the words that follow the file's."""
-    main([name, *sys.argv[1:]])
+def door(*words: str) -> None:
+    """What a file in ``tools/`` does: the command that the words name, with those that follow the file's."""
+    main([*words, *sys.argv[1:]])

@@ -22,7 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "command_line": (),
     "plan": (),
     "accounting": (f"{OURS}.plan",),
-    "plots": (f"{OURS}.plan", "matplotlib"),
+    "plots": (f"{OURS}.plan", "matplotlib", "tensorboard", "wandb"),
     "backends": ("torch",),
     "data": (
         "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "dill",
