@@ -34,6 +34,8 @@ class MetricsLog:
         self, recursion: RecursionConfig, plans: StepPlans, description: dict[str, Any], progress: Progress
     ) -> None:
         self.progress, self.plans = progress, plans
+        # Elsewhere readers multiply tokens, which carried steps read several times.
+        self._counts_flops = plans.changes or recursion.num_supervision_steps > 1
         self._description: dict[str, Any] | None = description
         self._alarms = HealthAlarms(recursion, plans.plan)
         self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device until an interval's end
@@ -69,7 +71,9 @@ class MetricsLog:
             "tokens per second": run.global_batch_size * run.seq_length / seconds,
         }  # fmt: skip
         if self.plans.changes:
-            record |= {"recurrence": self.plans.plan_at(iteration - 1).depth, "FLOPs": run.flops_spent}
+            record["recurrence"] = self.plans.plan_at(iteration - 1).depth
+        if self._counts_flops:
+            record["FLOPs"] = run.flops_spent
         for name in ("learning_rate", "grad_norm"):
             if given.get(name) is not None:
                 record[name.replace("_", " ")] = float(given[name])
@@ -86,7 +90,7 @@ class MetricsLog:
             if metrics and run.rank == run.world_size - 1:
                 record = {"kind": kind, "iteration": iteration, "time": time.time(),
                           "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
-                if self.plans.changes and hasattr(run, "flops_spent"):
+                if self._counts_flops and hasattr(run, "flops_spent"):
                     record["FLOPs"] = run.flops_spent
                 if len(sets) > 1:
                     record["set"] = number
