@@ -33,8 +33,8 @@ _EXAMPLE_WIDTH = 100
 _EXTRA_OF = {
     "datatrove": "data", "orjson": "data", "pyarrow": "data", "sentencepiece": "data", "zstandard": "data",
     "gguf": "hf", "accelerate": "hf", "matplotlib": "plots", "lm_eval": "eval", "kneed": "analysis",
-    **dict.fromkeys(("megatron", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers",
-                    "yaml"), ""),
+    **dict.fromkeys(("megatron", "numpy", "safetensors", "tensorboard", "tokenizers", "torch", "tqdm",
+                    "transformers", "wandb", "yaml"), ""),
 }  # fmt: skip
 
 

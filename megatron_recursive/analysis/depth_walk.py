@@ -2,6 +2,7 @@
 
 A model is walked by ``begin``, which gives the states of a batch, and ``advance``, which gives those behind further
 passes and leaves the ones before as they are. ``output``, ``read``, ``logits`` and ``head`` are of tokens: [N, ...].
+A recursive one has ``state``, a state [B, S, H] by its name, and ``reset``: output and latent as they ``began``.
 """
 
 from __future__ import annotations
@@ -112,6 +113,13 @@ class _Exported:
         self.base._read_plan(self.plan)
         return values, shared
 
+    def state(self, states: Any, name: str) -> Tensor:
+        return states[0][name]
+
+    def reset(self, states: Any, began: Any) -> Any:
+        current = dict.fromkeys(["input", *["output"] * self.plan.starts_at_input], states[0]["input"])
+        return began[0] | current, states[1]
+
     def output(self, states: Any) -> Tensor:
         return states[0]["output"].flatten(0, 1)
 
@@ -145,6 +153,14 @@ class _Megatron:
 
         for _ in run_plan(plan, states, decode, first, stop):
             pass
+        return states
+
+    def state(self, states: Any, name: str) -> Tensor:
+        return states.values.get(name, states.values["input"]).transpose(0, 1)  # an output that starts at it
+
+    def reset(self, states: Any, began: Any) -> Any:
+        states = copy.copy(states)
+        states.values = {**began.values, "input": states.values["input"]}
         return states
 
     def output(self, states: Any) -> Tensor:

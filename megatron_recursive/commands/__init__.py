@@ -22,7 +22,7 @@ from megatron_recursive.command_line import PROGRAM, CommandParser, is_known_pac
 from megatron_recursive.errors import UserError, report_user_errors
 
 COMMANDS = ("pretrain", "corpus", "tokenizer", "preprocess", "convert", "generate", "plan", "plot", "summarize",
-            "ablate", "phi", "task", "evaluate", "count", "layers", "sweep")  # fmt: skip
+            "ablate", "phi", "task", "evaluate", "count", "layers", "sweep", "health")  # fmt: skip
 _INTERRUPTED = 130  # as shells report SIGINT
 
 
@@ -99,6 +99,6 @@ def _quiet_libraries() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def door(name: str) -> None:
-    """What a file in ``tools/`` does: the command of this name, with the words that follow the file's."""
-    main([name, *sys.argv[1:]])
+def door(*words: str) -> None:
+    """What a file in ``tools/`` does: the command that the words name, with those that follow the file's."""
+    main([*words, *sys.argv[1:]])

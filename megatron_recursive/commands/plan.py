@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             "--use-distributed-optimizer")  # fmt: skip
 
 
-def add_model_and_job(parser: argparse.ArgumentParser, model: Any) -> Any:
-    """Megatron's flags of a model into a group of the parser, and the group of its training, which is returned."""
+def add_model(parser: argparse.ArgumentParser, model: Any) -> None:
+    """Megatron's flags of a model into a group of the parser, and those of its recursion into one of their own."""
     # fmt: off
     for name in (*SIZES, *CHOICES, *SWITCHES):
         kind: dict[str, Any] = {"type": int} if name in SIZES else {"choices": CHOICES.get(name)}
@@ -78,6 +78,13 @@ def add_model_and_job(parser: argparse.ArgumentParser, model: Any) -> Any:
                            **({"action": "store_true"} if name in SWITCHES else kind))
     model.add_argument("--seq-length", type=int, help="default: the checkpoint's, or 4096 and at most the model's")
     add_recursion_arguments(parser, TRAINED, only_given=True)  # the rest is the source's own
+    # fmt: on
+
+
+def add_model_and_job(parser: argparse.ArgumentParser, model: Any) -> Any:
+    """As :func:`add_model`, and the group of the model's training, which is returned."""
+    # fmt: off
+    add_model(parser, model)
     job = parser.add_argument_group("training")
     job.add_argument("--micro-batch-size", type=int, help="default: the checkpoint's, or 1")
     job.add_argument("--global-batch-size", type=int, help="default: the checkpoint's, or 4 micro-batches a GPU")

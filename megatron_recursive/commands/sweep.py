@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required = parser.add_argument_group("required")
     required.add_argument("--model", required=True, nargs="+", metavar="DIR_OR_CKPT", help="Hugging Face folders, "
                           ".gguf files, names in the hub's cache, or Megatron checkpoints")
-    text = add_text(parser, ", or alone the PREFIX of training's token files")
-    text.add_argument("--data-seed", type=int, default=1234, help="of a PREFIX: --seed of the training, which orders "
-                      "its documents")
-    text.add_argument("--answer-tokens", type=int, metavar="N", help="as in training: tokens from N on are answers")
+    add_held_out(parser)
     depth = parser.add_argument_group("depths and exits")
     depth.add_argument("--depths", type=depth_list, default=(1, 2, 4, 8, 16, 32, 64), metavar="T,T,...",
                        help="blocks, loops or recurrences; the trained depth is added (default: 1,2,4,...,64)")
@@ -42,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser, "runs/sweep.json")
     # fmt: on
     parser.epilog = example("sweep", "--model", "CKPT", "DIR", "--text", "heldout.jsonl", "--mean-depth", "2.5")
+
+
+def add_held_out(parser: argparse.ArgumentParser) -> None:
+    """The flags of :func:`opened`."""
+    text = add_text(parser, ", or alone the PREFIX of training's token files")
+    text.add_argument("--data-seed", type=int, default=1234, help="of a PREFIX: --seed of the training, which orders "
+                      "its documents")  # fmt: skip
+    text.add_argument("--answer-tokens", type=int, metavar="N", help="as in training: tokens from N on are answers")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,18 +69,35 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any]:
-    import torch
-
     from megatron_recursive.analysis import depth_sweep, exit_frontier
     from megatron_recursive.analysis.depth_walk import walker_of
-    from megatron_recursive.analysis.subject import fingerprint, open_subject, text_rows
+    from megatron_recursive.analysis.subject import fingerprint
+
+    with opened(args, name) as (loaded, rows):
+        model = walker_of(loaded)
+        depths = sorted({*args.depths, model.plan.depth})
+        kind = "checkpoint" if hasattr(loaded.model, "megatron") else "recursive" if loaded.recursive else "plain"
+        asked = depth_sweep.Sweep(model, depths, rows, args.batch_size, args.answer_tokens)
+        found = depth_sweep.run(asked, parts, f"{name} {fingerprint(name)}")
+        return {
+            "model": name, "kind": kind, "samples": len(rows), "sequence_length": rows.shape[1] - 1,
+            **depth_sweep.record_of(asked, found),
+            "exits": exit_frontier.frontier(asked, found, args.mean_depth, args.measure_exits),
+        }  # fmt: skip
+
+
+@contextlib.contextmanager
+def opened(args: argparse.Namespace, name: str) -> Iterator[tuple[Any, Any]]:
+    """A model, and the rows of its text, each with the token behind it."""
+    import torch
+
+    from megatron_recursive.analysis.subject import open_subject, text_rows
     from megatron_recursive.data.indexed import held_out_rows
 
     prefix = next((each for each in args.text if Path(f"{each}.idx").is_file()), None)
     if prefix is not None and len(args.text) > 1:
         raise UserError(f"--text {prefix} is a token file, which stands alone; give one, or documents.")
     with open_subject(name, args.tokenizer, args.device, numbers=prefix is not None) as loaded:
-        model = walker_of(loaded)
         length = length_of(args, loaded)
         if prefix is not None:
             rows = torch.from_numpy(held_out_rows(prefix, args.num_samples, length, args.data_seed))
@@ -83,15 +107,7 @@ def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any
         largest, size = int(rows.max()), loaded.model.config.vocab_size
         if largest >= size:
             raise UserError(f"--text has the token id {largest}, but {name} has {size} tokens; give its own text.")
-        depths = sorted({*args.depths, model.plan.depth})
-        asked = depth_sweep.Sweep(model, depths, rows.to(loaded.model.device), args.batch_size, args.answer_tokens)
-        found = depth_sweep.run(asked, parts, f"{name} {fingerprint(name)}")
-        kind = "checkpoint" if hasattr(loaded.model, "megatron") else "recursive" if loaded.recursive else "plain"
-        return {
-            "model": name, "kind": kind, "samples": len(rows), "sequence_length": length,
-            **depth_sweep.record_of(asked, found),
-            "exits": exit_frontier.frontier(asked, found, args.mean_depth, args.measure_exits),
-        }  # fmt: skip
+        yield loaded, rows.to(loaded.model.device)
 
 
 def table(record: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise, starmap
 from typing import Any
 
 from megatron_recursive.errors import UserError
@@ -210,7 +210,14 @@ class RecursionPlan:
     @property
     def depth(self) -> int:
         """What :meth:`with_blocks` changes: blocks, loops, or passes of a recurrent core."""
-        return sum(p.stack == "core" for p in self.passes) if self.has_inner_depth else self.num_blocks
+        return len(self.parts)
+
+    @cached_property
+    def parts(self) -> tuple[range, ...]:
+        """The passes of each of those that :attr:`depth` counts, by index."""
+        if self.has_inner_depth:
+            return tuple(range(p.index, p.index + 1) for p in self.passes if p.stack == "core")
+        return tuple(starmap(range, pairwise((0, *(p.index + 1 for p in self.block_ends)))))
 
     @cached_property
     def block_ends(self) -> tuple[DecoderPass, ...]:

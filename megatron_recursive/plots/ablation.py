@@ -27,7 +27,4 @@ def plot_ablation(figures: dict[str, Any], output: Path) -> None:
     right.legend(fontsize="small")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    try:
-        save_picture(figure, output, dpi=130)
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, output, dpi=130)

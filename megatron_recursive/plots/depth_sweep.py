@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_recursive.plots.picture import pyplot_for, save_picture
+from megatron_recursive.plots.picture import COLOURS, pyplot_for, save_picture
 
-# Readable in print and for the colour-blind: a colour a model, a marker an exit.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# A colour a model, a marker an exit.
 MARKERS = {"halting": "o", "quantile": "s", "output-change": "^", "kl": "v", "argmax": "D"}
 
 
@@ -45,7 +44,4 @@ def plot_depth_sweep(record: dict[str, Any], output: Path) -> None:
             axis.text(0.5, 0.5, "no model here can leave early", ha="center", transform=axis.transAxes)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
-    try:
-        save_picture(figure, output, dpi=130)
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, output, dpi=130)

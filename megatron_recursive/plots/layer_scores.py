@@ -30,7 +30,4 @@ def plot_layer_scores(record: dict[str, Any], output: Path) -> None:
     axes[0].set_title(title, fontsize="medium")
     axes[1].set_xlabel("layer")
     axes[1].set_xticks(range(0, len(layers), 1 + len(layers) // 20))
-    try:
-        save_picture(figure, output, dpi=130)
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, output, dpi=130)

@@ -22,6 +22,7 @@ _UNITS = {
 _AT = re.compile(r"(.*) (block|depth) (\d+)")
 _STYLES = tuple(zip(("#2166ac", "#d6604d", "#1b7837", "#8c510a", "#762a83", "#4d4d4d", "#01a0a0", "#c51b7d"),
                     "osD^vPX*", strict=True))  # fmt: skip
+_NO_SCORES = {"kind", "iteration", "time", "tokens", "FLOPs", "flops", "elapsed"}
 _GREY: dict[str, Any] = {"color": "#444444"}
 
 Points = tuple[list[float], list[float]]
@@ -69,7 +70,8 @@ def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = Non
         UserError: metrics are missing or malformed, matplotlib is not installed, or the picture cannot be written.
     """
     runs = read_runs(given)
-    output = Path(output or (runs[0].file.with_suffix(".png") if len(runs) == 1 else "comparison.png"))
+    beside = runs[0].file if runs[0].file.exists() else Path(runs[0].file.name)  # of a run that is online
+    output = Path(output or (beside.with_suffix(".png") if len(runs) == 1 else "comparison.png"))
     pyplot = pyplot_for(output, "--output")
     for run in runs:
         if not any("lm loss" in r for r in run.records):
@@ -80,20 +82,37 @@ def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = Non
     rows = -(-len(panels) // columns)
     size = max(5.4 * columns, 8), 3.8 * rows + 0.9
     figure, axes = pyplot.subplots(rows, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
-    try:
-        for axis in list(axes.flat)[len(panels) :]:
-            axis.remove()
-        for axis, draw in zip(list(axes.flat), panels, strict=False):
-            draw(axis)
-            axis.set(xlabel=label, xlim=(0, None))
-            axis.tick_params(labelbottom=True)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-        _legends(figure, drawn)
-        save_picture(figure, output, dpi=150)
-    finally:
-        pyplot.close(figure)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    for axis, draw in zip(list(axes.flat), panels, strict=False):
+        draw(axis)
+        axis.set(xlabel=label, xlim=(0, None))
+        axis.tick_params(labelbottom=True)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    _legends(figure, drawn)
+    save_picture(figure, output, dpi=150)
     return output
+
+
+def plot_score_by_flops(given: Sequence[str | Path], output: Path, score: str) -> None:
+    """Draw a held-out score of runs over the FLOPs that each had spent, at the depths that its steps had.
+
+    Raises:
+        UserError: as :func:`plot_loss_curve`, or a run has no such score.
+    """
+    drawn, label = _along(read_runs(given), "flops")
+    figure, axis = pyplot_for(output, "--output").subplots(figsize=(8, 5.5), layout="constrained")
+    for each in drawn:
+        x, y = each.points("held-out", score)
+        if not x:
+            known = sorted({name for r in each.run.of("held-out") for name in r if " block " not in name} - _NO_SCORES)
+            raise UserError(f"{each.run.file} has no held-out {score}; its scores are {', '.join(known) or 'none'}")
+        axis.plot(x, y, "-", marker=each.marker, color=each.color, label=each.run.name[-60:])
+    axis.set(xlabel=label, ylabel=f"held-out {score}", xscale="log")
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(fontsize="small")
+    save_picture(figure, output, dpi=150)
 
 
 def _along(runs: Sequence[Run], x: str | None) -> tuple[list[Drawn], str]:

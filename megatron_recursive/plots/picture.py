@@ -10,6 +10,8 @@ from typing import Any
 from megatron_recursive.errors import UserError
 
 FORMATS = ("png", "pdf", "svg")
+# Readable for the colour-blind (Okabe and Ito); for print, draw with markers or hatches too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def pyplot_for(output: Path, flag: str) -> Any:
@@ -27,7 +29,9 @@ def pyplot_for(output: Path, flag: str) -> Any:
 
 
 def save_picture(figure: Any, output: Path, dpi: int) -> None:
-    """Save in the format of the output's suffix. A UserError says where that is not possible."""
+    """Save in the format of the output's suffix, and close. A UserError says where that is not possible."""
+    from matplotlib import pyplot
+
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -36,5 +40,6 @@ def save_picture(figure: Any, output: Path, dpi: int) -> None:
     except OSError as error:
         raise UserError(f"cannot write {output} ({error.strerror}); choose another --output") from error
     finally:
+        pyplot.close(figure)
         with suppress(OSError):
             partial.unlink()

@@ -92,20 +92,17 @@ def plot_timeline(timeline: Any, plan: RecursionPlan, output: str | Path) -> Pat
     rows: list[list[tuple[float, float, int]]] = [timeline.boxes(rank) for rank in ranks]
     height = min(max(0.38 * len(rows), 1.0), 9.0) + 1.5
     figure, axis = pyplot.subplots(figsize=(12, height), layout="constrained")
-    try:
-        edge = 0.4 if sum(map(len, rows)) < 2500 else 0.0
-        for at, row in enumerate(rows):
-            spans = [(start, end - start) for start, end, _ in row]
-            axis.broken_barh(spans, (at - 0.45, 0.9), facecolors=[_color(code, trips) for *_, code in row],
-                             edgecolors="white", linewidth=edge)  # fmt: skip
-        _axes(axis, ranks, max(end for row in rows for _, end, _ in row))
-        axis.set_title(f"{stages} stages, {timeline.micro_batches} micro-batches, {plan.num_passes} passes"
-                       f"{said_of_trips(trips)}: efficiency {timeline.efficiency:.3f}", fontsize="medium")  # fmt: skip
-        handles = _legend(timeline.costs)
-        figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small", frameon=False)
-        save_picture(figure, output, dpi=130)
-    finally:
-        pyplot.close(figure)
+    edge = 0.4 if sum(map(len, rows)) < 2500 else 0.0
+    for at, row in enumerate(rows):
+        spans = [(start, end - start) for start, end, _ in row]
+        axis.broken_barh(spans, (at - 0.45, 0.9), facecolors=[_color(code, trips) for *_, code in row],
+                         edgecolors="white", linewidth=edge)  # fmt: skip
+    _axes(axis, ranks, max(end for row in rows for _, end, _ in row))
+    axis.set_title(f"{stages} stages, {timeline.micro_batches} micro-batches, {plan.num_passes} passes"
+                   f"{said_of_trips(trips)}: efficiency {timeline.efficiency:.3f}", fontsize="medium")  # fmt: skip
+    handles = _legend(timeline.costs)
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small", frameon=False)
+    save_picture(figure, output, dpi=130)
     return output
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plots.event_files import find_events, read_events
 from megatron_recursive.plots.metrics_file import read_records
 
 FILE, SUBFOLDER = "metrics.jsonl", "checkpoints"
@@ -57,7 +58,7 @@ def read_runs(given: Sequence[str | Path]) -> list[Run]:
 
 def _find(path: Path) -> Path:
     places = [path / FILE, path / SUBFOLDER / FILE] if path.is_dir() else [path]
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if place.is_file()), None) or find_events(path)
     if found is None and path.is_dir():
         below = sorted({str(each.parent) for depth in ("*", f"*/{SUBFOLDER}") for each in path.glob(f"{depth}/{FILE}")})
         there = f"name {' or '.join(below[:4])}" if below else "name the --save folder of a run"
@@ -78,7 +79,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 def _read(file: Path, name: str) -> Run:
     parts: list[list[dict[str, Any]]] = [[]]
-    for record in read_records(file):
+    for record in read_records(file) if find_events(file) is None else read_events(file):
         if record["kind"] == "run":
             parts.append([])
         if not record.get("set"):

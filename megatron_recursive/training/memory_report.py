@@ -69,8 +69,11 @@ def memory_of_run(
         layers_per_stage=split, most_held=partial(most_held, grad, stages, batches, windows),
         in_flight=in_flight(stages, batches, windows, interleaved=interleaved), window=max(windows, default=0),
     )  # fmt: skip
-    first = stages_memory[0]
-    return [replace(first, states=first.states + carried_bytes(args, config)), *stages_memory[1:]]
+    carried = [0.0] * stages
+    if size := carried_bytes(args, config):
+        carried[-1] += size / (2 * len(plan.carried)) * (stages > 1)  # the outputs, until they are sent
+        carried[0] += size
+    return [replace(x, states=x.states + more) for x, more in zip(stages_memory, carried, strict=True)]
 
 
 def carried_bytes(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> int:

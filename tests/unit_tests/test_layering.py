@@ -22,7 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "command_line": (),
     "plan": (),
     "accounting": (f"{OURS}.plan",),
-    "plots": (f"{OURS}.plan", "matplotlib"),
+    "plots": (f"{OURS}.plan", "matplotlib", "tensorboard", "wandb"),
     "backends": ("torch",),
     "data": (
         "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "dill",
@@ -51,7 +51,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "accelerate", "lm_eval",
     ),
     "analysis": (
-        *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "hf", "models", "inference")),
+        *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "hf", "losses", "models",
+                                            "inference")),
         "torch", "transformers", "kneed", "safetensors",
     ),
     "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "numpy", "tqdm", "yaml"),

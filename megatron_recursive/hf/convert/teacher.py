@@ -52,7 +52,8 @@ class Donor:
                 tensor = F.pad(tensor[: arch.vocab_size], (0, 0, 0, rows - arch.vocab_size))
             halves = arch.gated and "linear_fc1" in name and "norm" not in name  # gate and up lie in one
             target.data.copy_(_shard(tensor, target.shape, rank, size, 2 if halves else 1))
-        return model.to(torch.cuda.current_device()).requires_grad_(False).eval()
+        # Megatron makes learned positions in fp32; its own training casts them.
+        return model.to(torch.cuda.current_device(), dtype).requires_grad_(False).eval()
 
 
 def _shard(tensor: Tensor, shape: torch.Size, rank: int, size: int, parts: int) -> Tensor:

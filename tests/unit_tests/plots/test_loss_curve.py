@@ -5,7 +5,7 @@ import pytest
 
 from megatron_recursive.commands import main
 from megatron_recursive.errors import UserError
-from megatron_recursive.plots.loss_curve import Drawn, plot_loss_curve
+from megatron_recursive.plots.loss_curve import Drawn, plot_loss_curve, plot_score_by_flops
 from megatron_recursive.plots.runs import read_runs
 from tests.unit_tests.plots.records import start, train, valid, write
 
@@ -103,6 +103,24 @@ def test_missing_empty_and_unknown_files_are_refused(tmp_path):
         plot_loss_curve([metrics], empty / "a.png")
     with pytest.raises(UserError, match="--output .* end it with one of .png, .pdf, .svg"):
         plot_loss_curve([metrics], tmp_path / "a.doc")
+
+
+def test_a_score_lies_over_the_flops_that_drawn_depths_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    grown = [valid(10, 5.0, FLOPs=2e9, accuracy=0.25), valid(20, 4.0, FLOPs=8e9, accuracy=0.5)]  # a curriculum
+    write(tmp_path / "grown/metrics.jsonl", start(), train(10, 5.0, FLOPs=2e9), *grown)
+    write(tmp_path / "plain/metrics.jsonl", start(blocks=0), train(10, 5.5), valid(10, 5.5, accuracy=0.125))
+    main(["plot", "flops", "grown", "plain", "--score", "accuracy", "--output", "f.svg"])
+    assert {"training FLOPs (1e9)", "held-out accuracy", "grown", "plain"} <= {*texts_of(tmp_path / "f.svg")}
+    drawn = Drawn(read_runs(["grown"])[0], "C0", "o", "flops", 1e9)
+    assert drawn.points("held-out", "accuracy") == ([2, 8], [0.25, 0.5])
+    main(["plot", "flops", "grown"])
+    assert capsys.readouterr().out == "f.svg\nflops.png\n" and (tmp_path / "flops.png").exists()
+    with pytest.raises(UserError, match="has no held-out f1; its scores are accuracy, lm loss$"):
+        plot_score_by_flops(["grown"], tmp_path / "f.png", "f1")
+    write(tmp_path / "old/metrics.jsonl", train(10, 5.0))
+    with pytest.raises(UserError, match="--x flops: old/metrics.jsonl does not tell it"):
+        plot_score_by_flops(["old"], tmp_path / "f.png", "lm loss")
 
 
 def test_the_command_takes_runs_as_words_and_as_flags(tmp_path, monkeypatch, capsys):

@@ -76,6 +76,7 @@ def test_samples_that_halt_at_once_are_a_run_without_carried_states(tmp_path: Pa
     assert halting == once
 
 
+PP2 = ["--pipeline-model-parallel-size", "2"]
 LAYOUTS = {"TP 2 x PP 2": (2, 2, 4), "PP 2 x DP 2": (1, 2, 4), "PP 2": (1, 2, 2)}
 OVER_RANKS = {"fixed": CARRIED, "exploring": EXPLORING}
 CASES = [("TP 2 x PP 2", "exploring"), ("TP 2 x PP 2", "fixed"), ("PP 2 x DP 2", "fixed"), ("PP 2", "exploring")]
@@ -116,7 +117,8 @@ def _said(flags: list[str]) -> str:
     config = model_config_from_args(args, recursion)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         announce(args, config)
-    return f"{out.getvalue()}\nstates: {memory_of_run(args, config)[0].states:.0f}"
+    states = (f"{stage.states:.0f}" for stage in memory_of_run(args, config))
+    return f"{out.getvalue()}\nstates: {' '.join(states)}"
 
 
 def test_the_plan_names_what_carried_states_need() -> None:
@@ -125,6 +127,9 @@ def test_the_plan_names_what_carried_states_need() -> None:
     size = 2 * 2 * 32 * 16 * 512 * 4  # where a step starts and what it leaves; output and latent
     assert f"carried states (output, latent: {size / 1e6:.1f} MB" in carried and "in a row, 16 passes" in carried
     assert int(carried.split()[-1]) - int(once.split()[-1]) == size
+    (once, _), (carried, _) = (run_distributed(_said, 2, [*wide, *PP2, *more]) for more in ([], CARRIED))
+    grown = [int(after) - int(before) for before, after in zip(once.split()[-2:], carried.split()[-2:], strict=True)]
+    assert grown == [size, size // 4], "the last stage holds the outputs until the end of a step"
 
 
 def _held() -> list[list[int]]:

@@ -98,3 +98,10 @@ def test_carried_steps_ask_a_teacher_of_each_batch_once(teacher: Path, tmp_path:
     assert len(TeacherFiles(files).keys) == 8
     read = distilled(tmp_path / "run", files, *carried)
     assert all(step["distillation loss"] > 0 for step in read.values())
+
+
+@pytest.mark.grid
+def test_a_teacher_has_the_dtype_of_the_run(teacher: Path, tmp_path: Path) -> None:
+    full, half = (distilled(tmp_path / name, teacher, *flags) for name, flags in (("32", []), ("16", ["--bf16"])))
+    for number, step in half.items():
+        assert step["distillation loss"] == pytest.approx(full[number]["distillation loss"], rel=0.03)

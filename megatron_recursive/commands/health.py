@@ -1,0 +1,81 @@
+"""``megatron-recursive health``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from megatron_recursive.command_line import example
+from megatron_recursive.commands.count import aligned
+from megatron_recursive.commands.layers import add_output, prepare
+from megatron_recursive.commands.sweep import add_held_out, opened
+from megatron_recursive.errors import UserError
+
+SUMMARY = "Examine a recursive model on text: its states by pass, its heads, and whether it uses the states."
+VERSION = 1  # of the record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    parser.description = (
+        "How far each pass moves its state, how alike tokens are there, and what the head would say; the loss with the "
+        "state reset before the last blocks, and with one block more; whether halting probabilities hold, and where "
+        "tokens leave. Writes JSON, and a picture beside it."
+    )
+    required = parser.add_argument_group("required")
+    required.add_argument("--model", required=True, metavar="DIR_OR_CKPT", help="a recursive model: a Hugging Face "
+                          "folder, or a Megatron checkpoint")
+    # fmt: on
+    add_held_out(parser)
+    add_output(parser, "runs/health.json")
+    parser.epilog = example("health", "--model", "CKPT", "--text", "heldout.jsonl", "--num-samples", "64")
+
+
+def run(args: argparse.Namespace) -> None:
+    output, picture = prepare(args)
+    from megatron_recursive.analysis.depth_sweep import Sweep
+    from megatron_recursive.analysis.depth_walk import walker_of
+    from megatron_recursive.analysis.health import examine
+    from megatron_recursive.data.files import replacing
+    from megatron_recursive.plots.health import plot_health
+
+    record: dict[str, Any] = {"format": "megatron-recursive health", "version": VERSION, "model": args.model,
+                              "text": args.text or "CPython"}  # fmt: skip
+    with opened(args, args.model) as (loaded, rows):
+        if not loaded.recursive:
+            raise UserError(f"--model {args.model} is a plain model, which makes no states; name a recursive one.")
+        kind = "checkpoint" if hasattr(loaded.model, "megatron") else "recursive"
+        record |= {"kind": kind, "samples": len(rows), "sequence_length": rows.shape[1] - 1}
+        record |= examine(Sweep(walker_of(loaded), [], rows, args.batch_size, args.answer_tokens))
+    with replacing(output) as (partial,):
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    plot_health(record, picture)
+    print(json.dumps(record) if args.json else "\n".join([*table(record), "", f"{output} and {picture}"]))
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    heads = ["pass", "block", "stack", "moves", "change", "token cosine", "loss", "accuracy", "agrees"]
+    rows = [[f"{each['pass']}", f"{each['block']}", each["stack"], each["target"], _said(each["change"]),
+             _said(each["token_cosine"]), *(_said(each.get(key)) for key in ("loss", "accuracy", "agrees"))]
+            for each in record["passes"]]  # fmt: skip
+    lines = ["{model}: {family}, depth {depth}; {samples} samples, {tokens:,} tokens".format_map(record), "",
+             *aligned(heads, rows), ""]  # fmt: skip
+    tried = {f"the state reset before the last {each['remaining']}": each["loss"] for each in record.get("reset", ())}
+    more = record["one_more"]
+    tried[f"one more, which moves the output by {_said(more['distance'])}"] = more["loss"]
+    lines += [f"loss with {what}: {loss:.4f} ({loss - record['loss']:+.4f})" for what, loss in tried.items()]
+    for exit, found in record.get("exits", {}).items():
+        shares = ", ".join(f"{each['block']}: {each['share']:.1%}" for each in found["blocks"])
+        lines.append(f"exit {exit} at {found['threshold']:g}: accuracy {found['accuracy']:.4f}, where early "
+                     f"{_said(found['early']['accuracy']) or 'none'}; leave after {shares}")  # fmt: skip
+    if "calibration" in record:
+        found = record["calibration"]
+        bins = (f"{each['probability']:.2f}: {each['right']:.2f}" for each in found["bins"])
+        lines.append(f"halting, probability: share right ({found['halt_target']}): {', '.join(bins)}; expected "
+                     f"calibration error {found['expected_error']:.4f}")  # fmt: skip
+    return lines + [f"left out: {name} ({why})" for name, why in record["left_out"].items()]
+
+
+def _said(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
