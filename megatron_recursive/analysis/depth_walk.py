@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -33,8 +33,7 @@ def branches_of(plan: RecursionPlan, depths: Iterable[int]) -> list[Branch]:
     if plan.is_plain:
         return [Branch(1, plan, 1)]
     plans = {depth: plan.with_blocks(depth) for depth in sorted(set(depths))}
-    works = {depth: [(each.closes(p), *(getattr(p, name) for name in _COMPUTED)) for p in each.passes]
-             for depth, each in plans.items()}  # fmt: skip
+    works = {depth: [_work(each, p) for p in each.passes] for depth, each in plans.items()}
     deepest = works[max(works)]
     branches = []
     for depth, work in works.items():
@@ -42,6 +41,12 @@ def branches_of(plan: RecursionPlan, depths: Iterable[int]) -> list[Branch]:
         shared = next((at for at, (mine, theirs) in pairs if mine != theirs), len(work))
         branches.append(Branch(depth, plans[depth], shared))
     return sorted(branches, key=lambda each: each.shared)
+
+
+def _work(plan: RecursionPlan, each: DecoderPass) -> tuple[Any, ...]:
+    """What a pass computes. A gate moves by what it has learned, whatever the step that it started from."""
+    each = each if each.move == "step" else replace(each, step=1.0)
+    return (plan.closes(each), *(getattr(each, name) for name in _COMPUTED))
 
 
 def passes_run(branches: list[Branch]) -> int:

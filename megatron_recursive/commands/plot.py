@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_recursive.accounting import ModelShape, flops_per_token
 from megatron_recursive.command_line import PROGRAM, example
-from megatron_recursive.commands import count, plan
+from megatron_recursive.commands import count, layers, plan, sweep
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.plan.knobs import flag_of, knobs_in
@@ -111,10 +111,10 @@ def _draw_described(args: argparse.Namespace, kind: str, output: Path) -> None:
     args.tp, args.bf16, cost, sizes = 1, False, None, ""
     if args.model or plan.given_sizes(args):
         model = count.open_model(args)
-        config, own, layers = model.steps.config, model.steps.plan, model.arch.num_layers
+        config, own, held = model.steps.config, model.steps.plan, model.arch.num_layers
         shape = model.arch.shape(args.seq_length or min(4096, model.arch.max_positions), model.rows)
         cost = partial(_cost, shape)
-        sizes = f", {layers} layers, {own.unrolled_layers(layers)} applied, {cost(own):.3g} FLOPs a token"
+        sizes = f", {held} layers, {own.unrolled_layers(held)} applied, {cost(own):.3g} FLOPs a token"
     else:
         config = RecursionConfig.from_mapping(knobs_in(vars(args))).resolved(embedding_init_std=0.02)
         own = build_plan(config)
@@ -134,6 +134,7 @@ def _read(kind: str, file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file} as JSON ({error}); name what the command {kind} has written") from error
-    if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (f"{PROGRAM} {kind}", 1):
-        raise UserError(f"{file} is no JSON of the command {kind} in version 1; name what {kind} has written")
+    wanted = f"{PROGRAM} {kind}", (sweep if kind == "sweep" else layers).VERSION
+    if not isinstance(record, dict) or (record.get("format"), record.get("version")) != wanted:
+        raise UserError(f"{file} is no JSON of the command {kind} in version {wanted[1]}; name what {kind} has written")
     return record

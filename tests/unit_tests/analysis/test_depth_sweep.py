@@ -35,7 +35,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {  # and the passes of one wal
     "hierarchical": ({"recursion_family": "hierarchical", "num_latent_refinements": 2}, 21),
     "recurrent": ({**RECURRENT, "injection": "concat", "state_init": "sampled"}, 1 + 7 + 4),
     "mean steps": ({**RECURRENT, "recurrence_step": "mean"}, 1 + 14 + 4),
-    "gate": ({**RECURRENT, "recurrence_step": "mean", "boundary": "gate"}, 1 + 14 + 4),
+    "gate": ({**RECURRENT, "recurrence_step": "mean", "boundary": "gate"}, 1 + 7 + 4),
     "core-end": ({**RECURRENT, "state_norm": "core-end"}, 1 + 7 + 3 + 4),
 }  # fmt: skip
 
