@@ -38,6 +38,9 @@ class Sweep:
     Attributes:
         model: as :mod:`depth_walk` walks it. rows: [N, S + 1], each with the token behind it.
         first_answer: as ``--answer-tokens`` of the training.
+
+    Raises:
+        UserError: no token counts.
     """
 
     model: Any
@@ -45,6 +48,11 @@ class Sweep:
     rows: Tensor
     batch_size: int
     first_answer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.first_answer is not None and not (self.rows[:, 1:] >= self.first_answer).any():
+            raise UserError(f"--answer-tokens {self.first_answer} leaves no token of --text to be judged; lower it, or "
+                            "give other text.")  # fmt: skip
 
     @cached_property
     def exits(self) -> dict[str, ExitOptions]:

@@ -14,7 +14,6 @@ from megatron_recursive.analysis.depth_sweep import Sweep
 from megatron_recursive.analysis.depth_walk import branches_of
 from megatron_recursive.analysis.exit_frontier import left_after
 from megatron_recursive.data.progress import steps
-from megatron_recursive.errors import UserError
 from megatron_recursive.hf.model.exits_recursive_gpt import ExitOptions, ExitRule, threshold_of
 from megatron_recursive.losses.telemetry import relative_change, token_cosine
 
@@ -24,12 +23,9 @@ FOLLOWED = 7  # tokens of the first sample whose states are drawn
 
 @torch.no_grad()
 def examine(sweep: Sweep) -> dict[str, Any]:
-    """What the documented record says of a recursive model; the depths of ``sweep`` are not asked. A UserError says
-    that no token counts."""
+    """What the documented record says of a recursive model; the depths of ``sweep`` are not asked."""
     parts = [_measure(sweep, batch) for batch in steps(sweep.rows.split(sweep.batch_size), "health")]
     found = {name: torch.cat([each[name] for each, _ in parts], -1) for name in parts[0][0]}
-    if not len(found["target"]):
-        raise UserError("--answer-tokens leaves no token of --text to be judged; lower it, or give other text.")
     return _record(sweep, found, parts[0][1])
 
 

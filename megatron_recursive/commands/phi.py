@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     found = fit_phi(read_losses(args.results), draws=args.draws, seed=args.seed)
     if args.json:
-        return print(json.dumps({"version": 1, "results": args.results} | found))
+        return print(json.dumps({"format": "megatron-recursive phi", "version": 1, "results": args.results} | found))
     low, high = found["interval"]
     print(f"phi = {found['phi']:.3f}, 95% interval {low:.3f} to {high:.3f}",
           f"({found['runs']} runs of {found['arms']} arms, {found['draws']} draws)")  # fmt: skip

@@ -204,6 +204,7 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.Ca
         (["--seq-length", "64"], "--seq-length 64 must lie between 2 and the 48 positions"),
         (["--depths", "1,0"], "--depths: '1,0' is no list of numbers"),
         (["--text", "PREFIX"], "--text has the token id 300, but"),
+        (["--text", "SMALL", "--answer-tokens", "900"], "--answer-tokens 900 leaves no token of --text to be judged"),
         (["--mean-depth", "0"], "--mean-depth must be positive"),
         (["--output", "found.txt"], "--output found.txt must end with .json"),
     ],
@@ -212,9 +213,13 @@ def test_mistakes_end_in_a_sentence(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_data(tmp_path / "data", above=300)
-    words = [str(tmp_path / "data") if word == "PREFIX" else word for word in words]
+    write_data(tmp_path / "small")
+    prefixes = {"PREFIX": str(tmp_path / "data"), "SMALL": str(tmp_path / "small")}
+    words = [prefixes.get(word, word) for word in words]
+    folder = str(write_recursive(tmp_path / "model"))
+    capsys.readouterr()  # what transformers says of writing it
     with pytest.raises(SystemExit) as ended:
-        main(["sweep", "--model", str(write_recursive(tmp_path / "model")), "--num-samples", "1", *words])
+        main(["sweep", "--model", folder, "--num-samples", "1", *words])
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "") and err.startswith(f"error: {said}") and err.count("\n") == 1, err
 
