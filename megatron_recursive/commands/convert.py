@@ -73,7 +73,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
                        help="of the weights (default: as they are stored); halting head and exit gate keep their own")
     files.add_argument("--ema", action="store_true", help="the averaged weights, of a run with --ema-decay")
     files.add_argument("--as-published", action="store_true",
-                       help="in names and config of the looped model that it was imported from (ouro, nanbeige)")
+                       help="in names and config of the model that it was imported from (ouro, nanbeige, huginn_raven)")
     _add_proof(parser)
 
 

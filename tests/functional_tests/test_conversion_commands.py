@@ -153,6 +153,12 @@ def test_ouro_trains_on_in_parallel_leaves_by_its_gate_and_returns_as_it_came(tm
     assert len(loops(config, weights, torch.tensor([ours]))) == 4
 
 
+def _as_published(run: Path, out: Path) -> dict[str, Any]:
+    from megatron_recursive.hf.convert import export
+
+    return export.export_model(str(run), str(out), as_published=True, say=str).summary()
+
+
 @pytest.mark.grid
 def test_huginn_trains_on_in_parallel_and_generates(tmp_path: Path) -> None:
     """With as many heads as two ranks can share: a core over both stages, and a sampled start."""
@@ -169,3 +175,5 @@ def test_huginn_trains_on_in_parallel_and_generates(tmp_path: Path) -> None:
 
     ((report, ours, theirs),) = run_distributed(_export_and_generate, 1, run, tmp_path / "back", 131, timeout=120)
     assert report["max_logit_error"] < 2e-5 and ours == theirs and len(ours) == 14
+    (report,) = run_distributed(_as_published, 1, run, tmp_path / "published", timeout=120)
+    assert report["family"] == "huginn_raven" and report["max_logit_error"] < 2e-5

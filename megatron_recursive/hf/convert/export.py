@@ -17,17 +17,17 @@ from torch import Tensor
 from megatron_recursive.accounting import cache_bytes_per_token
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert import proof, published_looped
+from megatron_recursive.hf.convert import proof, published_looped, published_recurrent
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.configs import config_values, donor_family
 from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.files import new_folder
-from megatron_recursive.hf.convert.mappings import OWN, Family, Item, items, recursive_rows
+from megatron_recursive.hf.convert.mappings import FAMILIES, OWN, Family, Item, items, recursive_rows
 from megatron_recursive.hf.convert.model_card import Exported, write_card
 from megatron_recursive.hf.convert.reading import Once, Sums, remembering, room_for_passes
 from megatron_recursive.hf.convert.report import Report
 from megatron_recursive.hf.convert.safetensors_files import NAMES, SHARD_BYTES, FolderWriter
-from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
+from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.hf.convert.tokenizer_files import (
     TOKEN_IDS,
     copy_tokenizer,
@@ -60,7 +60,7 @@ AUTO_MAP = {
 class MegatronModel:
     """A checkpoint and what its arguments say about it.
 
-    ``own_class``: not a donor's class, even for a plain GPT; ``as_published``: as the looped model that it came from.
+    ``own_class``: not a donor's class, even for a plain GPT; ``as_published``: as the published model it came from.
     """
 
     checkpoint: TorchDistCheckpoint
@@ -78,6 +78,8 @@ class MegatronModel:
     def family(self) -> Family:
         """The donor's own class, where there is one that can express it."""
         if self.as_published:
+            if (raven := FAMILIES["huginn_raven"]).model_type == self.arch.donor:
+                return raven
             return published_looped.published_family(self.arch, self.plan)
         return (None if self.own_class else donor_family(self.arch, self.recursion)) or OWN
 
@@ -140,7 +142,7 @@ def export_model(
         tokenizer: a tokenizer folder; None takes the one that the checkpoint was trained with, where it is found.
         proof_dtype: None skips the proof.
         dtype: of the exported weights; None leaves them as they are stored.
-        as_published: in the format of the looped model that the checkpoint came from.
+        as_published: in the format of the looped or recurrent model that the checkpoint came from.
         averaged: export the averages of the weights.
 
     Raises:
@@ -208,7 +210,7 @@ def write_model(
 
 def _cache_size(model: MegatronModel, report: Report) -> str:
     """What keys and values of a token take, which is easily taken for that of a plain model of so many layers."""
-    arch, dtype, passes = model.arch, _config(model)["dtype"], model.plan.num_passes
+    arch, dtype, passes = model.arch, _dtype(model), model.plan.num_passes
     layers = model.plan.unrolled_layers(arch.num_layers)
     size = cache_bytes_per_token(arch.shape(1), model.plan, getattr(torch, dtype).itemsize)
     report.facts["cache_bytes_per_token"] = size
@@ -227,17 +229,23 @@ def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) ->
 
 
 def _config(model: MegatronModel) -> dict[str, Any]:
-    if model.as_published:
+    if model.as_published and model.family.told_by_tensors:
+        config = published_recurrent.published_config(model.arch, model.recursion)
+    elif model.as_published:
         config = published_looped.published_config(model.family, model.arch, model.plan)
     else:
         config = config_values(model.family, model.arch, model.recursion)
     if model.family is OWN:
         config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
-    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items() if item.key not in IN_FP32}
-    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-    config["dtype"] = str(widest).removeprefix("torch.")
+    name = "torch_dtype" if model.as_published and model.family.told_by_tensors else "dtype"
+    config[name] = _dtype(model)
     return config
+
+
+def _dtype(model: MegatronModel) -> str:
+    dtypes = {model.checkpoint.dtypes[item.key] for item in model.items() if item.key not in IN_FP32}
+    return str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
 
 
 def _find_tokenizer(model: MegatronModel, ckpt: Path, given: str | None, folder: Path) -> Path | None:
@@ -259,6 +267,13 @@ def _promised(model: MegatronModel) -> dict[str, Tensor]:
         for item in model.items()
         for name, shape in item.hf.items()
     }
+
+
+def _writer(model: MegatronModel, folder: Path, shard_bytes: int) -> FolderWriter | published_recurrent.JoinedWriter:
+    if not (model.as_published and model.family.told_by_tensors):
+        return FolderWriter(folder, _promised(model), shard_bytes)
+    values = published_recurrent.published_config(model.arch, model.recursion)
+    return published_recurrent.JoinedWriter(folder, _promised(model), shard_bytes, model.arch, values)
 
 
 class _Cast(TorchDistCheckpoint):
@@ -286,7 +301,7 @@ def _write_weights(
     Returns:
         Checksums of what was written, and the logits.
     """
-    sums, logits, writer = Sums(), None, FolderWriter(folder, _promised(model), shard_bytes)
+    sums, logits, writer = Sums(), None, _writer(model, folder, shard_bytes)
     with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
 
         def convert(item: Item, tensors: list[Tensor]) -> None:
@@ -323,8 +338,7 @@ def _prove(
                        (EMBEDDING,) if source.arch.tied else ())  # fmt: skip
     if logits is not None and dtype is not None:
         source.get = read
-        config = config_object(source.family, read_json(folder / "config.json"), str(folder))
-        theirs = proof.hf_logits(source.family, config, source.weight, text, dtype)
+        theirs = proof.hf_logits(source.family, source.config, source.weight, text, dtype)
         report.max_logit_error = proof.relative_error(logits, theirs)
         proof.check(report.max_logit_error, f"{model.checkpoint.folder} and its export")
     for name in [*sums.unread]:

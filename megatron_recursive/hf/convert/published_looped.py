@@ -93,7 +93,7 @@ def published_family(arch: Architecture, plan: RecursionPlan) -> Family:
     """
     family = next((each for each in PUBLISHED if each.model_type == arch.donor and arch.donor in _LOOPS), None)
     if family is None:
-        names = " or ".join(_LOOPS)
+        names = " or ".join((*_LOOPS, "huginn_raven"))
         raise UserError(f"--as-published is for checkpoints that were imported from {names}; this one was not.")
     same = family.computes(arch)
     if same:

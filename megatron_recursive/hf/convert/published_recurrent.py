@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
+from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.configs import rope_parameters
+from megatron_recursive.hf.convert.safetensors_files import DTYPES, FolderWriter, SafetensorsFolder
 from megatron_recursive.plan import RecursionConfig, build_plan
+from megatron_recursive.plan.knobs import FunctionKnobs, flag_of, knobs_in
 
 Part = tuple[str, Callable[[Tensor], Tensor]]  # a tensor of the original, and what ours is of it
 STACKS = ("prelude", "core_block", "coda")
@@ -187,3 +191,128 @@ def _as_it_is(rows: Tensor, _: int) -> Tensor:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+# --- the way back ---------------------------------------------------------------------------------------------------
+
+
+def published_config(arch: Architecture, recursion: RecursionConfig) -> dict[str, Any]:
+    """The config.json of which :func:`open_raven` makes this model, without token ids.
+
+    Raises:
+        UserError: the format has no word for something of it.
+    """
+    if recursion.recursion_family != "recurrent" or not recursion.enable_recursive_refinement:
+        family = recursion.recursion_family if recursion.enable_recursive_refinement else "none (a plain GPT)"
+        raise UserError(f"--as-published: a huginn_raven is recurrent, but --recursion-family is {family}; leave "
+                        "--as-published out.")  # fmt: skip
+    width, depth, is_huginn = arch.hidden_size, recursion.num_recurrences, arch.norm_placement == "sandwich"
+    core = arch.num_layers - recursion.num_prelude_layers - recursion.num_coda_layers
+    scale, std = recursion.embedding_multiplier or 1.0, math.sqrt(2 / (5 * width))
+    if recursion.state_init == "sampled" and not math.isclose(std * scale, recursion.state_std, rel_tol=1e-12):
+        std = recursion.state_std / scale
+    rope = rope_parameters(arch)
+    theta = rope.pop("rope_theta")
+    rotation = {"block_size": arch.max_positions} if is_huginn else {
+        "max_position_embeddings": arch.max_positions, "rope_theta": theta,
+        "rope_scaling": None if rope["rope_type"] == "default" else rope}  # fmt: skip
+    applied = recursion.num_prelude_layers + recursion.num_coda_layers + core * depth
+    values = {
+        "architectures": ["RavenForCausalLM"], "model_type": "huginn_raven", "n_embd": width,
+        "n_heads": arch.num_attention_heads, "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups, "head_dim": arch.head_dim, "n_layers": arch.num_layers,
+        "n_layers_in_prelude": recursion.num_prelude_layers, "n_layers_in_recurrent_block": core,
+        "n_layers_in_coda": recursion.num_coda_layers, "intermediate_size": arch.ffn_hidden_size,
+        "vocab_size": arch.vocab_size, "norm_eps": arch.norm_eps, "qk_bias": arch.qkv_bias, "bias": False,
+        "tie_embeddings": arch.tied, "rope_base": theta, **rotation, "injection_type": "linear",
+        "state_init": "like-init",
+        "initial_state_mode": "random" if recursion.state_init == "sampled" else "embed-init",
+        "mean_recurrence": depth, "mean_backprop_depth": recursion.backprop_depth or depth,
+        "init_values": {"std": std, "embedding": std, "out_proj": std / math.sqrt(2 * applied), "embed_scale": scale},
+    }  # fmt: skip
+    _check_expressed(values, arch, recursion)
+    return values
+
+
+def _check_expressed(values: Mapping[str, Any], arch: Architecture, recursion: RecursionConfig) -> None:
+    """Refuses, by its flag, what is lost where the config is read again."""
+    placement = arch.norm_placement
+    is_huginn = placement == "sandwich"
+    again = RecursionConfig(**_knobs(values, is_huginn))
+    mine, theirs = (knobs_in(vars(each), (FunctionKnobs,)) for each in (recursion, again))
+    lost = {flag_of(name): value for name, value in mine.items() if value != theirs[name] and not (
+        isinstance(value, float) and math.isclose(value, theirs[name], rel_tol=1e-12))}  # fmt: skip
+    if is_huginn and not math.isclose(recursion.embedding_multiplier or 1.0, math.sqrt(arch.hidden_size)):
+        lost["--embedding-multiplier"] = recursion.embedding_multiplier  # its class computes it
+    if is_huginn and (arch.llama3_factor or arch.linear_factor or arch.yarn):
+        lost["rope scaling"] = "on"
+    if arch.num_query_groups != arch.num_attention_heads and arch.qkv_bias:
+        lost["--add-qkv-bias"] = f"with {arch.num_query_groups} query groups"
+    if placement != "post" and arch.head_dim * arch.num_attention_heads != arch.hidden_size:
+        lost["--kv-channels"] = arch.head_dim
+    kept = {"norm": "rmsnorm", "norm_one_centered": False, "norm_weights": "learned", "attention_gate": False,
+            "activation": "silu", "gated": True, "linear_bias": False, "positions": "rope", "rotary_percent": 1.0,
+            "qk_norm": "full" if placement == "post" else None,
+            "output_norm_scope": "residual" if is_huginn else "branch"}  # fmt: skip
+    lost.update({name: getattr(arch, name) for name, value in kept.items() if getattr(arch, name) != value})
+    if lost:
+        name, value = next(iter(lost.items()))
+        raise UserError(f"--as-published: a huginn_raven of this kind does not hold {name} {value}; leave "
+                        "--as-published out.")  # fmt: skip
+
+
+class JoinedWriter:
+    """Takes tensors by our names, and writes those of the original that they are parts of.
+
+    All parts of one come one after another.
+    """
+
+    def __init__(self, folder: Path, promised: Mapping[str, Tensor], shard_bytes: int, arch: Architecture,
+                 values: Mapping[str, Any]) -> None:  # fmt: skip
+        self.arch = arch
+        self.held: dict[str, Tensor] = {}
+        parts = _parts(values, _config(values, arch.norm_placement), arch.norm_placement)
+        self.original_of = {name: parts[name][0] if name in parts else name for name in promised}
+        self.originals: dict[str, list[str]] = {}  # to our names, which come as they are joined: q, k, v; gate, up
+        for ours, original in self.original_of.items():
+            self.originals.setdefault(original, []).append(ours)
+        joined = {name: self._join(name, [promised[each] for each in ours]) for name, ours in self.originals.items()}
+        self.angles = None
+        if arch.norm_placement == "sandwich":  # its class loads the table of its rotations
+            self.angles = rotations(arch.head_dim, arch.max_positions, arch.rotary_base)
+            joined["freqs_cis"] = torch.empty_like(self.angles, device="meta")
+        self.writer = FolderWriter(folder, joined, shard_bytes)
+
+    def _join(self, name: str, parts: list[Tensor]) -> Tensor:
+        turned = interleaved if self.arch.norm_placement == "sandwich" else _as_it_is
+        heads, groups, size = self.arch.num_attention_heads, self.arch.num_query_groups, self.arch.head_dim
+        if name.endswith((".Wqkv.weight", ".qk_bias")):
+            q, k, v = parts
+            q, k = turned(q, heads), turned(k, groups)
+            return torch.cat([q, k, v]) if name.endswith("weight") else torch.stack([q, k]).view(2, 1, heads, size)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if name.endswith("v_proj.bias") and tensor.any():
+            raise UserError(f"--as-published: {name} has been trained, and a huginn_raven has biases on q and k alone; "
+                            "leave --as-published out.")  # fmt: skip
+        self.held[name], original = tensor, self.original_of[name]
+        if all(each in self.held for each in self.originals[original]):
+            parts = [self.held.pop(each) for each in self.originals[original]]
+            self.writer.add(original, self._join(original, parts))
+
+    def close(self) -> None:
+        if self.angles is not None:
+            self.writer.add("freqs_cis", self.angles)
+        self.writer.close()
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of :func:`half_split`."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def rotations(size: int, positions: int, theta: float) -> Tensor:
+    """The table that Huginn's class keeps with its weights, in its own arithmetic."""
+    angles = torch.outer(torch.arange(positions).float(), 1.0 / theta ** (torch.arange(0, size, 2).float() / size))
+    return torch.stack([angles.cos(), angles.sin()], -1)[None, :, None].contiguous()

@@ -35,6 +35,7 @@ from megatron_recursive.models.checkpoint_integrity import (
     check_integrity,
 )
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
+from megatron_recursive.models.stored_arguments import DONOR
 from megatron_recursive.optimizers.weight_average import WeightAverage, read_where_stored
 from megatron_recursive.plan import StepPlans
 from megatron_recursive.training import run_record
@@ -46,6 +47,7 @@ from megatron_recursive.training.patches import wrap
 from megatron_recursive.training.patches.adam import tell_step, torch_adam_mended
 from megatron_recursive.training.progress import Progress
 from megatron_recursive.training.schedule_check import groups_of_the_checkpoint
+from megatron_recursive.training.value_biases import hold_value_biases
 
 STATE_BYTES = 20  # a parameter with its fp32 copy, Adam's moments and --ema-decay's average, at most
 
@@ -92,6 +94,8 @@ def _load(
             read_where_stored(averages, stored=bool(common) and vars(common["args"]).get("ema_decay") is not None),
         ):
             iteration, *more = call()
+            if getattr(run, DONOR, None) == "huginn_raven" and run.add_qkv_bias:
+                hold_value_biases(given["ddp_model"])
         if plans.growth.at is not None:
             for model in unwrap_model(given["ddp_model"]):
                 model.plan = plans.own_plan(iteration)

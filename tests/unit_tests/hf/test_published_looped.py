@@ -171,7 +171,7 @@ def test_only_what_a_published_class_computes_is_written_as_it(tmp_path: Path) -
                     build_plan(RecursionConfig(recursion_family="looped", embedding_multiplier=1.0))):  # fmt: skip
         with pytest.raises(UserError, match="OuroForCausalLM does not compute"):
             published_family(source.arch, changed)
-    with pytest.raises(UserError, match="imported from ouro or nanbeige; this one was not"):
+    with pytest.raises(UserError, match="imported from ouro or nanbeige or huginn_raven; this one was not"):
         published_family(dataclasses.replace(source.arch, donor="llama"), source.plan)
 
 

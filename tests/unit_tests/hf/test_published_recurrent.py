@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.published_recurrent import published_config
 from megatron_recursive.hf.convert.sources import open_source
+from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.added_parameters import sampled_start
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.test_convert import _export, _import, _quiet
@@ -135,8 +138,47 @@ def _imported(folder: Path) -> list[tuple[float, float, float, bool]]:
             ours = megatron(ids).logits
         error, moved = ((each - expected).abs().max() / expected.abs().max() for each in (ours, zeros))
         same = agree(verify(str(source), str(folder / f"{number}-back"), say=_quiet))
+        _published_again(kind, source, target, folder / f"{number}-published", ids, start)
         found.append((proven["max_logit_error"], float(error), float(moved), same))
     return found
+
+
+def _published_again(kind: str, source: Path, ckpt: Path, out: Path, ids: Tensor, start: Tensor) -> None:
+    """As published: the same tensors, the config's keys; and of changed weights, the formula of what is written."""
+    from megatron_recursive.hf.convert import export, proof
+
+    export.export_model(str(ckpt), str(out), as_published=True, say=_quiet)
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    angles = before.pop("freqs_cis")
+    if kind == "huginn":
+        assert torch.allclose(angles, after.pop("freqs_cis"), atol=1e-5)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before), kind
+    stated, config = KINDS[kind], json.loads((out / "config.json").read_text())
+    unsaid = {"torch_dtype", "init_values"} | ({"block_size"} if kind != "huginn" else set())  # tensors have a dtype
+    assert {name: config[name] for name in stated if name not in unsaid} == {
+        name: value for name, value in stated.items() if name not in unsaid}  # fmt: skip
+    assert not {name for name, value in config.items() if value is None} - {"rope_scaling"}
+    first, again = open_source(str(source)), open_source(str(out))
+    assert (first.arch, first.plan) == (again.arch, again.plan)
+
+    class Moved(export.TorchDistCheckpoint):
+        def get(self, key: str, layer: int | None = None) -> Tensor:
+            tensor = super().get(key, layer)
+            return tensor if key.endswith("qkv.bias") else tensor * 1.1 + 0.01
+
+    model = export.open_checkpoint(str(ckpt))
+    moved = Moved.__new__(Moved)
+    vars(moved).update(vars(model.checkpoint))
+    trained = dataclasses.replace(model, checkpoint=moved, as_published=True)
+    place = out.with_name(out.name + "-moved")
+    export.write_model(trained, ckpt, place, None, torch.float32, _quiet, 50_000)
+    written_by = {name: tensor for file in place.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert not torch.equal(written_by["transformer.wte.weight"], before["transformer.wte.weight"])
+    expected = formula(kind, written_by, ids, start)
+    again = open_source(str(place))
+    text = proof.Text(ids, torch.arange(ids.shape[1]).expand_as(ids))
+    ours = proof.hf_logits(again.family, again.config, again.weight, text, torch.float32)
+    assert float((ours - expected).abs().max() / expected.abs().max()) < 5e-6, kind
 
 
 def test_the_import_computes_the_formula_and_exports(tmp_path: Path) -> None:
@@ -144,6 +186,34 @@ def test_the_import_computes_the_formula_and_exports(tmp_path: Path) -> None:
     for kind, (proven, error, moved, same) in zip(KINDS, found, strict=True):
         assert 0 < proven < 2e-6 and error < 2e-6 and same, (kind, proven, error)
         assert (moved < 1e-6) == ("input" in kind), (kind, moved)
+
+
+OTHERS: list[tuple[str, dict[str, Any], str]] = [  # knobs or fields of the architecture, and what is said of them
+    ("huginn", {"injection": "add"}, "hold --injection add"),
+    ("huginn", {"boundary": "gate"}, "hold --boundary gate"),
+    ("olmo", {"recurrence_step": "mean"}, "hold --recurrence-step mean"),
+    ("huginn", {"state_norm": "none"}, "hold --state-norm none"),
+    ("llama", {"state_norm": "core-end"}, "hold --state-norm core-end"),
+    ("huginn", {"embedding_multiplier": 2.0}, "hold --embedding-multiplier 2.0"),
+    ("huginn", {"linear_factor": 2}, "hold rope scaling"), ("llama", {"head_dim": 14}, "hold --kv-channels 14"),
+    ("llama", {"qkv_bias": True}, "hold --add-qkv-bias"), ("llama", {"activation": "gelu"}, "hold activation gelu"),
+    ("olmo", {"recursion_family": "looped"}, "--recursion-family is looped"),
+    ("olmo", {"enable_recursive_refinement": False}, "a plain GPT"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(OTHERS)))
+def test_what_the_format_does_not_hold_is_refused_by_its_flag(number: int, tmp_path: Path) -> None:
+    kind, changes, message = OTHERS[number]
+    source = open_source(str(written(kind, tmp_path / "model")))
+    fields = {name: value for name, value in changes.items() if hasattr(source.arch, name)}
+    knobs = {name: value for name, value in changes.items() if name not in fields}
+    recursion = RecursionConfig.from_mapping(source.config.recursion)
+    if knobs.get("recursion_family") == "looped":
+        recursion = RecursionConfig(embedding_multiplier=1.0)
+    published_config(source.arch, RecursionConfig.from_mapping(source.config.recursion))
+    with pytest.raises(UserError, match=message):
+        published_config(dataclasses.replace(source.arch, **fields), dataclasses.replace(recursion, **knobs))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,19 @@
+"""Huginn has biases on q and k alone; Megatron's is one of q, k and v, of which v's part then stays at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def hold_value_biases(models: Iterable[Any]) -> None:
+    """Give the zeros of v's biases no gradient; those that have been trained already go on."""
+    for layer in (each for model in models for each in model.modules() if hasattr(each, "linear_qkv")):
+        bias, config = layer.linear_qkv.bias, layer.config
+        group = (config.num_attention_heads // config.num_query_groups + 2) * config.kv_channels
+        rows = torch.arange(bias.numel(), device=bias.device) + layer.pg_collection.tp.rank() * bias.numel()
+        is_value = rows % group >= group - config.kv_channels
+        learns = ~is_value | (bias.detach() != 0)
+        bias.register_hook(learns.to(bias.dtype).mul)
