@@ -90,8 +90,15 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
                 (init.zeros_ if module.one_centered else init.ones_)(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RecursiveGPTModel | RecursiveGPTForCausalLM):
-            self._start_added(module)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Also what recursion adds, which transformers passes over: the modules that declare it hold no parameter."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, RecursiveGPTModel | RecursiveGPTForCausalLM) and not hasattr(module, "added_started"):
+                self._start_added(module)
+                module.added_started = True
 
     def _start_added(self, module: nn.Module) -> None:
         """What recursion adds to this module, as it is declared."""
