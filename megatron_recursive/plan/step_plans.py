@@ -175,7 +175,7 @@ class StepPlans:
             )
         if not self._depth_changes:
             return
-        if self.growth.at is None:  # a step that leaves weights without gradient is refused before the first one
+        if config.backprop_depth and self.growth.at is None:  # a step that starves weights is refused before the first
             self._built(self.plan, cap, 1 if config.backprop_curriculum else config.backprop_depth)
         if self.plan.depth == 1 and cap > 1 and self.growth.at is None:
             raise UserError(

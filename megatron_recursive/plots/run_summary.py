@@ -133,7 +133,9 @@ def _compare(run: Run, f: dict[str, Any], base: Run, b: dict[str, Any]) -> dict[
     result = {"run": f["run"], "against": b["run"], "ablation": ablation, "same tokens": tokens, "same FLOPs": flops}
     if tokens is None or not f["FLOPs per token"] or not b["FLOPs per token"]:
         return {**result, "said": f"{f['run']} and {b['run']} have no evaluations at common tokens and known FLOPs."}
-    gain, times = tokens["against"] - tokens["run"], f["FLOPs per token"] / b["FLOPs per token"]
+    # What was spent on each token of the data, which carried steps read several times.
+    spends = [x["FLOPs"] / x["tokens"] if x["FLOPs"] and x["tokens"] else x["FLOPs per token"] for x in (f, b)]
+    gain, times = tokens["against"] - tokens["run"], spends[0] / spends[1]
     costs_more, spent = times > 1.02, "the same FLOPs" if abs(times - 1) <= 0.02 else f"{times:.3g} times the FLOPs"
     said = f"At the same {_count(tokens['at'])} tokens {_places(run, base, 'tokens', tokens)}: "
     said += "the recursion " if ablation else f"{f['run']} "

@@ -86,3 +86,12 @@ def test_a_run_without_metrics_is_refused_and_figures_are_printed_as_json(tmp_pa
     main(["summarize", "--metrics", str(tmp_path / "m.jsonl"), "--json"])
     (figures,) = json.loads(capsys.readouterr().out)["runs"]
     assert figures["training"] == {"lm loss": {"first": 2.0, "mean of the last": 2.0, "of": 1}}
+
+
+def test_carried_steps_cost_what_they_spent_and_not_what_their_tokens_would(tmp_path):
+    spent = [valid(100 * n, 6.0, 5.5 - n / 10, tokens=1600 * n, FLOPs=6400e6 * n) for n in (1, 2)]
+    write(tmp_path / "carried" / "metrics.jsonl", start(), train(1, 9.0), *spent)
+    once = [valid(25 * n, 6.0, 5.6 - n / 10) for n in (1, 2)]
+    write(tmp_path / "once" / "metrics.jsonl", start(), train(1, 9.0), *once)
+    text, _ = summarize_runs([tmp_path / "once", tmp_path / "carried"])
+    assert "is better by 0.100 nats at 4 times the FLOPs" in text.replace("\n  ", " ")

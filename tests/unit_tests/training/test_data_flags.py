@@ -264,7 +264,7 @@ def second_documents(argv: list[str], layout: tuple[int, int], change: bool) -> 
     model = RecursiveGPTModelBuilder(config).build_model(groups).eval()
     fill_weights(model)
     seen: dict[str, list[Tensor]] = {"passes": [], "logits": []}
-    decode, logits = model.decode, model._logits
+    decode, logits = model.decode, model.project
 
     def record_pass(*given: Any, **how: Any) -> Tensor:
         seen["passes"].append(decode(*given, **how))
@@ -274,7 +274,7 @@ def second_documents(argv: list[str], layout: tuple[int, int], change: bool) -> 
         seen["logits"].append(logits(*given).clone())  # the cross-entropy overwrites them
         return seen["logits"][-1]
 
-    model.decode, model._logits = record_pass, record_logits
+    model.decode, model.project = record_pass, record_logits
     train_loader, *_ = build_train_valid_test_data_iterators(datasets_provider)
     dispatch.install()
     with torch.no_grad():
