@@ -90,24 +90,26 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
                 (init.zeros_ if module.one_centered else init.ones_)(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RecursiveGPTModel | RecursiveGPTForCausalLM):
-            self._start_added(module)
 
-    def _start_added(self, module: nn.Module) -> None:
-        """What recursion adds to this module, as it is declared."""
-        generator = torch.Generator(device="cpu").manual_seed(SEED)
-        knobs = SimpleNamespace(**{"halt_bias": -5.0, **self.config.recursion})
-        for each in added_parameters(self.config.recursion_plan):
-            if each.exported.startswith(MODEL) != isinstance(module, RecursiveGPTModel):
-                continue
-            parameter, start = module.get_parameter(each.exported.removeprefix(MODEL)), start_of(each, knobs)
-            if start == "trunc-normal":
-                vector = torch.empty(parameter.shape, device="cpu")
-                init.copy_(parameter, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
-            elif start == "identity":
-                init.copy_(parameter, torch.eye(*parameter.shape))
-            else:
-                init.constant_(parameter, float(start))
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Also what recursion adds, which transformers passes over where a module holds no parameter itself."""
+        super().initialize_weights()
+        for module in (each for each in {self, self.base_model} if not hasattr(each, "added_started")):
+            module.added_started = True
+            generator = torch.Generator(device="cpu").manual_seed(SEED)
+            knobs = SimpleNamespace(**{"halt_bias": -5.0, **self.config.recursion})
+            for each in added_parameters(self.config.recursion_plan):
+                if each.exported.startswith(MODEL) != isinstance(module, RecursiveGPTModel):
+                    continue
+                parameter, start = module.get_parameter(each.exported.removeprefix(MODEL)), start_of(each, knobs)
+                if start == "trunc-normal":
+                    vector = torch.empty(parameter.shape, device="cpu")
+                    init.copy_(parameter, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
+                elif start == "identity":
+                    init.copy_(parameter, torch.eye(*parameter.shape))
+                else:
+                    init.constant_(parameter, float(start))
 
 
 class RecursiveGPTModel(RecursiveGPTPreTrainedModel):

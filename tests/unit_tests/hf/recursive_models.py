@@ -52,7 +52,7 @@ def make_model(*args: Any, seed: int = 0, config: Any = None, **kwargs: Any) -> 
         for name, parameter in model.named_parameters():
             if name.startswith(("halting_head", "exit_gate")):
                 parameter.normal_(std=0.3) if parameter.ndim > 1 else parameter.zero_()
-            elif "norm" in name or name.endswith(("bias", "boundary_gate.up", "A_log")):
+            elif "norm" in name or name.endswith(("bias", "gate.up", "A_log", "adapter.weight", "injection.B")):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 

@@ -9,6 +9,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -324,6 +325,27 @@ def test_initial_states_of_a_fresh_model_are_those_of_training() -> None:
     model = RecursiveGPTForCausalLM(config).model
     for name, vector in fresh_tensors(INITIAL_STATES, config.hidden_size, None).items():
         assert torch.equal(getattr(model, name), vector) and vector.std() > 0.5
+
+
+@pytest.mark.parametrize("knobs", [
+    {"boundary": "gate"}, *({"recursion_family": "recurrent", "injection": word} for word in ("concat", "diagonal")),
+])  # fmt: skip
+def test_what_recursion_adds_starts_as_in_training(knobs: dict[str, Any], tmp_path: Path) -> None:
+    from megatron_recursive.models.added_modules import fresh_tensors
+    from megatron_recursive.plan.added_parameters import added_parameters
+
+    config = make_config(recursion=knobs, num_layers=3)
+    declared = added_parameters(config.recursion_plan)
+    fresh = fresh_tensors(declared, config.hidden_size, SimpleNamespace(halt_bias=-5.0))
+    model = RecursiveGPTForCausalLM(config)
+    for each in declared:
+        parameter = model.get_parameter(each.exported)
+        assert torch.equal(parameter, fresh[each.key].view_as(parameter)), each.key
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    loaded = RecursiveGPTForCausalLM.from_pretrained(tmp_path)
+    for each in declared:
+        assert torch.equal(loaded.get_parameter(each.exported), model.get_parameter(each.exported)), each.key
 
 
 def test_what_ships_imports_torch_and_transformers_alone(tmp_path: Path) -> None:
