@@ -81,7 +81,8 @@ def open_model(args: argparse.Namespace) -> Model:
         values, stored = checkpoint.arguments(), checkpoint.dtypes["embedding.word_embeddings.weight"]
         arch = Architecture.from_megatron(values, name)
         is_plain = values.get("enable_recursive_refinement") is None and not knobs  # of Megatron's own training
-        steps = _steps(arch, {"enable_recursive_refinement": False} if is_plain else renewed(values, knobs))
+        as_it_is = {**values, "grow_depth_at": None, "grow_rewarm_iters": 0}  # its own depth
+        steps = _steps(arch, {"enable_recursive_refinement": False} if is_plain else renewed(as_it_is, knobs))
         return Model("checkpoint", arch, steps, arch.padded_vocab_size, str(stored).removeprefix("torch."), values)
     from megatron_recursive.hf.convert.sources import cached_folder, open_source
 

@@ -201,8 +201,8 @@ def _unrolled(stacked: Path, folder: Path) -> dict[str, Any]:
         found[f"{name} refused"] = str(error.value)
     plain = {"enable_recursive_refinement": False}
     found["again"] = _import(folder / "loops unrolled", folder / "again", recursion=plain)
-    unroll.chain = lambda plan, num_layers: [2, 1, 0] * 3
-    with pytest.raises(UserError) as error:
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(UserError) as error:  # the worker lives on
+        patched.setattr(unroll, "chain", lambda plan, num_layers: [2, 1, 0] * 3)
         unroll_model(str(folder / "loops"), str(folder / "no"), say=_quiet)
     found["another order"] = str(error.value)
     return found
