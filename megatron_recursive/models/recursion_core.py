@@ -256,7 +256,7 @@ class RecursionCore:
 
         def decode(decoder_pass: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             closes = plan.closes(decoder_pass)
-            if decoder_pass.stack == "coda":
+            if decoder_pass.index == plan.carried_behind + 1:
                 ends["output"] = state.output
             return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes)
 

@@ -6,6 +6,8 @@ from argparse import Namespace
 
 DONOR = "donor_model_type"
 """Of the Hugging Face model that the weights came from, where it is known; runs hand it on."""
+NO_VALUE_BIAS = ("huginn_raven",)
+"""Donors with biases on q and k alone. Megatron's is one of q, k and v, of which v's part then stays at zero."""
 
 # By the names of before Megatron 0.16 (the last one: 0.17), and of today.
 _RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma",

@@ -19,20 +19,20 @@ from megatron_recursive.plan import DecoderPass, RecursionPlan
 def leave_states(model: RecursiveGPTModel, plan: RecursionPlan, state: RecursionState, last: DecoderPass) -> None:
     """On the first stage, before the last pass around the ring; the data of the states is about to go."""
     for name in plan.carried if model.carried is not None else ():
-        if name != "output" or last.stack == "coda":
+        if name != "output" or last.index > plan.carried_behind:
             model.carried.leave(name, state.values[name].detach().clone())  # type: ignore[union-attr]
 
 
-def leave_output(model: RecursiveGPTModel, last: DecoderPass, output_SBH: Any) -> None:
+def leave_output(model: RecursiveGPTModel, plan: RecursionPlan, last: DecoderPass, output_SBH: Any) -> None:
     """On the last stage, behind the last pass around the ring."""
-    if model.carried is not None and last.stack != "coda":
+    if model.carried is not None and last.index == plan.carried_behind:
         model.carried.leave("output", output_SBH)
 
 
-def send_back(model: RecursiveGPTModel, group: ProcessGroup, last: DecoderPass) -> None:
+def send_back(model: RecursiveGPTModel, plan: RecursionPlan, group: ProcessGroup, last: DecoderPass) -> None:
     """Move what the last stage has left of a step's outputs to the first one, in the pipeline-parallel group."""
     carried = model.carried
-    if carried is None or group.size() == 1 or last.stack == "coda":
+    if carried is None or group.size() == 1 or last.index > plan.carried_behind:
         return
     sender, receiver = (torch.distributed.get_global_rank(group, rank) for rank in (group.size() - 1, 0))
     under_way: list[Any] = []

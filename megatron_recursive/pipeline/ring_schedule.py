@@ -207,7 +207,7 @@ class RingStep:
             self._free_superseded(batch, trip, sent)
             output: Tensor | RecursiveOutput = self._decode(batch, trip.around, given)
             if model.post_process and trip is self.totals.trips[-1]:
-                leave_output(model, trip.around, output)
+                leave_output(model, self.plan, trip.around, output)
             for behind in trip.behind if model.post_process else ():
                 output = self._decode(batch, behind, output)
         last = trip.last if model.post_process else trip.around
@@ -476,7 +476,7 @@ def ring_forward_backward(
     with _no_sync(get_model_config(wrapped)) if before else nullcontext():
         reports = [report for size in before for report in run_window(size, is_last=False)]
     reports += run_window(last, is_last=True)
-    send_back(inner, group, trips[-1].around)
+    send_back(inner, plan, group, trips[-1].around)
     return reports
 
 

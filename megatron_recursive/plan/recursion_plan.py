@@ -243,12 +243,16 @@ class RecursionPlan:
     def carried(self) -> tuple[str, ...]:
         """The states that a step of training may leave to the next one (``--num-supervision-steps``).
 
-        None where the output starts at the input, which a next step would no longer read, and where the steps of the
-        passes depend on their number. The output is carried as a coda reads it.
+        None where the output starts at the input, which a next step would not read, or steps depend on the depth.
         """
         if self.is_plain or self.starts_at_input or self.mean_steps:
             return ()
         return tuple(name for name in STATES if any(name in p.reads for p in self.passes))
+
+    @cached_property
+    def carried_behind(self) -> int:
+        """Index of the pass behind which states are carried: the last one, or that before a coda."""
+        return max(p.index for p in self.passes if p.stack != "coda")
 
     @cached_property
     def first_grad_pass(self) -> int:

@@ -1,4 +1,4 @@
-"""Huginn has biases on q and k alone; Megatron's is one of q, k and v, of which v's part then stays at zero."""
+"""Biases on v stay at zero where the donor has them on q and k alone (``stored_arguments.NO_VALUE_BIAS``)."""
 
 from __future__ import annotations
 

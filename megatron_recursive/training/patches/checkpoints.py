@@ -35,7 +35,7 @@ from megatron_recursive.models.checkpoint_integrity import (
     check_integrity,
 )
 from megatron_recursive.models.checkpoint_keys import reading_checkpoint
-from megatron_recursive.models.stored_arguments import DONOR
+from megatron_recursive.models.stored_arguments import DONOR, NO_VALUE_BIAS
 from megatron_recursive.optimizers.weight_average import WeightAverage, read_where_stored
 from megatron_recursive.plan import StepPlans
 from megatron_recursive.training import run_record
@@ -94,7 +94,7 @@ def _load(
             read_where_stored(averages, stored=bool(common) and vars(common["args"]).get("ema_decay") is not None),
         ):
             iteration, *more = call()
-            if getattr(run, DONOR, None) == "huginn_raven" and run.add_qkv_bias:
+            if getattr(run, DONOR, None) in NO_VALUE_BIAS and run.add_qkv_bias:
                 hold_value_biases(given["ddp_model"])
         if plans.growth.at is not None:
             for model in unwrap_model(given["ddp_model"]):
