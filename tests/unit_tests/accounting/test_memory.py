@@ -278,6 +278,7 @@ def live_bytes() -> dict[str, int]:
     return found
 
 
+@pytest.mark.grid
 def test_the_peak_of_a_step_is_what_is_counted() -> None:
     """Logits in bf16 beside their fp32 copy, and neither while a pass is replayed."""
     for name, peak in run_distributed(live_bytes, 1, timeout=120)[0].items():

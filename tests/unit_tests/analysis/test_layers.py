@@ -149,6 +149,7 @@ def layers(*words: str) -> dict[str, Any]:
     return json.loads(said.getvalue())
 
 
+@pytest.mark.grid
 def test_the_command_writes_what_an_import_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, output = write_plain(tmp_path / "donor"), tmp_path / "new" / "found.json"
     (tmp_path / "a.jsonl").write_text('{"text": "Once upon a time there was a calibration text."}\n' * 4)

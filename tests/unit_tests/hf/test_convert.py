@@ -227,6 +227,7 @@ def _yarn_of_training_and_cache(run: Path, donor: Path, back: Path) -> tuple[dic
         return vars(config), ours, proof.relative_error(full, torch.cat(parts, 1))
 
 
+@pytest.mark.grid
 def test_a_yarn_donor_trains_and_comes_back(tmp_path: Path) -> None:
     from tests.unit_tests.training.runs import in_worker
 

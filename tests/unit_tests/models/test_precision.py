@@ -86,6 +86,7 @@ def test_the_loss_scaler_skips_what_overflows_and_finds_its_scale() -> None:
     assert all(norm < 10 for norm in run.gradient_norms[2:4]), "the scale has gone from the gradients"
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", FP16_LAYOUTS)
 def test_fp16_trains_over_ranks_as_in_one_process(layout: str) -> None:
     """An overflow on one rank skips the step of all. fp16 rounds at 2^-11: seen are 4e-3 in gradients and parameters.

@@ -72,7 +72,7 @@ def test_it_is_its_formula() -> None:
         assert worst_error(average, now)[0] > 1e-4
 
 
-@pytest.mark.parametrize("run", grid(RUNS, quick=["DP 2, gathers overlapped, bf16", "PP 2, Muon"]))
+@pytest.mark.parametrize("run", grid(RUNS, quick=["DP 2, gathers overlapped, bf16"]))
 def test_a_layout_has_the_same_average_and_trains_on_as_if_nothing_was_evaluated(run: str) -> None:
     ranks, case, layout = RUNS[run]
     ((_, serial),) = run_distributed(trace, 1, case, Layout())

@@ -38,8 +38,7 @@ def alone(plan: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("plan", "layout"), grid([(plan, layout) for plan in PLANS for layout in LAYOUTS],
-                                                  quick=[("apart", "PP 2 x DP 2")]))  # fmt: skip
+@pytest.mark.parametrize(("plan", "layout"), grid([(plan, layout) for plan in PLANS for layout in LAYOUTS], []))
 def test_every_layout_trains_as_one_process(plan: str, layout: str, tmp_path: Path) -> None:
     ranks, flags = LAYOUTS[layout]
     start = ["--load", alone(plan), "--ckpt-step", "1", "--metrics-file", tmp_path / "metrics.jsonl", "--no-load-rng"]

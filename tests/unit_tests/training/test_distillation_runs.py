@@ -41,7 +41,7 @@ def distilled(folder: Path, source: Path, *flags: str, ranks: int = 1) -> dict[i
     return metrics_of(folder)
 
 
-@pytest.mark.parametrize(("source", "layout"), grid(RUNS, quick=[("prepared", "TP 2 with SP, PP 2")]))
+@pytest.mark.parametrize(("source", "layout"), grid(RUNS, quick=[]))
 def test_layouts_and_a_resume_are_one_run(
     request: pytest.FixtureRequest, tmp_path: Path, layout: str, source: str
 ) -> None:

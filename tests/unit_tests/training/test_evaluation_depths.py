@@ -28,7 +28,7 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
     return [{n: v for n, v in each.items() if n not in TIMES} for each in records_of(folder, "valid")]
 
 
-@pytest.mark.parametrize("family", grid(FAMILIES, quick=["recurrent"]))
+@pytest.mark.parametrize("family", grid(FAMILIES, quick=[]))
 def test_each_depth_has_the_loss_of_a_run_of_that_depth_on_the_same_batches(tmp_path: Path, family: str) -> None:
     """At a learning rate of 0 all runs keep the weights that they start with."""
     recursion, flag, own, others = FAMILIES[family]
