@@ -102,6 +102,7 @@ def test_ranks_compare_what_they_found() -> None:
     assert on_cpu([Found(0, "n1"), Found(1, "n2")]) and not on_cpu(job[:2])
 
 
+@pytest.mark.grid
 def test_the_ranks_of_a_job_end_together_in_one_sentence() -> None:
     """Rank 1 asks for a GPU where there is none; rank 0, which does not, must not go on without it."""
     port = str(_free_port())

@@ -130,7 +130,7 @@ def _loaded_logits(ckpt: Path, tp: int, pp: int) -> Tensor | None:
 @pytest.mark.parametrize(
     ("kind", "tp", "pp"),
     grid([("llama3, head_dim", 2, 1), ("llama3, head_dim", 1, 2), ("qwen2, tied", 1, 2), ("qwen2, tied", 2, 1),
-          ("olmo2", 2, 1)], quick=[("qwen2, tied", 1, 2), ("olmo2", 2, 1)]),
+          ("olmo2", 2, 1)], quick=[("olmo2", 2, 1)]),
 )  # fmt: skip
 def test_a_converted_checkpoint_in_a_layout_gives_transformers_logits(
     kind: str, tp: int, pp: int, tmp_path: Path

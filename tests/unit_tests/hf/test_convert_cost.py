@@ -148,6 +148,7 @@ def _bytes_read(folder: Path) -> dict[str, tuple[float, float]]:
     return found
 
 
+@pytest.mark.grid
 def test_a_conversion_reads_its_weights_twice_at_most(tmp_path: Path) -> None:
     """Once to convert them and once to prove them, whatever passes the plan has, since its layers fit in memory."""
     (found,) = run_distributed(_bytes_read, 1, tmp_path, timeout=200)

@@ -56,6 +56,7 @@ def _of_a_donor(version: str, folder: Path, model_type: str) -> Path:
     return folder
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("version", VERSIONS)
 def test_training_starts_from_an_old_checkpoint(version: str, tmp_path: Path) -> None:
     from megatron_recursive.hf.convert.export import open_checkpoint

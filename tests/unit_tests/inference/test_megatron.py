@@ -138,6 +138,7 @@ def _counts_its_work(model: Any, padded: Any, mask: Any, options: dict[str, Any]
     return (work.tokens, work.scores, work.fixed_depth) == (seen.tokens, seen.scores, at_once)
 
 
+@pytest.mark.grid
 def test_a_checkpoint_says_what_its_export_says_also_under_exits(checkpoint: Path, tmp_path: Path) -> None:
     (rows,) = run_distributed(_check_against_export, 1, str(checkpoint), str(tmp_path / "export"), timeout=120)
     assert len(rows) == 1 + len(EXITS)

@@ -31,7 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "recurrent": {"recursion_family": "recurrent", "injection": "concat", "backprop_depth": 2,
                   "recurrence_step": "mean"},
 }  # fmt: skip
-QUICK = [(layout, family) for layout in LAYOUTS for family in ("core, full", "core, detach")]
+QUICK = [(layout, family) for layout in LAYOUTS for family in ("recurrent",)]
 
 
 def case_of(family: str) -> Case:

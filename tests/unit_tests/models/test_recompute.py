@@ -44,7 +44,7 @@ LAYOUTS = {"tp1": (Layout(), 0.0), "tp1-dropout": (Layout(), 0.1),
 # Every pair of layout, recursion and way of recomputing.
 TRIPLES = [(layout, list(RECURSIONS)[(at + place) % 3], how) for at, layout in enumerate(LAYOUTS)
            for place, how in enumerate(how for how in HOW if how != "none")]  # fmt: skip
-QUICK = TRIPLES[1::4]
+QUICK = TRIPLES[1::8]
 
 
 def train_all(pairs: list[tuple[str, str]], layout: Layout, dropout: float) -> dict[tuple[str, str], Training]:

@@ -184,12 +184,10 @@ LAYOUTS: dict[str, tuple[int, Layout, list[str]]] = {
 
 # One of each kind, for the quick tests: gradient flow, states, halting, losses, micro-batches, layers; every layout's.
 QUICK = [("pp2", name) for name in (
-    "detach", "full", "none-trunc-normal-untied", "halting-agrees", "supervised-cut", "supervised-scaled", "per-token",
-    "5-micro-batches", "documents-full", "llama-like", "blind-start",
+    "detach", "full", "none-trunc-normal-untied", "halting-agrees", "supervised-cut", "5-micro-batches", "documents-full",
 )] + [
-    ("pp2-one-phase", "detach"), ("pp2-windows", "5-micro-batches"), ("pp2-windows", "supervised-after-free-per-token"),
+    ("pp2-windows", "supervised-after-free-per-token"),
     ("pp2-dp2-windows", "8-micro-batches-per-token"),
-    ("pp2-two-phases", "supervised-after-free"), ("pp2-recompute-passes", "full"),
     ("pp2-recompute-passes", "none-trunc-normal-full"), ("pp2-first-1", "3-layers-full"),
-    ("pp4", "4-layers-none-5-micro-batches"), ("pp2-tp2-sp", "halting-agrees-none"), ("pp2-dp2", "supervised-cut"),
+    ("pp4", "4-layers-none-5-micro-batches"), ("pp2-tp2-sp", "halting-agrees-none"),
 ]  # fmt: skip

@@ -155,6 +155,7 @@ def blends(data: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.grid
 def test_blends_give_each_source_its_share(blends: dict[str, Any]) -> None:
     shares = {
         "one": {"b": 1.0},

@@ -64,6 +64,7 @@ def test_each_step_tells_the_loss_of_every_block_and_their_weighed_sum() -> None
     assert all(held_out[f"lm loss block {block}"] > 0 for block in (1, 2, 3))
 
 
+@pytest.mark.grid
 def test_a_resume_goes_on_within_the_ramp(tmp_path: Path) -> None:
     copy_checkpoint(alone("apart"), tmp_path, 3)
     assert train(*save_to(tmp_path, 3), *HOW, recursion=["--use-checkpoint-args"]) is None

@@ -114,6 +114,7 @@ def test_checkpoints_hold_the_average_and_any_layout_goes_on_with_it(average: Pa
     assert mine["lm loss"] == pytest.approx(expected["lm loss"], rel=1e-5)
 
 
+@pytest.mark.grid
 def test_evaluating_the_average_does_not_change_the_training(average: Path, tmp_path: Path) -> None:
     """And a run without one reads the checkpoint; with one again it starts at the weights."""
     import torch

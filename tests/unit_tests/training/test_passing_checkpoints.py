@@ -30,6 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.grid
 def test_another_recursion_in_the_newer_passing_checkpoint_is_refused(saved: Path) -> None:
     before = files_of(saved)
     for flags, expected in (
