@@ -184,7 +184,8 @@ LAYOUTS: dict[str, tuple[int, Layout, list[str]]] = {
 
 # One of each kind, for the quick tests: gradient flow, states, halting, losses, micro-batches, layers; every layout's.
 QUICK = [("pp2", name) for name in (
-    "detach", "full", "none-trunc-normal-untied", "halting-agrees", "supervised-cut", "5-micro-batches", "documents-full",
+    "detach", "full", "none-trunc-normal-untied", "halting-agrees", "supervised-cut", "5-micro-batches",
+    "documents-full",
 )] + [
     ("pp2-windows", "supervised-after-free-per-token"),
     ("pp2-dp2-windows", "8-micro-batches-per-token"),
