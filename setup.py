@@ -64,9 +64,11 @@ setup(
         "plots": ["matplotlib", "wandb"],
         # The command layers.
         "analysis": ["kneed"],
-        # parameterized, peft, trl, bitsandbytes and torchao: what tests of the exported model run on it.
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "parameterized", "peft", "trl",
-                "bitsandbytes", "torchao"],
+        # The command chat-metrics: BLEU.
+        "chat": ["sacrebleu"],
+        # openai, fastapi, uvicorn: transformers' own server, which tests ask. parameterized, peft, trl, bitsandbytes and torchao: what tests of the exported model run on it.
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "parameterized", "peft",
+                "trl", "bitsandbytes", "torchao", "openai", "fastapi", "uvicorn"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",
