@@ -66,7 +66,8 @@ setup(
         "analysis": ["kneed"],
         # The command chat-metrics: BLEU.
         "chat": ["sacrebleu"],
-        # openai, fastapi, uvicorn: transformers' own server, which tests ask. parameterized, peft, trl, bitsandbytes and torchao: what tests of the exported model run on it.
+        # openai, fastapi, uvicorn: transformers' own server, which tests ask. parameterized, peft, trl,
+        # bitsandbytes and torchao: what tests of the exported model run on it.
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "parameterized", "peft",
                 "trl", "bitsandbytes", "torchao", "openai", "fastapi", "uvicorn"],
     },
