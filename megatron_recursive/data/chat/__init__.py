@@ -1,0 +1,1 @@
+"""Conversations: their preparation and packing."""
