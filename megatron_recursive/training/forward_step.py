@@ -57,8 +57,9 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         for key in BATCH_KEYS:
             value = loaded.get(key)
             batch[key] = value.cuda(non_blocking=True) if value is not None else None
-    ids_BS = batch.get("document_ids")
+    ids_BS = None
     if _keeps_documents(args):
+        ids_BS = batch.get("document_ids")
         if ids_BS is None:
             shape = micro_batch, args.seq_length
             ids_BS = torch.empty(shape, dtype=torch.long, device=torch.cuda.current_device())
