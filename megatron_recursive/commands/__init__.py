@@ -41,7 +41,7 @@ def parser_of(name: str) -> CommandParser:
 
 def overview() -> str:
     """What ``megatron-recursive --help`` prints."""
-    lines = [f"  {name:<12}{module_of(name).SUMMARY}" for name in COMMANDS]
+    lines = [f"  {name:<13}{module_of(name).SUMMARY}" for name in COMMANDS]
     return "\n".join([
         f"usage: {PROGRAM} COMMAND [options]", "", "Recursive (looped-depth) language models on Megatron-Core.", "",
         "commands:", *lines, "", f"{PROGRAM} COMMAND --help tells a command's options; --version tells {__version__}.",
