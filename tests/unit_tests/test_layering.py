@@ -33,8 +33,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "optimizers": (f"{OURS}.plan", f"{OURS}.models", "torch", "megatron.core"),
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
-        *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.progress",
-                                            "data.tokenizer")),
+        *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.preparation",
+                                            "data.progress", "data.tokenizer")),
         "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (
