@@ -36,9 +36,10 @@ class RecursiveGenerationMixin(GenerationMixin):
         """As everywhere in transformers. ``exit=...`` and its arguments (or the same entries of the generation config)
         let each token leave after its own block; ``last_exit_report`` then says what that saved.
         ``num_refinement_blocks`` (or that entry) is the depth of this call."""
-        configs = [*args[1:2], kwargs.get("generation_config"), self.generation_config]
-        asked = [kwargs.pop("num_refinement_blocks", None), *(getattr(c, "num_refinement_blocks", None) for c in configs)]
-        with self._at_depth(next((count for count in asked if count is not None), None)):
+        depth = kwargs.pop("num_refinement_blocks", None)
+        for config in (*args[1:2], kwargs.get("generation_config"), self.generation_config):
+            depth = getattr(config, "num_refinement_blocks", None) if depth is None else depth
+        with self._at_depth(depth):
             self._open_report, self.last_exit_report = ExitReport(copy.copy(self.config)), None  # which is read later
             try:
                 return super().generate(*args, **kwargs)
@@ -90,7 +91,7 @@ class RecursiveGenerationMixin(GenerationMixin):
         return inputs, name, model_kwargs
 
     def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """Exit and depth are this model's: an assistant, which may be of any class, follows its own generation config."""
+        """Exit and depth are this model's: an assistant, which may be of any class, follows its own config."""
         generation_config = copy.copy(generation_config)
         for name in GENERATION_ENTRIES:
             vars(generation_config).pop(name, None)
