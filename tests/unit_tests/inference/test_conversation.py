@@ -86,7 +86,8 @@ def test_the_window_slides_by_whole_turns(folder: Path, talk: Any) -> None:
 def test_an_answer_stops_at_the_end_of_its_turn(folder: Path, tmp_path: Path, talk: Any) -> None:
     """A token that the template alone tells of: the third of the answer takes its place in the vocabulary."""
     with open_model(str(folder)) as loaded:
-        (answer,) = generate(loaded, [loaded.text.encode("<user>hi<assistant>")], Settings(max_tokens=4, temperature=2.0))
+        prompt = loaded.text.encode("<user>hi<assistant>")
+        (answer,) = generate(loaded, [prompt], Settings(max_tokens=4, temperature=2.0))
     tokens = answer.tokens
     assert tokens[2] not in tokens[:2]
     ends = TEMPLATE.replace("}}{% endfor", "}}{% if m.role == 'assistant' %}<|turn|>{% endif %}{% endfor")
