@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_recursive import accounting
-from megatron_recursive.accounting import ModelShape, flops_per_token, mean_flops_per_token
+from megatron_recursive.accounting import ModelShape, mean_flops_per_token
 from megatron_recursive.command_line import example
 from megatron_recursive.commands import plan as planning
 from megatron_recursive.errors import UserError
@@ -165,12 +165,11 @@ def flops_of(shape: ModelShape, plans: Mapping[RecursionPlan, float], plan: Recu
         "grad_free_passes": (flops.grad_free_passes, 0.0, flops.grad_free_passes - flat.grad_free_passes),
         "graded_passes": (flops.passes_backward / 2, flops.passes_backward, flops.graded_passes - flat.graded_passes),
         "vocabulary": (flops.head_forward, flops.head_backward, 0.0),
-        "total": (flops.forward, flops.total - flops.forward, flops.total - flat.total),
+        "total": (flops.forward, flops.backward, flops.total - flat.total),
     }
-    once = flops_per_token(shape, plan).passes_forward + flops_per_token(shape, RecursionPlan.plain()).head_forward
     return {
         **{part: dict(zip(columns, values, strict=True)) for part, values in parts.items()},
-        "training": flops.total, "inference": once,
+        "training": flops.total, "inference": accounting.inference_flops(shape, plan),
     }  # fmt: skip
 
 
