@@ -98,6 +98,12 @@ class StageMemory:
     def total(self) -> float:
         return self.weights + self.activations
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """As commands tell them."""
+        return {"weights": self.weights, "passes": self.decoder + self.states, "head": max(self.heads, self.replay),
+                "total": self.total}  # fmt: skip
+
 
 def hidden_bytes(shape: ModelShape, recording: Recording) -> float:
     """One hidden tensor [S, B, H] of a micro-batch."""
