@@ -68,6 +68,7 @@ def memory_of_run(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
         layers_per_stage=split, most_held=partial(most_held, grad, stages, batches, windows),
         in_flight=in_flight(stages, batches, windows, interleaved=interleaved), window=max(windows, default=0),
+        teacher=None if config.distillation is None else config.distillation.costs(args.seq_length)[0],
     )  # fmt: skip
     carried = [0.0] * stages
     if size := carried_bytes(args, config):
