@@ -18,6 +18,7 @@ from megatron_recursive.losses.halting import vocab_parallel_argmax
 from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.added_modules import MODULES
 from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
+from megatron_recursive.models.documents import Documents
 from megatron_recursive.models.gradient_fusion import built_by_layer
 from megatron_recursive.models.recursion_core import RecursionCore, RecursiveOutput, part_of
 from megatron_recursive.models.uses import Uses
@@ -121,7 +122,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
 
     def decode(
         self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None, *,
-        stack: str = "core", closes: bool = False,
+        stack: str = "core", closes: bool = False, documents: Documents | None = None,
     ) -> Tensor:  # fmt: skip
         """One pass through a stack's layers of this stage. Off the first stage the decoder reads its own input tensor.
 
@@ -139,7 +140,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
                 block.set_input_tensor(given_SBH)
             result: Tensor = block(
                 hidden_states=given_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary,
-                inference_context=inference_context,
+                inference_context=inference_context, packed_seq_params=documents,
             )  # fmt: skip
             if block is not self.decoder:  # the decoder's own is its caller's to clear
                 block.set_input_tensor(None)
@@ -182,6 +183,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         loss_mask: Tensor | None = None,
         runtime_gather_output: bool | None = None,
         plan: RecursionPlan | None = None,
+        packed_seq_params: Documents | None = None,
         **kwargs: Any,
     ) -> Tensor | RecursiveOutput:
         """Run a plan.
@@ -190,6 +192,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
             input_ids, position_ids, labels: [B, S]. loss_mask: [B, S], 1 where a token counts; None counts all.
             attention_mask: boolean, True hides; None is causal.
             plan: of this forward, another one over the same stacks, states and heads; None is the model's own.
+            packed_seq_params: the documents that samples hold, each of which sees itself alone.
 
         Returns:
             Without labels, the logits after the last block, [B, S, V] (this rank's shard of V unless gathered).
@@ -198,7 +201,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         if self.plan.is_plain:
             output: Tensor = super().forward(
                 input_ids, position_ids, attention_mask, labels=labels, loss_mask=loss_mask,
-                runtime_gather_output=runtime_gather_output, **kwargs,
+                runtime_gather_output=runtime_gather_output, packed_seq_params=packed_seq_params, **kwargs,
             )  # fmt: skip
             if self.chosen_BS is None or labels is None or loss_mask is None:
                 return output
@@ -208,7 +211,9 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         unsupported = [name for name, value in kwargs.items() if value is not None]
         assert not unsupported, f"RecursiveGPTModel does not take {', '.join(unsupported)}"
         assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"
-        return self.run(plan, input_ids, position_ids, attention_mask, labels, loss_mask, runtime_gather_output)
+        return self.run(
+            plan, input_ids, position_ids, attention_mask, labels, loss_mask, runtime_gather_output, packed_seq_params
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

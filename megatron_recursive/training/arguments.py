@@ -193,7 +193,7 @@ def _refuse_yaml(file: str) -> NoReturn:
 def _machine_defaults() -> dict[str, Any]:
     """Defaults that let a command of stock Megatron flags run here unchanged."""
     has_te = not cpu.is_installed() and importlib.util.find_spec("transformer_engine") is not None
-    # Causality is the attention's own; an explicit mask costs S x S per sample and is made only where it says more.
+    # Causality is the attention's own, and documents are kept apart by their ids; no mask of S x S is made.
     # Without --eval-interval Megatron 0.19 fails when it counts samples; 1000 was its default before.
     defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False, "eval_interval": 1000}
     if not has_te and importlib.util.find_spec(APEX_KERNEL) is None:
@@ -245,8 +245,6 @@ def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:
     )
     for name, value in recursion.to_dict().items():
         setattr(args, name, value)
-    if args.reset_attention_mask:
-        args.create_attention_mask_in_dataloader = True
     if args.metrics_file is None and args.save is not None:
         args.metrics_file = os.path.join(args.save, "metrics.jsonl")
     return recursion

@@ -103,7 +103,6 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
         dropout_mask=(element if on_cpu else 1) if args.hidden_dropout > 0 else 0,
         splits_norm=on_cpu and transformer.normalization == "RMSNorm",
         splits_activation=local and not transformer.bias_activation_fusion,
-        attention_mask=1 if local and args.create_attention_mask_in_dataloader else 0,
         recompute_layers=together if args.recompute_method == "uniform" else 0,
         recompute_block=together if args.recompute_method == "block" else 0,
         recompute_mlp="mlp" in modules,

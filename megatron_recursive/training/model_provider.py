@@ -101,8 +101,7 @@ def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> Module
         local = config.transformer.transformer_impl == "local"
         if local:
             return local_block_spec(config.transformer, vp_stage, norms=config.norms)
-        spec = default_layer_spec(config, vp_stage)
-        return spec if config.norms == NormLayout() else engine_layer_spec(spec, config.transformer, config.norms)
+        return engine_layer_spec(default_layer_spec(config, vp_stage), config.transformer, config.norms)
     if callable(spec) and not isinstance(spec, ModuleSpec):
         takes_stage = "vp_stage" in inspect.signature(spec).parameters
         return spec(config, vp_stage=vp_stage) if takes_stage else spec(config)

@@ -300,10 +300,10 @@ def refuse_tokenizer(args: argparse.Namespace) -> None:
 
 def refuse_data(args: argparse.Namespace) -> None:
     """No data, data of which a file is missing or half written, or documents that cannot be kept apart."""
-    if args.reset_attention_mask and args.transformer_impl != "local":
+    if args.reset_attention_mask and args.allow_ambiguous_pad_tokens:
         raise UserError(
-            "--reset-attention-mask has no effect on Transformer Engine's causal attention, which reads no mask; add "
-            "--transformer-impl local, or leave it out."
+            "--allow-ambiguous-pad-tokens may hide the ends of documents, which --reset-attention-mask needs; leave "
+            "either out."
         )
     rotary = args.use_rotary_position_embeddings or args.position_embedding_type in ("rope", "yarn")
     if rotary and args.reset_position_ids and not args.reset_attention_mask:
