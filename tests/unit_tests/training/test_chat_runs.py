@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.chat_data import write_chat
-from tests.unit_tests.training.runs import FLAGS, records_of, save_to, tensors_of, train
+from tests.unit_tests.training.runs import FLAGS, metrics_of, records_of, save_to, tensors_of, train
 
 LENGTHS = [5, 9, 3, 17, 4, 8, 11, 4, 16, 7, 6, 13, 12, 10, 5, 5, 9, 17, 3, 14]
 HELD_OUT = [9, 4, 12, 8, 15]
@@ -102,3 +102,28 @@ def test_what_contradicts_is_refused(tmp_path: Path, chat: dict[str, int]) -> No
     assert said == "--valid-chat-data needs --chat-data, the conversations to train on."
     said = train("--train-epochs", "2", "--mock-data", flags=ON_CHAT)
     assert said == "--train-epochs needs --chat-data, or --data-path with one prefix on this machine."
+
+
+LAYOUTS = {
+    "DP 2": (2, ["--micro-batch-size", "1", "--global-batch-size", "4"]),
+    "TP 2 x PP 2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+}
+
+
+def test_ranks_train_as_one_process(tmp_path: Path, chat: dict[str, int]) -> None:
+    """From one checkpoint, on packed conversations of which micro-batches have different numbers of tokens."""
+    rope = ["--position-embedding-type", "rope", "--padded-vocab-size", "128"]
+    flags = [*data(tmp_path, "--train-epochs", "1", "--eval-interval", "2"), "--micro-batch-size", "1", *STILL, *rope]
+    start = save_to(tmp_path / "start", 1)
+    assert train(*flags, *start, "--exit-interval", "1", "--lr", "0", flags=ON_CHAT) is None
+    load = ["--load", str(tmp_path / "start"), "--no-load-rng", "--finetune", "--lr", "1e-3"]
+    found = {}
+    for name, (ranks, layout) in {"one": (1, []), **LAYOUTS}.items():
+        metrics = ["--metrics-file", str(tmp_path / name / "metrics.jsonl")]
+        assert train(*flags, *load, *metrics, *layout, flags=ON_CHAT, world_size=ranks) is None
+        found[name] = [*metrics_of(tmp_path / name).values(), *records_of(tmp_path / name, "valid")]
+        assert sum(record.get("supervised tokens", 0) for record in found[name]) == chat["chat"]
+    for name in LAYOUTS:
+        for ours, one in zip(found[name], found["one"], strict=True):
+            for what in ("lm loss", "grad norm", "supervised tokens", "halt loss", "token accuracy"):
+                assert what not in one or ours[what] == pytest.approx(one[what], rel=1e-5), (name, what)
