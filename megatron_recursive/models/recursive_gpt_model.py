@@ -14,6 +14,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_recursive.losses.halting import vocab_parallel_argmax
+from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.added_modules import MODULES
 from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
 from megatron_recursive.models.documents import Documents
@@ -66,6 +68,8 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
                 weight.requires_grad_(False)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
         self.draw = 0  # of a training step; sampled starts differ by it
+        self.reports_accuracy = False
+        self.chosen_BS: Tensor | None = None  # of a plain model in evaluation, on the way out of Megatron's forward
         self.carried_states = None  # set by a training whose steps carry
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
@@ -162,6 +166,12 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output)
         return logits_SBV
 
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        if self.plan.is_plain and self.reports_accuracy and not self.training:
+            self.chosen_BS = vocab_parallel_argmax(logits.detach(), self.pg_collection.tp)
+        loss_BS: Tensor = super().compute_language_model_loss(labels, logits)
+        return loss_BS
+
     # -- the whole model in one graph ----------------------------------------------------------------------------
 
     def forward(
@@ -189,10 +199,15 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
             With labels, a :class:`RecursiveOutput`; a disabled recursion returns what GPTModel does.
         """
         if self.plan.is_plain:
-            return super().forward(
+            output: Tensor = super().forward(
                 input_ids, position_ids, attention_mask, labels=labels, loss_mask=loss_mask,
                 runtime_gather_output=runtime_gather_output, packed_seq_params=packed_seq_params, **kwargs,
-            )
+            )  # fmt: skip
+            if self.chosen_BS is None or labels is None or loss_mask is None:
+                return output
+            right_BS, self.chosen_BS = torch.eq(self.chosen_BS, labels), None
+            values = {"lm loss": output, "token accuracy": right_BS}
+            return RecursiveOutput(output.float(), {k: masked(v, loss_mask.float()) for k, v in values.items()})
         unsupported = [name for name, value in kwargs.items() if value is not None]
         assert not unsupported, f"RecursiveGPTModel does not take {', '.join(unsupported)}"
         assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"

@@ -25,6 +25,7 @@ from megatron_recursive.plan.knobs import DEPTHS, ExitKnobs, TrainingKnobs, flag
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, initial_std
 from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
+from megatron_recursive.training.chat_data import add_chat_arguments, settle_chat
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
 from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
@@ -71,6 +72,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     refuse_samples(args)
     if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
         args.eval_global_batch_size = refusals.scheduled_batches(args)[-1]
+    settle_chat(args)
     refusals.refuse_schedule(args)
     refuse_supervision(args)
     refuse_schedule_values(args)
@@ -114,6 +116,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_sample_arguments(parser)
     add_optimizer_arguments(parser)
     add_distillation_arguments(parser)
+    add_chat_arguments(parser)
     group = parser.add_argument_group("recursive runs")
     group.add_argument(
         "--init-from-gpt", metavar="DIR",
