@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 
 from megatron_recursive.command_line import example
+from megatron_recursive.commands.preprocess import add_workers
 from megatron_recursive.data.hub import add_hub_flags, hub_choice
-from megatron_recursive.data.preprocess import EXECUTORS, ON_ERROR, parse_options
+from megatron_recursive.data.preprocess import ON_ERROR, parse_options
 
 SUMMARY = "Mix corpora by weight into shuffled Parquet shards."
 
@@ -35,19 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hub_flags(add)
     add("--on-error", choices=ON_ERROR, default="stop",
         help="at a malformed document: stop and name its line, or skip and count it")
-    add = parser.add_argument_group("where the work is done").add_argument
-    add("--memory-mb", type=int, default=1024, metavar="N", help="what a process may take, with libraries")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes; the files do not depend on it (default here: %(default)s)")
-    add("--executor", choices=EXECUTORS, default="local", help="this machine, a SLURM cluster or a Ray cluster")
-    add("--executor-options", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of datatrove's executor")
+    add("--memory-mb", type=int, default=1024, metavar="N",
+        help="what each process may take, with its libraries (row groups of a .parquet input come on top)")
     # fmt: on
+    add_workers(parser)
     parser.epilog = example("mix", "--input", "data/web", "--input", "data/books", "--weights", "3", "1",
                             "--num-shards", "64", "--output", "data/mixture")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     from megatron_recursive.data.mixing import Mixture, mix
+    from megatron_recursive.data.statistics import Statistics
 
     mixture = Mixture(args.num_shards, args.weights, args.seed, args.json_key, args.on_error)
     made = mix(args.input, args.output, mixture, hub_choice(args), args.workers, args.executor,
@@ -55,4 +53,8 @@ def run(args: argparse.Namespace) -> None:
     if made is None:
         print(f"submitted; {args.output} appears when the last job has ended")
         return
+    print(Statistics(**{"tokens": None, **made["statistics"]}).table())
+    for each in made["corpora"]:
+        print(f"{each['share']:.4%} of the text, {each['documents']:,} documents, from {each['first_file']}")
+    print(f"{args.output}: {args.num_shards:,} shards; a process took {made['peak_memory_mb']:,} MB at most")
     print(json.dumps(made))

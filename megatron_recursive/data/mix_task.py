@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import os
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,14 +16,17 @@ from typing import Any
 import numpy
 
 from megatron_recursive.data.files import cannot_write, replacing
+from megatron_recursive.data.joining import add_reports
 from megatron_recursive.data.preparation import digest
 from megatron_recursive.data.progress import note_count
 from megatron_recursive.data.readers import read_span
 from megatron_recursive.data.spills import OVERHEAD, Cuts, Run, bundles, make_cuts, spill
+from megatron_recursive.data.statistics import Statistics, lengths_of, most_frequent
 from megatron_recursive.data.work_folder import PartReport, WorkFolder, write_replacing
 from megatron_recursive.errors import UserError
 
 RECORD = "mixture.json"
+LEFT = "documents left out, since another corpus of the mixture ran out"
 ROW_GROUP_BYTES = 8 * 2**20
 """Text of a row group, which a reader holds at once."""
 
@@ -71,7 +73,8 @@ class Task:
             getattr(self, self.stage)(rank, report)
         except OSError as error:
             raise cannot_write(self.target, error) from error
-        report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # The peak of getrusage includes that of the process which forked this one.
+        report.peak_bytes = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
         report.finished = time.time()
         if self.stage != "publish":
             (self.work if self.stage == "spill" else self.shards).write_report(rank, report)
@@ -128,17 +131,24 @@ class Task:
         """How the mixture was made: shares of its corpora in documents and bytes, and statistics."""
         corpora, cuts = self.mixed()
         taken = cuts.below(corpora, numpy.ones(1))[:, :, 0]
-        total = taken[:, 1].sum()
-        reports = [*map(self.work.report, range(self.work.count_parts())),
-                   *map(self.shards.report, range(self.mixture.num_shards))]  # fmt: skip
-        key = self.work.key() or {}
+        documents, size = taken.sum(0).tolist()
+        parts = [report for rank in range(self.work.count_parts()) if (report := self.work.report(rank))]
+        shards = [report for rank in range(self.mixture.num_shards) if (report := self.shards.report(rank))]
+        total, key = add_reports(parts), self.work.key() or {}
+        left = sum(report.documents for report in parts) - documents
+        lengths = lengths_of(numpy.diff(run.index[1, : run.below(numpy.array([top], numpy.uint64))[0, 0] + 1])
+                             for runs, top in zip(corpora, cuts.taken, strict=True) for run in runs)  # fmt: skip
+        statistics = Statistics(documents, None, lengths, None, {LEFT: left} if left else {},
+                                most_frequent(total.malformed), size)  # fmt: skip
         return {
             "source": digest(key),
             "corpora": [
-                {"first_file": files[0]["path"], "documents": documents, "bytes": size, "share": size / total}
-                for files, (documents, size) in zip(key["files"], taken.tolist(), strict=True)
+                {"first_file": files[0]["path"], "documents": count, "bytes": its, "share": its / size}
+                for files, (count, its) in zip(key["files"], taken.tolist(), strict=True)
             ],
-            "peak_memory_mb": max(report.peak_bytes for report in reports if report) // 2**20,
+            "statistics": statistics.to_dict(),
+            "skipped": total.skipped,
+            "peak_memory_mb": max(report.peak_bytes for report in (*parts, *shards)) // 2**20,
         }
 
     def mixed(self) -> tuple[list[list[Run]], Cuts]:

@@ -16,7 +16,7 @@ from megatron_recursive.data.files import cannot_write
 from megatron_recursive.data.hub import HubChoice, revisions
 from megatron_recursive.data.mix_task import RECORD, ROW_GROUP_BYTES, Mixture, Task
 from megatron_recursive.data.preparation import digest
-from megatron_recursive.data.preprocess import SMALL_BYTES, read_something, watched
+from megatron_recursive.data.preprocess import SMALL_BYTES, Options, read_something, watched
 from megatron_recursive.data.sources import default_part_bytes, find_files, plan_parts, require_packages
 from megatron_recursive.data.work_folder import WorkFolder, locked, write_replacing
 from megatron_recursive.errors import UserError
@@ -56,7 +56,7 @@ def mix(
     if os.path.lexists(target):
         return _already_there(target, digest(key))
     for each in files:
-        read_something(each, mixture.json_key, mixture.on_error)
+        read_something(each, mixture.json_key, Options(on_error=mixture.on_error))
     work = WorkFolder(target.with_name(f"{target.name}.partial"))
     task = functools.partial(Task, work, mixture, held_bytes, target)
 

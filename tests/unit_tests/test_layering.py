@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "backends": ("torch",),
     "data": (
         "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "dill",
-        "loguru", "tqdm", "fsspec", "huggingface_hub", "megatron.core.datasets",
+        "loguru", "tqdm", "fsspec", "huggingface_hub", "jinja2", "megatron.core.datasets",
     ),
     "losses": (f"{OURS}.plan", "torch", "megatron.core"),
     "models": (f"{OURS}.plan", f"{OURS}.losses", "torch", "megatron.core"),
