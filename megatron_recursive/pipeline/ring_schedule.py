@@ -231,8 +231,9 @@ class RingStep:
         self.model.decoder.set_input_tensor(None if is_first else given)
         mask = batch.inputs["attention_mask"]
         output = self.model.decode(
-            given if is_first else None, mask, stack=decoder_pass.stack, closes=self.plan.closes(decoder_pass)
-        )
+            given if is_first else None, mask, stack=decoder_pass.stack, closes=self.plan.closes(decoder_pass),
+            index=decoder_pass.index,
+        )  # fmt: skip
         self.model.decoder.set_input_tensor(None)
         return output
 
