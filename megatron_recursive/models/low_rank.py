@@ -20,9 +20,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 
 from megatron_recursive.models.uses import Uses
-from megatron_recursive.plan.lora import SHARED, TARGETS, LoRA
-
-MODULE = "lora"  # of a layer; in a checkpoint the layer's number follows, since layers may have other passes
+from megatron_recursive.plan.lora import MODULE, SHARED, TARGETS, LoRA
 
 
 class LowRank(MegatronModule):
@@ -116,9 +114,9 @@ def of_pass(part: str, index: int | str) -> str:
 def adapters_by_pass(block: torch.nn.Module, part: str) -> dict[str, set[torch.nn.Parameter]]:
     """The adapters of a block's layers that belong to one pass, by part."""
     found: dict[str, set[torch.nn.Parameter]] = {}
-    for module in block.modules():
-        for name in module.names if isinstance(module, LowRank) else ():
-            found.setdefault(of_pass(part, name), set()).update(module.factors(name))
+    for low_rank in (module for module in block.modules() if isinstance(module, LowRank)):
+        for name in low_rank.names:
+            found.setdefault(of_pass(part, name), set()).update(low_rank.factors(name))
     return found
 
 

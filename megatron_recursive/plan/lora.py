@@ -18,6 +18,7 @@ TARGETS = {  # by the flag's word, which is Megatron's: the module in a layer
     "linear_fc1": "mlp.linear_fc1", "linear_fc2": "mlp.linear_fc2",
 }  # fmt: skip
 SHARED = "shared"
+MODULE = "lora"  # of a layer; in a checkpoint the layer's number follows, since layers may have other passes
 
 
 @dataclass(frozen=True)
