@@ -114,7 +114,7 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
 def state_bytes(args: argparse.Namespace) -> StateBytes:
     """Bytes a parameter under the optimizer of this run: SGD and Muon keep one moment, the others two."""
     parameter = args.params_dtype.itemsize
-    if args.train_only == "heads":  # a vector or two has more
+    if args.train_only == "heads" or args.lora_rank is not None:  # a few vectors, or low-rank matrices, have more
         return StateBytes(parameter, 0, 0)
     main_copy = 4 if parameter < 4 else 0
     moments = 4 if args.optimizer in ("sgd", "muon") else 8
