@@ -86,6 +86,7 @@ class RecursionCore:
     uses: Uses
     distillation: Distillation | None = None  # of the last block, in training
     draw: int  # of a training step; sampled starts differ by it
+    reports_accuracy: bool  # in evaluation, of the last block's choice
     carried_states: CarriedStates | None
     compute_language_model_loss: Callable[[Tensor, Tensor], Tensor]  # labels [B, S] and logits [S, B, V] to [B, S]
 
@@ -97,9 +98,9 @@ class RecursionCore:
 
     def decode(
         self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None, *,
-        stack: str = "core", closes: bool = False, documents: Documents | None = None,
+        stack: str = "core", closes: bool = False, documents: Documents | None = None, index: int = 0,
     ) -> Tensor:  # fmt: skip
-        """One pass through a stack's layers of this stage; ``closes``: and through the final norm, where it is."""
+        """Pass ``index`` through a stack's layers of this stage; ``closes``: and the final norm, where it is."""
         raise NotImplementedError
 
     def final_norm(self, hidden_SBH: Tensor) -> Tensor:
@@ -206,7 +207,8 @@ class RecursionCore:
                 replays = torch.is_grad_enabled() and plan.is_replayed(decoder_pass)
                 teacher = self.distillation if is_last and self.training else None
                 pull = None if teacher is None else partial(teacher.loss, self.pg_collection.tp, inputs)
-                found = self._loss(hidden_SBH, labels_BS, plan.has_halting, replays, pull)
+                chooses = plan.has_halting or (self.reports_accuracy and is_last and not self.training)
+                found = self._loss(hidden_SBH, labels_BS, chooses, replays, pull)
                 readout.lm_loss_BS, readout.arg_max_BS, readout.distillation_BS = found
         return readout
 
@@ -265,7 +267,8 @@ class RecursionCore:
             if decoder_pass.index == plan.carried_behind + 1:
                 ends["output"] = state.output
             return self.decode(
-                hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes, documents=documents
+                hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes, documents=documents,
+                index=decoder_pass.index,
             )
 
         if labels is None:
@@ -347,6 +350,8 @@ class RecursionCore:
             reported["mean halting probability"] = masked(torch.sigmoid(logits_TBS).mean(0), mask_BS)
             steps_BS = steps_until_halt(logits_TBS, self.recursion.halt_threshold)
             reported["expected refinement steps"] = masked(steps_BS, mask_BS)
+        if self.reports_accuracy and not self.training and last.arg_max_BS is not None:
+            reported["token accuracy"] = masked(torch.eq(last.arg_max_BS, labels_BS), mask_BS)
         reported |= {name: masked(value_BS, mask_BS) for name, value_BS in (gated | distilled).items()}
         reported["total loss"] = masked(objective_BS.detach(), mask_BS)
         for readout in readouts:

@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
@@ -25,7 +26,9 @@ from megatron_recursive.models.documents import Documents
 from megatron_recursive.models.recursion_core import RecursiveOutput
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import RecursionPlan, StepPlans
+from megatron_recursive.training.chat_data import chat_datasets, is_chat
 from megatron_recursive.training.distillation import check_samples, has_teacher
+from megatron_recursive.training.metrics_log import SUPERVISED
 from megatron_recursive.training.supervision_steps import samples_read
 
 SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
@@ -111,6 +114,9 @@ def loss_func(
     else:
         objective_BS = output.float()
         report = {"lm loss": masked(objective_BS.detach(), mask)}
+    if torch.is_grad_enabled() and is_chat(get_args()):  # their sum over the batch, by way of Megatron's mean
+        of_batch = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
+        report[SUPERVISED] = torch.stack([mask.sum() * of_batch, torch.ones_like(mask.sum())])
     loss = (objective_BS * mask).sum()
     _check(loss)
     return loss, mask.sum().detach().to(torch.int), report
@@ -146,6 +152,7 @@ def forward_step(
     while hasattr(inner, "module"):  # a pass of the ring, DDP; what is inside may be Megatron's own GPT
         inner = inner.module
     iteration = getattr(args, "curr_iteration", 0)  # a run that only evaluates has none
+    inner.reports_accuracy = is_chat(args)
     inner.draw = (args.seed * 0x9E3779B1 ^ iteration) & 0xFFFFFFFF
     with STRAGGLER:
         output = model(
@@ -177,6 +184,8 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     args = get_args()
     train, *held_out = train_valid_test_num_samples
     train_valid_test_num_samples = [samples_read(args, train), *held_out]
+    if is_chat(args):
+        return chat_datasets(args, train_valid_test_num_samples) if _reads_data() else (None, None, None)
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = None
     if args.per_dataset_sequences_path is not None:
@@ -238,4 +247,4 @@ def _stage_reads_data() -> bool:
 
 
 def _keeps_documents(args: Any) -> bool:
-    return args.reset_attention_mask or getattr(args, "chat_data", None) is not None
+    return args.reset_attention_mask or is_chat(args)

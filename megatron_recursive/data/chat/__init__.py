@@ -1,1 +1,1 @@
-"""Conversations: their preparation and packing."""
+"""Conversations: their formats, how a tokenizer's template writes them, and which of the tokens are supervised."""
