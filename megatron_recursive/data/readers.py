@@ -243,8 +243,8 @@ def read_records(span: Span, keys: Sequence[str], reject: Reject) -> Iterator[Re
     """
     if span.path.endswith(".parquet"):
         try:
-            for row, value, size in read_table(span, lambda names: [name for name in names if name in keys]):
-                yield Record({key: each for key, each in value.items() if each is not None}, span, row, size)
+            for row, cells, size in read_table(span, lambda names: [name for name in names if name in keys]):
+                yield Record({key: each for key, each in cells.items() if each is not None}, span, row, size)
         except DamagedTableError as error:
             reject(error)
         return
