@@ -307,7 +307,7 @@ def _read_array(span: Span, reject: Reject) -> Iterator[Record]:
             at += 1
         except (json.JSONDecodeError, RecursionError) as error:
             line += text.count("\n", counted, getattr(error, "pos", at))
-            reject(UserError(f"{span.path}:{line} is not valid JSON ({error}), and the rest is not read; mend it"))
+            reject(UserError(f"{span.path}:{line} stops being valid JSON ({error}), the rest is not read; mend it"))
             return
 
 

@@ -15,6 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+from tokenizers.processors import TemplateProcessing
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from megatron_recursive.data.chat.formats import Message, NotAConversation
 from megatron_recursive.data.readers import behind_space
 from megatron_recursive.data.tokenizer import load_tokenizer
@@ -28,8 +32,6 @@ class Template:
     """A tokenizer's chat template; :meth:`render` gives a text and where the assistant speaks in it."""
 
     def __init__(self, tokenizer: Any) -> None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         self.text = tokenizer.get_chat_template()
         self.generation = _GENERATION.search(self.text) is not None
         self._render = functools.partial(render_jinja_template, chat_template=self.text, **tokenizer.special_tokens_map)
@@ -58,8 +60,6 @@ class Template:
         return self._by_prefixes(messages)
 
     def _call(self, conversations: list[list[Message]], **options: Any) -> Any:
-        from jinja2 import TemplateError
-
         try:
             return self._render(conversations, **options)
         except (TemplateError, TypeError) as error:
@@ -139,8 +139,6 @@ def _cut(marked: str, mark: str) -> tuple[str, dict[int, int]]:
 @functools.lru_cache(maxsize=1)
 def load_chat_encoder(folder: Path) -> tuple[Template, Any]:
     """The template of a stored tokenizer's folder, and the tokenizer in Rust, which adds nothing around a text."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = load_tokenizer(folder)
     rust = tokenizer.backend_tokenizer
     rust.post_processor = TemplateProcessing(single="$A", special_tokens=[])  # others move the offsets of white space
