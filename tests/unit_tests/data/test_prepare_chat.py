@@ -184,7 +184,7 @@ def test_refusals(flags: list[str], message: str, chatml: Path, tmp_path: Path, 
     assert {file.name for file in Path().glob("x*")} <= {"x.partial"}
 
 
-def test_cut_samples_are_counted_and_shown_in_colour(chatml: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_cut_samples_are_counted_and_shown(chatml: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     file = lines(tmp_path / "in.jsonl", SHAREGPT, SHAREGPT)
     argv = ["prepare-chat", "--input", str(file), "--output", str(tmp_path / "x"), "--tokenizer", str(chatml),
             "--seq-length", "24", "--overflow", "truncate-left", "--max-turns", "2", "--show", "9"]  # fmt: skip
