@@ -40,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="for each new token, what every block would have said, its probability and the halting "
                        "probability: a table on a terminal, JSON lines elsewhere")
     # fmt: on
-    add_choice(parser)
-    add_depth(parser)
+    add_settings(parser)
     parser.epilog = example("generate", "--model", "DIR_OR_CKPT", "--prompt", "Once upon", "--exit", "halting")
 
 
-def add_choice(parser: argparse.ArgumentParser) -> None:
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``inference.generation.Settings``, and the depth."""
     # fmt: off
     chosen = parser.add_argument_group("choice of tokens")
     chosen.add_argument("--max-tokens", type=int, default=128, help="at most so many new ones")
@@ -56,11 +56,6 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: avoid what was said")
     chosen.add_argument("--num-beams", type=int, default=1, help="beam search with so many beams")
     chosen.add_argument("--seed", type=int, default=0, help="of sampling, for each prompt anew")
-    # fmt: on
-
-
-def add_depth(parser: argparse.ArgumentParser) -> None:
-    # fmt: off
     depth = parser.add_argument_group("depth, of recursive models")
     depth.add_argument("--num-refinement-blocks", type=int, metavar="T", help="run T blocks (default: as trained)")
     depth.add_argument("--exit", choices=EXITS, help="let each token leave after its own block (default: none leaves)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from itertools import batched, groupby
 
 from megatron_recursive.errors import UserError
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: before anything is generated, if flags, model or a prompt cannot be.
     """
-    settings = Settings.of(args)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     _check_flags(args)
     prompts = [] if args.interactive else read_prompts(args.prompt, args.prompt_file)
     with open_model(

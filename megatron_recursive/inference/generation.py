@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,11 +57,6 @@ class Settings:
             for name in _EXIT_KNOBS:
                 if getattr(self, name) is not None:
                     raise UserError(f"{_flag(name)} belongs to an exit; give --exit too.")
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Settings:
-        """What the flags say."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     @property
     def samples(self) -> bool:
