@@ -340,18 +340,6 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.post_init()
         self.generation_config._from_model_config = None  # see adjust_generation_fn
 
-    def set_num_refinement_blocks(self, count: int) -> None:
-        """Run so many blocks from now on; inner blocks are dropped or repeated."""
-        plan = self.config.recursion_plan
-        if plan.is_plain:
-            raise ValueError("This model is a plain GPT; it has no refinement blocks.")
-        self._set_plan(plan.with_blocks(count))
-
-    def _set_plan(self, plan: RecursionPlan) -> None:
-        self.config.set_plan(plan)
-        self.model._read_plan()
-        self.model.ensure_passes(len(self.model.passes), renew=True)
-
     def halting_logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [...], in fp32: q = w . h + b of each token's own state, by the halting head or the exit gate."""
         head = self.exit_gate if self.halting_head is None else self.halting_head
