@@ -36,14 +36,21 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         "At most --eval-iters batches are read, and none twice in an evaluation.",
     )
     group.add_argument(
-        "--train-epochs", type=int, metavar="N",
-        help="In the place of --train-iters: read every conversation of --chat-data N times, or every token of one "
+        "--train-epochs", type=int, metavar="N", action=_InPlaceOfIterations,
+        help="In the place of a --train-iters before it: read every conversation of --chat-data N times, or every token of one "
         "--data-path (or --train-data-path) as far as it fills batches.",
     )
     group.add_argument(
         "--keep-best", action="store_true",
         help="Keep the checkpoint of the lowest held-out loss in the folder best below --save, whichever are deleted.",
     )
+
+
+class _InPlaceOfIterations(argparse.Action):
+    """Later flags win; the file of an import has --train-iters."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        namespace.train_epochs, namespace.train_iters = values, None
 
 
 def is_chat(args: argparse.Namespace) -> bool:
