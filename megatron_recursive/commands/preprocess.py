@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
             continue
         if written.skipped:
             print(f"{written.skipped:,} malformed documents were skipped; the first:", *written.reasons, sep="\n  ")
+        if written.statistics is not None:
+            print(written.statistics.table())
         print(
             f"{written.documents:,} documents, {written.tokens:,} tokens, "
             f"{written.tokens / written.documents:.1f} tokens per document: {' and '.join(map(str, written.files))}"

@@ -86,7 +86,7 @@ def preprocess_keys(
     """
     files, start = find_files(inputs, hub), _checked_prefix(str(prefix))
     for key in json_keys:
-        _read_something(files, key, options)
+        read_something(files, key, options)
     names = [f"{start}_{key}_document" for key in json_keys]
     return [
         preprocess(files, name, json_key=key, options=options, **others)
@@ -146,7 +146,7 @@ def preprocess(
         if work.key() != asked:  # the plan of an interrupted run that was to write these files: go on with it
             return _already_there(prefix, there, digest(asked))
     # A mistake in the first lines is reported before the slow start of the workers.
-    _read_something(files, json_key, options)
+    read_something(files, json_key, options)
     try:
         with locked(work, prefix):
             stored = store(choice, work.path)
@@ -200,12 +200,13 @@ def _already_there(prefix: str, there: list[Path], source: str) -> IndexedSummar
     except UserError as error:
         raise UserError(f"--output {prefix} was made by this command, but {error} (--overwrite)") from error
     print(f"{prefix} was made by this command already: nothing is done (--overwrite makes it anew)", file=sys.stderr)
-    sums = [sum(getattr(each, name) for each in made) for name in ("documents", "tokens", "skipped")]
+    documents, tokens, skipped = (sum(getattr(each, name) for each in made)
+                                  for name in ("documents", "tokens", "skipped"))  # fmt: skip
     statistics = Statistics(**made[0].statistics) if len(made) == 1 and made[0].statistics else None
-    return IndexedSummary(tuple(there), *sums, statistics=statistics)
+    return IndexedSummary(tuple(there), documents, tokens, skipped, statistics=statistics)
 
 
-def _read_something(files: Sequence[SourceFile], json_key: str, options: Options) -> None:
+def read_something(files: Sequence[SourceFile], json_key: str, options: Options) -> None:
     """Read up to the first document.
 
     Raises:
@@ -213,10 +214,9 @@ def _read_something(files: Sequence[SourceFile], json_key: str, options: Options
     """
     rejected: list[UserError] = []
     reject = refuse if options.on_error == "stop" else rejected.append
-    if options.chat:
-        documents = (each for file in files for each in iter_conversations(whole(file), options.chat, reject))
-    else:
-        documents = iter_documents(files, json_key, reject)
+    documents: Iterator[Any] = iter_documents(files, json_key, reject)
+    if (chat := options.chat) is not None:
+        documents = (each for file in files for each in iter_conversations(whole(file), chat, reject))
     for _ in documents:
         return
     also = f" ({len(rejected):,} documents are malformed; the first: {rejected[0]})" if rejected else ""
@@ -267,7 +267,7 @@ class _Run:
         sizes = self.work.part_sizes()
         workers = 1 if sum(sizes) < SMALL_BYTES else self.workers
         steps = self._steps(workers)
-        with _watched(self.work, sizes):
+        with watched("encoding", self.work, sizes):
             build_executor("local", steps, len(sizes), workers, self.work.logs, {}).run()
         total = finish(self.work, self.prefix, self.tokenizer, self.options.join)
         self.work.remove()
@@ -286,7 +286,7 @@ class _Run:
         if kind == "slurm":
             last.run()
             return None
-        with _watched(self.work, sizes):
+        with watched("encoding", self.work, sizes):
             last.run()
         return self._summary(add_reports([self.work.report(rank) or PartReport() for rank in range(len(sizes))]))
 
@@ -312,13 +312,13 @@ class _Run:
 
 
 @contextmanager
-def _watched(work: WorkFolder, sizes: list[int]) -> Iterator[None]:
+def watched(label: str, work: WorkFolder, sizes: list[int]) -> Iterator[None]:
     """Show the workers' progress, from what they count, while the block runs."""
     done_bytes = sum(sizes[rank] for rank in work.completed())
     stop = threading.Event()
 
     def watch() -> None:
-        with Progress("encoding", sum(sizes), done_bytes=done_bytes) as progress:
+        with Progress(label, sum(sizes), done_bytes=done_bytes) as progress:
             while not stop.wait(_POLL_S):
                 documents, size = read_counts(work.counts)
                 progress.advance(documents - progress.documents, size - progress.bytes)

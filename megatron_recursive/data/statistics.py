@@ -18,26 +18,28 @@ _OTHERS = "something else"
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a dataset: ``lengths`` are the tokens of a document (p50, p90, max).
+    """Of a dataset: ``lengths`` are the tokens of a document (p50, p90, max), or without tokens its bytes of text.
 
     ``supervised_tokens`` are those that a loss counts (None: all). ``dropped`` are documents by the reason why they
     were left out or cut, ``malformed`` the most frequent malformations, each as ``what``, ``count`` and ``first``.
     """
 
     documents: int
-    tokens: int
+    tokens: int | None
     lengths: dict[str, int]
     supervised_tokens: int | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     malformed: list[dict[str, Any]] = field(default_factory=list)
+    bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def table(self) -> str:
-        rows = [("documents", f"{self.documents:,}"), ("tokens", f"{self.tokens:,}")]
+        counts = (("documents", self.documents), ("tokens", self.tokens), ("bytes of text", self.bytes))
+        rows = [(name, f"{count:,}") for name, count in counts if count is not None]
         if self.supervised_tokens is not None:
-            share = self.supervised_tokens / max(self.tokens, 1)
+            share = self.supervised_tokens / max(self.tokens or 0, 1)
             rows.append(("supervised tokens", f"{self.supervised_tokens:,} ({share:.1%})"))
         rows += [(f"length {name}", f"{value:,}") for name, value in self.lengths.items()]
         rows += [(f"{count:,}", why) for why, count in self.dropped.items()]

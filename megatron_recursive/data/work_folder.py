@@ -38,6 +38,7 @@ class PartReport:
     supervised: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     malformed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    peak_bytes: int = 0
 
     def drop(self, why: str) -> None:
         """Count what was left out or cut."""

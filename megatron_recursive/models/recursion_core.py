@@ -98,9 +98,9 @@ class RecursionCore:
 
     def decode(
         self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None, *,
-        stack: str = "core", closes: bool = False, documents: Documents | None = None,
+        stack: str = "core", closes: bool = False, documents: Documents | None = None, index: int = 0,
     ) -> Tensor:  # fmt: skip
-        """One pass through a stack's layers of this stage; ``closes``: and through the final norm, where it is."""
+        """Pass ``index`` through a stack's layers of this stage; ``closes``: and the final norm, where it is."""
         raise NotImplementedError
 
     def final_norm(self, hidden_SBH: Tensor) -> Tensor:
@@ -267,7 +267,8 @@ class RecursionCore:
             if decoder_pass.index == plan.carried_behind + 1:
                 ends["output"] = state.output
             return self.decode(
-                hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes, documents=documents
+                hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes, documents=documents,
+                index=decoder_pass.index,
             )
 
         if labels is None:

@@ -20,12 +20,12 @@ from megatron_recursive.models.added_modules import MODULES
 from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
 from megatron_recursive.models.documents import Documents
 from megatron_recursive.models.gradient_fusion import built_by_layer
+from megatron_recursive.models.low_rank import adapters_by_pass, add_adapters, of_pass
 from megatron_recursive.models.recursion_core import RecursionCore, RecursiveOutput, part_of
 from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.added_parameters import (
-    added_parameters,
-)
+from megatron_recursive.plan.added_parameters import added_parameters
+from megatron_recursive.plan.lora import LoRA
 
 
 @dataclass
@@ -36,6 +36,7 @@ class RecursiveTransformerConfig(TransformerConfig):
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
     pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
     pipeline_costs: Any = None  # of a plan, PassCosts by which the phases are chosen; None: all passes cost the same
+    lora: LoRA | None = None  # adapters, beside which all weights are frozen
     recompute_passes: bool = False  # keep the input of a pass only, and replay it in the backward
 
 
@@ -73,8 +74,13 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         self.carried_states = None  # set by a training whose steps carry
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
-        if self.plan.is_plain:
-            return
+        if not self.plan.is_plain:
+            self._add_recursion()
+        if config.lora is not None:
+            add_adapters(self)
+
+    def _add_recursion(self) -> None:
+        plan = self.plan
         if self.plan.state_norm != "final" and self.post_process:
             # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
             self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
@@ -90,6 +96,8 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         parts = {name.replace("_", " "): set(getattr(self, name).parameters()) for name in names if hasattr(self, name)}
         for stack, _ in self.plan.stacks:
             parts[part_of(stack)] = set(self.block_of(stack).parameters())
+            if self.config.lora is not None and self.config.lora.per_pass:
+                parts |= adapters_by_pass(self.block_of(stack), part_of(stack))
         if self.post_process and self.share_embeddings_and_output_weights:
             parts["output layer"].add(self.shared_embedding_or_output_weight())
         return parts
@@ -122,11 +130,12 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
 
     def decode(
         self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None, *,
-        stack: str = "core", closes: bool = False, documents: Documents | None = None,
+        stack: str = "core", closes: bool = False, documents: Documents | None = None, index: int = 0,
     ) -> Tensor:  # fmt: skip
         """One pass through a stack's layers of this stage. Off the first stage the decoder reads its own input tensor.
 
         ``closes``: the norm before the heads closes the pass too (``plan.closes``), on the last stage.
+        ``index``: of the pass in the plan, by which layers that have an adapter for each pass choose.
         ``inference_context``: keys and values of earlier tokens, of this pass alone (Megatron keys them by layer).
         """
         _, rotary, *_ = self._preprocess(
@@ -150,7 +159,10 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor
         replayed = self.config.recompute_passes and torch.is_grad_enabled()
         function = partial(tensor_parallel.checkpoint, layers, False) if replayed else layers
-        result_SBH = self.uses.apart(part_of(stack), function, given_SBH)
+        part = part_of(stack)
+        if self.config.lora is not None and self.config.lora.per_pass:
+            part = of_pass(part, index)
+        result_SBH = self.uses.apart(part, function, given_SBH)
         if closes and hasattr(self, "output_norm"):
             result_SBH = self.final_norm(result_SBH)
         return result_SBH

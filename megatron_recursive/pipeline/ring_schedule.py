@@ -234,6 +234,7 @@ class RingStep:
         output = self.model.decode(
             given if is_first else None, batch.inputs["attention_mask"], stack=decoder_pass.stack,
             closes=self.plan.closes(decoder_pass), documents=batch.inputs["packed_seq_params"],
+            index=decoder_pass.index,
         )  # fmt: skip
         self.model.decoder.set_input_tensor(None)
         return output

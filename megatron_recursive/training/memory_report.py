@@ -68,6 +68,7 @@ def memory_of_run(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
         layers_per_stage=split, most_held=partial(most_held, grad, stages, batches, windows),
         in_flight=in_flight(stages, batches, windows, interleaved=interleaved), window=max(windows, default=0),
+        teacher=None if config.distillation is None else config.distillation.costs(args.seq_length)[0],
     )  # fmt: skip
     carried = [0.0] * stages
     if size := carried_bytes(args, config):
@@ -113,7 +114,7 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
 def state_bytes(args: argparse.Namespace) -> StateBytes:
     """Bytes a parameter under the optimizer of this run: SGD and Muon keep one moment, the others two."""
     parameter = args.params_dtype.itemsize
-    if args.train_only == "heads":  # a vector or two has more
+    if args.train_only == "heads" or args.lora_rank is not None:  # a few vectors, or low-rank matrices, have more
         return StateBytes(parameter, 0, 0)
     main_copy = 4 if parameter < 4 else 0
     moments = 4 if args.optimizer in ("sgd", "muon") else 8

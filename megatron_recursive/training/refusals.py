@@ -34,6 +34,8 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
      "use --group-query-attention"),
     ("context parallelism (--context-parallel-size > 1)", lambda a: a.context_parallel_size > 1,
      "use --sequence-parallel with tensor parallelism"),
+    ("adapters beside an 8-bit frozen base (--lora-rank with --fp8-format, --fp8-param-gather or --fp4-param-gather)",
+     lambda a: a.lora_rank and (a.fp8 or a.fp8_param_gather or a.fp4_param_gather), "freeze it in bf16, with --bf16"),
     ("FP8 (--fp8-format)", lambda a: a.fp8, "use --bf16"),
     ("FP4 (--fp4-format)", lambda a: a.fp4, "use --bf16"),
     ("8-bit parameters or a quantised output layer (--fp8-param-gather, --fp4-param-gather, --fp8-output-proj)",
