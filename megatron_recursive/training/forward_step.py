@@ -185,7 +185,10 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     train, *held_out = train_valid_test_num_samples
     train_valid_test_num_samples = [samples_read(args, train), *held_out]
     if is_chat(args):
-        return chat_datasets(args, train_valid_test_num_samples) if _reads_data() else (None, None, None)
+        datasets = chat_datasets(args, train_valid_test_num_samples) if _reads_data() else (None, None, None)
+        if datasets[0] is not None and has_teacher(args):
+            check_samples(args, datasets[0], train_valid_test_num_samples[0])
+        return datasets
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = None
     if args.per_dataset_sequences_path is not None:
