@@ -200,9 +200,10 @@ def _already_there(prefix: str, there: list[Path], source: str) -> IndexedSummar
     except UserError as error:
         raise UserError(f"--output {prefix} was made by this command, but {error} (--overwrite)") from error
     print(f"{prefix} was made by this command already: nothing is done (--overwrite makes it anew)", file=sys.stderr)
-    sums = [sum(getattr(each, name) for each in made) for name in ("documents", "tokens", "skipped")]
+    documents, tokens, skipped = (sum(getattr(each, name) for each in made)
+                                  for name in ("documents", "tokens", "skipped"))  # fmt: skip
     statistics = Statistics(**made[0].statistics) if len(made) == 1 and made[0].statistics else None
-    return IndexedSummary(tuple(there), *sums, statistics=statistics)
+    return IndexedSummary(tuple(there), documents, tokens, skipped, statistics=statistics)
 
 
 def read_something(files: Sequence[SourceFile], json_key: str, options: Options) -> None:
@@ -213,10 +214,9 @@ def read_something(files: Sequence[SourceFile], json_key: str, options: Options)
     """
     rejected: list[UserError] = []
     reject = refuse if options.on_error == "stop" else rejected.append
-    if options.chat:
-        documents = (each for file in files for each in iter_conversations(whole(file), options.chat, reject))
-    else:
-        documents = iter_documents(files, json_key, reject)
+    documents: Iterator[Any] = iter_documents(files, json_key, reject)
+    if (chat := options.chat) is not None:
+        documents = (each for file in files for each in iter_conversations(whole(file), chat, reject))
     for _ in documents:
         return
     also = f" ({len(rejected):,} documents are malformed; the first: {rejected[0]})" if rejected else ""

@@ -21,6 +21,7 @@ Reject = Callable[[UserError], None]
 """Is given each malformed document; may raise the error, which ends the reading, or count it."""
 
 _CHUNK = 2**18
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def read_records(span: Span, keys: Sequence[str], reject: Reject) -> Iterator[Re
                     yield from _read_array(span, reject)
                     return
                 try:
-                    value = orjson.loads(raw)
+                    value: Any = orjson.loads(raw)
                 except ValueError:
                     value = None
                 if type(value) is not dict:
@@ -287,11 +288,10 @@ def _read_array(span: Span, reject: Reject) -> Iterator[Record]:
         line = raw.count(b"\n", 0, error.start) + 1
         reject(UserError(f"{span.path}:{line} is not UTF-8; convert the file or leave it out"))
         return
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    at, line, closed = space.match(text).end() + 1, 1, False
-    counted = 0
+    decode = json.JSONDecoder().raw_decode
+    at, line, counted, closed = behind_space(text, 0) + 1, 1, 0, False
     while not closed:
-        at = space.match(text, at).end()
+        at = behind_space(text, at)
         line, counted = line + text.count("\n", counted, at), at
         try:
             if text[at : at + 1] != "]":
@@ -300,7 +300,7 @@ def _read_array(span: Span, reject: Reject) -> Iterator[Record]:
                     yield Record(value, span, line, span.size * (end - at) // len(text))
                 else:
                     reject(UserError(f"{span.path}:{line} is not a JSON object; write each conversation as one"))
-                at = space.match(text, end).end()
+                at = behind_space(text, end)
             closed = text[at : at + 1] == "]"
             if text[at : at + 1] != "," and not (closed and not text[at + 1 :].strip()):
                 raise json.JSONDecodeError("Extra data" if closed else "Expecting ',' or ']'", text, at + closed)
@@ -309,6 +309,12 @@ def _read_array(span: Span, reject: Reject) -> Iterator[Record]:
             line += text.count("\n", counted, getattr(error, "pos", at))
             reject(UserError(f"{span.path}:{line} is not valid JSON ({error}), and the rest is not read; mend it"))
             return
+
+
+def behind_space(text: str, at: int) -> int:
+    """Where the white space at a place of a text ends."""
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _text_of_line(raw: bytes, json_key: str, where: str) -> str:

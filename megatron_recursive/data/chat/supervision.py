@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.data.chat.formats import Message, NotAConversation
+from megatron_recursive.data.readers import behind_space
 from megatron_recursive.data.tokenizer import load_tokenizer
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_SPACE = re.compile(r"\s*")
 _PROBE = "Pq7"
 
 
@@ -75,30 +75,39 @@ class Template:
         pieces, ends = _cut(whole, mark)
         if pieces != text:
             raise NotAConversation("is written otherwise by the chat template when its turns are followed by a mark")
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        # To render all that stands before each turn would take the square of the turns: where the first and the last
+        # turn are prompted for alike, so are those between, if the text has it so.
+        prompts = {number: self._prompt(marked, mark, number) for number in {answers[0], answers[-1]}}
+        shared = prompts[answers[0]] if len({*prompts.values()}) == 1 else None
         spans = []
-        for number in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
+        for number in answers:
             before, words_end = ends.get(number - 1), ends.get(number)
             if before is None or words_end is None:
                 raise NotAConversation(f"has a turn {number + 1} that the chat template does not write once")
-            start = self._start(text, marked, mark, number, before)
-            end = self.added.match(text, _SPACE.match(text, words_end).end())  # type: ignore[union-attr]
-            if start is None or start > words_end:
+            prompt = prompts.get(number, shared)
+            if prompt is None or not text.startswith(prompt, before):
+                prompt = prompts.get(number) or self._prompt(marked, mark, number)
+            if not text.startswith(prompt, before):
+                prompt = self._opening(marked, mark, number)
+            start = before + len(prompt)
+            end = self.added.match(text, behind_space(text, words_end))
+            if start > words_end or not text.startswith(prompt, before):
                 raise NotAConversation(f"has a turn {number + 1} that does not follow the chat template's own prompt")
             if end is None:
                 raise NotAConversation(f"has a turn {number + 1} that the chat template ends with no token of its own")
             spans.append((start, end.end()))
         return text, spans
 
-    def _start(self, text: str, marked: list[Message], mark: str, number: int, before: int) -> int | None:
-        """Behind the prompt for this turn; or behind what the whole has before any words (an earlier turn may lack the
-        part of the prompt that opens its thinking)."""
-        prompt = self._call([marked[:number]], add_generation_prompt=True)[0][0].rpartition(mark)[2]
-        if text.startswith(prompt, before):
-            return before + len(prompt)
-        bare = {"role": marked[number]["role"], "content": _marked({"content": ""}, mark, number)["content"]}
+    def _prompt(self, marked: list[Message], mark: str, number: int) -> str:
+        """What stands between the words before this turn and its own, when the template prompts for it."""
+        return self._call([marked[:number]], add_generation_prompt=True)[0][0].rpartition(mark)[2]
+
+    def _opening(self, marked: list[Message], mark: str, number: int) -> str:
+        """The same in the whole conversation: an earlier turn may lack what a prompt opens its thinking with."""
+        bare = _marked({"role": "assistant", "content": ""}, mark, number)
         whole = self._call([[*marked[:number], bare, *marked[number + 1 :]]])[0][0]
-        opening = whole.partition(f"{mark}{number - 1}{mark}")[2].partition(f"{mark}{number}{mark}")[0]
-        return before + len(opening) if text.startswith(opening, before) else None
+        return whole.partition(f"{mark}{number - 1}{mark}")[2].partition(f"{mark}{number}{mark}")[0]
 
 
 def _marked(message: Message, mark: str, number: int) -> Message:

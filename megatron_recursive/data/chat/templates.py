@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_recursive.data.tokenizer import (
     id_range,
     load_tokenizer,
     name_class,
+    tokenizer_files,
 )
 from megatron_recursive.errors import UserError
 
@@ -52,13 +54,18 @@ def store_chat_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokeniz
     rust.no_padding()
     if tokenizer.chat_template is None:
         _add_default(tokenizer)
+    given = Path(choice.path or "")
+    for file in tokenizer_files(given) if choice.path and given.is_dir() else []:
+        place = folder / FOLDER / file.relative_to(given)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
     tokenizer.save_pretrained(folder / FOLDER)
     name_class(folder / FOLDER)
     stored = load_tokenizer(folder / FOLDER)
     if stored.backend_tokenizer.to_str() != rust.to_str():
         raise UserError(f"{choice} loads otherwise than its files say; save it with save_pretrained and name that")
     known, vocabulary = id_range(stored), stored.get_vocab()
-    name = str(Path(choice.path).absolute()) if choice.path and Path(choice.path).exists() else str(choice)
+    name = str(given.absolute()) if choice.path and given.exists() else str(choice)
     identity = digest([rust.to_str(), stored.get_chat_template(), stored.special_tokens_map])[:16]
     file = folder / FOLDER / "tokenizer.json"
     return StoredTokenizer(file, stored.eos_token_id, known, identity, vocabulary_digest(vocabulary, known), name)

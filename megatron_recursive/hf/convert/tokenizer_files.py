@@ -14,16 +14,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_recursive.data.tokenizer import CONFIG, VOCABULARIES, load_tokenizer, name_class
+from megatron_recursive.data.tokenizer import CONFIG, VOCABULARIES, load_tokenizer, name_class, tokenizer_files
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.files import check_settings
 
-PATTERNS = (
-    "*token*", "*vocab*", "*merges*", "*.model", "*.model.v*", "*.tiktoken", "*.jinja", "chat_template.json",
-    "tekken.json", "generation_config.json", "additional_chat_templates/*.jinja",
-    "LICEN[CS]E*", "NOTICE*",  # what comes with the donor's weights must go on with them
-)  # fmt: skip
-OTHERS = (".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf")  # code and weights, whatever they are called
 SETTINGS = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PROBES = (
@@ -37,8 +31,7 @@ PROBES = (
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the files of a tokenizer (and the generation settings beside them); False where there is none."""
-    files = sorted({file for pattern in PATTERNS for file in source.glob(pattern)
-                    if file.is_file() and file.suffix not in OTHERS})  # fmt: skip
+    files = tokenizer_files(source)
     if not any(file.match(pattern) for file in files for pattern in VOCABULARIES):
         return False
     for file in files:
