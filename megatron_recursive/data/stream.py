@@ -44,8 +44,10 @@ class TokenStream:
                 raise UserError(f"--data-stream {folder} holds {file.path}, which is no .parquet; leave it out")
         with ThreadPoolExecutor(_FOOTERS) as threads:
             sizes = list(threads.map(row_group_sizes, [file.path for file in files]))
-        self.groups = [Span(file.path, number, number + 1, size)
-                       for file, groups in zip(files, sizes, strict=True) for number, size in enumerate(groups)]  # fmt: skip
+        self.groups = [
+            Span(file.path, number, number + 1, size)
+            for file, groups in zip(files, sizes, strict=True) for number, size in enumerate(groups)
+        ]  # fmt: skip
         self.folder, self.json_key, self.seed = folder, json_key, seed
         names = [[Path(file.path).name, file.size] for file in files]
         self.identity = digest([names, tokenizer.digest, json_key, seed])

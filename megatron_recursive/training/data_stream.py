@@ -30,7 +30,7 @@ from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.training import console
 
 EXCLUDED = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "mock_data", "distill_from",
-            "chat_data", "phase_transition_iterations")  # fmt: skip
+            "chat_data", "train_epochs", "phase_transition_iterations")  # fmt: skip
 PIECES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
@@ -46,9 +46,14 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def is_stream(args: argparse.Namespace) -> bool:
+    return getattr(args, "data_stream", None) is not None  # Megatron's own arguments do not have it
+
+
 def refuse_stream(args: argparse.Namespace) -> None:
     """What a stream cannot go with; otherwise the loader is external from here on."""
-    if args.data_stream is None:
+    args.data_stream_position = None
+    if not is_stream(args):
         return
     for name in EXCLUDED:
         if getattr(args, name, None):
@@ -121,7 +126,9 @@ def batches_of_run(args: argparse.Namespace, config: GPTDatasetConfig) -> Iterat
             yield batch
 
 
-def loaders(args: argparse.Namespace, config: GPTDatasetConfig, datasets: Sequence[Any], reads: bool) -> tuple[Any, ...]:
+def loaders(
+    args: argparse.Namespace, config: GPTDatasetConfig, datasets: Sequence[Any], reads: bool
+) -> tuple[Any, ...]:  # fmt: skip
     """For Megatron's external loader: the stream, and loaders of the datasets for evaluation, where a rank reads."""
     _, valid, test = datasets
     args.dataloader_type = "single"
