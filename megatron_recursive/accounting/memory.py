@@ -28,7 +28,6 @@ class Recording:
         dropout_mask: a kept mask of hidden dropout; 0 without dropout.
         splits_norm: the norm is computed by several operations, which keep the normalized input too.
         splits_activation: a gated MLP's activation is computed by several operations.
-        attention_mask: an element of an explicit attention mask that every layer keeps, [B, S, S]; 0 without one.
         recompute_layers: layers that are replayed together (``--recompute-method uniform``); 0 replays none.
         recompute_block: layers of a stage that are replayed one by one, the others not (``--recompute-method block``).
         recompute_mlp: the MLP is replayed (``--recompute-modules mlp``).
@@ -43,7 +42,6 @@ class Recording:
     dropout_mask: int = 0
     splits_norm: bool = False
     splits_activation: bool = False
-    attention_mask: int = 0
     recompute_layers: int = 0
     recompute_block: int = 0
     recompute_mlp: bool = False
@@ -129,7 +127,7 @@ def layer_bytes(shape: ModelShape, recording: Recording) -> float:
     if not recording.recompute_mlp:
         within += _mlp_elements(shape, recording)
     elements = between / recording.replicas + within / recording.tensor_parallel
-    masks = 2 * hidden * recording.dropout_mask / recording.replicas + shape.seq_length * recording.attention_mask
+    masks = 2 * hidden * recording.dropout_mask / recording.replicas
     return shape.seq_length * recording.micro_batch * (elements * recording.element + masks)
 
 

@@ -104,7 +104,6 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
         dropout_mask=(element if on_cpu else 1) if args.hidden_dropout > 0 else 0,
         splits_norm=on_cpu and transformer.normalization == "RMSNorm",
         splits_activation=local and not transformer.bias_activation_fusion,
-        attention_mask=1 if local and args.create_attention_mask_in_dataloader else 0,
         recompute_layers=together if args.recompute_method == "uniform" else 0,
         recompute_block=together if args.recompute_method == "block" else 0,
         recompute_mlp="mlp" in modules,
@@ -115,7 +114,7 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
 def state_bytes(args: argparse.Namespace) -> StateBytes:
     """Bytes a parameter under the optimizer of this run: SGD and Muon keep one moment, the others two."""
     parameter = args.params_dtype.itemsize
-    if args.train_only == "heads":  # a vector or two has more
+    if args.train_only == "heads" or args.lora_rank is not None:  # a few vectors, or low-rank matrices, have more
         return StateBytes(parameter, 0, 0)
     main_copy = 4 if parameter < 4 else 0
     moments = 4 if args.optimizer in ("sgd", "muon") else 8

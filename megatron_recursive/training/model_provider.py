@@ -28,6 +28,7 @@ from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 from megatron_recursive.pipeline.pass_costs import price_passes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
+from megatron_recursive.plan.lora import LoRA
 from megatron_recursive.training.distillation import DistillationSource, source_of
 from megatron_recursive.training.norm_arguments import norm_layout
 
@@ -102,8 +103,7 @@ def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> Module
         local = config.transformer.transformer_impl == "local"
         if local:
             return local_block_spec(config.transformer, vp_stage, norms=config.norms)
-        spec = default_layer_spec(config, vp_stage)
-        return spec if config.norms == NormLayout() else engine_layer_spec(spec, config.transformer, config.norms)
+        return engine_layer_spec(default_layer_spec(config, vp_stage), config.transformer, config.norms)
     if callable(spec) and not isinstance(spec, ModuleSpec):
         takes_stage = "vp_stage" in inspect.signature(spec).parameters
         return spec(config, vp_stage=vp_stage) if takes_stage else spec(config)
@@ -132,6 +132,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
         _check_spec(args.spec)
     transformer = core_transformer_config_from_args(args, RecursiveTransformerConfig)
     compiled_fusions.choose(transformer)
+    transformer.lora = LoRA.from_args(vars(args))
     plan = build_plan(recursion)
     if recursion.init_depth_scaling == "unrolled" and not args.init_method_xavier_uniform:
         unrolled = plan.unrolled_layers(transformer.num_layers)
