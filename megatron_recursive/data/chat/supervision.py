@@ -138,8 +138,12 @@ def _cut(marked: str, mark: str) -> tuple[str, dict[int, int]]:
 
 @functools.lru_cache(maxsize=1)
 def load_chat_encoder(folder: Path) -> tuple[Template, Any]:
-    """The template of a stored tokenizer's folder, and the tokenizer in Rust, which adds nothing around a text."""
-    tokenizer = load_tokenizer(folder)
+    """As :func:`chat_encoder`, of a stored tokenizer's folder."""
+    return chat_encoder(load_tokenizer(folder))
+
+
+def chat_encoder(tokenizer: Any) -> tuple[Template, Any]:
+    """The template of a tokenizer, and the tokenizer in Rust, which from now on adds nothing around a text."""
     rust = tokenizer.backend_tokenizer
     rust.post_processor = TemplateProcessing(single="$A", special_tokens=[])  # others move the offsets of white space
     return Template(tokenizer), rust
