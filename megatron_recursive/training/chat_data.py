@@ -76,6 +76,8 @@ def _settle_conversations(args: argparse.Namespace) -> None:
     for name in OF_TEXT:
         if getattr(args, name):
             raise UserError(f"{flag_of(name)} and --chat-data exclude each other; leave one of them out.")
+    if args.dataloader_type == "cyclic":
+        raise UserError("--dataloader-type cyclic has its own order, but --chat-data one by epochs; leave it out.")
     args.calculate_per_token_loss = True  # micro-batches have different numbers of supervised tokens
     if args.tokenizer_type is None and args.tokenizer_model is None:
         args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(tokenizer_of(args.chat_data))

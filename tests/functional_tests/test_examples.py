@@ -15,7 +15,7 @@ import pytest
 from tests import examples
 from tests.distributed import run_command, run_distributed
 from tests.examples import FOLDER, SCRIPTS, Command
-from tests.unit_tests.training.runs import in_worker, losses_of, metrics_of
+from tests.unit_tests.training.runs import in_worker, losses_of, metrics_of, records_of
 
 TINY = (
     "--hidden-size 32 --num-attention-heads 4 --num-layers 2 --seq-length 32 --max-position-embeddings 32 "
@@ -234,9 +234,11 @@ def test_fine_tuning_from_a_hugging_face_folder(name: str, tmp_path: Path) -> No
     for flags in (["--exit-interval", "3"], []):
         result = run_command([*script, *flags], env=environment, timeout=300)
         assert result.returncode == 0, result.stderr[-3000:]
+        assert name == "text" or flags or "sample at iteration 5: 'What does a recursive" in result.stdout
     losses, best = metrics_of(save), json.loads((save / "best" / "best.json").read_text())
     assert list(losses) == list(range(1, len(losses) + 1)) and len(losses) > 3
     assert losses[len(losses)]["lm loss"] < losses[1]["lm loss"]
+    assert all(("token accuracy" in record) == (name == "chat") for record in records_of(save, "valid"))
     assert (save / "best" / f"iter_{best['iteration']:07d}" / "run.json").is_file()
 
 
