@@ -6,7 +6,6 @@ Batches are kept as files until the record is written, so that a command that wa
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_recursive.accounting import ModelShape, flops_per_token
+from megatron_recursive.accounting import ModelShape, inference_flops
 from megatron_recursive.analysis.depth_walk import Branch, branches_of, passes_run, walk
 from megatron_recursive.data.files import replacing
 from megatron_recursive.data.progress import steps
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import perplexity
 from megatron_recursive.hf.convert.configs import family_of, read_config
 from megatron_recursive.hf.model.exits_recursive_gpt import EXITS, ExitOptions, ExitRule
 from megatron_recursive.plan import RecursionPlan
@@ -97,11 +97,8 @@ class Sweep:
         return arch.shape(self.rows.shape[1] - 1, config.vocab_size)
 
     def flops(self, plan: RecursionPlan) -> float | None:
-        """Of a token: all passes forward, and one projection to the vocabulary."""
-        shape = self.shape
-        if shape is None:
-            return None
-        return flops_per_token(shape, plan).passes_forward + 2.0 * shape.hidden_size * shape.vocab_size
+        """Of a token that is read."""
+        return None if self.shape is None else inference_flops(self.shape, plan)
 
     def read(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the model reads [B, S], what it is to say, and which tokens count [B * S]."""
@@ -179,7 +176,7 @@ def record_of(sweep: Sweep, found: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "family": plan.family, "trained_depth": 1 if plan.is_plain else plan.depth, "tokens": len(found["target"]),
         "depths": [
-            {"depth": each.depth, "passes": each.plan.num_passes, "loss": loss, "perplexity": math.exp(min(loss, 700)),
+            {"depth": each.depth, "passes": each.plan.num_passes, "loss": loss, "perplexity": perplexity(loss),
              "accuracy": accuracy, "flops_per_token": sweep.flops(each.plan)}
             for each, loss, accuracy in zip(asked, losses, right, strict=True)
         ],

@@ -22,6 +22,13 @@ Encode = Callable[[list[str]], list[list[int]]]
 """Token ids of each text, with the special tokens that the stored tokenizer puts around it; none of an empty text."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "*.model", "*.model.v*", "*.tiktoken")
+PATTERNS = (
+    "*token*", "*vocab*", "*merges*", "*.model", "*.model.v*", "*.tiktoken", "*.jinja", "chat_template.json",
+    "tekken.json", "generation_config.json", "additional_chat_templates/*.jinja",
+    "LICEN[CS]E*", "NOTICE*",  # what comes with the donor's weights must go on with them
+)  # fmt: skip
+OTHERS = (".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf")  # code and weights, whatever they are called
+AS_IT_IS, CONFIG = "PreTrainedTokenizerFast", "tokenizer_config.json"  # the class is known to transformers 4 and 5
 _MAKE = f"make one with {command('tokenizer')}"
 
 
@@ -134,6 +141,20 @@ def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path) -> PreTrained
         ) from error
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer in a model's folder, the generation settings and the licence."""
+    return sorted({file for pattern in PATTERNS for file in folder.glob(pattern)
+                   if file.is_file() and file.suffix not in OTHERS})  # fmt: skip
+
+
+def name_class(folder: Path) -> None:
+    """Have the tokenizer of a folder load as its tokenizer.json is, whatever model it stands beside."""
+    file = folder / CONFIG
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values.pop("auto_map", None)
+    file.write_text(json.dumps({**values, "tokenizer_class": AS_IT_IS}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
 def id_range(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest token id, which can exceed ``len(tokenizer)`` when ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -216,6 +237,15 @@ def load_encoder(stored: StoredTokenizer) -> Encode:
         return [ids if len(ids) > around else [] for ids in found]
 
     return encode
+
+
+def load_document_encoder(stored: StoredTokenizer, append_eod: bool = True) -> Encode:
+    """What encodes documents: as :func:`load_encoder`, ended by the end-of-document token, and without empty ones."""
+    encode, eod = load_encoder(stored), [stored.eod] if append_eod and stored.eod is not None else []
+    # Some tokenizers end a text with it.
+    return lambda texts: [
+        ids if stored.special and ids[-1:] == eod else ids + eod for ids in filter(None, encode(texts))
+    ]
 
 
 def _digest(raw: bytes) -> str:

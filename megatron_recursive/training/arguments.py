@@ -25,9 +25,11 @@ from megatron_recursive.plan.knobs import DEPTHS, ExitKnobs, TrainingKnobs, flag
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, initial_std
 from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
+from megatron_recursive.training.chat_data import add_chat_arguments, settle_chat
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
 from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
+from megatron_recursive.training.data_stream import add_stream_arguments, refuse_stream
 from megatron_recursive.training.distillation import add_distillation_arguments, settle_distillation
 from megatron_recursive.training.lora import add_lora_arguments, refuse_lora, take_adapters
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
@@ -73,6 +75,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     refuse_samples(args)
     if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
         args.eval_global_batch_size = refusals.scheduled_batches(args)[-1]
+    refuse_stream(args)
+    settle_chat(args)
     refusals.refuse_schedule(args)
     refuse_supervision(args)
     refuse_schedule_values(args)
@@ -118,6 +122,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_sample_arguments(parser)
     add_optimizer_arguments(parser)
     add_distillation_arguments(parser)
+    add_chat_arguments(parser)
+    add_stream_arguments(parser)
     add_lora_arguments(parser)
     group = parser.add_argument_group("recursive runs")
     group.add_argument(
@@ -195,7 +201,7 @@ def _refuse_yaml(file: str) -> NoReturn:
 def _machine_defaults() -> dict[str, Any]:
     """Defaults that let a command of stock Megatron flags run here unchanged."""
     has_te = not cpu.is_installed() and importlib.util.find_spec("transformer_engine") is not None
-    # Causality is the attention's own; an explicit mask costs S x S per sample and is made only where it says more.
+    # Causality is the attention's own, and documents are kept apart by their ids; no mask of S x S is made.
     # Without --eval-interval Megatron 0.19 fails when it counts samples; 1000 was its default before.
     defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False, "eval_interval": 1000}
     if not has_te and importlib.util.find_spec(APEX_KERNEL) is None:
@@ -248,8 +254,6 @@ def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:
     )
     for name, value in recursion.to_dict().items():
         setattr(args, name, value)
-    if args.reset_attention_mask:
-        args.create_attention_mask_in_dataloader = True
     if args.metrics_file is None and args.save is not None:
         args.metrics_file = os.path.join(args.save, "metrics.jsonl")
     return recursion

@@ -140,8 +140,8 @@ class DistillationSource:
         model = source.build(rows, dtype, group.rank(), group.size())
         beyond = max(source.arch.vocab_size - group.rank() * (rows // group.size()), 0)
 
-        def ask(*inputs: Any) -> Tensor:
-            logits_BSV: Tensor = model(*inputs)
+        def ask(input_ids: Tensor, position_ids: Tensor, documents: Any) -> Tensor:
+            logits_BSV: Tensor = model(input_ids, position_ids, None, packed_seq_params=documents)
             logits_BSV[..., beyond:] = -torch.inf
             return logits_BSV
 
@@ -178,6 +178,6 @@ def _look_up(files: TeacherFiles, input_ids: Tensor, *_: Any) -> TopTokens:
 def check_samples(args: argparse.Namespace, train: Any, samples: int) -> None:
     """Refuse other data before the first step, by the first and the last sample."""
     if args.distill_prepare is None and isinstance(files := opened(args.distill_from), TeacherFiles):
-        tokens = torch.stack([train[number]["tokens"] for number in (0, samples - 1)])
+        tokens = torch.stack([torch.as_tensor(train[number]["tokens"]) for number in (0, samples - 1)])
         hidden = tokens >= (args.answer_tokens or args.padded_vocab_size)  # as the model reads them
         files.read(tokens.masked_fill(hidden, 0).numpy())

@@ -339,17 +339,6 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self.post_init()
         self.generation_config._from_model_config = None  # see adjust_generation_fn
 
-    def set_num_refinement_blocks(self, count: int) -> None:
-        """Run so many blocks from now on; inner blocks are dropped or repeated."""
-        plan = self.config.recursion_plan
-        if plan.is_plain:
-            raise ValueError("This model is a plain GPT; it has no refinement blocks.")
-        if self.config.pass_adapters is not None and count != plan.num_blocks:
-            raise ValueError("This model has an adapter for each pass, and none for those of another depth.")
-        self.config.set_plan(plan.with_blocks(count))
-        self.model._read_plan()
-        self.model.ensure_passes(len(self.model.passes), renew=True)
-
     def halting_logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [...], in fp32: q = w . h + b of each token's own state, by the halting head or the exit gate."""
         head = self.exit_gate if self.halting_head is None else self.halting_head
