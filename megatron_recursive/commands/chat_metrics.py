@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import example
-from megatron_recursive.commands.count import aligned
-from megatron_recursive.commands.generate import add_settings, prepare_transformers
-from megatron_recursive.commands.layers import add_output
+from megatron_recursive.commands import shared
+from megatron_recursive.commands.generate import add_settings
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import aligned
 
 SUMMARY = "Measure a chat model on held-out turns: perplexity, BLEU, exact matches, and distinct words."
 VERSION = 1  # of the record
@@ -26,15 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Answers are greedy unless a choice of tokens is given. Writes JSON with every answer."
     )
     required = parser.add_argument_group("required")
-    required.add_argument("--model", required=True, metavar="DIR_OR_CKPT", help="a Hugging Face folder, a .gguf file, "
-                          "a name in the hub's cache, or a Megatron checkpoint")
+    shared.add_model(required)
     required.add_argument("--data", required=True, metavar="FILE_OR_PREFIX", help="held-out conversations: a file as "
                           "prepare-chat reads it, or the PREFIX that it has written")
     size = parser.add_argument_group("conversations")
     size.add_argument("--num-samples", type=int, default=256, help="conversations at most")
     size.add_argument("--batch-size", type=int, default=4, help="conversations, or answers, at a time")
     add_settings(parser)
-    add_output(parser, "runs/chat_metrics.json", picture=False)
+    shared.add_measuring(parser, "runs/chat_metrics.json", picture=False)
     parser.epilog = example("chat-metrics", "--model", "CKPT", "--data", "heldout.jsonl", "--max-tokens", "64")
     # fmt: on
 
@@ -42,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if min(args.num_samples, args.batch_size) < 1:
         raise UserError("--num-samples and --batch-size must be at least 1.")
-    prepare_transformers()
+    shared.prepare_transformers()
     from megatron_recursive.analysis.subject import open_subject
-    from megatron_recursive.data.files import replacing
     from megatron_recursive.inference.chat_metrics import measure
     from megatron_recursive.inference.generation import Settings
     from megatron_recursive.inference.loading import set_blocks
@@ -59,9 +55,7 @@ def run(args: argparse.Namespace) -> None:
         plan = getattr(loaded.model.config, "recursion_plan", None)
         record |= {"depth": None if plan is None or plan.is_plain else plan.depth, "exit": settings.exit}
         record |= measure(loaded, args.data, settings, args.num_samples, args.batch_size)
-    with replacing(Path(args.output)) as (partial,):
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps(record) if args.json else "\n".join([*table(record), "", args.output]))
+    shared.finish(args, record, table)
 
 
 def table(record: dict[str, Any]) -> list[str]:
