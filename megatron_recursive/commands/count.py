@@ -167,10 +167,11 @@ def flops_of(shape: ModelShape, plans: Mapping[RecursionPlan, float], plan: Recu
         "vocabulary": (flops.head_forward, flops.head_backward, 0.0),
         "total": (flops.forward, flops.total - flops.forward, flops.total - flat.total),
     }
-    once = flops_per_token(shape, plan).passes_forward + flops_per_token(shape, RecursionPlan.plain()).head_forward
+    plain = flops_per_token(shape, RecursionPlan.plain())
     return {
         **{part: dict(zip(columns, values, strict=True)) for part, values in parts.items()},
-        "training": flops.total, "inference": once,
+        "training": flops.total, "plain_training": plain.total,
+        "inference": flops_per_token(shape, plan).passes_forward + plain.head_forward, "plain_inference": plain.forward,
     }  # fmt: skip
 
 

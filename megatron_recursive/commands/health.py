@@ -13,7 +13,6 @@ from megatron_recursive.commands.sweep import add_held_out, opened
 from megatron_recursive.errors import UserError
 
 SUMMARY = "Examine a recursive model on text: its states by pass, its heads, and whether it uses the states."
-VERSION = 1  # of the record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    record, files = measure(args)
+    print(json.dumps(record) if args.json else "\n".join([*table(record), "", files]))
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The record, which is written, and the names of its files."""
     output, picture = prepare(args)
     from megatron_recursive.analysis.depth_sweep import Sweep
     from megatron_recursive.analysis.depth_walk import walker_of
     from megatron_recursive.analysis.health import examine
     from megatron_recursive.data.files import replacing
     from megatron_recursive.plots.health import plot_health
+    from megatron_recursive.plots.records import head
 
-    record: dict[str, Any] = {"format": "megatron-recursive health", "version": VERSION, "model": args.model,
-                              "text": args.text or "CPython"}  # fmt: skip
+    record: dict[str, Any] = {**head("health"), "model": args.model, "text": args.text or "CPython"}
     with opened(args, args.model) as (loaded, rows):
         if not loaded.recursive:
             raise UserError(f"--model {args.model} is a plain model, which makes no states; name a recursive one.")
@@ -51,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     with replacing(output) as (partial,):
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     plot_health(record, picture)
-    print(json.dumps(record) if args.json else "\n".join([*table(record), "", f"{output} and {picture}"]))
+    return record, f"{output} and {picture}"
 
 
 def table(record: dict[str, Any]) -> list[str]:

@@ -18,7 +18,6 @@ from megatron_recursive.data.hub import hub_choice
 from megatron_recursive.errors import UserError
 
 SUMMARY = "Measure held-out text at many depths of one or several models, and what leaving early would cost."
-VERSION = 1  # of the record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,20 +51,27 @@ def add_held_out(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    record, files = measure(args)
+    lines = [line for each in record["models"] for line in [*table(each), ""]]
+    print(json.dumps(record) if args.json else "\n".join([*lines, files]))
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The record, which is written, and the names of its files."""
     (output, picture), parts = prepare(args), Path(f"{args.output}.parts")
     from megatron_recursive.data.files import replacing
     from megatron_recursive.plots.depth_sweep import plot_depth_sweep
+    from megatron_recursive.plots.records import head
 
     record: dict[str, Any] = {
-        "format": "megatron-recursive sweep", "version": VERSION, "text": args.text or "CPython",
+        **head("sweep"), "text": args.text or "CPython",
         "models": [_of_model(args, name, parts) for name in args.model],
     }  # fmt: skip
     with replacing(output) as (partial,):
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     plot_depth_sweep(record, picture)
     shutil.rmtree(parts, ignore_errors=True)
-    lines = [line for each in record["models"] for line in [*table(each), ""]]
-    print(json.dumps(record) if args.json else "\n".join([*lines, f"{output} and {picture}"]))
+    return record, f"{output} and {picture}"
 
 
 def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any]:

@@ -28,6 +28,12 @@ def pyplot_for(output: Path, flag: str) -> Any:
     return pyplot
 
 
+def single_axes(count: int) -> list[Any]:
+    """Axes, each in a figure of its own that a phone's screen shows whole."""
+    pyplot = pyplot_for(Path("a.png"), "")
+    return [pyplot.subplots(figsize=(5.2, 3.7), layout="constrained")[1] for _ in range(count)]
+
+
 def save_picture(figure: Any, output: Path, dpi: int) -> None:
     """Save in the format of the output's suffix, and close. A UserError says where that is not possible."""
     from matplotlib import pyplot
