@@ -22,7 +22,8 @@ from megatron_recursive.command_line import PROGRAM, CommandParser, is_known_pac
 from megatron_recursive.errors import UserError, report_user_errors
 
 COMMANDS = ("pretrain", "corpus", "tokenizer", "preprocess", "convert", "generate", "plan", "plot", "summarize",
-            "ablate", "phi", "task", "evaluate", "count", "layers", "sweep", "health")  # fmt: skip
+            "ablate", "phi", "task", "evaluate", "count", "layers", "sweep", "health",
+            "report")  # fmt: skip
 _INTERRUPTED = 130  # as shells report SIGINT
 
 

@@ -105,11 +105,11 @@ def _steps(arch: Architecture, values: dict[str, Any]) -> StepPlans:
     return StepPlans(config, build_plan(config), seed=None)
 
 
-def count(args: argparse.Namespace) -> dict[str, Any]:
+def count(args: argparse.Namespace, model: Model | None = None) -> dict[str, Any]:
     """The record of ``--json``, which section 11 of the guide documents; all figures are those of ``accounting``."""
     from megatron_recursive.pipeline.layouts import layout_of
 
-    model = open_model(args)
+    model = model or open_model(args)
     arch, steps = model.arch, model.steps
     plan = steps.own_plan(steps.iterations)
     served = plan.with_blocks(plan.depth * steps.config.num_supervision_steps)  # as it is evaluated and exported
