@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from megatron_recursive.plots.run_summary import NOTHING
+from megatron_recursive.figures import NOTHING, count, perplexity
 from megatron_recursive.report.subjects import Subject
 
 LITTLE = 0.01  # nats that leaving early may cost
@@ -19,81 +19,77 @@ class Answer(NamedTuple):
     rule: str
 
 
-def losses_by_depth(subject: Subject) -> tuple[list[dict[str, Any]], int, str]:
+def losses_by_depth(subject: Subject) -> tuple[list[dict[str, Any]], dict[str, Any] | None, str]:
     """Depths with their loss, which of them is the trained one, and where they are from."""
     figures, swept = subject.figures, subject.found.get("sweep")
-    if swept:
-        return swept["depths"], swept["trained_depth"], f"the depth sweep, {swept['tokens']:,} tokens of held-out text"
     losses = figures.get("depths") or dict(enumerate(figures.get("blocks", ()), start=1))
     rows = [{"depth": int(depth), "loss": loss} for depth, loss in losses.items()]
-    return rows, subject.plan.depth if subject.plan else 1, "the last held-out evaluation of the training"
+    trained, source = subject.plan.depth if subject.plan else 1, "the last held-out evaluation of the training"
+    if swept:
+        text = swept["text"] if isinstance(swept["text"], str) else " ".join(swept["text"])
+        rows, trained, source = swept["depths"], swept["trained_depth"], f"sweep: {swept['tokens']:,} tokens of {text}"
+    return rows, next((row for row in rows if row["depth"] == trained), None), source
 
 
 def answers(subject: Subject) -> list[Answer]:
     """Whether the recursion is used, what depth buys, what it costs."""
-    rows, trained, source = losses_by_depth(subject)
-    own = next((row for row in rows if row["depth"] == trained), None)
-    return [_use(subject, rows, own), _gain(subject, rows, own, source), _cost(subject, own)]
+    rows, own, source = losses_by_depth(subject)
+    first = next((row for row in rows if own is not None and row is not own), None)
+    return [_use(subject, first, own), _gain(subject, rows, first, own, source), _cost(subject, own)]
 
 
-def _use(subject: Subject, rows: list[dict[str, Any]], own: dict[str, Any] | None) -> Answer:
-    health, differences = subject.found.get("health", {}), dict[str, float]()
-    if own and own is not rows[0]:
-        differences[f"Stopping at depth {rows[0]['depth']} of {own['depth']}"] = rows[0]["loss"] - own["loss"]
+def _use(subject: Subject, first: Any, own: Any) -> Answer:
+    health, rises, figures = subject.found.get("health", {}), dict[str, float](), subject.figures
+    if first:
+        rises[f"Stopping at depth {first['depth']}, not {own['depth']},"] = first["loss"] - own["loss"]
     for each in health.get("reset", ())[:1]:
-        differences["Resetting the state before the last step"] = each["loss"] - health["loss"]
-    least, plain = min(differences.values(), default=math.nan), subject.plan is not None and subject.plan.is_plain
+        rises["Resetting the state before the last step"] = each["loss"] - health["loss"]
+    least, plain = min(rises.values(), default=math.nan), subject.plan is not None and subject.plan.is_plain
     said, tone = ("There is none" if plain else "Not measured"), "open"
-    if differences:
-        said, tone = (("Yes", "good") if least >= NOTHING else
-                      ("No", "bad") if least > -NOTHING else ("It does harm", "bad"))  # fmt: skip
-    lines = [f"{what} changes the loss by {value:+.3f} nats a token." for what, value in differences.items()]
-    lines += [each.split(";")[0] + "." for each in subject.figures.get("alarms", ())[-1:]]
-    return Answer("Is the recursion used?", said, tone, lines, f"Yes: every such change is a rise of at least {NOTHING} "
-                  "nats, the threshold of the training's alarm. Harm: one is a fall of as much. No: else.")  # fmt: skip
+    if rises:
+        said, tone = ("Yes", "good") if least >= NOTHING else ("No" if least > -NOTHING else "It does harm", "bad")
+    lines = [f"{what} {'raises' if rise > 0 else 'lowers'} the loss by {abs(rise):.3f} nats a token."
+             for what, rise in rises.items()]  # fmt: skip
+    lines += [f"In training, {each.partition(':')[0]} of {figures['iteration']}." for each in figures.get("alarms", [])[-1:]]
+    return Answer("Is the recursion used?", said, tone, lines, f"Yes: each raises the loss by at least {NOTHING} nats, the "
+                  "threshold of the training's alarm. It does harm: one lowers it by as much. No: otherwise.")  # fmt: skip
 
 
-def _gain(subject: Subject, rows: list[dict[str, Any]], own: dict[str, Any] | None, source: str) -> Answer:
-    if own is None or own is rows[0]:
-        loss = own["loss"] if own else subject.figures.get("held out")
+def _gain(subject: Subject, rows: list[Any], first: Any, own: Any, source: str) -> Answer:
+    question, loss = "What does depth buy?", own["loss"] if own else subject.figures.get("held out")
+    if not first:
         lines = [] if loss is None else [f"The held-out loss is {loss:.3f} nats a token."]
-        return Answer("What does depth buy?", "One depth was measured" if lines else "Not measured", "open", lines, "")
-    first, best = rows[0], min(rows, key=lambda row: float(row["loss"]))
-    gain, tone = first["loss"] - own["loss"], "good" if first["loss"] - own["loss"] >= NOTHING else "bad"
-    said = "Nothing" if abs(gain) < NOTHING else f"{gain:.3f} nats a token" if gain > 0 else f"A loss, {-gain:.3f} nats"
-    line = f"Loss {first['loss']:.3f} at depth {first['depth']}, {own['loss']:.3f} at {own['depth']} (perplexity "
-    line += f"{math.exp(first['loss']):.4g} to {math.exp(own['loss']):.4g}"
-    line += f"; right next tokens {first['accuracy']:.1%} to {own['accuracy']:.1%})." if "accuracy" in own else ")."
-    deeper = next((row for row in rows if row["depth"] > own["depth"]), None)
-    lines = [line]
-    if own["loss"] - best["loss"] >= NOTHING:
-        lines.append(f"The best depth is {best['depth']}, with {best['loss']:.3f}.")
-    elif deeper:
-        lines.append(f"Going deeper than trained does not help: {deeper['loss']:.3f} at depth {deeper['depth']}.")
-    return Answer("What does depth buy?", said, tone, lines, f"The loss of the trained depth below that of the "
-                  f"shallowest that was measured, from {source}.")  # fmt: skip
+        return Answer(question, "Not measured", "open", lines, "")
+    gain, best = first["loss"] - loss, min(rows, key=lambda row: float(row["loss"]))
+    said = "Nothing" if abs(gain) < NOTHING else f"{gain:.3f} nats a token" if gain > 0 else f"A loss: {-gain:.3f} nats"
+    lines = [f"Loss {first['loss']:.3f} at depth {first['depth']}, {loss:.3f} at {own['depth']}; perplexity "
+             f"{perplexity(first['loss']):.4g} to {perplexity(loss):.4g}."]  # fmt: skip
+    if "accuracy" in own:
+        lines.append(f"Right next tokens: {first['accuracy']:.1%} to {own['accuracy']:.1%}.")
+    deeper = [row for row in rows if row["depth"] > own["depth"]][:1]
+    if loss - best["loss"] >= NOTHING:
+        lines.append(f"The best depth is {best['depth']}: {best['loss']:.3f}.")
+    else:
+        lines += [f"Deeper than trained does not help: {row['loss']:.3f} at depth {row['depth']}." for row in deeper]
+    return Answer(question, said, "good" if gain >= NOTHING else "bad", lines,
+                  f"The loss at the trained depth below that at the lowest that was measured ({source}).")  # fmt: skip
 
 
-def _cost(subject: Subject, own: dict[str, Any] | None) -> Answer:
-    counted, question, spent = subject.found.get("count"), "What does it cost?", subject.figures.get("FLOPs per token")
+def _cost(subject: Subject, own: Any) -> Answer:
+    question, counted, figures = "What does it cost?", subject.found.get("count"), subject.figures
     if counted is None:
-        passes = f"{subject.plan.num_passes} passes through the layers" if subject.plan else "Not counted"
-        return Answer(question, passes, "open", [f"Training: {_flops(spent)} a token."] if spent else [], "")
-    flops, sizes = counted["flops_per_token"], counted["parameters"]
-    lines = [f"A new token takes {_flops(flops['inference'])}; its layers once, {_flops(flops['plain_inference'])}.",
-             f"A token of training {_flops(flops['training'])}: {flops['training'] / flops['plain_training']:.2f} times.",
-             f"{sizes['held']['total']:,} parameters; {counted['cache_bytes_per_token']:,} bytes of cache a token."]  # fmt: skip
-    exits = subject.found.get("sweep", {}).get("exits", {})
-    cheap = [(point["flops_per_token"], exit, point["loss"]) for exit, each in exits.items() for point in each["points"]
-             if own and point["loss"] <= own["loss"] + LITTLE]  # fmt: skip
-    if own and cheap and (saved := 1 - min(cheap)[0] / own["flops_per_token"]) >= 0.005:
-        _, exit, loss = min(cheap)
-        lines.append(f"Leaving early ({exit}) would save {saved:.0%} of a new token for {loss - own['loss']:+.3f} nats.")
+        said = f"{subject.plan.num_passes} passes" if subject.plan else "Not counted"
+        return Answer(question, said, "open", [f"Training took {count(figures.get('FLOPs'))} FLOPs."] if figures else [], "")
+    flops, held = counted["flops_per_token"], counted["parameters"]["held"]["total"]
+    lines = [f"A new token: {count(flops['inference'])} FLOPs, {count(flops['plain_inference'])} with the layers once.",
+             f"A token of training: {count(flops['training'])} FLOPs, {flops['training'] / flops['plain_training']:.2f} times.",
+             f"{held:,} parameters; {counted['cache_bytes_per_token']:,} bytes of cache a token."]  # fmt: skip
+    points = [(point["flops_per_token"], exit, point["loss"] - own["loss"])
+              for exit, each in subject.found.get("sweep", {}).get("exits", {}).items() for point in each["points"]]  # fmt: skip
+    cheap = min((each for each in points if each[2] <= LITTLE), default=(math.inf,))
+    if points and cheap[0] < 0.995 * own["flops_per_token"]:
+        saved = 1 - cheap[0] / own["flops_per_token"]
+        lines.append(f"Leaving early ({cheap[1]}) would save {saved:.0%} of a new token for {cheap[2]:+.3f} nats.")
     return Answer(question, f"{flops['inference'] / flops['plain_inference']:.2f} times the FLOPs", "open", lines,
-                  "FLOPs of a new token through all passes and the vocabulary, by those of the same layers applied once; "
-                  f"computed. Leaving early: the cheapest way that costs at most {LITTLE} nats, estimated.")  # fmt: skip
-
-
-def _flops(number: float) -> str:
-    size, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if number >= s), (1.0, ""))
-    return f"{number / size:.3g} {unit}FLOPs"
+                  "Of a new token, all passes and the vocabulary, by those of the same layers applied once; computed. "
+                  f"Leaving early: the cheapest way that costs at most {LITTLE} nats, estimated.")  # fmt: skip

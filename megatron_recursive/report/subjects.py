@@ -1,9 +1,9 @@
-"""What there is to tell of a run or a model: its metrics, and what other commands have left beside it."""
+"""What there is to tell of a run or a model: its metrics, and what other commands have left in its folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plots.event_files import find_events
-from megatron_recursive.plots.records import kind_of
+from megatron_recursive.plots.records import VERSIONS, kind_of
 from megatron_recursive.plots.run_summary import summarize_runs
 from megatron_recursive.plots.runs import FILE, SUBFOLDER, read_runs
 
-OUTPUTS = ("runs/sweep.json", "runs/health.json", "runs/layers.json")  # where those commands write unless told
-WEIGHTS = ("latest_checkpointed_iteration.txt", "metadata.json", "config.json")  # one is in a folder that holds some
+WEIGHTS = ("latest_checkpointed_iteration.txt", "metadata.json", "config.json")  # one of them lies beside weights
 
 
 @dataclass
@@ -24,7 +23,7 @@ class Subject:
     """A run, a model, or both.
 
     Attributes:
-        folder: it and what belongs to it. model: its weights, as commands take them; None where there are none.
+        model: its weights, as commands take them; None where there are none.
         figures: those of ``summarize``; empty of a model without a run.
         found: by kind: the records of ``health`` and ``layers``, of ``sweep`` that of this model, of ``count`` if it
             was made; ``scores``, of lm-eval by depth; ``samples``, of ``generate --show-recursive-steps --json``.
@@ -38,76 +37,59 @@ class Subject:
     figures: dict[str, Any] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
 
-    def owns(self, model: str | None, *, at_home: bool) -> bool:
-        """Whether this is the model of a record; ``at_home``, also one that is nameless or gone."""
-        if model is None or not Path(model).exists():
-            return at_home
-        return Path(model).resolve().is_relative_to(self.folder.resolve())
+    def collect(self) -> None:
+        """Read the records in its folder and in ``runs``; of a kind the newest counts.
+
+        One in its folder may name no model, or one that is gone. A UserError names what cannot be read.
+        """
+        files = [file for kind in VERSIONS if (file := Path(f"runs/{kind}.json")).is_file()]  # where they write unasked
+        files += [file for file in self.folder.glob("*.json*") if file.name != FILE]
+        files += [file for kind in ("results", "depths") for file in self.folder.rglob(f"{kind}_*.json")]
+        home = self.folder.resolve()
+        for file in sorted(files, key=lambda file: file.stat().st_mtime):
+            for kind, model, record in _records(file):
+                named = model is not None and Path(model).exists()
+                if Path(str(model) if named else file).resolve().is_relative_to(home):
+                    self.found[kind] = record
 
 
-def find_subjects(given: Sequence[str], results: Sequence[str] = ()) -> tuple[list[Subject], list[str]]:
-    """Runs, as ``summarize`` takes them, and models, with their records; and what is said of runs side by side.
-
-    Args:
-        results: further files and folders of records.
+def find_subjects(given: Sequence[str]) -> tuple[list[Subject], list[str]]:
+    """Runs, as ``summarize`` takes them, and models; and what is said of the runs side by side.
 
     Raises:
         UserError: one is neither run nor model, or a file is malformed.
     """
-    subjects = []
-    for name in given:
-        path = Path(name)
-        model = name if path.suffix == ".gguf" else None
-        model = model or next((str(at) for at in (path / SUBFOLDER, path) for each in WEIGHTS if (at / each).is_file()), None)
+    subjects, runs = [], dict[str, Subject]()
+    for each in given:
+        path = Path(each)
         folder = path if path.is_dir() else path.parent
-        own = folder.resolve().parent if folder.name == SUBFOLDER else folder.resolve()
-        subjects.append(Subject(name, folder, own.name, model))
-    runs = {each.given: each for each in subjects if _has_metrics(Path(each.given))}
-    if lost := [each.given for each in subjects if each.given not in runs and each.model is None]:
-        raise UserError(f"{lost[0]} is neither a run nor a model; name a --save folder, or a Hugging Face folder.")
+        folder = folder.parent if folder.name == SUBFOLDER else folder
+        places = [path] if path.suffix == ".gguf" else [folder / SUBFOLDER, path]
+        held = (str(at) for at in places for name in ("", *WEIGHTS) if (at / name).is_file())
+        subjects.append(Subject(each, folder, folder.resolve().name, next(held, None)))
+        metrics = (path, path / FILE, path / SUBFOLDER / FILE)
+        if any(file.is_file() for file in metrics) and path.suffix != ".gguf" or find_events(path) is not None:
+            runs[each] = subjects[-1]
+        elif subjects[-1].model is None:
+            raise UserError(f"{each} is neither a run nor a model; name a --save folder, or a Hugging Face folder.")
     summary: dict[str, Any] = summarize_runs([*runs])[1] if runs else {"runs": [], "comparisons": []}
-    for each, run, figures in zip(runs.values(), read_runs([*runs]), summary["runs"], strict=True):
-        each.name, each.plan, each.figures = run.name, run.plan, figures
-    for each in subjects:
-        alone = len(subjects) == 1
-        collect(each, [Path(file) for file in OUTPUTS if Path(file).is_file()], at_home=False)
-        collect(each, _files(map(Path, results)), at_home=alone)
-        collect(each, _files([each.folder]), at_home=True)
+    for subject, run, figures in zip(runs.values(), read_runs([*runs]), summary["runs"], strict=True):
+        subject.name, subject.plan, subject.figures = run.name, run.plan, figures
+    for subject in subjects:
+        subject.collect()
     return subjects, [each["said"] for each in summary["comparisons"]]
 
 
-def _has_metrics(path: Path) -> bool:
-    places = (path / FILE, path / SUBFOLDER / FILE)
-    return (path.is_file() and path.suffix != ".gguf") or any(each.is_file() for each in places) or find_events(path) is not None
-
-
-def _files(places: Iterable[Path]) -> list[Path]:
-    """Those that may be records, the newest last: the named ones, of a folder those in it, and lm-eval's below."""
-    found = set[Path]()
-    for place in places:
-        found |= {place} if place.is_file() else {*place.glob("*.json*"), *(place / SUBFOLDER).glob("*.json")}
-        found |= {*place.rglob("results_*.json"), *place.rglob("depths_*.json")}
-    return sorted((each for each in found if each.name != FILE), key=lambda file: file.stat().st_mtime)
-
-
-def collect(subject: Subject, files: Iterable[Path], *, at_home: bool) -> None:
-    """Read what files hold of a subject; later ones count."""
-    for file in files:
-        try:
-            with file.open(encoding="utf-8") as stream:
-                if file.suffix == ".jsonl":
-                    steps = stream if '"blocks"' in stream.readline() else ()
-                    stream.seek(0)
-                    records = [("samples", None, [json.loads(line) for line in steps])] if steps else []
-                else:
-                    records = _parts(json.load(stream))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {file} as JSON ({error}); remove it, or write it again.") from error
-        subject.found |= {kind: part for kind, model, part in records if subject.owns(model, at_home=at_home)}
-
-
-def _parts(record: Any) -> list[tuple[str, str | None, Any]]:
-    """(kind, model, record) of what a file of JSON holds."""
+def _records(file: Path) -> list[tuple[str, str | None, Any]]:
+    """(kind, model, record) of each that a file holds."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            is_samples = '"blocks"' in text.partition("\n")[0]
+            return [("samples", None, [*map(json.loads, text.splitlines())])] if is_samples else []
+        record = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} as JSON ({error}); write it again, or remove it.") from error
     kind = kind_of(record)
     if kind is not None:
         return [(kind, each["model"], each | {"text": record["text"]}) for each in record.get("models", [record])]
