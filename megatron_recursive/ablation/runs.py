@@ -17,6 +17,7 @@ from typing import Any
 from megatron_recursive.ablation.config import Ablation, Arm
 from megatron_recursive.command_line import PROGRAM
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import blocks_of
 from megatron_recursive.plots.runs import FILE, read_runs
 
 DESCRIBE = (sys.executable, "-m", "megatron_recursive.training.describe")
@@ -56,7 +57,7 @@ class PlannedRun:
             "command": shlex.join([PROGRAM, *self.words]), "iterations": self.iterations, "tokens": final.get("tokens"),
             "commit": json.loads(saved.read_text())["commit"] if saved.is_file() else None, "FLOPs": self.flops,
             "seconds": final.get("elapsed"), "loss": final["lm loss"],
-            "blocks": [final[name] for b in range(1, 1000) if (name := f"lm loss block {b}") in final],
+            "blocks": [*blocks_of(final).values()],
             "token cosine": final.get("token cosine"), "alarms": [r["alarm"] for r in run.of("alarm")],
             "held out": {k: v for k, v in final.items() if k not in ("kind", "iteration", "time", "elapsed", "flops")},
         }  # fmt: skip

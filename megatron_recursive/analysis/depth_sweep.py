@@ -6,7 +6,6 @@ Batches are kept as files until the record is written, so that a command that wa
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from megatron_recursive.analysis.depth_walk import Branch, branches_of, passes_r
 from megatron_recursive.data.files import replacing
 from megatron_recursive.data.progress import steps
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import perplexity
 from megatron_recursive.hf.convert.configs import family_of, read_config
 from megatron_recursive.hf.model.exits_recursive_gpt import EXITS, ExitOptions, ExitRule
 from megatron_recursive.plan import RecursionPlan
@@ -179,7 +179,7 @@ def record_of(sweep: Sweep, found: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "family": plan.family, "trained_depth": 1 if plan.is_plain else plan.depth, "tokens": len(found["target"]),
         "depths": [
-            {"depth": each.depth, "passes": each.plan.num_passes, "loss": loss, "perplexity": math.exp(min(loss, 700)),
+            {"depth": each.depth, "passes": each.plan.num_passes, "loss": loss, "perplexity": perplexity(loss),
              "accuracy": accuracy, "flops_per_token": sweep.flops(each.plan)}
             for each, loss, accuracy in zip(asked, losses, right, strict=True)
         ],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import blocks_of
 from megatron_recursive.plots.picture import pyplot_for, save_picture, single_axes
 from megatron_recursive.plots.runs import Run, read_runs
 
@@ -19,7 +19,6 @@ _UNITS = {
     "tokens": ((1e12, "trillion tokens"), (1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens")),
     "seconds": ((86400, "days"), (3600, "hours"), (60, "minutes")),
 }
-_AT = re.compile(r"(.*) (block|depth) (\d+)")
 _STYLES = tuple(zip(("#2166ac", "#d6604d", "#1b7837", "#8c510a", "#762a83", "#4d4d4d", "#01a0a0", "#c51b7d"),
                     "osD^vPX*", strict=True))  # fmt: skip
 _NO_SCORES = {"kind", "iteration", "time", "tokens", "FLOPs", "flops", "elapsed"}
@@ -47,10 +46,9 @@ class Drawn:
     def blocks(self, metric: str, *kinds: str, of: str = "block") -> dict[int, Points]:
         """``"METRIC block 1"``, ``... 2`` by block, of the first kind that has any; ``of`` depth, by depth."""
         for kind in kinds:
-            matches = [_AT.fullmatch(name) for record in self.run.of(kind) for name in record]
-            found = sorted({int(match[3]) for match in matches if match and match.group(1, 2) == (metric, of)})
+            found = {block for record in self.run.of(kind) for block in blocks_of(record, metric, of)}
             if found:
-                return {block: self.points(kind, f"{metric} {of} {block}") for block in found}
+                return {block: self.points(kind, f"{metric} {of} {block}") for block in sorted(found)}
         return {}
 
     @property

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import NOTHING, blocks_of, count, duration
 from megatron_recursive.plots.runs import Run, read_runs
 
-NOTHING = 0.002  # nats: the threshold of the alarm "the state is ignored"
 LAST = 5  # logged values of single iterations, of which the end of training is a mean
 AS_FAR = 0.98  # of the tokens or FLOPs of a run
-_LOSS_AT = re.compile(r"lm loss (block|depth) (\d+)")
 _SHAPE = re.compile(r"(\d+) layers of width (\d+)")
 _ROW = "{:<24} {:>6} {:>6} {:>7} {:>8} {:>8} {:>8}  {}"  # a line of the table: at most 100 columns
 
@@ -47,10 +46,9 @@ def _figures(run: Run) -> dict[str, Any]:
     shape, last = _SHAPE.match(str(about.get("description", ""))), run.records[-1]
     values = {name: [r[name] for r in train if name in r] for name in ("lm loss", "halt loss", "total loss")}
     end: dict[str, Any] = next(iter(run.of("held-out")[-1:]), {})
-    found = [(match, value) for name, value in end.items() if (match := _LOSS_AT.fullmatch(name))]
-    blocks, depths = ({int(m[2]): value for m, value in found if m[1] == kind} for kind in ("block", "depth"))
-    names = {int(m[2]): name for name in train[-1] if (m := _LOSS_AT.fullmatch(name)) and m[1] == "block"}
-    learned = {block: [r[name] for r in train if name in r][-LAST:] for block, name in sorted(names.items())}
+    blocks, depths = blocks_of(end), blocks_of(end, of="depth")
+    learned = {block: [loss for r in train if (loss := blocks_of(r).get(block)) is not None][-LAST:]
+               for block in blocks_of(train[-1])}  # fmt: skip
     return {
         "run": run.name, "file": str(run.file), "description": about.get("description"),
         "layers": int(shape[1]) if shape else None, "width": int(shape[2]) if shape else None,
@@ -62,8 +60,8 @@ def _figures(run: Run) -> dict[str, Any]:
                      for name, v in values.items() if v},
         "training by block": {str(block): sum(v) / len(v) for block, v in learned.items()},
         "held out": end.get("lm loss"), "held out at": end.get("iteration"),
-        "blocks": [blocks[block] for block in sorted(blocks)], "steps": end.get("expected refinement steps"),
-        "depths": {str(depth): depths[depth] for depth in sorted(depths)},
+        "blocks": [*blocks.values()], "steps": end.get("expected refinement steps"),
+        "depths": {str(depth): loss for depth, loss in depths.items()},
         "alarms": [f"ALARM at iteration {r['iteration']}: {r['alarm']}" for r in run.of("alarm")[-2:]],
     }  # fmt: skip
 
@@ -75,7 +73,7 @@ def _one(f: dict[str, Any], about: dict[str, Any]) -> list[str]:
         lines = [
             f"trained: {f['description']}; parameters held {about['parameters held']:,}, unrolled "
             f"{about['parameters unrolled']:,}; {about['tokens per iteration']:,} tokens per iteration on {ranks}",
-            f"spent: {_count(f['tokens'])} tokens, {_flops(f['FLOPs'])} FLOPs, {_time(f['seconds'])}",
+            f"spent: {count(f['tokens'])} tokens, {_flops(f['FLOPs'])} FLOPs, {duration(f['seconds'])}",
         ]
     losses = [f"{name} {v['first']:.3f} -> {v['mean of the last']:.3f}" for name, v in f["training"].items()]
     of = max((v["of"] for v in f["training"].values()), default=0)
@@ -118,7 +116,7 @@ def _table(figures: Sequence[dict[str, Any]]) -> str:
         blocks = [f"{loss:.3f}" for loss in f["blocks"]] or ["-"]
         lines.append(_ROW.format(
             f["run"] if len(f["run"]) <= 24 else f"..{f['run'][-22:]}", f["layers"] or "-", f["passes"] or "-",
-            _count(f["tokens"]), _flops(f["FLOPs"]), _time(f["seconds"]),
+            count(f["tokens"]), _flops(f["FLOPs"]), duration(f["seconds"]),
             "-" if f["held out"] is None else f"{f['held out']:.3f}",
             " ".join(blocks if len(blocks) <= 4 else [*blocks[:2], "..", blocks[-1]]),
         ))  # fmt: skip
@@ -137,7 +135,7 @@ def _compare(run: Run, f: dict[str, Any], base: Run, b: dict[str, Any]) -> dict[
     spends = [x["FLOPs"] / x["tokens"] if x["FLOPs"] and x["tokens"] else x["FLOPs per token"] for x in (f, b)]
     gain, times = tokens["against"] - tokens["run"], spends[0] / spends[1]
     costs_more, spent = times > 1.02, "the same FLOPs" if abs(times - 1) <= 0.02 else f"{times:.3g} times the FLOPs"
-    said = f"At the same {_count(tokens['at'])} tokens {_places(run, base, 'tokens', tokens)}: "
+    said = f"At the same {count(tokens['at'])} tokens {_places(run, base, 'tokens', tokens)}: "
     said += "the recursion " if ablation else f"{f['run']} "
     if gain >= NOTHING:
         said += f"{'buys' if ablation else 'is better by'} {gain:.3f} nats at {spent}."
@@ -182,22 +180,5 @@ def _at_same(run: Run, base: Run, key: str) -> dict[str, float] | None:
     return {"at": where, "run": losses[0], "against": losses[1]}
 
 
-def _count(number: float | None) -> str:
-    if number is None:
-        return "-"
-    unit, name = next(((u, n) for u, n in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= u), (1, ""))
-    return f"{number / unit:.3g}{name}"
-
-
 def _flops(number: float | None) -> str:
     return "-" if number is None else f"{number:.2e}".replace("e+", "e")
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    whole = round(seconds)
-    for unit, name, part, its_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= unit:
-            return f"{whole // unit}{name} {whole % unit // part:02}{its_name}"
-    return f"{whole}s"

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import NOTHING, blocks_of
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
 from megatron_recursive.training import console
 from megatron_recursive.training.progress import Progress
-from megatron_recursive.training.progress_lines import blocks_of
 
 WINDOW = 50  # iterations that an alarm averages over
-STATE_IGNORED_GAIN = 0.002  # nats: a last block no better than the first by this much does not use the state
 COLLAPSE_COSINE = 0.95  # mean token-to-token cosine of the last output state
 FALLING = 0.05  # a cosine that fell by this much within the window is on its way down
 LATEST = 500  # iterations after which the alarms speak at the latest
@@ -120,7 +119,7 @@ def append_metrics(file: str | None, record: dict[str, Any]) -> None:
 class HealthAlarms:
     """Says when a recursion does not use its depth. Means over ``WINDOW`` iterations, said at most once a window.
 
-    * state ignored: the last block's loss is within ``STATE_IGNORED_GAIN`` nats of the first block's.
+    * state ignored: the last block's loss is within ``NOTHING`` nats of the first block's.
     * harm: in the second half of the run the last block's loss is above the first's by more. Earlier it may be: a
       healthy recursion passes through that while its tokens separate.
     * collapse: the token-to-token cosine of the last output state is above ``COLLAPSE_COSINE`` and is not falling. Runs
@@ -167,13 +166,13 @@ class HealthAlarms:
 
     def _of_gain(self, gain: float, latest: float, *, late: bool) -> list[str]:
         """``gain`` is the mean of the window, ``latest`` that of its end."""
-        if max(gain, latest) > STATE_IGNORED_GAIN or (min(gain, latest) < -STATE_IGNORED_GAIN and not late):
+        if max(gain, latest) > NOTHING or (min(gain, latest) < -NOTHING and not late):
             return []
-        what = "the state is ignored" if gain > -STATE_IGNORED_GAIN else "the last block does harm"
+        what = "the state is ignored" if gain > -NOTHING else "the last block does harm"
         mend = ", or --no-detach-between-refinements" if self.detached else ""
         return [
             f"{what}: over the last {WINDOW} iterations the loss after block {self.blocks} is {abs(gain):.4f} "
-            f"{'below' if gain > 0 else 'above'} the loss after block 1, where {STATE_IGNORED_GAIN} below is the "
+            f"{'below' if gain > 0 else 'above'} the loss after block 1, where {NOTHING} below is the "
             f"least; try another --init-method-std, --embedding-multiplier or --lr{mend}."
         ]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import command
+from megatron_recursive.figures import blocks_of, count, duration
 from megatron_recursive.training import console, progress_lines
-from megatron_recursive.training.progress_lines import count, duration
 
 ROWS_A_HEADER = 25
 
@@ -106,7 +106,7 @@ class Progress:
             lines.append(f"  lm loss      {first:.3f} at iteration {iteration}, {loss:.3f} at the end ({what})")
         if self._held_out is not None:
             iteration, metrics = self._held_out
-            blocks = ", ".join(f"{b}: {v:.3f}" for b, v in progress_lines.blocks_of(metrics).items())
+            blocks = ", ".join(f"{b}: {v:.3f}" for b, v in blocks_of(metrics).items())
             after = f"; after block {blocks}" if blocks else ""
             lines.append(f"  held out     {metrics['lm loss']:.3f} at iteration {iteration}{after}")
         lines += [f"  ALARM        {alarm}" for alarm in self.alarms.values()]

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megatron_recursive.figures import blocks_of, count, duration, perplexity
+
 WIDTH = 120
 MOST_BLOCKS = 3  # columns for losses by block; of more blocks some are shown, the first and the last among them
 
 Metrics = Mapping[str, float]
-
-
-def blocks_of(metrics: Metrics, name: str = "lm loss", of: str = "block") -> dict[int, float]:
-    """``"lm loss block 3"`` and its like, by block; ``of`` depth, by depth."""
-    prefix = f"{name} {of} "
-    found = {int(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
-    return dict(sorted(found.items()))
 
 
 def shown_blocks(blocks: Sequence[int], most: int = MOST_BLOCKS) -> list[int]:
@@ -22,24 +17,6 @@ def shown_blocks(blocks: Sequence[int], most: int = MOST_BLOCKS) -> list[int]:
     if len(blocks) <= most:
         return list(blocks)
     return [blocks[round(place * (len(blocks) - 1) / (most - 1))] for place in range(most)]
-
-
-def count(number: float) -> str:
-    """A number of tokens in five characters or fewer: 950, 1.2k, 307k, 6.5M, 1.3B, 2.0T."""
-    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= factor * 0.9995:
-            scaled = number / factor
-            return f"{scaled:.0f}{unit}" if scaled >= 99.95 else f"{scaled:.1f}{unit}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Two units: 43s, 2m05s, 3h10m, 12d04h."""
-    whole = max(round(seconds), 0)
-    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // small:02d}{smaller}"
-    return f"{whole}s"
 
 
 def header(metrics: Metrics, iterations: int) -> str:
@@ -83,10 +60,7 @@ def _width(name: str) -> int:
 
 def evaluation(title: str, metrics: Metrics) -> str:
     """A table by block: what was lost after each, and how far it moved the output state."""
-    import math
-
-    perplexity = math.exp(min(metrics["lm loss"], 20.0))
-    lines = [f"{title}: lm loss {metrics['lm loss']:.4f} (perplexity {perplexity:,.1f})"]
+    lines = [f"{title}: lm loss {metrics['lm loss']:.4f} (perplexity {perplexity(metrics['lm loss']):,.1f})"]
     losses, changes = blocks_of(metrics), blocks_of(metrics, "output change")
     if losses:
         shown = shown_blocks(list(losses), 10)

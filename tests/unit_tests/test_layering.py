@@ -15,11 +15,12 @@ OURS = PACKAGE.name
 MAX_LINES = 500
 
 # Folder or module -> what its files may import besides the standard library, megatron_recursive.errors,
-# megatron_recursive.command_line and itself.
+# megatron_recursive.command_line, megatron_recursive.figures and itself.
 # A name stands for the module and for all below it.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "command_line": (),
+    "figures": (),
     "plan": (),
     "accounting": (f"{OURS}.plan",),
     "plots": (f"{OURS}.plan", "matplotlib", "tensorboard", "wandb"),
@@ -34,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.progress",
-                                            "data.tokenizer")),
+                                            "data.tokenizer", "plots.runs")),
         "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (
@@ -102,7 +103,7 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
     folder = parts[1] if len(parts) > 1 else ""
     if folder and folder not in ALLOWED:
         return [f"{module}: the folder '{folder}' has no line in the table of {Path(__file__).name}"]
-    everywhere = (f"{OURS}.errors", f"{OURS}.command_line")
+    everywhere = (f"{OURS}.errors", f"{OURS}.command_line", f"{OURS}.figures")
     allowed = (*everywhere, *ALLOWED.get(folder, ()), *([f"{OURS}.{folder}"] if folder else []))
     found = []
     for line, name in imports_of(source, module, is_package=is_package):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from megatron_recursive.errors import UserError
+from megatron_recursive.figures import blocks_of
 from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plots.runs import FILE, read_runs
 
 CARD = "README.md"
 LICENSE = ("license", "license_name", "license_link")
@@ -109,15 +113,12 @@ def _conversion(places: tuple[Path, ...]) -> dict[str, Any]:
 def _losses(run: Path, iteration: str, facts: Mapping[str, Any]) -> list[str]:
     """The last evaluation of the run up to this iteration, block by block; of an import, the losses on its proof."""
     held_out: dict[str, Any] = {}
-    if iteration.startswith("iter_") and (run / "metrics.jsonl").is_file():
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n"):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the end of a run that was killed
-            if record.get("kind") == "valid" and record["iteration"] <= int(iteration.removeprefix("iter_")):
-                held_out = record
-    blocks = {name.removeprefix("lm loss "): value for name, value in held_out.items() if name.startswith("lm loss b")}
+    if iteration.startswith("iter_") and (run / FILE).is_file():
+        with contextlib.suppress(UserError):  # a file of another version is no obstacle
+            evaluated = read_runs([run / FILE])[0].of("valid")
+            trained = int(iteration.removeprefix("iter_"))
+            held_out = next((each for each in evaluated[::-1] if each["iteration"] <= trained), {})
+    blocks = {f"block {block}": loss for block, loss in blocks_of(held_out).items()}
     if "lm loss" in held_out:
         title, rows = f"## Loss by depth, held out, at iteration {held_out['iteration']}", blocks
         rows = rows or {"last block": held_out["lm loss"]}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import duration
 from megatron_recursive.training import console, ending, progress_lines
 from tests.distributed import run_command, run_distributed
 from tests.forked_runs import RunServer, wait_until
@@ -51,7 +52,7 @@ def test_of_many_blocks_the_first_and_the_last_are_shown() -> None:
     assert progress_lines.shown_blocks([1, 2, 3]) == [1, 2, 3]
     counts = [950, 1200, 99_960, 307_200, 999_600, 6.5e6, 1.3e9, 2e12]
     assert [progress_lines.count(n) for n in counts] == ["950", "1.2k", "100k", "307k", "1.0M", "6.5M", "1.3B", "2.0T"]
-    assert [progress_lines.duration(s) for s in (43, 125, 11_400, 1_051_200)] == ["43s", "2m05s", "3h10m", "12d04h"]
+    assert [duration(s) for s in (43, 125, 11_400, 1_051_200)] == ["43s", "2m05s", "3h10m", "12d04h"]
 
 
 VALIDATION = (
