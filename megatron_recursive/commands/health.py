@@ -32,12 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    record, files = measure(args)
-    print(json.dumps(record) if args.json else "\n".join([*table(record), "", files]))
-
-
-def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The record, which is written, and the names of its files."""
     output, picture = prepare(args)
     from megatron_recursive.analysis.depth_sweep import Sweep
     from megatron_recursive.analysis.depth_walk import walker_of
@@ -56,7 +50,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     with replacing(output) as (partial,):
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     plot_health(record, picture)
-    return record, f"{output} and {picture}"
+    print(json.dumps(record) if args.json else "\n".join([*table(record), "", f"{output} and {picture}"]))
 
 
 def table(record: dict[str, Any]) -> list[str]:

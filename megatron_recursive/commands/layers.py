@@ -53,12 +53,14 @@ def add_text(parser: argparse.ArgumentParser, more: str = "") -> Any:
     return text
 
 
-def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+def add_output(
+    parser: argparse.ArgumentParser, default: str | None, what: str = "JSON; the picture is beside it"
+) -> None:  # fmt: skip
     rest = parser.add_argument_group("tokenizer, device and output")
     rest.add_argument("--tokenizer", metavar="DIR", help="a folder, or a hub name (default: the model's)")
     rest.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
-    rest.add_argument("--output", default=default, metavar="FILE", help="JSON; the picture is beside it")
-    rest.add_argument("--json", action="store_true", help="print the same JSON instead of a table")
+    rest.add_argument("--output", default=default, metavar="FILE", help=what)
+    rest.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def prepare(args: argparse.Namespace) -> tuple[Path, Path]:

@@ -51,13 +51,6 @@ def add_held_out(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    record, files = measure(args)
-    lines = [line for each in record["models"] for line in [*table(each), ""]]
-    print(json.dumps(record) if args.json else "\n".join([*lines, files]))
-
-
-def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The record, which is written, and the names of its files."""
     (output, picture), parts = prepare(args), Path(f"{args.output}.parts")
     from megatron_recursive.data.files import replacing
     from megatron_recursive.plots.depth_sweep import plot_depth_sweep
@@ -71,7 +64,8 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     plot_depth_sweep(record, picture)
     shutil.rmtree(parts, ignore_errors=True)
-    return record, f"{output} and {picture}"
+    lines = [line for each in record["models"] for line in [*table(each), ""]]
+    print(json.dumps(record) if args.json else "\n".join([*lines, f"{output} and {picture}"]))
 
 
 def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any]:

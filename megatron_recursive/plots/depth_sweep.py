@@ -18,11 +18,11 @@ def plot_depth_sweep(record: dict[str, Any], output: Path) -> None:
     """Draw the record of the command ``sweep``; a UserError says where that is not possible."""
     pyplot = pyplot_for(output, "--output")
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    draw_depth_sweep(list(grid.flat), record)
+    draw_panels(list(grid.flat), record)
     save_picture(figure, output, dpi=130)
 
 
-def draw_depth_sweep(axes: Sequence[Any], record: dict[str, Any]) -> None:
+def draw_panels(axes: Sequence[Any], record: dict[str, Any]) -> None:
     """On an axis for each of :data:`PANELS`."""
     loss, settling, by_depth, by_flops = axes
     labelled: set[str] = set()

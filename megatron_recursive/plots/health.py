@@ -17,13 +17,13 @@ def plot_health(record: dict[str, Any], output: Path) -> None:
     """Draw the record of the command ``health``; a UserError says where that is not possible."""
     pyplot = pyplot_for(output, "--output")
     figure, grid = pyplot.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
-    draw_health(list(grid.flat), record)
+    draw_panels(list(grid.flat), record)
     title = "{family}, depth {depth}, {samples} samples of {sequence_length} tokens".format_map(record)
     figure.suptitle(f"{Path(record['model']).name}: {title}", fontsize="medium")
     save_picture(figure, output, dpi=110)
 
 
-def draw_health(axes: Sequence[Any], record: dict[str, Any]) -> None:
+def draw_panels(axes: Sequence[Any], record: dict[str, Any]) -> None:
     """On an axis for each of :data:`PANELS`."""
     moves, lens, reset, reliability, exits, paths = axes
 

@@ -50,9 +50,10 @@ def _use(subject: Subject, first: Any, own: Any) -> Answer:
         said, tone = ("Yes", "good") if least >= NOTHING else ("No" if least > -NOTHING else "It does harm", "bad")
     lines = [f"{what} {'raises' if rise > 0 else 'lowers'} the loss by {abs(rise):.3f} nats a token."
              for what, rise in rises.items()]  # fmt: skip
-    lines += [f"In training, {each.partition(':')[0]} of {figures['iteration']}." for each in figures.get("alarms", [])[-1:]]
-    return Answer("Is the recursion used?", said, tone, lines, f"Yes: each raises the loss by at least {NOTHING} nats, the "
-                  "threshold of the training's alarm. It does harm: one lowers it by as much. No: otherwise.")  # fmt: skip
+    for alarm in figures.get("alarms", [])[-1:]:
+        lines.append(f"Its training gave an {alarm.partition(':')[0].lower()} of {figures['iteration']}.")
+    return Answer("Is the recursion used?", said, tone, lines, f"Yes: each raises the loss by at least {NOTHING} nats, "
+                  "the threshold of the training's alarm. Harm: one lowers it by as much. No: else.")  # fmt: skip
 
 
 def _gain(subject: Subject, rows: list[Any], first: Any, own: Any, source: str) -> Answer:
@@ -79,17 +80,20 @@ def _cost(subject: Subject, own: Any) -> Answer:
     question, counted, figures = "What does it cost?", subject.found.get("count"), subject.figures
     if counted is None:
         said = f"{subject.plan.num_passes} passes" if subject.plan else "Not counted"
-        return Answer(question, said, "open", [f"Training took {count(figures.get('FLOPs'))} FLOPs."] if figures else [], "")
+        lines = [f"Training took {count(figures.get('FLOPs'))} FLOPs."] if figures else []
+        return Answer(question, said, "open", lines, "")
     flops, held = counted["flops_per_token"], counted["parameters"]["held"]["total"]
+    training, times = (flops[each] / flops[f"plain_{each}"] for each in ("training", "inference"))
     lines = [f"A new token: {count(flops['inference'])} FLOPs, {count(flops['plain_inference'])} with the layers once.",
-             f"A token of training: {count(flops['training'])} FLOPs, {flops['training'] / flops['plain_training']:.2f} times.",
+             f"A token of training: {count(flops['training'])} FLOPs, {training:.2f} times.",
              f"{held:,} parameters; {counted['cache_bytes_per_token']:,} bytes of cache a token."]  # fmt: skip
+    exits = subject.found.get("sweep", {}).get("exits", {})
     points = [(point["flops_per_token"], exit, point["loss"] - own["loss"])
-              for exit, each in subject.found.get("sweep", {}).get("exits", {}).items() for point in each["points"]]  # fmt: skip
+              for exit, each in exits.items() for point in each["points"]]  # fmt: skip
     cheap = min((each for each in points if each[2] <= LITTLE), default=(math.inf,))
     if points and cheap[0] < 0.995 * own["flops_per_token"]:
         saved = 1 - cheap[0] / own["flops_per_token"]
         lines.append(f"Leaving early ({cheap[1]}) would save {saved:.0%} of a new token for {cheap[2]:+.3f} nats.")
-    return Answer(question, f"{flops['inference'] / flops['plain_inference']:.2f} times the FLOPs", "open", lines,
+    return Answer(question, f"{times:.2f} times the FLOPs", "open", lines,
                   "Of a new token, all passes and the vocabulary, by those of the same layers applied once; computed. "
                   f"Leaving early: the cheapest way that costs at most {LITTLE} nats, estimated.")  # fmt: skip

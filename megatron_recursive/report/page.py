@@ -20,9 +20,6 @@ from megatron_recursive.report.answers import answers, losses_by_depth
 from megatron_recursive.report.subjects import Subject
 
 TOKENS = 40  # of a sample that are shown
-HEADS = {"loss": "loss, nats a token", "accuracy": "share right", "flops_per_token": "FLOPs a token", "mean_depth": "mean "
-         "depth", "target": "moves", "token_cosine": "cosine of tokens", "agrees": "agrees with the last",
-         "influence": "block influence", "distance": "angular distance", "unrolled": "applied in a pass"}  # fmt: skip
 
 Part = dict[str, Any]
 """A picture, a table, or a section that holds some, as the template reads it."""
@@ -35,7 +32,7 @@ def render(subjects: Sequence[Subject], compared: Sequence[str], missing: Mappin
     page = Environment(loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined,
                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     swept = [{**each.found["sweep"], "model": each.name} for each in subjects if "sweep" in each.found]
-    together = [("Loss by depth", _panels(depth_sweep, depth_sweep.draw_depth_sweep, {"models": swept}) if swept else []),
+    together = [("Loss by depth", _panels(depth_sweep, {"models": swept}) if swept else []),
                 ("Training", _curves([each.given for each in subjects if each.figures]))]  # fmt: skip
     return page.get_template("page.html").render(
         title=" and ".join(each.name for each in subjects), compared=compared, missing=missing,
@@ -51,19 +48,20 @@ def _sections(subject: Subject) -> list[Part]:
              for point in each["points"]]  # fmt: skip
     sections = [_section(f"Depths, from {source}", [], [
         _table("By depth", rows, "depth passes loss perplexity accuracy flops_per_token"),
-        _table("Leaving early, estimated", exits, "exit threshold mean_depth loss accuracy flops_per_token")])]  # fmt: skip
+        _table("Leaving early, estimated", exits, "exit threshold mean_depth loss accuracy flops_per_token"),
+    ])]  # fmt: skip
     if "health" in found:
         record = found["health"]
         tried = [{"with": "the model as it is", **record}, {"with": "one step more", **record["one_more"]}]
-        tried += [{"with": f"the state reset before the last {each['remaining']}", **each} for each in record.get("reset", ())]
-        sections.append(_section("Health of the states", _panels(health, health.draw_health, record), [
+        tried += [{"with": f"the state reset before the last {n['remaining']}", **n} for n in record.get("reset", ())]
+        sections.append(_section("Health of the states", _panels(health, record), [
             _table("By pass", record["passes"], "pass block stack target change token_cosine loss accuracy agrees"),
             _table("States reset", tried, "with loss")]))  # fmt: skip
     if subject.figures:
         sections.append(_section("Training in words", lines=summarize_runs([subject.given])[0].splitlines()))
     if "count" in found:
         sizes, flops = found["count"]["parameters"], found["count"]["flops_per_token"]
-        held = [{"part": part, "held": size, "unrolled": sizes["unrolled"][part]} for part, size in sizes["held"].items()]
+        held = [{"part": part, **{kind: sizes[kind][part] for kind in sizes}} for part in sizes["held"]]
         steps = [{"part": part, **each} for part, each in flops.items() if isinstance(each, dict)]
         sections.append(_section("Counts", [], [_table("Parameters", held, "part held unrolled"),
                                  _table("FLOPs of a token of training", steps, "part forward backward")]))  # fmt: skip
@@ -72,7 +70,8 @@ def _sections(subject: Subject) -> list[Part]:
         sections.append(_section("Plan", [_drawn(said, plot_plan, subject.plan)]))
     if "layers" in found:
         drawn = _drawn("Block influence and angular distance by layer", plot_layer_scores, found["layers"])
-        sections.append(_section("Layers", [drawn], [_table("By layer", found["layers"]["layers"], "layer influence distance")]))
+        by_layer = _table("By layer", found["layers"]["layers"], "layer influence distance applied")
+        sections.append(_section("Layers", [drawn], [by_layer]))
     scores = [{"task": task, "depth": each["depth"], "metric": name.replace(",none", ""), "score": value,
                "error": values.get(name.replace(",", "_stderr,"))}
               for each in found.get("scores", ()) for task, values in each["results"].items()
@@ -87,8 +86,8 @@ def _sections(subject: Subject) -> list[Part]:
 def _samples(lines: Sequence[Part]) -> list[tuple[Part, list[Part]]]:
     """Each answer with what the blocks would have said in the place of its tokens."""
     ends = [at for at, line in enumerate(lines) if "step" not in line]
-    return [(lines[end], [{f"block_{each['block']}": f"{each['text']!r} {each['probability']:.2f}" for each in step["blocks"]}
-                          for step in lines[start:end]])
+    return [(lines[end], [{f"block_{each['block']}": f"{each['text']!r} {each['probability']:.2f}"
+                           for each in step["blocks"]} for step in lines[start:end]])
             for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False) if start < end]  # fmt: skip
 
 
@@ -99,8 +98,8 @@ def _section(title: str, pictures: Sequence[Part] = (), tables: Sequence[Part] =
 def _table(caption: str, rows: Sequence[Mapping[str, Any]], columns: str) -> Part:
     """Columns that no row has are left out."""
     keys = [key for key in columns.split() if any(row.get(key) is not None for row in rows)]
-    heads = [HEADS.get(key, key.replace("_", " ")) for key in keys]
-    return {"caption": caption, "heads": heads, "rows": [[_cell(row.get(key)) for key in keys] for row in rows]}
+    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
+    return {"caption": caption, "heads": [key.replace("_", " ") for key in keys], "rows": cells}
 
 
 def _cell(value: Any) -> str:
@@ -109,9 +108,9 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _panels(kind: Any, draw: Any, record: Part) -> list[Part]:
+def _panels(kind: Any, record: Part) -> list[Part]:
     axes = single_axes(len(kind.PANELS))
-    draw(axes, record)
+    kind.draw_panels(axes, record)
     return [_picture(axis.figure, said) for axis, said in zip(axes, kind.PANELS, strict=True)]
 
 
