@@ -59,14 +59,17 @@ def run(args: argparse.Namespace) -> None:
 
     subjects, compared = find_subjects(args.runs)
     missing: dict[str, str] = {}
-    for each in (subject for subject in subjects if subject.model is not None):
+    for each in subjects:
+        if each.model is None:
+            missing[f"weights of {each.name}"] = f"{each.folder} holds none"
+            continue
         asked = parser_of("count").parse_args(["--model", each.model])
         model = count.open_model(asked)
         each.plan = each.plan or model.steps.own_plan(model.steps.iterations)
         if args.measure:
             _measure(args, each)
         each.found["count"] = count.count(asked, model)
-        for kind in MAKERS.keys() - each.found.keys() - ({"health", "samples"} if each.plan.is_plain else set()):
+        for kind in MAKERS.keys() - each.found.keys() - ({"health", "samples"} if each.is_plain else set()):
             line = MAKERS[kind].replace("MODEL", str(each.model)).replace("FOLDER", str(each.folder))
             missing[f"{kind} of {each.name}"] = command(*line.split())
     output = Path(args.output or subjects[0].folder / "report.html")
@@ -85,7 +88,7 @@ def _measure(args: argparse.Namespace, subject: Subject) -> None:
     words["sweep"] += ["--depths", ",".join(map(str, depths))]
     words["generate"] = ["--show-recursive-steps", "--json", "--max-tokens", "24"]
     words["generate"] += [word for prompt in args.prompt for word in ("--prompt", prompt)]
-    for kind in ("sweep",) if subject.plan.is_plain else ("sweep", "health", *["generate"] * bool(args.prompt)):
+    for kind in ("sweep",) if subject.is_plain else ("sweep", "health", *["generate"] * bool(args.prompt)):
         if kind not in subject.found:
             asked = parser_of(kind).parse_args(["--model", str(subject.model), *words[kind]])
             shared = vars(args).keys() & vars(asked).keys() - {"output", "json", "depths", "prompt"}

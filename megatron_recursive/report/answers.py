@@ -44,29 +44,33 @@ def _use(subject: Subject, first: Any, own: Any) -> Answer:
         rises[f"Stopping at depth {first['depth']}, not {own['depth']},"] = first["loss"] - own["loss"]
     for each in health.get("reset", ())[:1]:
         rises["Resetting the state before the last step"] = each["loss"] - health["loss"]
-    least, plain = min(rises.values(), default=math.nan), subject.plan is not None and subject.plan.is_plain
-    said, tone = ("There is none" if plain else "Not measured"), "open"
+    least, (said, tone) = min(rises.values(), default=math.nan), (_unknown(subject), "open")
     if rises:
         said, tone = ("Yes", "good") if least >= NOTHING else ("No" if least > -NOTHING else "It does harm", "bad")
     lines = [f"{what} {'raises' if rise > 0 else 'lowers'} the loss by {abs(rise):.3f} nats a token."
              for what, rise in rises.items()]  # fmt: skip
     for alarm in figures.get("alarms", [])[-1:]:
         lines.append(f"Its training gave an {alarm.partition(':')[0].lower()} of {figures['iteration']}.")
-    return Answer("Is the recursion used?", said, tone, lines, f"Yes: each raises the loss by at least {NOTHING} nats, "
-                  "the threshold of the training's alarm. Harm: one lowers it by as much. No: else.")  # fmt: skip
+    rule = f"Yes: each raises the loss by at least {NOTHING} nats, the threshold of the training's alarm. It does "
+    rule += "harm: one lowers it by as much. No: otherwise."
+    return Answer("Is the recursion used?", said, tone, lines, rule if rises else "")
+
+
+def _unknown(subject: Subject) -> str:
+    return "There is none" if subject.is_plain else "Not measured"
 
 
 def _gain(subject: Subject, rows: list[Any], first: Any, own: Any, source: str) -> Answer:
     question, loss = "What does depth buy?", own["loss"] if own else subject.figures.get("held out")
-    if not first:
+    if not first or loss is None:
         lines = [] if loss is None else [f"The held-out loss is {loss:.3f} nats a token."]
-        return Answer(question, "Not measured", "open", lines, "")
+        return Answer(question, _unknown(subject), "open", lines, "")
     gain, best = first["loss"] - loss, min(rows, key=lambda row: float(row["loss"]))
     said = "Nothing" if abs(gain) < NOTHING else f"{gain:.3f} nats a token" if gain > 0 else f"A loss: {-gain:.3f} nats"
     lines = [f"Loss {first['loss']:.3f} at depth {first['depth']}, {loss:.3f} at {own['depth']}; perplexity "
              f"{perplexity(first['loss']):.4g} to {perplexity(loss):.4g}."]  # fmt: skip
     if "accuracy" in own:
-        lines.append(f"Right next tokens: {first['accuracy']:.1%} to {own['accuracy']:.1%}.")
+        lines.append(f"Next tokens that are right: {first['accuracy']:.1%} to {own['accuracy']:.1%}.")
     deeper = [row for row in rows if row["depth"] > own["depth"]][:1]
     if loss - best["loss"] >= NOTHING:
         lines.append(f"The best depth is {best['depth']}: {best['loss']:.3f}.")
@@ -79,7 +83,8 @@ def _gain(subject: Subject, rows: list[Any], first: Any, own: Any, source: str) 
 def _cost(subject: Subject, own: Any) -> Answer:
     question, counted, figures = "What does it cost?", subject.found.get("count"), subject.figures
     if counted is None:
-        said = f"{subject.plan.num_passes} passes" if subject.plan else "Not counted"
+        passes = subject.plan.num_passes if subject.plan else 0
+        said = f"{passes} pass{'es' * (passes > 1)}" if passes else "Not counted"
         lines = [f"Training took {count(figures.get('FLOPs'))} FLOPs."] if figures else []
         return Answer(question, said, "open", lines, "")
     flops, held = counted["flops_per_token"], counted["parameters"]["held"]["total"]
@@ -88,12 +93,11 @@ def _cost(subject: Subject, own: Any) -> Answer:
              f"A token of training: {count(flops['training'])} FLOPs, {training:.2f} times.",
              f"{held:,} parameters; {counted['cache_bytes_per_token']:,} bytes of cache a token."]  # fmt: skip
     exits = subject.found.get("sweep", {}).get("exits", {})
-    points = [(point["flops_per_token"], exit, point["loss"] - own["loss"])
-              for exit, each in exits.items() for point in each["points"]]  # fmt: skip
-    cheap = min((each for each in points if each[2] <= LITTLE), default=(math.inf,))
-    if points and cheap[0] < 0.995 * own["flops_per_token"]:
-        saved = 1 - cheap[0] / own["flops_per_token"]
-        lines.append(f"Leaving early ({cheap[1]}) would save {saved:.0%} of a new token for {cheap[2]:+.3f} nats.")
+    cheap = [(point["flops_per_token"], exit, point["loss"] - own["loss"]) for exit, each in exits.items()
+             for point in each["points"] if point["loss"] <= own["loss"] + LITTLE]  # fmt: skip
+    if cheap and (saved := 1 - min(cheap)[0] / own["flops_per_token"]) >= 0.005:
+        _, exit, more = min(cheap)
+        lines.append(f"Leaving early ({exit}) would save {saved:.0%} of a new token for {more:+.3f} nats.")
     return Answer(question, f"{times:.2f} times the FLOPs", "open", lines,
                   "Of a new token, all passes and the vocabulary, by those of the same layers applied once; computed. "
                   f"Leaving early: the cheapest way that costs at most {LITTLE} nats, estimated.")  # fmt: skip

@@ -37,17 +37,23 @@ class Subject:
     figures: dict[str, Any] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_plain(self) -> bool:
+        return self.plan is not None and self.plan.is_plain
+
     def collect(self) -> None:
-        """Read the records in its folder and in ``runs``; of a kind the newest counts.
+        """Read the records in its folder and in ``runs``; of a kind the newest counts, if it is as new as the weights.
 
         One in its folder may name no model, or one that is gone. A UserError names what cannot be read.
         """
+        marks = [Path(self.model) / name for name in WEIGHTS] if self.model else []
+        trained = max((mark.stat().st_mtime for mark in marks if mark.is_file()), default=0.0)
         files = [file for kind in VERSIONS if (file := Path(f"runs/{kind}.json")).is_file()]  # where they write unasked
         files += [file for file in self.folder.glob("*.json*") if file.name != FILE]
         files += [file for kind in ("results", "depths") for file in self.folder.rglob(f"{kind}_*.json")]
         home = self.folder.resolve()
         for file in sorted(files, key=lambda file: file.stat().st_mtime):
-            for kind, model, record in _records(file):
+            for kind, model, record in _records(file) if file.stat().st_mtime >= trained else ():
                 named = model is not None and Path(model).exists()
                 if Path(str(model) if named else file).resolve().is_relative_to(home):
                     self.found[kind] = record
