@@ -109,11 +109,11 @@ def _facts_of(command: Command) -> dict[str, Any] | str:
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training.global_vars import destroy_global_vars
 
-    from megatron_recursive.accounting import count_parameters, flops_per_token
     from megatron_recursive.errors import UserError
     from megatron_recursive.training import memory_report
     from megatron_recursive.training.arguments import parse_arguments
     from megatron_recursive.training.model_provider import model_config_from_args, model_shape
+    from megatron_recursive.training.report import run_description
 
     if command.launcher:
         from torch.distributed.run import parse_args
@@ -140,7 +140,7 @@ def _facts_of(command: Command) -> dict[str, Any] | str:
     )  # fmt: skip
     stages = memory_report.memory_of_run(args, config, recording=recording)
     fullest = max(stages, key=lambda stage: stage.total)
-    parameters = count_parameters(shape, plan)
+    said = run_description(args, config)
     return {
         "plain": plan.is_plain, "family": plan.family, "passes": plan.num_passes,
         "with gradient": len(plan.grad_passes), "layers": shape.num_layers,
@@ -149,8 +149,8 @@ def _facts_of(command: Command) -> dict[str, Any] | str:
                    for name, layers in plan.layers_of(shape.num_layers).items() if layers],
         "blocks": recursion.num_refinement_blocks, "latents": recursion.num_latent_refinements,
         "tensor": args.tensor_model_parallel_size, "pipeline": args.pipeline_model_parallel_size,
-        "data": args.data_parallel_size, "held": parameters.held, "unrolled": parameters.unrolled,
-        "flops": flops_per_token(shape, plan).total, "weights": fullest.weights, "activations": fullest.activations,
+        "data": args.data_parallel_size, "held": said["parameters held"], "unrolled": said["parameters unrolled"],
+        "flops": said["FLOPs per token"], "weights": fullest.weights, "activations": fullest.activations,
         "save": args.save, "bf16": args.bf16, "train": args.train_iters,
     }  # fmt: skip
 

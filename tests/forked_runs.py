@@ -63,12 +63,15 @@ class ForkedRun:
 
 
 class RunServer:
-    """The parent's side: starts the server with the first run, and ends it with :meth:`close`."""
+    """The parent's side: starts the server with the first run, and ends it with :meth:`close`.
 
-    def __init__(self, folder: Path) -> None:
+    ``before``: what the server is to execute before it serves.
+    """
+
+    def __init__(self, folder: Path, before: str = "") -> None:
         self.folder, self.started = folder, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from tests.forked_runs import serve; serve()"],
+            [sys.executable, "-c", f"{before}\nfrom tests.forked_runs import serve; serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=_worker_environment(),
             stderr=(folder / "server.log").open("wb"),
         )  # fmt: skip

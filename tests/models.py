@@ -37,7 +37,8 @@ class Case:
         layers: changes the local block spec in place.
         micro_batches: of all data-parallel ranks together.
         optimizer: arguments of OptimizerConfig; None takes no optimizer step.
-        documents: give an explicit attention mask that hides earlier documents.
+        documents: samples hold several, each of which sees itself alone.
+        masked: that is said by an explicit attention mask [B, 1, S, S], as nothing here does but for comparison.
         evaluate: also evaluate after every step.
     """
 
@@ -51,6 +52,7 @@ class Case:
     optimizer: Mapping[str, Any] | None = None
     steps: int = 1
     documents: bool = False
+    masked: bool = False
     evaluate: bool = False
 
     def resolved_recursion(self) -> RecursionConfig:
@@ -256,7 +258,13 @@ def build_optimizer(case: Case, layout: Layout, wrapped: Any) -> Any:
 def make_batches(case: Case, step: int) -> list[dict[str, Any]]:
     """All micro-batches of a step. Each has another number of tokens in its loss mask."""
     generator = torch.Generator().manual_seed(1000 + step)
-    mask = document_mask(MICRO_BATCH, SEQ, SEQ // 3) if case.documents else None
+    mask = documents = None
+    if case.documents and case.masked:
+        mask = mask_of(document_ids())
+    elif case.documents:
+        from megatron_recursive.models.documents import Documents
+
+        documents = Documents.of(document_ids().cuda() if ON_GPU else document_ids())
     batches = []
     for index in range(case.micro_batches):
         tokens = torch.randint(0, VOCAB, (MICRO_BATCH, SEQ + 1), generator=generator)
@@ -264,21 +272,34 @@ def make_batches(case: Case, step: int) -> list[dict[str, Any]]:
         batches.append({
             "input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": kept.float(),
             "position_ids": torch.arange(SEQ).expand(MICRO_BATCH, SEQ), "attention_mask": mask,
+            "packed_seq_params": documents,
         })  # fmt: skip
     return batches
 
 
 def document_mask(batch: int, length: int, start: int) -> Tensor:
-    """What --reset-attention-mask gives for a second document at ``start``: [B, 1, S, S], True hides."""
-    position = torch.arange(length)
-    later, document = position[None, :] > position[:, None], (position >= start).long()
-    return (later | (document[:, None] != document[None, :])).expand(batch, 1, length, length).clone()
+    """Of a second document at ``start`` in every sample: [B, 1, S, S], True hides."""
+    return mask_of((torch.arange(length) >= start).long().expand(batch, length))
+
+
+def document_ids() -> Tensor:
+    """Of :func:`make_batches`, [B, S]: a second document in each sample at S // 3, and in the last one others."""
+    ids = (torch.arange(SEQ) >= SEQ // 3).long().repeat(MICRO_BATCH, 1)
+    ids[-1, SEQ // 2 :] += 1
+    ids[-1, -1] += 1
+    return ids
+
+
+def mask_of(ids: Tensor) -> Tensor:
+    """What Megatron's loader makes of documents: [B, 1, S, S], True hides."""
+    place = torch.arange(ids.shape[1])
+    return ((place[None, :] > place[:, None]) | (ids[:, :, None] != ids[:, None, :]))[:, None]
 
 
 def forward_step(batches: Iterator[dict[str, Any]], model: Any, **more: Any) -> tuple[Any, Any]:
     batch = next(batches)
     if ON_GPU:
-        batch = {name: None if each is None else each.cuda() for name, each in batch.items()}
+        batch = {name: each.cuda() if isinstance(each, Tensor) else each for name, each in batch.items()}
     return model(**batch, **more), partial(loss_func, batch["loss_mask"])
 
 

@@ -14,21 +14,27 @@ from megatron_recursive.plan.added_parameters import combining_flops
 class FlopsPerToken:
     """Floating-point operations per token of one training step (a multiply-add counts 2).
 
-    A backward pass costs twice its forward pass; recomputation is not counted, as in Megatron.
+    A backward pass costs twice its forward pass; recomputation is not counted, as in Megatron. ``teacher``: the forward
+    of one that a model is distilled from.
     """
 
     passes_forward: float
     passes_backward: float
     head_forward: float
     head_backward: float
+    teacher: float = 0.0
 
     @property
     def forward(self) -> float:
-        return self.passes_forward + self.head_forward
+        return self.passes_forward + self.head_forward + self.teacher
+
+    @property
+    def backward(self) -> float:
+        return self.passes_backward + self.head_backward
 
     @property
     def total(self) -> float:
-        return self.forward + self.passes_backward + self.head_backward
+        return self.forward + self.backward
 
     @property
     def grad_free_passes(self) -> float:
@@ -50,6 +56,16 @@ def layer_forward_flops(shape: ModelShape, *, causal: bool = True) -> float:
     return projections + attention + mlp
 
 
+def vocabulary_flops(shape: ModelShape) -> float:
+    """Of one projection to the vocabulary."""
+    return 2.0 * shape.hidden_size * shape.vocab_size
+
+
+def inference_flops(shape: ModelShape, plan: RecursionPlan) -> float:
+    """Per token of a text that is read: all passes forward, and one projection to the vocabulary."""
+    return flops_per_token(shape, plan).passes_forward + vocabulary_flops(shape)
+
+
 def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = True) -> FlopsPerToken:
     """FLOPs per token of a training step under a plan, at the shape's sequence length.
 
@@ -58,7 +74,7 @@ def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = Tr
     """
     layer = layer_forward_flops(shape, causal=causal)
     layers = {p: count for p, (count,) in zip(plan.passes, plan.layers_by_pass([shape.num_layers]), strict=True)}
-    vocabulary = 2 * shape.hidden_size * shape.vocab_size
+    vocabulary = vocabulary_flops(shape)
     projected = sum(map(plan.is_projected, plan.passes))
     supervised = sum(p.supervised_weight > 0 for p in plan.passes)
     cost = {p: count * layer + combining_flops(p, shape.hidden_size) for p, count in layers.items()}
@@ -70,9 +86,11 @@ def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = Tr
     )
 
 
-def mean_flops_per_token(shape: ModelShape, plans: Mapping[RecursionPlan, float]) -> FlopsPerToken:
-    """Over training steps of several plans, given with how many there are of each."""
+def mean_flops_per_token(
+    shape: ModelShape, plans: Mapping[RecursionPlan, float], teacher: float = 0.0
+) -> FlopsPerToken:
+    """Over training steps of several plans, with how many there are of each; ``teacher``: FLOPs of its forward."""
     counted = [(flops_per_token(shape, plan), number) for plan, number in plans.items()]
     steps = sum(plans.values())
     means = {f.name: sum(getattr(x, f.name) * number for x, number in counted) / steps for f in fields(FlopsPerToken)}
-    return FlopsPerToken(**means)
+    return FlopsPerToken(**{**means, "teacher": teacher})

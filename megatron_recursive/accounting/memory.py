@@ -28,7 +28,6 @@ class Recording:
         dropout_mask: a kept mask of hidden dropout; 0 without dropout.
         splits_norm: the norm is computed by several operations, which keep the normalized input too.
         splits_activation: a gated MLP's activation is computed by several operations.
-        attention_mask: an element of an explicit attention mask that every layer keeps, [B, S, S]; 0 without one.
         recompute_layers: layers that are replayed together (``--recompute-method uniform``); 0 replays none.
         recompute_block: layers of a stage that are replayed one by one, the others not (``--recompute-method block``).
         recompute_mlp: the MLP is replayed (``--recompute-modules mlp``).
@@ -43,7 +42,6 @@ class Recording:
     dropout_mask: int = 0
     splits_norm: bool = False
     splits_activation: bool = False
-    attention_mask: int = 0
     recompute_layers: int = 0
     recompute_block: int = 0
     recompute_mlp: bool = False
@@ -77,7 +75,7 @@ class StageMemory:
     """Bytes on each rank of a pipeline stage at the peak of a step.
 
     Attributes:
-        weights: parameters, gradients and optimizer states.
+        weights: parameters, gradients and optimizer states; the parameters of a teacher.
         decoder: what the recorded passes keep.
         replay: of one pass (or of some layers) while its backward recomputes it.
         heads: logits and halting head, on the last stage; free again before a replay begins.
@@ -97,6 +95,12 @@ class StageMemory:
     @property
     def total(self) -> float:
         return self.weights + self.activations
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """As commands tell them."""
+        return {"weights": self.weights, "passes": self.decoder + self.states, "head": max(self.heads, self.replay),
+                "total": self.total}  # fmt: skip
 
 
 def hidden_bytes(shape: ModelShape, recording: Recording) -> float:
@@ -123,7 +127,7 @@ def layer_bytes(shape: ModelShape, recording: Recording) -> float:
     if not recording.recompute_mlp:
         within += _mlp_elements(shape, recording)
     elements = between / recording.replicas + within / recording.tensor_parallel
-    masks = 2 * hidden * recording.dropout_mask / recording.replicas + shape.seq_length * recording.attention_mask
+    masks = 2 * hidden * recording.dropout_mask / recording.replicas
     return shape.seq_length * recording.micro_batch * (elements * recording.element + masks)
 
 
@@ -204,6 +208,7 @@ def stage_memory(
     most_held: Callable[[int, Sequence[float]], float] | None = None,
     in_flight: int = 1,
     window: int = 0,
+    teacher: int | None = None,
 ) -> list[StageMemory]:
     """The memory of every pipeline stage.
 
@@ -213,6 +218,8 @@ def stage_memory(
         most_held: the same where trips differ: of a stage, and of what each trip keeps there, the most at once.
         in_flight: micro-batches that are under way at once. window: those of a window of two phases, all of which
             wait between the phases; 0 in one phase.
+        teacher: parameters of one that the model is distilled from, which the last stage holds beside what the loss
+            keeps; 0 where it is read from disk.
     """
     split = tuple(layers_per_stage) or (shape.num_layers,)
     counts, trips = plan.layers_by_pass(split), trips_of(plan, split)
@@ -220,6 +227,8 @@ def stage_memory(
     live = tuple(live_passes) or (recorded,) * len(split)
     sizes = tensor_parallel_parameters(shape, plan, recording.tensor_parallel, split)
     hidden, (head, waiting) = hidden_bytes(shape, recording), head_bytes(shape, plan, recording)
+    if teacher is not None:  # fp32 differences of probabilities
+        head += 4 * shape.seq_length * recording.micro_batch * shape.vocab_size / recording.tensor_parallel
     stages = []
     for stage, passes in enumerate(live):
         is_first, is_last = stage == 0, stage == len(split) - 1
@@ -237,7 +246,8 @@ def stage_memory(
                 most = max(most, replay)
         decoder = passes * sum(by_trip) / max(recorded, 1)  # none is recorded where heads alone are trained
         stages.append(StageMemory(
-            weights=sizes[stage] * state.total,
+            weights=sizes[stage] * state.total
+            + is_last * (teacher or 0) * recording.element / recording.tensor_parallel,
             decoder=most_held(stage, by_trip) if most_held else decoder,
             replay=most,
             heads=head + max(in_flight, window) * waiting if is_last else 0.0,

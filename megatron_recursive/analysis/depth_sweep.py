@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_recursive.accounting import ModelShape, flops_per_token
+from megatron_recursive.accounting import ModelShape, inference_flops
 from megatron_recursive.analysis.depth_walk import Branch, branches_of, passes_run, walk
 from megatron_recursive.data.files import replacing
 from megatron_recursive.data.progress import steps
@@ -97,11 +97,8 @@ class Sweep:
         return arch.shape(self.rows.shape[1] - 1, config.vocab_size)
 
     def flops(self, plan: RecursionPlan) -> float | None:
-        """Of a token: all passes forward, and one projection to the vocabulary."""
-        shape = self.shape
-        if shape is None:
-            return None
-        return flops_per_token(shape, plan).passes_forward + 2.0 * shape.hidden_size * shape.vocab_size
+        """Of a token that is read."""
+        return None if self.shape is None else inference_flops(self.shape, plan)
 
     def read(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the model reads [B, S], what it is to say, and which tokens count [B * S]."""

@@ -149,7 +149,7 @@ class _Megatron:
         states.values = dict(states.values)
 
         def decode(each: DecoderPass, hidden_SBH: Tensor) -> Tensor:
-            return self.core.decode(hidden_SBH, None, stack=each.stack, closes=plan.closes(each))
+            return self.core.decode(hidden_SBH, None, stack=each.stack, closes=plan.closes(each), index=each.index)
 
         for _ in run_plan(plan, states, decode, first, stop):
             pass

@@ -22,13 +22,13 @@ from megatron_recursive.command_line import PROGRAM, CommandParser, is_known_pac
 from megatron_recursive.errors import UserError, report_user_errors
 
 COMMANDS = ("pretrain", "corpus", "tokenizer", "preprocess", "convert", "generate", "plan", "plot", "summarize",
-            "ablate", "phi", "task", "evaluate", "count", "layers", "sweep", "health",
-            "report")  # fmt: skip
+            "ablate", "mix", "phi", "task", "evaluate", "count", "layers", "sweep", "health", "report",
+            "prepare-chat")  # fmt: skip
 _INTERRUPTED = 130  # as shells report SIGINT
 
 
 def module_of(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
 def parser_of(name: str) -> CommandParser:
@@ -42,7 +42,7 @@ def parser_of(name: str) -> CommandParser:
 
 def overview() -> str:
     """What ``megatron-recursive --help`` prints."""
-    lines = [f"  {name:<12}{module_of(name).SUMMARY}" for name in COMMANDS]
+    lines = [f"  {name:<13}{module_of(name).SUMMARY}" for name in COMMANDS]
     return "\n".join([
         f"usage: {PROGRAM} COMMAND [options]", "", "Recursive (looped-depth) language models on Megatron-Core.", "",
         "commands:", *lines, "", f"{PROGRAM} COMMAND --help tells a command's options; --version tells {__version__}.",

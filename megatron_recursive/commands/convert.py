@@ -48,8 +48,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--num-layers", type=int, metavar="K", help="how many layers to keep (default: all)")
     shape.add_argument("--layers", metavar="I-J,K,...", help="the layers to keep, by number from 0")
     shape.add_argument("--untie-embeddings", action="store_true", help="give the head a copy of the embedding")
-    shape.add_argument("--resize-vocab", action="store_true",
-                       help="grow the embedding to all ids of the tokenizer; new rows are the mean of the others")
+    shape.add_argument("--resize-vocab", nargs="?", const=True, default=False, metavar="TOKENIZER",
+                       help="grow the embedding to all ids of the model's tokenizer, or of the folder of a grown one "
+                       "(prepare-chat's), which takes its place; new rows are the mean of the others")  # fmt: skip
     stacks = parser.add_argument_group("stacks of a recurrent model; layers in none are left out")
     stacks.add_argument("--prelude", metavar="I-J,K,...", help="the layers that run once before the core")
     stacks.add_argument("--core", metavar="I-J,K,...", help="the layers that run r times, by number from 0")

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_recursive import accounting
-from megatron_recursive.accounting import ModelShape, flops_per_token, mean_flops_per_token
+from megatron_recursive.accounting import ModelShape, mean_flops_per_token
 from megatron_recursive.command_line import example
-from megatron_recursive.commands import plan as planning
-from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
+from megatron_recursive.commands import asked
+from megatron_recursive.figures import aligned
+from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plan.added_parameters import added_parameters
-from megatron_recursive.plan.knobs import flag_of, knobs_in
-from megatron_recursive.plan.recursion_config import renewed, retrofit
+from megatron_recursive.plan.knobs import knobs_in
 
 SUMMARY = "Count a model's parameters, FLOPs and cache by part, and the memory of each rank in a layout."
 VERSION = 1  # of the record
@@ -31,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "gradient apart; bytes of the cache by token; and the memory of a rank of each pipeline stage."
     )
     model = parser.add_argument_group("model: --model, or Megatron's flags")
-    model.add_argument("--model", metavar="DIR_OR_CKPT", help="a Hugging Face folder (its config.json suffices), a "
-                       ".gguf file, a name in the hub's cache, or a Megatron checkpoint")
-    layout = planning.add_model_and_job(parser, model)
+    layout = asked.add_model_and_job(parser, model)
     layout.add_argument("--tensor-model-parallel-size", "--tp", type=int, dest="tp", default=1, help="ranks of a layer")
     layout.add_argument("--pipeline-model-parallel-size", "--pp", type=int, dest="pp", default=1, help="stages")
     layout.add_argument("--gpus", type=int, help="how many, the rest data-parallel (default: TP x PP)")
@@ -47,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_recursive.data.files import replacing
 
-    planning.check(args)
+    asked.check(args)
     record = count(args)
     if args.output:
         with replacing(Path(args.output)) as (partial,):
@@ -55,71 +51,21 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(record) if args.json else "\n".join(tables(record)))
 
 
-class Model(NamedTuple):  # rows: of the embedding, in a folder the true ones, Megatron's the padded ones
-    source: str
-    arch: Architecture
-    steps: StepPlans
-    rows: int
-    dtype: str
-    values: dict[str, Any]
-
-
-def open_model(args: argparse.Namespace) -> Model:
-    """The model of --model or of flags, with the recursion flags that are given."""
-    given, knobs, name = planning.given_sizes(args), knobs_in(vars(args)), args.model
-    if name is None:
-        values = planning.values_of_flags(args, "--model")
-        arch, multiple = Architecture.from_megatron(values, "The model"), 128 * args.tp  # as Megatron pads
-        rows = -(-arch.vocab_size // multiple) * multiple
-        return Model("flags", arch, _steps(arch, knobs), rows, "bfloat16" if args.bf16 else "float32", values)
-    if given:
-        raise UserError(f"{flag_of(next(iter(given)))} is decided by the model of --model; leave out either.")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
-
-        checkpoint = TorchDistCheckpoint(iteration_folder(Path(name)))
-        values, stored = checkpoint.arguments(), checkpoint.dtypes["embedding.word_embeddings.weight"]
-        arch = Architecture.from_megatron(values, name)
-        is_plain = values.get("enable_recursive_refinement") is None and not knobs  # of Megatron's own training
-        as_it_is = {**values, "grow_depth_at": None, "grow_rewarm_iters": 0}  # its own depth
-        steps = _steps(arch, {"enable_recursive_refinement": False} if is_plain else renewed(as_it_is, knobs))
-        return Model("checkpoint", arch, steps, arch.padded_vocab_size, str(stored).removeprefix("torch."), values)
-    from megatron_recursive.hf.convert.sources import cached_folder, open_source
-
-    if Path(name).suffix == ".gguf":
-        config, arch, theirs = (source := open_source(name)).config, source.arch, dict[str, Any]()
-    else:
-        config, arch, theirs = planning.open_config(Path(name) if Path(name).is_dir() else cached_folder(name))
-    own = getattr(config, "recursion_plan", None)
-    started = theirs or retrofit(knobs, arch.num_layers)
-    asked = knobs or (theirs and own is None)
-    steps = StepPlans(RecursionConfig(), own or RecursionPlan.plain())
-    if asked:
-        steps = _steps(arch, renewed(started, knobs))
-    dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return Model("Hugging Face", arch, steps, arch.vocab_size, dtype, arch.to_megatron())
-
-
-def _steps(arch: Architecture, values: dict[str, Any]) -> StepPlans:
-    config = RecursionConfig.from_mapping(values).resolved(embedding_init_std=arch.init_std)
-    return StepPlans(config, build_plan(config), seed=None)
-
-
-def count(args: argparse.Namespace, model: Model | None = None) -> dict[str, Any]:
+def count(args: argparse.Namespace) -> dict[str, Any]:
     """The record of ``--json``, which section 11 of the guide documents; all figures are those of ``accounting``."""
     from megatron_recursive.pipeline.layouts import layout_of
 
-    model = model or open_model(args)
-    arch, steps = model.arch, model.steps
+    model = asked.open_model(args)
+    arch, steps = model.arch, asked.steps_as_it_is(model, knobs_in(vars(args)))
     plan = steps.own_plan(steps.iterations)
     served = plan.with_blocks(plan.depth * steps.config.num_supervision_steps)  # as it is evaluated and exported
     args.gpus = args.gpus or args.tp * args.pp
     args.bf16 = args.bf16 or model.dtype == "bfloat16"
-    planning.complete_job(args, model.values)
+    asked.complete_job(args, model.values)
     shape = arch.shape(args.seq_length, model.rows if model.source == "Hugging Face" else None)
     shape = replace(shape, vocab_size=model.rows)
     cache = accounting.cache_bytes_per_token(shape, served, 4 if model.dtype == "float32" else 2)
-    job = planning.job_of(args, arch, steps.deepest, memory=0.0, flops=1.0, pads_vocabulary=args.model is None)
+    job = asked.job_of(args, arch, steps.deepest, memory=0.0, flops=1.0, pads_vocabulary=args.model is None)
     found = layout_of(job, args.tp, args.pp)
     return {
         "format": "megatron-recursive count", "version": VERSION,
@@ -128,17 +74,14 @@ def count(args: argparse.Namespace, model: Model | None = None) -> dict[str, Any
             "layers_applied": plan.unrolled_layers(arch.num_layers), "hidden_size": arch.hidden_size,
             "vocabulary": arch.vocab_size, "rows": model.rows, "sequence_length": args.seq_length,
             "passes": plan.num_passes, "passes_with_gradient": len(plan.grad_passes), "dtype": model.dtype,
-            "steps": steps.describe(),
+            "steps": steps.describe(), "plan": json.loads(plan.to_json()),
         },
         "parameters": parameters_of(shape, plan), "flops_per_token": flops_of(shape, steps.counts(), served),
         "cache_bytes_per_token": cache,
         "memory": {
             **{name: getattr(found, name) for name in ("tensor", "pipeline", "data", "micro_batches")},
             "micro_batch_size": args.micro_batch_size, "dtype": "bfloat16" if args.bf16 else "float32",
-            "bytes_by_stage": [
-                {"weights": each.weights, "passes": each.decoder + each.states, "head": max(each.heads, each.replay),
-                 "total": each.total} for each in found.stages
-            ],
+            "bytes_by_stage": [each.parts for each in found.stages],
         },
     }  # fmt: skip
 
@@ -165,13 +108,14 @@ def flops_of(shape: ModelShape, plans: Mapping[RecursionPlan, float], plan: Recu
         "grad_free_passes": (flops.grad_free_passes, 0.0, flops.grad_free_passes - flat.grad_free_passes),
         "graded_passes": (flops.passes_backward / 2, flops.passes_backward, flops.graded_passes - flat.graded_passes),
         "vocabulary": (flops.head_forward, flops.head_backward, 0.0),
-        "total": (flops.forward, flops.total - flops.forward, flops.total - flat.total),
+        "total": (flops.forward, flops.backward, flops.total - flat.total),
     }
-    plain = flops_per_token(shape, RecursionPlan.plain())
+    plain = RecursionPlan.plain()
     return {
         **{part: dict(zip(columns, values, strict=True)) for part, values in parts.items()},
-        "training": flops.total, "plain_training": plain.total,
-        "inference": flops_per_token(shape, plan).passes_forward + plain.head_forward, "plain_inference": plain.forward,
+        "training": flops.total, "plain_training": accounting.flops_per_token(shape, plain).total,
+        "inference": accounting.inference_flops(shape, plan),
+        "plain_inference": accounting.inference_flops(shape, plain),
     }  # fmt: skip
 
 
@@ -194,10 +138,3 @@ def tables(record: dict[str, Any]) -> list[str]:
         "TP {tensor} x PP {pipeline} x DP {data}, {micro_batches} micro-batches of {micro_batch_size} in {dtype}; "
         "weights with gradients and Adam's states; computed, not measured".format_map(memory),
     ]  # fmt: skip
-
-
-def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    sides = ("<", *">" * len(heads))
-    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False))
-            for row in (heads, *rows)]  # fmt: skip

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="prompts at a time, padded on the left: the same answers, unless tokens are sampled; times "
                        "and blocks are those of the batch")
     asked.add_argument("--interactive", action="store_true", help="a conversation, with the tokenizer's chat template")
+    asked.add_argument("--system", metavar="TEXT", help="--interactive: what opens the conversation")
     asked.add_argument("--json", action="store_true", help="a JSON line per result, and nothing else on stdout")
     asked.add_argument("--show-recursive-steps", action="store_true",
                        help="for each new token, what every block would have said, its probability and the halting "

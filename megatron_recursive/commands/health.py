@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 from megatron_recursive.command_line import example
-from megatron_recursive.commands.count import aligned
 from megatron_recursive.commands.layers import add_output, prepare
 from megatron_recursive.commands.sweep import add_held_out, opened
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import aligned
 
 SUMMARY = "Examine a recursive model on text: its states by pass, its heads, and whether it uses the states."
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import command, example
+from megatron_recursive.commands.asked import check
 from megatron_recursive.commands.generate import DEVICE_HELP, DEVICES, prepare_transformers
-from megatron_recursive.commands.plan import check
 from megatron_recursive.data.hub import add_hub_flags, hub_choice
 from megatron_recursive.errors import UserError
 

@@ -6,27 +6,19 @@ import argparse
 import json
 import textwrap
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_recursive.accounting import Recording, StateBytes, count_parameters, flops_per_token, mean_flops_per_token
+from megatron_recursive.accounting import count_parameters, flops_per_token, mean_flops_per_token
 from megatron_recursive.command_line import command, example
+from megatron_recursive.commands import asked
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
-from megatron_recursive.plan.knobs import TRAINED, flag_of, knobs_in
-from megatron_recursive.plan.recursion_config import add_recursion_arguments, renewed, retrofit
+from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan.knobs import knobs_in
 
 if TYPE_CHECKING:
     from megatron_recursive.pipeline.layouts import Job, Layout
 
 SUMMARY = "Say which layouts of a model fit a number of GPUs, what each needs, and how fast it would be."
-NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
-SIZES = (*NEEDED, "ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings")
-SWITCHES = ("swiglu", "disable_bias_linear", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights")
-CHOICES = {"normalization": ("LayerNorm", "RMSNorm"), "position_embedding_type": ("learned_absolute", "rope", "none"),
-           "norm_placement": ("pre", "post", "sandwich"), "qk_norm_scope": ("head", "full")}  # fmt: skip
-DEFAULTS = {"vocab_size": 32768, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute"}
 UNSAID = ("--norm-epsilon=1e-05", "--init-method-std=0.02", "--rotary-base=10000", "--rotary-percent=1.0",
           "--normalization=LayerNorm", "--position-embedding-type=learned_absolute")  # fmt: skip
 COLUMNS = (
@@ -46,10 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     required = parser.add_argument_group("required")
     required.add_argument("--gpus", type=int, required=True, help="how many")
-    model = parser.add_argument_group("model: a checkpoint, a Hugging Face folder, or Megatron's flags")
-    model.add_argument("--ckpt", metavar="DIR", help="a --save folder, or one iteration's folder")
-    model.add_argument("--hf", metavar="DIR", help="a folder with a config.json")
-    job = add_model_and_job(parser, model)
+    model = parser.add_argument_group("model: --model, or Megatron's flags")
+    model.add_argument("--ckpt", "--hf", dest="model", help=argparse.SUPPRESS)  # what --model was called
+    job = asked.add_model_and_job(parser, model)
     job.add_argument("--tokens", metavar="N", help="also tell the days that so many take: 100B, 300M, ...")
     gpus = parser.add_argument_group("GPUs")
     gpus.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of each; 90%% of it may be filled")
@@ -68,50 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             "--use-distributed-optimizer")  # fmt: skip
 
 
-def add_model(parser: argparse.ArgumentParser, model: Any) -> None:
-    """Megatron's flags of a model into a group of the parser, and those of its recursion into one of their own."""
-    # fmt: off
-    for name in (*SIZES, *CHOICES, *SWITCHES):
-        kind: dict[str, Any] = {"type": int} if name in SIZES else {"choices": CHOICES.get(name)}
-        told = f" (default: {DEFAULTS[name]})" if name in DEFAULTS else ""
-        model.add_argument(flag_of(name), default=argparse.SUPPRESS, help=f"as in training{told}",
-                           **({"action": "store_true"} if name in SWITCHES else kind))
-    model.add_argument("--seq-length", type=int, help="default: the checkpoint's, or 4096 and at most the model's")
-    add_recursion_arguments(parser, TRAINED, only_given=True)  # the rest is the source's own
-    # fmt: on
-
-
-def add_model_and_job(parser: argparse.ArgumentParser, model: Any) -> Any:
-    """As :func:`add_model`, and the group of the model's training, which is returned."""
-    # fmt: off
-    add_model(parser, model)
-    job = parser.add_argument_group("training")
-    job.add_argument("--micro-batch-size", type=int, help="default: the checkpoint's, or 1")
-    job.add_argument("--global-batch-size", type=int, help="default: the checkpoint's, or 4 micro-batches a GPU")
-    job.add_argument("--bf16", action="store_true", help="weights in bf16, Adam in fp32 (default: all in fp32)")
-    job.add_argument("--use-distributed-optimizer", action="store_true", help="spread Adam's states over DP")
-    job.add_argument("--recompute-passes", action="store_true", help="keep one hidden tensor a pass, replay the pass")
-    job.add_argument("--recompute-granularity", choices=("full",), help="replay layer by layer")
-    job.add_argument("--pipeline-window", type=int, metavar="N", help="micro-batches of a window of two phases at most")
-    # fmt: on
-    return job
-
-
 def run(args: argparse.Namespace) -> None:
-    check(args)
-    values, tokens = _model(args), _count(args.tokens)
+    asked.check(args)
+    model, tokens = asked.open_model(args), _count(args.tokens)
+    asked.complete_job(args, model.values)
     args.peak_tflops = args.peak_tflops or (989.0 if args.bf16 else 67.0)
-    arch, knobs = Architecture.from_megatron(values, args.ckpt or args.hf or "The model"), knobs_in(vars(args))
-    imported = retrofit(knobs, arch.num_layers) if args.hf and not knobs_in(values) else {}  # as convert import does
-    recursion = RecursionConfig.from_mapping(renewed({**imported, **values}, knobs))
-    from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
+    arch, recursion = model.arch, asked.recursion_of(model, knobs_in(vars(args)), trains=True)
+    from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, padded_rows, what_would_fit
 
-    resolved, flops = recursion.resolved(embedding_init_std=arch.init_std), args.peak_tflops * 1e12 * args.mfu
+    flops = args.peak_tflops * 1e12 * args.mfu
     iterations = -(-int(tokens) // (args.global_batch_size * args.seq_length)) if tokens else None
-    steps = StepPlans(resolved, build_plan(resolved), seed=None, iterations=iterations)
+    steps = asked.steps_of(arch, recursion, iterations)
     plan = steps.own_plan(steps.iterations)
-    job = job_of(args, arch, steps.deepest, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
-                 pads_vocabulary=not (args.ckpt or args.hf))  # fmt: skip
+    job = asked.job_of(args, arch, steps.deepest, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
+                 pads_vocabulary=args.model is None)  # fmt: skip
     fitting = fitting_layouts(job)
     if not fitting:
         raise UserError(what_would_fit(job))
@@ -119,16 +80,18 @@ def run(args: argparse.Namespace) -> None:
     if not found:
         sizes = ", ".join(f"{x.tensor} x {x.pipeline}" for x in fitting[:8])
         raise UserError(f"No layout of these --tp and --pp fits; those that do have TP x PP of {sizes}.")
-    parameters = count_parameters(job.shape, plan)
-    flops = mean_flops_per_token(job.shape, steps.counts()).total
-    share = flops / flops_per_token(job.shape, job.plan).total  # of the time of the deepest step
+    shape = job.shape
+    if job.pads_vocabulary:
+        shape = replace(shape, vocab_size=padded_rows(shape.vocab_size, found[0].tensor))
+    parameters, flops = count_parameters(shape, plan), mean_flops_per_token(shape, steps.counts()).total
+    share = flops / flops_per_token(shape, job.plan).total  # of the time of the deepest step
     found = [replace(each, seconds=each.seconds * share) for each in found]
     report = {
         "layers": arch.num_layers, "width": arch.hidden_size, "passes": plan.num_passes,
         "passes_with_gradient": len(plan.grad_passes), "steps": steps.describe(), "parameters_held": parameters.held,
         "parameters_unrolled": parameters.unrolled, "flops_per_token": flops, "assumed_mfu": args.mfu,
         "assumed_peak_tflops": args.peak_tflops, "layouts": [_figures(args, job, x, flops, tokens) for x in found],
-        "command": command("pretrain", *_words(args, values, job, arch, recursion, found[0], iterations)),
+        "command": command("pretrain", *_words(args, model, job, recursion, found[0], iterations)),
     }  # fmt: skip
     text = _text(args, job, report)
     if args.timeline:
@@ -141,104 +104,10 @@ def run(args: argparse.Namespace) -> None:
         picture = str(plot_timeline(timeline, job.plan, args.timeline))
         report["timeline"] = {**simulated, "picture": picture}
         text += [described(timeline, job.plan, simulated), "", picture, ""]
-    start = f", from the checkpoint CKPT of convert import --hf {args.hf}" if args.hf else ""
+    donor = model.source == "Hugging Face"
+    start = f", from the checkpoint CKPT of convert import --hf {args.model}" if donor else ""
     text += [f"The first layout{start}, with your own words for those in capitals:", str(report["command"])]
     print(json.dumps(report) if args.json else "\n".join(text))
-
-
-# --- what is asked --------------------------------------------------------------------------------------------------
-
-
-def check(args: argparse.Namespace) -> None:
-    knobs = knobs_in(vars(args))
-    for name, value in vars(args).items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and name not in knobs
-        if is_number and not 0 < value <= (1 if name == "mfu" else 1e15):
-            raise UserError(f"{flag_of(name)} must be positive{' and at most 1' * (name == 'mfu')}, but is {value}.")
-    if "gpus_per_node" in args and args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
-        raise UserError(f"--gpus {args.gpus} fill no nodes of --gpus-per-node {args.gpus_per_node}; change either.")
-
-
-def _model(args: argparse.Namespace) -> dict[str, Any]:
-    """Megatron's arguments of the model, by the names under which a checkpoint stores them; fills in the job's."""
-    if args.ckpt or args.hf:
-        given = given_sizes(args)
-        if given or (args.ckpt and args.hf):
-            flag, source = flag_of(next(iter(given), "hf")), "--ckpt" if args.ckpt else "--hf"
-            raise UserError(f"{flag} is decided by the model of {source}; leave out either.")
-        values = _of_checkpoint(Path(args.ckpt)) if args.ckpt else _of_hugging_face(Path(args.hf))
-    else:
-        values = values_of_flags(args, "--ckpt or --hf")
-    complete_job(args, values)
-    return values
-
-
-def given_sizes(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: vars(args)[name] for name in (*SIZES, *CHOICES, *SWITCHES) if name in vars(args)}
-
-
-def values_of_flags(args: argparse.Namespace, instead: str) -> dict[str, Any]:
-    given = given_sizes(args)
-    missing = [flag_of(name) for name in NEEDED if name not in given]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing; describe the model, or name one with {instead}.")
-    values = {**DEFAULTS, "max_position_embeddings": args.seq_length or 4096, **given}
-    hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    if (hidden % heads and "kv_channels" not in given) or heads % given.get("num_query_groups", 1):
-        raise UserError("--num-attention-heads must divide --hidden-size and be divided by --num-query-groups.")
-    values.setdefault("ffn_hidden_size", int(hidden * 8 / 3 / 64) * 64 if "swiglu" in given else 4 * hidden)
-    return values | {"group_query_attention": "num_query_groups" in given, "padded_vocab_size": values["vocab_size"],
-                     "add_bias_linear": "disable_bias_linear" not in given}  # fmt: skip
-
-
-def complete_job(args: argparse.Namespace, values: dict[str, Any]) -> None:
-    """What is not given is the checkpoint's, or a default."""
-    args.seq_length = args.seq_length or values.get("seq_length") or min(4096, values["max_position_embeddings"])
-    args.micro_batch_size = args.micro_batch_size or values.get("micro_batch_size") or 1
-    batch = args.global_batch_size or values.get("global_batch_size")
-    args.global_batch_size = batch or 4 * args.gpus * args.micro_batch_size
-    args.bf16 = bool(args.bf16 or values.get("bf16"))
-
-
-def _of_checkpoint(folder: Path) -> dict[str, Any]:
-    from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
-
-    return TorchDistCheckpoint(iteration_folder(folder)).arguments()
-
-
-def _of_hugging_face(folder: Path) -> dict[str, Any]:
-    config, arch, knobs = open_config(folder)
-    return {**knobs, **arch.to_megatron()}
-
-
-def open_config(folder: Path) -> tuple[Any, Architecture, dict[str, Any]]:
-    """transformers' config of a folder, what its config.json says, and its recursion; no weights are read."""
-    from megatron_recursive.hf.convert.configs import family_of, read_config
-    from megatron_recursive.hf.convert.sources import config_object, open_source, read_json
-
-    values = read_json(folder / "config.json")
-    family = family_of(values, str(folder))
-    if family.told_by_tensors:
-        source = open_source(str(folder))
-        return source.config, source.arch, source.config.recursion
-    config = config_object(family, values, str(folder))
-    own = {} if family.recursion is None else family.recursion.knobs(config, str(folder))
-    return config, read_config(family, config, str(folder)), getattr(config, "recursion", own)
-
-
-def job_of(args: argparse.Namespace, arch: Architecture, plan: RecursionPlan, **settings: Any) -> Job:
-    from megatron_recursive.pipeline.layouts import Job
-
-    # As with Transformer Engine on a GPU: fused norms and activations; no dropout.
-    recording = Recording(
-        args.micro_batch_size, element=2 if args.bf16 else 4, rotary=arch.positions == "rope",
-        recompute_passes=args.recompute_passes, recompute_layers=int(args.recompute_granularity is not None),
-    )  # fmt: skip
-    return Job(
-        arch.shape(args.seq_length), plan, args.gpus, global_batch=args.global_batch_size, recording=recording,
-        state=StateBytes() if args.bf16 else StateBytes(4, 4, 8), distributed_optimizer=args.use_distributed_optimizer,
-        window=args.pipeline_window or 0, **settings,
-    )  # fmt: skip
 
 
 def _count(text: str | None) -> float | None:
@@ -254,19 +123,16 @@ def _count(text: str | None) -> float | None:
     return number
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
-
-
 def _figures(args: argparse.Namespace, job: Job, layout: Layout, flops: float, tokens: float | None) -> dict[str, Any]:
     from megatron_recursive.pipeline.layouts import GIB
 
-    memory, speed = layout.memory, job.tokens_per_step / layout.seconds
+    speed = job.tokens_per_step / layout.seconds
     return {
         "tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data,
         "micro_batches": layout.micro_batches, "layers_per_stage": layout.split,
-        "fullest_stage": layout.stage, "weights_gib": memory.weights / GIB,
-        "passes_gib": (memory.decoder + memory.states) / GIB, "head_gib": max(memory.heads, memory.replay) / GIB,
-        "total_gib": memory.total / GIB, "efficiency": layout.efficiency, "step_seconds": layout.seconds,
+        "fullest_stage": layout.stage,
+        **{f"{part}_gib": size / GIB for part, size in layout.memory.parts.items()},
+        "efficiency": layout.efficiency, "step_seconds": layout.seconds,
         "tokens_per_second": speed, "mfu": speed * flops / (job.gpus * args.peak_tflops * 1e12),
         "days": tokens / speed / 86400 if tokens else None,
     }  # fmt: skip
@@ -307,12 +173,13 @@ def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[st
 
 
 def _words(
-    args: argparse.Namespace, values: dict[str, Any], job: Job, arch: Architecture, recursion: RecursionConfig,
-    layout: Layout, iterations: int | None,
+    args: argparse.Namespace, model: asked.Model, job: Job, recursion: RecursionConfig, layout: Layout,
+    iterations: int | None,
 ) -> list[str]:  # fmt: skip
     """The flags of a run in a layout, to be given on each node."""
     from megatron_recursive.pipeline.balance import split_flags
 
+    arch, values = model.arch, model.values
     node, unsaid = min(job.node, job.gpus), set(UNSAID)
     nodes = [f"--nnodes={job.gpus // node}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29500"]
     if job.pads_vocabulary:  # the model is that of flags, and what they leave out is as in training
@@ -324,7 +191,7 @@ def _words(
         "--use-distributed-optimizer": args.use_distributed_optimizer,
         "--recompute-passes": args.recompute_passes,
         "--recompute-granularity=full --recompute-method=uniform --recompute-num-layers=1": args.recompute_granularity,
-        f"--load={args.ckpt or 'CKPT'}": args.ckpt or args.hf,
+        f"--load={args.model if model.source == 'checkpoint' else 'CKPT'}": args.model,
     }
     return [
         f"--nproc-per-node={node}", *(nodes if job.gpus > node else []),

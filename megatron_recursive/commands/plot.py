@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_recursive.accounting import ModelShape, flops_per_token
 from megatron_recursive.command_line import example
-from megatron_recursive.commands import count, plan
+from megatron_recursive.commands import asked
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.plan.knobs import flag_of, knobs_in
@@ -60,10 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--score", metavar="NAME", help="of flops, a held-out metric as metrics.jsonl calls it "
                          f"(default: {SCORE})")
     model = parser.add_argument_group("model of plan and schedule: the recursion flags, with sizes or --model or alone")
-    model.add_argument("--model", metavar="DIR_OR_CKPT", help="as count takes it; FLOPs are told where sizes are known")
     model.add_argument("--train-iters", type=int, help=f"of schedule: how long the run is (default: {ITERATIONS})")
     model.add_argument("--seed", type=int, help=f"of schedule: the run's, which draws depths (default: {SEED})")
-    plan.add_model(parser, model)
+    asked.add_model(parser, model)
     # fmt: on
     parser.epilog = example("plot", "runs/default", "runs/plain", "--x", "flops")
 
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace, kind: str, words: list[str]) -> None:
     """Flags and files of another kind are refused."""
     given = [name for name in OWNERS if getattr(args, name) is not None]
-    for name in (*plan.given_sizes(args), *knobs_in(vars(args)), *given):
+    for name in (*asked.given_sizes(args), *knobs_in(vars(args)), *given):
         kinds = OWNERS.get(name, OF_FLAGS)
         if kind not in kinds:
             raise UserError(f"{flag_of(name)} belongs to the kind {' or '.join(kinds)}, not to {kind}; leave it out.")
@@ -102,15 +101,16 @@ def _check(args: argparse.Namespace, kind: str, words: list[str]) -> None:
         raise UserError(f"FILE is missing; the kind {kind} draws {KINDS[kind]}.")
     if kind == "layers" and len(words) > 1:
         raise UserError(f"The kind layers draws one file, but {len(words)} are given; draw each by itself.")
-    plan.check(argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "seed"}))
+    asked.check(argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "seed"}))
 
 
 def _draw_described(args: argparse.Namespace, kind: str, output: Path) -> None:
     """A plan or its schedules, of the model that flags or --model describe."""
     args.tp, args.bf16, cost, sizes = 1, False, None, ""
-    if args.model or plan.given_sizes(args):
-        model = count.open_model(args)
-        config, own, held = model.steps.config, model.steps.plan, model.arch.num_layers
+    if args.model or asked.given_sizes(args):
+        model = asked.open_model(args)
+        steps = asked.steps_as_it_is(model, knobs_in(vars(args)))
+        config, own, held = steps.config, steps.plan, model.arch.num_layers
         shape = model.arch.shape(args.seq_length or min(4096, model.arch.max_positions), model.rows)
         cost = partial(_cost, shape)
         sizes = f", {held} layers, {own.unrolled_layers(held)} applied, {cost(own):.3g} FLOPs a token"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 from megatron_recursive.command_line import example
 from megatron_recursive.data.hub import add_hub_flags, hub_choice
@@ -25,12 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # fmt: off
     add = parser.add_argument_group("required: input, output, and a tokenizer in one of two ways").add_argument
-    add("--input", required=True, nargs="+", metavar="PATH",
-        help=".txt files (one document each), .jsonl or .json files (one a line), all also .gz, .bz2 or .zst, .parquet "
-        "files (one a row), folders and patterns of these, hf://NAME[@REVISION][/GLOB] (a data set of the Hugging Face "
-        "hub) or another fsspec URL")
-    add("--output", required=True, metavar="PREFIX",
-        help="path of the files without .bin or .idx; folders are made")
+    add_input_and_output(add, ".txt files (one document each), .jsonl or .json files (one a line)")
     add("--tokenizer", metavar="DIR_OR_MODEL",
         help="Hugging Face folder or name, folder of vocab.json and merges.txt, or SentencePiece .model")
     add("--vocab-file", metavar="FILE", help="GPT-2's vocab.json, instead of --tokenizer")
@@ -50,6 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out what the tokenizer puts around a text, such as Llama's begin token (default: as in inference)")
     add("--on-error", choices=ON_ERROR, default="stop",
         help="at a malformed document: stop and name its line, or skip and count it; unreadable files always stop")
+    # fmt: on
+    add_workers(parser)
+    add_megatron_flags(parser)
+    parser.epilog = example(
+        "preprocess", "--input", "data/train.jsonl", "--output", "data/train", "--tokenizer", "tokenizer"
+    )
+
+
+def add_input_and_output(add: Callable[..., Any], files: str) -> None:
+    """What a command that prepares data reads and writes; ``files`` are those that it reads beside .parquet."""
+    add("--input", required=True, nargs="+", metavar="PATH",
+        help=f"{files}, all also .gz, .bz2 or .zst, .parquet files (one a row), folders and patterns of these, "
+        "hf://NAME[@REVISION][/GLOB] (a data set of the Hugging Face hub) or another fsspec URL")  # fmt: skip
+    add("--output", required=True, metavar="PREFIX",
+        help="path of the files without .bin or .idx; folders are made")  # fmt: skip
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Where and by how many processes data are prepared."""
+    # fmt: off
     add = parser.add_argument_group("where the work is done").add_argument
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes; the files do not depend on it (default here: %(default)s)")
@@ -57,10 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--executor-options", nargs="+", default=[], metavar="NAME=VALUE",
         help="arguments of datatrove's executor; slurm needs partition and time")
     # fmt: on
-    add_megatron_flags(parser)
-    parser.epilog = example(
-        "preprocess", "--input", "data/train.jsonl", "--output", "data/train", "--tokenizer", "tokenizer"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
             continue
         if written.skipped:
             print(f"{written.skipped:,} malformed documents were skipped; the first:", *written.reasons, sep="\n  ")
+        if written.statistics is not None:
+            print(written.statistics.table())
         print(
             f"{written.documents:,} documents, {written.tokens:,} tokens, "
             f"{written.tokens / written.documents:.1f} tokens per document: {' and '.join(map(str, written.files))}"

@@ -13,6 +13,7 @@ from megatron_recursive.command_line import command, example
 from megatron_recursive.commands import count, generate, module_of, parser_of, sweep
 from megatron_recursive.commands.evaluate import depth_list
 from megatron_recursive.commands.layers import add_output
+from megatron_recursive.plan import RecursionPlan
 
 if TYPE_CHECKING:
     from megatron_recursive.report.subjects import Subject
@@ -64,11 +65,11 @@ def run(args: argparse.Namespace) -> None:
             missing[f"weights of {each.name}"] = f"{each.folder} holds none"
             continue
         asked = parser_of("count").parse_args(["--model", each.model])
-        model = count.open_model(asked)
-        each.plan = each.plan or model.steps.own_plan(model.steps.iterations)
+        counted = count.count(asked)
+        each.plan = each.plan or RecursionPlan.from_json(json.dumps(counted["model"]["plan"]))
         if args.measure:
             _measure(args, each)
-        each.found["count"] = count.count(asked, model)
+        each.found["count"] = counted
         for kind in MAKERS.keys() - each.found.keys() - ({"health", "samples"} if each.is_plain else set()):
             line = MAKERS[kind].replace("MODEL", str(each.model)).replace("FOLDER", str(each.folder))
             missing[f"{kind} of {each.name}"] = command(*line.split())

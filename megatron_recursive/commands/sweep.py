@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import example
-from megatron_recursive.commands.count import aligned
 from megatron_recursive.commands.evaluate import depth_list
 from megatron_recursive.commands.layers import add_output, add_text, length_of, prepare
 from megatron_recursive.data.hub import hub_choice
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import aligned
 
 SUMMARY = "Measure held-out text at many depths of one or several models, and what leaving early would cost."
 

@@ -20,11 +20,11 @@ _SHORT_IDS = 65500
 _PIECE = 2**16  # entries at a time
 
 
-def check_indexed_dataset(prefix: str | Path) -> None:
+def check_indexed_dataset(prefix: str | Path, maker: str = "preprocess") -> None:
     """Refuse an indexed dataset that is missing or half-written.
 
     Reads the index's header and last entry only, whatever the size of the dataset. Prefixes in object storage
-    (``s3://``, ``msc://``) are not checked.
+    (``s3://``, ``msc://``) are not checked. ``maker`` is the command that writes such data.
 
     Raises:
         UserError: a file is missing, empty, no Megatron dataset, or of a size that does not agree with the index.
@@ -32,7 +32,7 @@ def check_indexed_dataset(prefix: str | Path) -> None:
     if str(prefix).startswith(_REMOTE):
         return
     bin_file, idx_file = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    again = f"write it again with {command('preprocess')}"
+    again = f"write it again with {command(maker)}"
     for file in (bin_file, idx_file):
         if not file.is_file():
             raise UserError(f"the dataset file {file} does not exist; {_mend_missing(str(prefix), again)}")
@@ -71,7 +71,7 @@ def held_out_rows(prefix: str, samples: int, length: int, seed: int) -> Any:
     with open(f"{prefix}.idx", "rb") as stream:
         code = _HEADER.unpack(stream.read(_HEADER.size))[2]
     ids = numpy.memmap(f"{prefix}.bin", _TOKEN_TYPES[code], "r")
-    ends = numpy.cumsum(numpy.concatenate(list(read_lengths(Path(f"{prefix}.idx")))), dtype="i8")
+    ends = numpy.cumsum(all_lengths(prefix), dtype="i8")
     order = numpy.arange(len(ends), dtype="i4")
     numpy.random.RandomState(seed).shuffle(order)
     kept, left = list[Any](), min(samples, (len(ids) - 1) // length) * length + 1
@@ -123,6 +123,13 @@ def read_lengths(file: Path) -> Iterator[Any]:
         while left:
             yield numpy.fromfile(stream, "<i4", min(left, _PIECE))
             left -= min(left, _PIECE)
+
+
+def all_lengths(prefix: str) -> Any:
+    """The tokens of each document [N], int32."""
+    import numpy
+
+    return numpy.concatenate(list(read_lengths(Path(f"{prefix}.idx"))))
 
 
 def _bytes_promised(idx_file: Path, again: str) -> int:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_recursive.data.files import cannot_write, sync
+from megatron_recursive.data.files import cannot_write, replacing_folder, sync
 from megatron_recursive.data.hub import revisions
 from megatron_recursive.data.indexed import check_indexed_dataset, read_lengths, token_type, write_index
 from megatron_recursive.data.preparation import SUFFIX, Preparation, digest
 from megatron_recursive.data.progress import Progress
+from megatron_recursive.data.statistics import Statistics, add_malformed, lengths_of, most_frequent
 from megatron_recursive.data.tokenizer import StoredTokenizer
 from megatron_recursive.data.work_folder import KEPT_REASONS, PartReport, WorkFolder, write_replacing
 from megatron_recursive.errors import UserError
 
+Lengths = Callable[[], Iterator[Any]]
+"""The tokens of each document, as arrays, anew at each call."""
+SUPERVISED, TOKENIZER = "_supervised", "_tokenizer"
+"""Behind the prefix of a chat dataset: which of its tokens the loss counts (uint8), and the tokenizer's folder."""
 MARK_BYTES = 2**30
 """After so many bytes the join notes how far it is, and goes on from there."""
 _COPY_BYTES = 2**24
@@ -42,7 +48,8 @@ def finish(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer, join: bool
     total = add_reports(reports)
     if not total.documents:
         also = f" ({total.skipped:,} malformed; the first: {total.reasons[0]})" if total.skipped else ""
-        raise UserError(f"--input holds no text{also}; name files with documents in them")
+        also += "".join(f" ({count:,} {why})" for why, count in total.dropped.items())
+        raise UserError(f"--input holds nothing to train on{also}; name files with documents in them")
     try:
         (_join if join else _publish)(work, prefix, tokenizer, reports)
     except OSError as error:
@@ -52,12 +59,15 @@ def finish(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer, join: bool
 
 def add_reports(reports: Sequence[PartReport]) -> PartReport:
     """Documents, tokens and malformed ones of all parts."""
-    total = PartReport()
+    total = PartReport(malformed=add_malformed(report.malformed for report in reports))
     for report in reports:
         total.documents += report.documents
         total.tokens += report.tokens
+        total.supervised += report.supervised
         total.skipped += report.skipped
         total.reasons = (total.reasons + report.reasons)[:KEPT_REASONS]
+        for why, count in report.dropped.items():
+            total.dropped[why] = total.dropped.get(why, 0) + count
     return total
 
 
@@ -71,17 +81,36 @@ def listed_parts(prefix: str) -> list[str]:
 def _join(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer, reports: list[PartReport]) -> None:
     parts = [work.part(rank) for rank, report in enumerate(reports) if report.documents]
     joined_bin, joined_idx, record = (work.path / f"joined.{end}" for end in ("bin", "idx", "json"))
+
+    def lengths() -> Iterator[Any]:
+        return itertools.chain.from_iterable(read_lengths(part.with_suffix(".idx")) for part in parts)
+
     _join_tokens([part.with_suffix(".bin") for part in parts], joined_bin)
-    write_index(joined_idx, token_type(tokenizer.id_range), lambda: itertools.chain.from_iterable(
-        read_lengths(part.with_suffix(".idx")) for part in parts))  # fmt: skip
-    record.write_text(_record(work, tokenizer, add_reports(reports), joined_bin).to_json(), "utf-8")
+    write_index(joined_idx, token_type(tokenizer.id_range), lengths)
+    made = _record(work, tokenizer, add_reports(reports), joined_bin, lengths)
+    record.write_text(made.to_json(), "utf-8")
     for file in (joined_idx, record):
         sync(file)
     # An old .idx must not stand beside a new .bin, not even for a moment.
     Path(f"{prefix}.idx").unlink(missing_ok=True)
+    if made.kind == "chat":
+        _join_supervised(work, prefix, parts, lengths)
     os.replace(joined_bin, f"{prefix}.bin")
     os.replace(record, f"{prefix}{SUFFIX}")
     os.replace(joined_idx, f"{prefix}.idx")
+
+
+def _join_supervised(work: WorkFolder, prefix: str, parts: list[Path], lengths: Lengths) -> None:
+    """Which tokens the loss counts, as a dataset of its own, and the tokenizer's folder."""
+    joined_bin, joined_idx = work.path / "supervised.bin", work.path / "supervised.idx"
+    _join_tokens([part.with_suffix(".supervised") for part in parts], joined_bin)
+    write_index(joined_idx, "u1", lengths)
+    sync(joined_idx)
+    os.replace(joined_bin, f"{prefix}{SUPERVISED}.bin")
+    os.replace(joined_idx, f"{prefix}{SUPERVISED}.idx")
+    with replacing_folder(Path(f"{prefix}{TOKENIZER}")) as folder:
+        shutil.copytree(work.path / "tokenizer", folder, dirs_exist_ok=True)
+        shutil.rmtree(f"{prefix}{TOKENIZER}", ignore_errors=True)
 
 
 def _join_tokens(parts: list[Path], joined: Path) -> None:
@@ -128,7 +157,8 @@ def _publish(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer, reports:
             Path(f"{target}.idx").unlink(missing_ok=True)
             if part.with_suffix(".bin").exists():
                 os.replace(part.with_suffix(".bin"), f"{target}.bin")
-            made = _record(work, tokenizer, report, Path(f"{target}.bin"))
+            lengths = functools.partial(read_lengths, part.with_suffix(".idx"))
+            made = _record(work, tokenizer, report, Path(f"{target}.bin"), lengths)
             write_replacing(Path(f"{target}{SUFFIX}"), made.to_json())
             os.replace(part.with_suffix(".idx"), f"{target}.idx")
         lines.append(f"{report.tokens} {target}\n")
@@ -142,12 +172,19 @@ def _published(prefix: str, rank: int) -> str:
     return f"{prefix}_{rank:05d}"
 
 
-def _record(work: WorkFolder, tokenizer: StoredTokenizer, report: PartReport, bin_file: Path) -> Preparation:
+def _record(
+    work: WorkFolder, tokenizer: StoredTokenizer, report: PartReport, bin_file: Path, lengths: Lengths
+) -> Preparation:
     key = work.key() or {}
+    chat = key.get("chat")
+    supervised = report.supervised if chat else None
+    statistics = Statistics(report.documents, report.tokens, lengths_of(lengths()), supervised, report.dropped,
+                            most_frequent(report.malformed))  # fmt: skip
     return Preparation(
         tokenizer.id_range, tokenizer.vocabulary, tokenizer.name, digest(key), report.documents, report.tokens,
         report.skipped, bin_file.stat().st_size, tokenizer.special,
-        revisions(file["path"] for file in key.get("files", [])),
+        revisions(file["path"] for file in key.get("files", [])), "chat" if chat else "text", supervised,
+        chat["seq_length"] if chat else None, statistics.to_dict(),
     )  # fmt: skip
 
 

@@ -25,7 +25,9 @@ class Preparation:
     ``tokenizer`` is what the user called it, for people only; ``source`` the :func:`digest` of all that the tokens
     depend on; by ``bin_bytes``, the size of the ``.bin``, a record that another program's files have outlived is known.
     ``special_tokens``: each document has those that the tokenizer puts around a text. ``revisions``: the data sets of
-    the Hugging Face hub among the input, with their commits.
+    the Hugging Face hub among the input, with their commits. ``kind``: ``text``, or ``chat``, beside which a dataset
+    ``PREFIX_supervised`` says which tokens the loss counts; ``supervised_tokens`` is their sum, ``seq_length`` how long
+    its documents may be (None: as they are). ``statistics`` is a dict of :class:`~..statistics.Statistics`.
     """
 
     vocab_size: int
@@ -38,6 +40,10 @@ class Preparation:
     bin_bytes: int
     special_tokens: bool = False
     revisions: list[str] = field(default_factory=list)
+    kind: str = "text"
+    supervised_tokens: int | None = None
+    seq_length: int | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

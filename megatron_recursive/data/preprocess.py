@@ -12,15 +12,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.data.chat.formats import iter_conversations
+from megatron_recursive.data.chat.options import ChatOptions
+from megatron_recursive.data.chat.templates import store_chat_tokenizer
 from megatron_recursive.data.files import cannot_write
 from megatron_recursive.data.hub import HubChoice, revisions
 from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.data.insertion import Surroundings, source_digest, steps_of
-from megatron_recursive.data.joining import add_reports, data_args_file, finish, listed_parts
+from megatron_recursive.data.joining import SUPERVISED, add_reports, data_args_file, finish, listed_parts
 from megatron_recursive.data.preparation import digest, read_preparation
 from megatron_recursive.data.progress import Progress, read_counts
 from megatron_recursive.data.readers import iter_documents, refuse
-from megatron_recursive.data.sources import SourceFile, default_part_bytes, find_files, plan_parts, require_packages
+from megatron_recursive.data.sources import (
+    SourceFile,
+    default_part_bytes,
+    find_files,
+    plan_parts,
+    require_packages,
+    unpacked_name,
+    whole,
+)
+from megatron_recursive.data.statistics import Statistics
 from megatron_recursive.data.tokenizer import StoredTokenizer, TokenizerChoice, store_tokenizer
 from megatron_recursive.data.work_folder import PartReport, WorkFolder, locked
 from megatron_recursive.errors import UserError
@@ -37,7 +49,7 @@ class IndexedSummary:
     """What :func:`preprocess` wrote; tokens include the end-of-document tokens.
 
     ``files`` are ``.bin`` and ``.idx``, or the list of the parts that were not joined. ``reasons`` are the first of the
-    ``skipped`` malformed documents', with file and line.
+    ``skipped`` malformed documents', with file and line. ``statistics`` are those of the joined dataset's record.
     """
 
     files: tuple[Path, ...]
@@ -45,6 +57,7 @@ class IndexedSummary:
     tokens: int
     skipped: int = 0
     reasons: tuple[str, ...] = ()
+    statistics: Statistics | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class Options:
     join: bool = True
     pipeline: str | None = None
     part_bytes: int | None = None
+    chat: ChatOptions | None = None
 
 
 def preprocess_keys(
@@ -72,7 +86,7 @@ def preprocess_keys(
     """
     files, start = find_files(inputs, hub), _checked_prefix(str(prefix))
     for key in json_keys:
-        _read_something(files, key, options.on_error)
+        read_something(files, key, options)
     names = [f"{start}_{key}_document" for key in json_keys]
     return [
         preprocess(files, name, json_key=key, options=options, **others)
@@ -116,24 +130,29 @@ def preprocess(
         print(f"reading {revision}", file=sys.stderr, flush=True)
     work = WorkFolder(Path(f"{prefix}.partial"))
     part_bytes = options.part_bytes or default_part_bytes(files)
+    store = store_chat_tokenizer if options.chat else store_tokenizer
 
     def key(stored: StoredTokenizer) -> dict[str, Any]:
         return {**_key(files, stored, json_key, options), "part_bytes": part_bytes}
 
     there = [Path(f"{prefix}.{end}") for end in ("bin", "idx")] if options.join else [data_args_file(prefix)]
+    if options.chat:
+        there += [Path(f"{prefix}{SUPERVISED}.{end}") for end in ("bin", "idx")]
+        if texts := [file.path for file in files if unpacked_name(file.path).endswith(".txt")]:
+            raise UserError(f"--input holds {texts[0]}, which is text and no conversations; name the other files alone")
     if not overwrite and any(map(os.path.lexists, there)):
         with tempfile.TemporaryDirectory() as folder:
-            asked = key(store_tokenizer(choice, Path(folder)))
+            asked = key(store(choice, Path(folder)))
         if work.key() != asked:  # the plan of an interrupted run that was to write these files: go on with it
             return _already_there(prefix, there, digest(asked))
     # A mistake in the first lines is reported before the slow start of the workers.
-    _read_something(files, json_key, options.on_error)
+    read_something(files, json_key, options)
     try:
         with locked(work, prefix):
-            stored = store_tokenizer(choice, work.path)
-            if options.append_eod and stored.eod is None:
+            stored = store(choice, work.path)
+            if options.append_eod and stored.eod is None and not options.chat:
                 raise UserError(f"the tokenizer {choice} has no end-of-document token; set one or pass --no-append-eod")
-            if work.begin(key(stored), lambda: plan_parts(files, part_bytes)):
+            if work.begin(key(stored), lambda: plan_parts(files, part_bytes, ".json" if options.chat else ".parquet")):
                 print("the interrupted run had other inputs, options or tokenizer: starting anew", file=sys.stderr)
             _take_up(work, options.on_error)
             run = _Run(work, prefix, stored, json_key, options, workers, there)
@@ -168,6 +187,7 @@ def _checked_prefix(prefix: str) -> str:
 def _already_there(prefix: str, there: list[Path], source: str) -> IndexedSummary:
     """What an earlier run of the same command made; refuses files of another one, or damaged ones."""
     prefixes = [prefix] if len(there) > 1 else listed_parts(prefix)
+    masks = [str(file.with_suffix("")) for file in there[2:]][:1]
     made = [each for name in prefixes if (each := read_preparation(name)) is not None]
     other = any(each.source != source for each in made)
     if other or not made or len(made) < len(prefixes):
@@ -175,26 +195,33 @@ def _already_there(prefix: str, there: list[Path], source: str) -> IndexedSummar
         names = " or ".join(file.name.removeprefix(Path(prefix).name) for file in there)
         raise UserError(f"--output {prefix}: {names} is there already, {how}; name another, or add --overwrite")
     try:
-        for name in prefixes:
+        for name in prefixes + masks:
             check_indexed_dataset(name)
     except UserError as error:
         raise UserError(f"--output {prefix} was made by this command, but {error} (--overwrite)") from error
     print(f"{prefix} was made by this command already: nothing is done (--overwrite makes it anew)", file=sys.stderr)
-    sums = [sum(getattr(each, name) for each in made) for name in ("documents", "tokens", "skipped")]
-    return IndexedSummary(tuple(there), *sums)
+    documents, tokens, skipped = (sum(getattr(each, name) for each in made)
+                                  for name in ("documents", "tokens", "skipped"))  # fmt: skip
+    statistics = Statistics(**made[0].statistics) if len(made) == 1 and made[0].statistics else None
+    return IndexedSummary(tuple(there), documents, tokens, skipped, statistics=statistics)
 
 
-def _read_something(files: Sequence[SourceFile], json_key: str, on_error: str) -> None:
+def read_something(files: Sequence[SourceFile], json_key: str, options: Options) -> None:
     """Read up to the first document.
 
     Raises:
         UserError: there is none, or a malformed one is before it.
     """
     rejected: list[UserError] = []
-    for _ in iter_documents(files, json_key, refuse if on_error == "stop" else rejected.append):
+    reject = refuse if options.on_error == "stop" else rejected.append
+    documents: Iterator[Any] = iter_documents(files, json_key, reject)
+    if (chat := options.chat) is not None:
+        documents = (each for file in files for each in iter_conversations(whole(file), chat, reject))
+    for _ in documents:
         return
     also = f" ({len(rejected):,} documents are malformed; the first: {rejected[0]})" if rejected else ""
-    raise UserError(f"--input holds no text{also}; name files with documents in them")
+    what = "conversation" if options.chat else "text"
+    raise UserError(f"--input holds no {what}{also}; name files with documents in them")
 
 
 def _key(files: Sequence[SourceFile], tokenizer: StoredTokenizer, json_key: str, options: Options) -> dict[str, Any]:
@@ -206,6 +233,7 @@ def _key(files: Sequence[SourceFile], tokenizer: StoredTokenizer, json_key: str,
         "eod": tokenizer.eod if options.append_eod else None,
         **({"special_tokens": True} if tokenizer.special else {}),
         **({} if options.join else {"join": False}),
+        **({"chat": asdict(options.chat)} if options.chat else {}),
         **({"pipeline": [options.pipeline, source_digest(options.pipeline)]} if options.pipeline else {}),
     }
 
@@ -239,7 +267,7 @@ class _Run:
         sizes = self.work.part_sizes()
         workers = 1 if sum(sizes) < SMALL_BYTES else self.workers
         steps = self._steps(workers)
-        with _watched(self.work, sizes):
+        with watched("encoding", self.work, sizes):
             build_executor("local", steps, len(sizes), workers, self.work.logs, {}).run()
         total = finish(self.work, self.prefix, self.tokenizer, self.options.join)
         self.work.remove()
@@ -258,30 +286,39 @@ class _Run:
         if kind == "slurm":
             last.run()
             return None
-        with _watched(self.work, sizes):
+        with watched("encoding", self.work, sizes):
             last.run()
         return self._summary(add_reports([self.work.report(rank) or PartReport() for rank in range(len(sizes))]))
 
     def _steps(self, workers: int) -> list[Any]:
         from megatron_recursive.data.steps import IndexedDatasetWriter, PartReader
 
+        if self.options.chat:
+            from megatron_recursive.data.chat.steps import ChatWriter, ConversationReader
+
+            conversations = ConversationReader(self.work, self.options.on_error, self.options.chat)
+            return [conversations, ChatWriter(conversations, self.tokenizer)]
         reader = PartReader(self.work, self.json_key, self.options.on_error)
         around = Surroundings(reader, self.work.count_parts(), workers, self.work.inserted)
         inserted = steps_of(self.options.pipeline, around) if self.options.pipeline else []
         return [reader, *inserted, IndexedDatasetWriter(reader, self.tokenizer, self.options.append_eod)]
 
     def _summary(self, total: PartReport) -> IndexedSummary:
-        return IndexedSummary(tuple(self.there), total.documents, total.tokens, total.skipped, tuple(total.reasons))
+        made = read_preparation(self.prefix) if self.options.join else None
+        statistics = Statistics(**made.statistics) if made else None
+        return IndexedSummary(
+            tuple(self.there), total.documents, total.tokens, total.skipped, tuple(total.reasons), statistics
+        )
 
 
 @contextmanager
-def _watched(work: WorkFolder, sizes: list[int]) -> Iterator[None]:
+def watched(label: str, work: WorkFolder, sizes: list[int]) -> Iterator[None]:
     """Show the workers' progress, from what they count, while the block runs."""
     done_bytes = sum(sizes[rank] for rank in work.completed())
     stop = threading.Event()
 
     def watch() -> None:
-        with Progress("encoding", sum(sizes), done_bytes=done_bytes) as progress:
+        with Progress(label, sum(sizes), done_bytes=done_bytes) as progress:
             while not stop.wait(_POLL_S):
                 documents, size = read_counts(work.counts)
                 progress.advance(documents - progress.documents, size - progress.bytes)

@@ -6,12 +6,13 @@ import bz2
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from megatron_recursive.data.parquet import read_rows
+from megatron_recursive.data.parquet import DamagedTableError, read_rows, read_table
 from megatron_recursive.data.sources import TEXT_DOCUMENT_BYTES, SourceFile, unpacked_name, whole
 from megatron_recursive.data.spans import Span, open_source
 from megatron_recursive.errors import UserError
@@ -20,6 +21,7 @@ Reject = Callable[[UserError], None]
 """Is given each malformed document; may raise the error, which ends the reading, or count it."""
 
 _CHUNK = 2**18
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -214,18 +216,109 @@ def _damaged(where: str, error: Exception) -> UserError:
     return UserError(f"{where} cannot be read ({reason.rstrip('.')}); mend the file or leave it out")
 
 
-def _text_of_line(raw: bytes, json_key: str, where: str) -> str:
+@dataclass(frozen=True)
+class Record:
+    """One object of JSON, or row of a table; ``number`` is its line or row, counted from where its span begins."""
+
+    value: dict[str, Any]
+    span: Span
+    number: int
+    size: int
+
+    @property
+    def place(self) -> str:
+        """File and line. (To count the lines before a span takes time.)"""
+        if self.span.path.endswith(".parquet"):
+            return f"{self.span.path}: row {self.number}"
+        return f"{self.span.path}:{_lines_before(self.span) + self.number}"
+
+
+def read_records(span: Span, keys: Sequence[str], reject: Reject) -> Iterator[Record]:
+    """Yield the records of a span of .jsonl or .json lines, of a .json with one array, or of a .parquet.
+
+    ``keys`` are the columns read of a table. What is malformed goes to ``reject``, the rest of a damaged file too.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if span.path.endswith(".parquet"):
+        try:
+            for row, value, size in read_table(span, lambda names: [name for name in names if name in keys]):
+                yield Record({key: each for key, each in value.items() if each is not None}, span, row, size)
+        except DamagedTableError as error:
+            reject(error)
+        return
+    import orjson
+
+    number = 0
     try:
-        record = json.loads(raw.decode("utf-8-sig"))
+        with open_source(span.path) as stream:
+            for number, (raw, size, _) in enumerate(_lines(stream, span), start=1):
+                if number == 1 and raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" and _is_json(span.path):
+                    yield from _read_array(span, reject)
+                    return
+                try:
+                    value: Any = orjson.loads(raw)
+                except ValueError:
+                    value = None
+                if type(value) is not dict:
+                    if raw.isspace():
+                        continue
+                    try:
+                        value = _record_of_line(raw, f"{span.path}:{_lines_before(span) + number}", "messages")
+                    except UserError as error:
+                        reject(error)
+                        continue
+                yield Record(value, span, number, size)
+    except _DAMAGED as error:
+        reject(_damaged(f"{span.path}:{_lines_before(span) + number + 1}", error))
+
+
+def _is_json(path: str) -> bool:
+    return unpacked_name(path).endswith(".json")
+
+
+def _read_array(span: Span, reject: Reject) -> Iterator[Record]:
+    """The objects of one JSON array, which is held in memory."""
+    with open_source(span.path) as stream:
+        raw = (_unpacked(stream, span.path) or stream).read()
+    try:
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8; convert the file or remove the line") from error
-    # RecursionError: thousands of nested brackets, which json refuses in this way.
-    except (ValueError, RecursionError) as error:
-        mend = "write a document a line, as jq -c '.[]' does" if raw.lstrip()[:1] == b"[" else "mend or remove the line"
-        raise UserError(f"{where} is not valid JSON ({error}); {mend}") from error
-    if not isinstance(record, dict):
-        form = f"{{{json.dumps(json_key)}: ...}}, a line each (jq -c '.[]' does it for an array)"
-        raise UserError(f"{where} is not a JSON object; write each document as {form}")
+        line = raw.count(b"\n", 0, error.start) + 1
+        reject(UserError(f"{span.path}:{line} is not UTF-8; convert the file or leave it out"))
+        return
+    decode = json.JSONDecoder().raw_decode
+    at, line, counted, closed = behind_space(text, 0) + 1, 1, 0, False
+    while not closed:
+        at = behind_space(text, at)
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            if text[at : at + 1] != "]":
+                value, end = decode(text, at)
+                if isinstance(value, dict):
+                    yield Record(value, span, line, span.size * (end - at) // len(text))
+                else:
+                    reject(UserError(f"{span.path}:{line} is not a JSON object; write each conversation as one"))
+                at = behind_space(text, end)
+            closed = text[at : at + 1] == "]"
+            if text[at : at + 1] != "," and not (closed and not text[at + 1 :].strip()):
+                raise json.JSONDecodeError("Extra data" if closed else "Expecting ',' or ']'", text, at + closed)
+            at += 1
+        except (json.JSONDecodeError, RecursionError) as error:
+            line += text.count("\n", counted, getattr(error, "pos", at))
+            reject(UserError(f"{span.path}:{line} is not valid JSON ({error}), and the rest is not read; mend it"))
+            return
+
+
+def behind_space(text: str, at: int) -> int:
+    """Where the white space at a place of a text ends."""
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _text_of_line(raw: bytes, json_key: str, where: str) -> str:
+    record = _record_of_line(raw, where, json_key)
     if json_key not in record:
         keys = ", ".join(map(repr, list(record)[:8])) or "none"
         raise UserError(f"{where} has no key {json_key!r} (its keys: {keys}); name the text's key with --json-key")
@@ -237,3 +330,18 @@ def _text_of_line(raw: bytes, json_key: str, where: str) -> str:
     except UnicodeEncodeError as error:  # json accepts "\ud800"; a tokenizer does not
         raise UserError(f"{where} has half a surrogate pair under {json_key!r}; mend or remove the line") from error
     return text
+
+
+def _record_of_line(raw: bytes, where: str, json_key: str) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8; convert the file or remove the line") from error
+    # RecursionError: thousands of nested brackets, which json refuses in this way.
+    except (ValueError, RecursionError) as error:
+        mend = "write a document a line, as jq -c '.[]' does" if raw.lstrip()[:1] == b"[" else "mend or remove the line"
+        raise UserError(f"{where} is not valid JSON ({error}); {mend}") from error
+    if not isinstance(record, dict):
+        form = f"{{{json.dumps(json_key)}: ...}}, a line each (jq -c '.[]' does it for an array)"
+        raise UserError(f"{where} is not a JSON object; write each document as {form}")
+    return record

@@ -24,6 +24,7 @@ KINDS = ".txt, .jsonl or .json (also .gz, .zst, .bz2) or .parquet"
 _NO_DOCUMENTS = (
     ".idx.json", "/tokenizer.json", "/tokenizer_config.json", "/special_tokens_map.json", "/vocab.json", "/config.json",
     "/dataset_info.json", "/dataset_infos.json", "/dataset_dict.json", "/state.json",
+    "/mixture.json",
 )  # fmt: skip
 
 TEXT_DOCUMENT_BYTES = 4 * 2**20
@@ -133,11 +134,11 @@ def default_part_bytes(files: Sequence[SourceFile]) -> int:
     return min(max(total_bytes(files) // _PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
 
 
-def plan_parts(files: Sequence[SourceFile], part_bytes: int) -> list[list[Span]]:
+def plan_parts(files: Sequence[SourceFile], part_bytes: int, uncut: str = ".parquet") -> list[list[Span]]:
     """Cut the files into parts of about ``part_bytes``, in their order; each part is read by one process.
 
     A file of up to twice that size stays whole. The parts depend on the files alone, so that an interrupted run can go
-    on with another number of workers.
+    on with another number of workers. A file that ends in ``uncut`` stays whole too.
 
     Raises:
         UserError: a .parquet file cannot be read.
@@ -148,7 +149,7 @@ def plan_parts(files: Sequence[SourceFile], part_bytes: int) -> list[list[Span]]
     parts: list[list[Span]] = []
     filled = part_bytes
     for file in files:
-        for span in _cut(file, part_bytes, sizes.get(file)):
+        for span in _cut(file, part_bytes, sizes.get(file), uncut):
             if filled >= part_bytes:
                 parts.append([])
                 filled = 0
@@ -162,10 +163,10 @@ def _row_groups(file: SourceFile) -> tuple[int, ...]:
     return tuple(row_group_sizes(file.path))
 
 
-def _cut(file: SourceFile, part_bytes: int, row_groups: Sequence[int] | None) -> Iterator[Span]:
+def _cut(file: SourceFile, part_bytes: int, row_groups: Sequence[int] | None, uncut: str) -> Iterator[Span]:
     if row_groups is not None:
         yield from _cut_table(file, part_bytes, row_groups)
-    elif file.path.endswith((*COMPRESSIONS, ".parquet")) or file.size <= 2 * part_bytes:
+    elif file.path.endswith((*COMPRESSIONS, ".parquet", uncut)) or file.size <= 2 * part_bytes:
         yield whole(file)
     else:
         if file.path.endswith(".txt"):  # whole documents

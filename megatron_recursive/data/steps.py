@@ -6,6 +6,7 @@ import os
 import time
 from array import array
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_recursive.data.joining import finish
 from megatron_recursive.data.progress import note_count
 from megatron_recursive.data.readers import read_span
 from megatron_recursive.data.tokenizer import StoredTokenizer, load_encoder
-from megatron_recursive.data.work_folder import KEPT_REASONS, PartReport, WorkFolder
+from megatron_recursive.data.work_folder import PartReport, WorkFolder
 from megatron_recursive.errors import UserError
 
 _BATCH_DOCUMENTS = 256
@@ -48,11 +49,7 @@ class PartReader(BaseReader):
                 yield Document(document.text, f"{span.path}:{span.start}/{number}", metadata={"file_path": span.path})
 
     def _reject(self, error: UserError) -> None:
-        if self.on_error == "stop":
-            raise error
-        self.report.skipped += 1
-        if len(self.report.reasons) < KEPT_REASONS:
-            self.report.reasons.append(str(error))
+        self.report.reject(error, self.on_error)
 
 
 class IndexedDatasetWriter(PipelineStep):
@@ -63,6 +60,7 @@ class IndexedDatasetWriter(PipelineStep):
 
     type = "💽 - WRITER"
     name = "Megatron indexed dataset"
+    ends: tuple[str, ...] = ("bin", "idx")  # the files of a part, .idx last
 
     def __init__(self, reader: PartReader, tokenizer: StoredTokenizer, append_eod: bool) -> None:
         super().__init__()
@@ -83,35 +81,45 @@ class IndexedDatasetWriter(PipelineStep):
         self.stat_update("documents", value=report.documents)
         self.stat_update("tokens", value=report.tokens)
 
-    def _write(self, documents: Any, prefix: Path, rank: int, report: PartReport) -> PartReport:
-        encode, token = load_encoder(self.tokenizer), token_type(self.tokenizer.id_range)
+    def _samples(self, documents: Any) -> Iterator[list[tuple[list[int], bytes | None]]]:
+        """Token ids of consecutive documents, and for ``.supervised`` the bytes that say which a loss counts."""
+        encode = load_encoder(self.tokenizer)
         eod = [self.tokenizer.eod] if self.append_eod and self.tokenizer.eod is not None else []
+        # Some tokenizers end a text with it.
+        for texts in _batches(documents):
+            yield [(ids if self.tokenizer.special and ids[-1:] == eod else ids + eod, None)
+                   for ids in filter(None, encode(texts))]  # fmt: skip
+
+    def _write(self, documents: Any, prefix: Path, rank: int, report: PartReport) -> PartReport:
+        token = token_type(self.tokenizer.id_range)
         # The process id: a process of a killed run may still be at it.
-        bin_file, idx_file = (prefix.with_name(f"{prefix.name}.{end}.{os.getpid()}") for end in ("bin", "idx"))
+        files = [prefix.with_name(f"{prefix.name}.{end}.{os.getpid()}") for end in self.ends]
         lengths = array("i")
         counted = time.monotonic()
         try:
-            with open(bin_file, "wb") as stream:
-                for texts in _batches(documents):
-                    for ids in filter(None, encode(texts)):
-                        if not self.tokenizer.special or ids[-1:] != eod:  # some tokenizers end a text with it
-                            ids += eod
+            with ExitStack() as opened:
+                stream, *others = [opened.enter_context(open(file, "wb")) for file in files[:-1]]
+                for samples in self._samples(documents):
+                    for ids, supervised in samples:
                         stream.write(numpy.array(ids, token).tobytes())
                         lengths.append(len(ids))
                         report.tokens += len(ids)
+                        if supervised is not None:
+                            others[0].write(supervised)
+                            report.supervised += supervised.count(1)
                     report.documents = len(lengths)
                     if time.monotonic() - counted >= _COUNT_S:
                         note_count(self.work.counts, rank, report.documents, report.bytes)
                         counted = time.monotonic()
             note_count(self.work.counts, rank, report.documents, report.bytes)
             pieces = range(0, len(lengths), _PIECE)
-            write_index(idx_file, token, lambda: (lengths[start : start + _PIECE] for start in pieces))
-            for file, end in ((bin_file, "bin"), (idx_file, "idx")):
+            write_index(files[-1], token, lambda: (lengths[start : start + _PIECE] for start in pieces))
+            for file, end in zip(files, self.ends, strict=True):
                 sync(file)
                 os.replace(file, prefix.with_suffix(f".{end}"))
         finally:
-            bin_file.unlink(missing_ok=True)
-            idx_file.unlink(missing_ok=True)
+            for file in files:
+                file.unlink(missing_ok=True)
         return report
 
 

@@ -22,6 +22,13 @@ Encode = Callable[[list[str]], list[list[int]]]
 """Token ids of each text, with the special tokens that the stored tokenizer puts around it; none of an empty text."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "*.model", "*.model.v*", "*.tiktoken")
+PATTERNS = (
+    "*token*", "*vocab*", "*merges*", "*.model", "*.model.v*", "*.tiktoken", "*.jinja", "chat_template.json",
+    "tekken.json", "generation_config.json", "additional_chat_templates/*.jinja",
+    "LICEN[CS]E*", "NOTICE*",  # what comes with the donor's weights must go on with them
+)  # fmt: skip
+OTHERS = (".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf")  # code and weights, whatever they are called
+AS_IT_IS, CONFIG = "PreTrainedTokenizerFast", "tokenizer_config.json"  # the class is known to transformers 4 and 5
 _MAKE = f"make one with {command('tokenizer')}"
 
 
@@ -132,6 +139,20 @@ def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path) -> PreTrained
             f"--vocab-file {vocab_file} and --merge-file {merge_file} are no GPT-2 tokenizer ({_reason(error)}); "
             "name a matching vocab.json and merges.txt"
         ) from error
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer in a model's folder, the generation settings and the licence."""
+    return sorted({file for pattern in PATTERNS for file in folder.glob(pattern)
+                   if file.is_file() and file.suffix not in OTHERS})  # fmt: skip
+
+
+def name_class(folder: Path) -> None:
+    """Have the tokenizer of a folder load as its tokenizer.json is, whatever model it stands beside."""
+    file = folder / CONFIG
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values.pop("auto_map", None)
+    file.write_text(json.dumps({**values, "tokenizer_class": AS_IT_IS}, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def id_range(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.data.spans import Span
+from megatron_recursive.data.statistics import note_malformed
 from megatron_recursive.errors import UserError
 
 KEPT_REASONS = 3
@@ -23,7 +24,8 @@ KEPT_REASONS = 3
 class PartReport:
     """How far a part is: documents, tokens, bytes on disk, malformed documents, and wall-clock seconds.
 
-    ``finished`` is None until the part's files are complete.
+    ``finished`` is None until the part's files are complete. ``supervised`` counts tokens, ``dropped`` documents by the
+    reason, ``malformed`` as :data:`megatron_recursive.data.statistics.Malformed` does.
     """
 
     documents: int = 0
@@ -33,6 +35,23 @@ class PartReport:
     reasons: list[str] = field(default_factory=list)
     started: float = 0.0
     finished: float | None = None
+    supervised: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    malformed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    def drop(self, why: str) -> None:
+        """Count what was left out or cut."""
+        self.dropped[why] = self.dropped.get(why, 0) + 1
+
+    def reject(self, error: UserError, on_error: str) -> None:
+        """Count a malformed document, or with ``on_error`` ``stop`` raise the error."""
+        if on_error == "stop":
+            raise error
+        self.skipped += 1
+        note_malformed(self.malformed, str(error))
+        if len(self.reasons) < KEPT_REASONS:
+            self.reasons.append(str(error))
 
 
 @dataclass(frozen=True)

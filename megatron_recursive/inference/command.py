@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from itertools import batched, groupby
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.inference import output
-from megatron_recursive.inference.generation import (
-    Answer,
-    BlockReading,
-    Settings,
-    check_length,
-    encode_prompt,
-    generate,
-    room_for,
-)
+from megatron_recursive.inference.conversation import Conversation
+from megatron_recursive.inference.generation import Settings, encode_prompt, generate, room_for
 from megatron_recursive.inference.loading import Loaded, open_model
 from megatron_recursive.inference.prompts import read_prompts
-from megatron_recursive.inference.text import Messages
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,12 +32,14 @@ def run(args: argparse.Namespace) -> None:
         if args.show_recursive_steps and not loaded.recursive:
             raise UserError(f"--show-recursive-steps needs a recursive model, but {args.model} is a plain one.")
         if args.interactive:
-            _converse(loaded, settings, args)
+            Conversation(loaded, settings, args).hold()
         else:
             _answer_all(loaded, prompts, settings, args)
 
 
 def _check_flags(args: argparse.Namespace) -> None:
+    if args.system is not None and not args.interactive:
+        raise UserError("--system opens a conversation; give --interactive too.")
     if args.interactive and (args.prompt or args.prompt_file or args.json):
         raise UserError("--interactive reads what you type; leave out --prompt, --prompt-file and --json.")
     if not args.interactive and not args.prompt and args.prompt_file is None:
@@ -61,9 +54,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError("--show-recursive-steps follows one sequence; leave out --num-beams.")
 
 
-# --- prompts --------------------------------------------------------------------------------------------------------
-
-
 def _answer_all(
     loaded: Loaded, prompts: list[tuple[str, str]], settings: Settings, args: argparse.Namespace
 ) -> None:
@@ -73,12 +63,12 @@ def _answer_all(
     for _, group in groupby(range(len(prompts)), lambda number: room_for(loaded, encoded[number], settings)):
         for batch in batched(group, args.batch_size):
             for number in batch:
-                _warn_of_cut(loaded, encoded[number], settings, prompts[number][0])
+                output.warn_of_cut(loaded, encoded[number], settings, prompts[number][0])
             if streams:
                 print(prompts[batch[0]][1], end="", flush=True)
-            on_token = _step_printer(loaded, batch[0], args) if args.show_recursive_steps else None
+            on_token = output.step_printer(loaded, batch[0], args) if args.show_recursive_steps else None
             ids = [encoded[number] for number in batch]
-            answers = generate(loaded, ids, settings, _write if streams else None, on_token)
+            answers = generate(loaded, ids, settings, output.write if streams else None, on_token)
             for number, answer in zip(batch, answers, strict=True):
                 prompt = prompts[number][1]
                 if streams:
@@ -89,74 +79,3 @@ def _answer_all(
                     output.print_json(output.answer_record(prompt, answer))
                 if not args.json:
                     output.say(f"[{number + 1} of {len(prompts)}: {output.summary(answer)}]")
-
-
-def _warn_of_cut(loaded: Loaded, ids: list[int], settings: Settings, name: str) -> None:
-    if loaded.max_positions is not None and len(ids) + settings.max_tokens > loaded.max_positions:
-        left = loaded.max_positions - len(ids)
-        output.say(f"note: {name} leaves {left} of the {loaded.max_positions} positions, so --max-tokens is {left}")
-
-
-def _step_printer(loaded: Loaded, prompt: int, args: argparse.Namespace) -> Callable[[int, list[BlockReading]], None]:
-    table = output.StepTable(loaded) if sys.stdout.isatty() and not args.json else None
-    step = 0
-
-    def show(token: int, readings: list[BlockReading]) -> None:
-        nonlocal step
-        step += 1
-        if table is not None:
-            table.add(step, token, readings)
-        else:
-            output.print_json(output.token_record(loaded, prompt, step, token, readings))
-
-    return show
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-# --- a conversation -------------------------------------------------------------------------------------------------
-
-
-def _converse(loaded: Loaded, settings: Settings, args: argparse.Namespace) -> None:
-    """Turns of user and model until the input ends. What does not fit is said, and the turn is dropped."""
-    has_template = loaded.text.has_chat_template
-    output.say("An empty line or Ctrl-D ends, /reset starts over." + (
-        "" if has_template else " The tokenizer has no chat template: what you type is continued as plain text."
-    ))
-    messages: Messages = []
-    while (said := _read_line()) not in ("", "/quit"):
-        if said == "/reset":
-            messages = []
-            continue
-        messages.append({"role": "user", "content": said})
-        try:
-            answer = _reply(loaded, messages, settings, args)
-        except UserError as error:
-            output.say(f"{error} (The turn was dropped; /reset starts over.)")
-            messages.pop()
-            continue
-        output.say(f"[{output.summary(answer)}]")
-        messages.append({"role": "assistant", "content": answer.text})
-
-
-def _read_line() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
-
-
-def _reply(loaded: Loaded, messages: Messages, settings: Settings, args: argparse.Namespace) -> Answer:
-    if loaded.text.has_chat_template:
-        ids = loaded.text.encode_chat(messages)
-        check_length(loaded, ids, "The conversation")
-    else:
-        ids = encode_prompt(loaded, "".join(message["content"] for message in messages), "The conversation")
-    _warn_of_cut(loaded, ids, settings, "the conversation")
-    on_token = _step_printer(loaded, len(messages) // 2, args) if args.show_recursive_steps else None
-    streams = settings.num_beams == 1 and not args.show_recursive_steps
-    (answer,) = generate(loaded, [ids], settings, _write if streams else None, on_token)
-    print("" if streams else answer.text, flush=True)
-    return answer

@@ -158,6 +158,7 @@ def generate(
     settings: Settings,
     on_text: Callable[[str], None] | None = None,
     on_token: Callable[[int, list[BlockReading]], None] | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> list[Answer]:
     """Go on from prompts that have the same :func:`room_for`, as one batch that is padded on the left.
 
@@ -166,24 +167,26 @@ def generate(
     Args:
         on_text: called with each piece of the answer as soon as it is known; of one prompt, without beams.
         on_token: called with each new token and what every block would have said; of one prompt, without beams.
+        stop_ids: tokens that end an answer besides the model's own.
     """
     room, width = room_for(loaded, prompts[0], settings), max(map(len, prompts))
     padded = [[prompts[0][0]] * (width - len(ids)) + ids for ids in prompts]
     input_ids = torch.tensor(padded, device=loaded.model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=input_ids.device)
     torch.manual_seed(settings.seed)
-    listener = _Listener(loaded, prompts[0], on_text, on_token) if on_text or on_token else None
+    ends = [*_end_ids(loaded), *stop_ids]
+    listener = _Listener(loaded, prompts[0], ends, on_text, on_token) if on_text or on_token else None
     extra: dict[str, Any] = {"streamer": listener} if listener is not None else {}
     if on_token is not None:
         extra["output_blocks"] = True
     start = time.perf_counter()
-    with _generation_config(loaded, settings, room), _listening(loaded.model, listener, on_token is not None):
+    with _generation_config(loaded, settings, room, ends), _listening(loaded.model, listener, on_token is not None):
         output = loaded.model.generate(input_ids, attention_mask=mask, **settings.exit_arguments, **extra)
     seconds, answers = time.perf_counter() - start, []
     for ids, tokens in zip(prompts, output[:, width:].tolist(), strict=True):
-        end = next((number for number, token in enumerate(tokens) if token in _end_ids(loaded)), None)
+        end = next((number for number, token in enumerate(tokens) if token in ends), None)
         tokens = tokens if end is None else tokens[: end + 1]  # behind it lies padding
-        reason, text = "length" if end is None else "stop", _text_after(loaded, ids, tokens)
+        reason, text = "length" if end is None else "stop", _text_after(loaded, ids, tokens[:end])
         report = loaded.model.last_exit_report if settings.exit is not None else None
         answers.append(Answer(text, tokens, len(ids), reason, seconds, report, len(prompts)))
     return answers
@@ -202,10 +205,9 @@ def _end_ids(loaded: Loaded) -> list[int]:
 
 
 @contextmanager
-def _generation_config(loaded: Loaded, settings: Settings, room: int) -> Iterator[None]:
+def _generation_config(loaded: Loaded, settings: Settings, room: int, ends: list[int]) -> Iterator[None]:
     """Have the model generate by the settings alone, not by what its folder recommends."""
     before = loaded.model.generation_config
-    ends = _end_ids(loaded)
     pad = getattr(before, "pad_token_id", None)
     chosen = GenerationConfig(
         max_new_tokens=room, num_beams=settings.num_beams, do_sample=settings.samples,
@@ -226,10 +228,10 @@ class _Listener(BaseStreamer):
     """Hears every new token from ``generate``, and what the heads said at it from the model's own outputs."""
 
     def __init__(
-        self, loaded: Loaded, ids: list[int], on_text: Callable[[str], None] | None,
+        self, loaded: Loaded, ids: list[int], ends: list[int], on_text: Callable[[str], None] | None,
         on_token: Callable[[int, list[BlockReading]], None] | None,
     ) -> None:  # fmt: skip
-        self.loaded, self.ids, self.on_text, self.on_token = loaded, ids, on_text, on_token
+        self.loaded, self.ids, self.ends, self.on_text, self.on_token = loaded, ids, ends, on_text, on_token
         self.tokens: list[int] = []
         self.said = 0
         self.heard_prompt = False
@@ -249,7 +251,7 @@ class _Listener(BaseStreamer):
         self.tokens.append(token)
         if self.on_token is not None:
             self.on_token(token, self._readings(token))
-        if self.on_text is not None:
+        if self.on_text is not None and token not in self.ends:
             self._say(final=False)
 
     def end(self) -> None:
@@ -257,7 +259,8 @@ class _Listener(BaseStreamer):
             self._say(final=True)
 
     def _say(self, *, final: bool) -> None:
-        text = _text_after(self.loaded, self.ids, self.tokens)
+        said = self.tokens[:-1] if self.tokens and self.tokens[-1] in self.ends else self.tokens
+        text = _text_after(self.loaded, self.ids, said)
         if (final or not text.endswith("\ufffd")) and len(text) > self.said:  # half of a character is not shown
             assert self.on_text is not None
             self.on_text(text[self.said :])

@@ -74,15 +74,16 @@ def open_model(
         else:
             loaded = _open_folder(given, tokenizer, DTYPES.get(dtype, "auto"), numbers, device, device_map)
         if num_refinement_blocks is not None:
-            _set_blocks(loaded, num_refinement_blocks)
+            set_blocks(loaded, num_refinement_blocks)
         yield loaded
 
 
-def _set_blocks(loaded: Loaded, count: int) -> None:
+def set_blocks(loaded: Loaded, count: int, asked_by: str = "--num-refinement-blocks") -> None:
+    """Have the model run so many blocks."""
     if count < 1:
-        raise UserError(f"--num-refinement-blocks must be at least 1, but is {count}.")
+        raise UserError(f"{asked_by} must be at least 1, but is {count}.")
     if not loaded.recursive:
-        raise UserError(f"--num-refinement-blocks needs a recursive model, but {loaded.name} is a plain one.")
+        raise UserError(f"{asked_by} needs a recursive model, but {loaded.name} is a plain one.")
     loaded.model.set_num_refinement_blocks(count)
 
 

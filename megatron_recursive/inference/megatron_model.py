@@ -142,7 +142,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         def decode(each: DecoderPass, hidden_SBH: Tensor) -> Tensor:
             return self.megatron.decode(
                 hidden_SBH, mask, None if contexts is None else contexts.contexts[each.index], stack=each.stack,
-                closes=self.megatron.plan.closes(each),
+                closes=self.megatron.plan.closes(each), index=each.index,
             )  # fmt: skip
 
         states = [state.output for _ in run_plan(self.megatron.plan, state, decode)]
@@ -170,7 +170,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
                 each = plan.passes[min(block, options.trained_blocks - 1) * per_block + number]
                 context = contexts.contexts[block * per_block + number]
                 state.update(each, self.megatron.decode(state.gather(each), mask, context, stack=each.stack,
-                                                        closes=plan.closes(each)))  # fmt: skip
+                                                        closes=plan.closes(each), index=each.index))  # fmt: skip
             layers, batch = self.config.num_hidden_layers // options.trained_blocks, len(input_ids)
             work.add(layers * batch, layers * batch * (contexts.length + 1))
             final_BH = torch.where(staying_B[:, None], state.output[0], final_BH)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from megatron_recursive.inference.generation import Answer, BlockReading
+from megatron_recursive.inference.generation import Answer, BlockReading, Settings
 from megatron_recursive.inference.loading import Loaded
 
 CELL = 24  # columns of a table's cell
@@ -77,6 +79,31 @@ class StepTable:
     def _show(self, token: int) -> str:
         text = repr(self.loaded.text.decode([token], special=True))
         return text if len(text) <= 12 else f"{text[:10]}.."
+
+
+def warn_of_cut(loaded: Loaded, ids: list[int], settings: Settings, name: str) -> None:
+    if loaded.max_positions is not None and len(ids) + settings.max_tokens > loaded.max_positions:
+        left = loaded.max_positions - len(ids)
+        say(f"note: {name} leaves {left} of the {loaded.max_positions} positions, so --max-tokens is {left}")
+
+
+def step_printer(loaded: Loaded, prompt: int, args: argparse.Namespace) -> Callable[[int, list[BlockReading]], None]:
+    table = StepTable(loaded) if sys.stdout.isatty() and not args.json else None
+    step = 0
+
+    def show(token: int, readings: list[BlockReading]) -> None:
+        nonlocal step
+        step += 1
+        if table is not None:
+            table.add(step, token, readings)
+        else:
+            print_json(token_record(loaded, prompt, step, token, readings))
+
+    return show
+
+
+def write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def say(text: str) -> None:

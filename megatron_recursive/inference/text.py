@@ -17,6 +17,11 @@ class Text(Protocol):
     end_ids: list[int]
     has_chat_template: bool
 
+    @property
+    def turn_end_ids(self) -> list[int]:
+        """Tokens that end what the assistant says in a chat."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def encode_chat(self, messages: Messages) -> list[int]: ...
@@ -38,12 +43,24 @@ class TokenizerText:
         return list(self.tokenizer(text)["input_ids"])
 
     def encode_chat(self, messages: Messages) -> list[int]:
+        return list(self.tokenizer(self._render(messages, True), add_special_tokens=False)["input_ids"])
+
+    def _render(self, messages: Messages, to_answer: bool) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer)
         except Exception as error:  # templates raise what they like
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"The tokenizer's chat template refuses the conversation ({reason}).") from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return str(text)
+
+    @property
+    def turn_end_ids(self) -> list[int]:
+        """The added token that the template puts behind an answer, where it puts one."""
+        if not self.has_chat_template:
+            return []
+        text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "WORDS"}], False)
+        ids = self.tokenizer(text.rpartition("WORDS")[2], add_special_tokens=False)["input_ids"]
+        return [each for each in ids[:1] if each in self.tokenizer.added_tokens_decoder]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
@@ -53,6 +70,7 @@ class NumberText:
     """Megatron's NullTokenizer: a text is a list of token ids, separated by blanks; the last id ends documents."""
 
     has_chat_template = False
+    turn_end_ids: list[int] = []
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

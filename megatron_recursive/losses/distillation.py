@@ -28,9 +28,9 @@ class TopTokens:
     log_probs: Tensor
 
 
-# Of token ids and positions [B, S] and an attention mask: this rank's shard [B, S, V / tp] of logits, minus infinity
-# where the teacher has no token, or what was kept of them.
-Teacher = Callable[[Tensor, Tensor, Tensor | None], Tensor | TopTokens]
+# Of token ids and positions [B, S] and where their documents lie (None: each sample is one): this rank's shard
+# [B, S, V / tp] of logits, minus infinity where the teacher has no token, or what was kept of them.
+Teacher = Callable[[Tensor, Tensor, Any], Tensor | TopTokens]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """What a checkpoint may lack, and under which keys a moved parameter is stored.
 
-Two things differ from Megatron's own sharded state, and only while a checkpoint is *read*:
+Three things differ from Megatron's own sharded state, and only while a checkpoint is *read*:
 
 * ``_extra_state`` entries are empty unless FP8 is on, and which modules have one depends on the layer spec (Megatron's
   local one or Transformer Engine's). They are not asked for, so that either spec reads what the other wrote.
+* adapters (``low_rank.py``) stay as initialised where the checkpoint is of the base that they shall adapt.
 * with ``--init-from-gpt``, what a plain GPT does not have (``plan/added_parameters.py``) stays as initialised.
 
 What is written is always Megatron's full state.
@@ -19,16 +20,19 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 
 from megatron_recursive.plan.added_parameters import EVERY
+from megatron_recursive.plan.lora import MODULE as ADAPTERS
 
 NEW_IN_RECURSIVE_MODELS = tuple(each.key for each in EVERY)
 
-_reading: list[bool] = []  # a stack of "from a plain GPT?"; empty while nothing is read
+ADAPTER = f".{ADAPTERS}."
+
+_reading: list[tuple[bool, bool]] = []  # a stack of "from a plain GPT? without adapters?"; empty while nothing is read
 
 
 @contextlib.contextmanager
-def reading_checkpoint(*, from_plain_gpt: bool = False) -> Iterator[None]:
+def reading_checkpoint(*, from_plain_gpt: bool = False, without_adapters: bool = False) -> Iterator[None]:
     """Sharded state made inside this context is for reading a checkpoint."""
-    _reading.append(from_plain_gpt)
+    _reading.append((from_plain_gpt, without_adapters))
     try:
         yield
     finally:
@@ -44,6 +48,8 @@ def adapt_sharded_state_dict(sharded: dict[str, Any], prefix: str) -> dict[str, 
         for key, value in sharded.items():
             if key.endswith("_extra_state") and isinstance(value, ShardedObject):
                 sharded[key] = LocalNonpersistentObject(value.data)
-            elif _reading[-1] and key.removeprefix(prefix) in NEW_IN_RECURSIVE_MODELS:
+            elif (_reading[-1][0] and key.removeprefix(prefix) in NEW_IN_RECURSIVE_MODELS) or (
+                _reading[-1][1] and ADAPTER in key
+            ):
                 sharded[key] = LocalNonpersistentObject(value.data)
     return sharded

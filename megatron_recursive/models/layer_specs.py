@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_recursive.models.documents import Documents, attend_inside, inside_documents
 from megatron_recursive.models.norm_placement import NormLayout, place_norms
 from megatron_recursive.models.norms import SequenceParallelNorm
 
@@ -31,9 +32,9 @@ from megatron_recursive.models.norms import SequenceParallelNorm
 class SDPACoreAttention(MegatronModule):
     """Causal self-attention over ``torch.nn.functional.scaled_dot_product_attention``.
 
-    On CUDA by one of its fused kernels (:func:`fused_attention`). A mask, where one is given, is *added* to causality:
-    no mask can open the future. Dropout draws from Megatron's tensor-parallel random state, so that ranks drop
-    different heads.
+    On CUDA by one of its fused kernels (:func:`fused_attention`); inside documents, where they are given. A mask, where
+    one is given, is *added* to causality: no mask can open the future. Dropout draws from Megatron's tensor-parallel
+    random state, so that ranks drop different heads.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class SDPACoreAttention(MegatronModule):
         Returns:
             [Sq, B, heads * head_dim].
         """
-        assert packed_seq_params is None, "packed sequences need Transformer Engine's attention"
+        documents = packed_seq_params
+        assert documents is None or (isinstance(documents, Documents) and attention_mask is None)
         assert attention_bias is None, "an attention bias needs Transformer Engine's attention"
         (s_q, batch, heads, head_dim), (s_k, groups) = query.shape, (key.shape[0], key.shape[2])
         visible = None
@@ -85,6 +87,9 @@ class SDPACoreAttention(MegatronModule):
         fork = dropout_p > 0 and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else torch.autograd.profiler.record_function("sdpa"):
             attend: Any = fused_attention if query.is_cuda else F.scaled_dot_product_attention
+            if documents is not None:
+                inside = attend_inside(documents, query, key, value, attend, dropout_p, scale=self.softmax_scale)
+                return inside.reshape(s_q, batch, heads * head_dim)
             context = attend(
                 query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), attn_mask=visible,
                 is_causal=visible is None, dropout_p=dropout_p, scale=self.softmax_scale, enable_gqa=groups != heads,
@@ -141,7 +146,9 @@ def local_block_spec(
 
 
 def engine_layer_spec(spec: ModuleSpec, config: TransformerConfig, norms: NormLayout) -> ModuleSpec:
-    """Megatron's spec of Transformer Engine's modules, with the norms of a layout."""
+    """Megatron's spec of Transformer Engine's modules, with the norms of a layout and attention inside documents."""
     spec = copy.deepcopy(spec)
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = inside_documents(attention.core_attention)
     place_norms(spec.submodules, config, norms, engine=True)
     return spec

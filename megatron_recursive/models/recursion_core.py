@@ -21,6 +21,7 @@ from megatron_recursive.losses.halting import halting_loss, steps_until_halt, vo
 from megatron_recursive.losses.telemetry import masked, relative_change, token_cosine
 from megatron_recursive.models.added_modules import MODULES, AddedModule, fresh_tensors
 from megatron_recursive.models.carried_states import CarriedStates
+from megatron_recursive.models.documents import Documents
 from megatron_recursive.models.recursion_state import RecursionState, expanded, run_plan
 from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan
@@ -85,6 +86,7 @@ class RecursionCore:
     uses: Uses
     distillation: Distillation | None = None  # of the last block, in training
     draw: int  # of a training step; sampled starts differ by it
+    reports_accuracy: bool  # in evaluation, of the last block's choice
     carried_states: CarriedStates | None
     compute_language_model_loss: Callable[[Tensor, Tensor], Tensor]  # labels [B, S] and logits [S, B, V] to [B, S]
 
@@ -96,9 +98,9 @@ class RecursionCore:
 
     def decode(
         self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None, *,
-        stack: str = "core", closes: bool = False,
+        stack: str = "core", closes: bool = False, documents: Documents | None = None, index: int = 0,
     ) -> Tensor:  # fmt: skip
-        """One pass through a stack's layers of this stage; ``closes``: and through the final norm, where it is."""
+        """Pass ``index`` through a stack's layers of this stage; ``closes``: and the final norm, where it is."""
         raise NotImplementedError
 
     def final_norm(self, hidden_SBH: Tensor) -> Tensor:
@@ -141,14 +143,18 @@ class RecursionCore:
                 raise ValueError(f"the model was built with another {word} than the plan of this step has")
         return given
 
-    def initial_state(self, embedding_SBH: Tensor, input_ids: Tensor, position_ids: Tensor) -> RecursionState:
+    def initial_state(
+        self, embedding_SBH: Tensor, input_ids: Tensor, position_ids: Tensor, documents: Documents | None = None
+    ) -> RecursionState:
         """Where the states start. A sampled one is a function of positions alone in evaluation, and in training of
-        ``draw`` (the step) and the tokens so far: whatever the layout, after a resume, and blind to what follows.
+        ``draw`` (the step) and the document's tokens so far: whatever the layout, after a resume, and blind to what
+        follows and to other documents.
         """
         initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
         given = {k: v for k, v in initial.items() if v is not None}
         if self.plan.state_init == "sampled" and self.pre_process:
-            told = (tokens_so_far(input_ids), self.draw) if self.training else (position_ids, 0)
+            places_BS = None if documents is None else documents.places(len(input_ids))
+            told = (tokens_so_far(input_ids, places_BS), self.draw) if self.training else (position_ids, 0)
             known_SB = told[0].expand_as(input_ids).transpose(0, 1)
             if self.config.sequence_parallel:
                 known_SB = known_SB.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
@@ -185,7 +191,7 @@ class RecursionCore:
         The language-model head carries gradient where the plan supervises the block. The halting head learns wherever
         the plan weighs it, on all blocks but the last through their detached state. In evaluation every block is read
         in full. The last block needs no gate: what has not left leaves there; a
-        gate that is trained alone learns there too. ``inputs`` are a teacher's: token ids, positions, attention mask.
+        gate that is trained alone learns there too. ``inputs`` are a teacher's: token ids, positions, documents.
         """
         readout, is_last = BlockReadout(decoder_pass), decoder_pass is plan.passes[-1]
         supervised = decoder_pass.supervised_weight > 0
@@ -201,7 +207,8 @@ class RecursionCore:
                 replays = torch.is_grad_enabled() and plan.is_replayed(decoder_pass)
                 teacher = self.distillation if is_last and self.training else None
                 pull = None if teacher is None else partial(teacher.loss, self.pg_collection.tp, inputs)
-                found = self._loss(hidden_SBH, labels_BS, plan.has_halting, replays, pull)
+                chooses = plan.has_halting or (self.reports_accuracy and is_last and not self.training)
+                found = self._loss(hidden_SBH, labels_BS, chooses, replays, pull)
                 readout.lm_loss_BS, readout.arg_max_BS, readout.distillation_BS = found
         return readout
 
@@ -247,10 +254,11 @@ class RecursionCore:
     def run(
         self, plan: RecursionPlan | None, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None,
         labels: Tensor | None, loss_mask: Tensor | None, runtime_gather_output: bool | None,
+        documents: Documents | None = None,
     ) -> Tensor | RecursiveOutput:  # fmt: skip
         """All passes on one stage; see ``RecursiveGPTModel.forward``."""
         plan = self.plan_of_step(plan)
-        state = self.initial_state(self.embed(input_ids, position_ids), input_ids, position_ids)
+        state = self.initial_state(self.embed(input_ids, position_ids), input_ids, position_ids, documents)
 
         ends: dict[str, Tensor] = {}  # where carried states end, other than the plan does
 
@@ -258,7 +266,10 @@ class RecursionCore:
             closes = plan.closes(decoder_pass)
             if decoder_pass.index == plan.carried_behind + 1:
                 ends["output"] = state.output
-            return self.decode(hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes)
+            return self.decode(
+                hidden_SBH, attention_mask, stack=decoder_pass.stack, closes=closes, documents=documents,
+                index=decoder_pass.index,
+            )
 
         if labels is None:
             for _ in run_plan(plan, state, decode):
@@ -270,7 +281,7 @@ class RecursionCore:
         metrics: dict[str, Tensor] = {}
         before = expanded(getattr(self, "initial_output", None), state.values["input"])
         for decoder_pass in run_plan(plan, state, decode):
-            inputs = (input_ids, position_ids, attention_mask)
+            inputs = (input_ids, position_ids, documents)
             readouts.append(self.read_block(plan, decoder_pass, state.output, labels, inputs))
             self.observe_state(plan, before, state.output, mask_BS, decoder_pass, metrics)
             before = state.output.detach()
@@ -339,6 +350,8 @@ class RecursionCore:
             reported["mean halting probability"] = masked(torch.sigmoid(logits_TBS).mean(0), mask_BS)
             steps_BS = steps_until_halt(logits_TBS, self.recursion.halt_threshold)
             reported["expected refinement steps"] = masked(steps_BS, mask_BS)
+        if self.reports_accuracy and not self.training and last.arg_max_BS is not None:
+            reported["token accuracy"] = masked(torch.eq(last.arg_max_BS, labels_BS), mask_BS)
         reported |= {name: masked(value_BS, mask_BS) for name, value_BS in (gated | distilled).items()}
         reported["total loss"] = masked(objective_BS.detach(), mask_BS)
         for readout in readouts:

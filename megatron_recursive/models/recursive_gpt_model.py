@@ -14,15 +14,18 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_recursive.losses.halting import vocab_parallel_argmax
+from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.added_modules import MODULES
 from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict
+from megatron_recursive.models.documents import Documents
 from megatron_recursive.models.gradient_fusion import built_by_layer
+from megatron_recursive.models.low_rank import adapters_by_pass, add_adapters, of_pass
 from megatron_recursive.models.recursion_core import RecursionCore, RecursiveOutput, part_of
 from megatron_recursive.models.uses import Uses
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.added_parameters import (
-    added_parameters,
-)
+from megatron_recursive.plan.added_parameters import added_parameters
+from megatron_recursive.plan.lora import LoRA
 
 
 @dataclass
@@ -33,6 +36,7 @@ class RecursiveTransformerConfig(TransformerConfig):
     pipeline_phases: str = "auto"  # one, two, or whichever is faster; read by pipeline/ring_schedule.py
     pipeline_window: int = 0  # the most micro-batches of a window of two phases; 0: a few a stage
     pipeline_costs: Any = None  # of a plan, PassCosts by which the phases are chosen; None: all passes cost the same
+    lora: LoRA | None = None  # adapters, beside which all weights are frozen
     recompute_passes: bool = False  # keep the input of a pass only, and replay it in the backward
 
 
@@ -65,11 +69,18 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
                 weight.requires_grad_(False)
         self.recursion, self.plan, self.uses = recursion, plan, Uses()
         self.draw = 0  # of a training step; sampled starts differ by it
+        self.reports_accuracy = False
+        self.chosen_BS: Tensor | None = None  # of a plain model in evaluation, on the way out of Megatron's forward
         self.carried_states = None  # set by a training whose steps carry
         plan.layers_of(self.config.num_layers)  # refused before anything is built upon it
         self.__dict__["_blocks"] = {}  # stack -> decoder of its layers; past Module.__setattr__
-        if self.plan.is_plain:
-            return
+        if not self.plan.is_plain:
+            self._add_recursion()
+        if config.lora is not None:
+            add_adapters(self)
+
+    def _add_recursion(self) -> None:
+        plan = self.plan
         if self.plan.state_norm != "final" and self.post_process:
             # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
             self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
@@ -85,6 +96,8 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         parts = {name.replace("_", " "): set(getattr(self, name).parameters()) for name in names if hasattr(self, name)}
         for stack, _ in self.plan.stacks:
             parts[part_of(stack)] = set(self.block_of(stack).parameters())
+            if self.config.lora is not None and self.config.lora.per_pass:
+                parts |= adapters_by_pass(self.block_of(stack), part_of(stack))
         if self.post_process and self.share_embeddings_and_output_weights:
             parts["output layer"].add(self.shared_embedding_or_output_weight())
         return parts
@@ -117,11 +130,12 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
 
     def decode(
         self, hidden_SBH: Tensor | None, attention_mask: Tensor | None, inference_context: Any = None, *,
-        stack: str = "core", closes: bool = False,
+        stack: str = "core", closes: bool = False, documents: Documents | None = None, index: int = 0,
     ) -> Tensor:  # fmt: skip
         """One pass through a stack's layers of this stage. Off the first stage the decoder reads its own input tensor.
 
         ``closes``: the norm before the heads closes the pass too (``plan.closes``), on the last stage.
+        ``index``: of the pass in the plan, by which layers that have an adapter for each pass choose.
         ``inference_context``: keys and values of earlier tokens, of this pass alone (Megatron keys them by layer).
         """
         _, rotary, *_ = self._preprocess(
@@ -135,7 +149,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
                 block.set_input_tensor(given_SBH)
             result: Tensor = block(
                 hidden_states=given_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary,
-                inference_context=inference_context,
+                inference_context=inference_context, packed_seq_params=documents,
             )  # fmt: skip
             if block is not self.decoder:  # the decoder's own is its caller's to clear
                 block.set_input_tensor(None)
@@ -145,7 +159,10 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         given_SBH = hidden_SBH if self.pre_process else self.decoder.input_tensor
         replayed = self.config.recompute_passes and torch.is_grad_enabled()
         function = partial(tensor_parallel.checkpoint, layers, False) if replayed else layers
-        result_SBH = self.uses.apart(part_of(stack), function, given_SBH)
+        part = part_of(stack)
+        if self.config.lora is not None and self.config.lora.per_pass:
+            part = of_pass(part, index)
+        result_SBH = self.uses.apart(part, function, given_SBH)
         if closes and hasattr(self, "output_norm"):
             result_SBH = self.final_norm(result_SBH)
         return result_SBH
@@ -161,6 +178,12 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         logits_SBV, _ = self.output_layer(hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output)
         return logits_SBV
 
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        if self.plan.is_plain and self.reports_accuracy and not self.training:
+            self.chosen_BS = vocab_parallel_argmax(logits.detach(), self.pg_collection.tp)
+        loss_BS: Tensor = super().compute_language_model_loss(labels, logits)
+        return loss_BS
+
     # -- the whole model in one graph ----------------------------------------------------------------------------
 
     def forward(
@@ -172,6 +195,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
         loss_mask: Tensor | None = None,
         runtime_gather_output: bool | None = None,
         plan: RecursionPlan | None = None,
+        packed_seq_params: Documents | None = None,
         **kwargs: Any,
     ) -> Tensor | RecursiveOutput:
         """Run a plan.
@@ -180,20 +204,28 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
             input_ids, position_ids, labels: [B, S]. loss_mask: [B, S], 1 where a token counts; None counts all.
             attention_mask: boolean, True hides; None is causal.
             plan: of this forward, another one over the same stacks, states and heads; None is the model's own.
+            packed_seq_params: the documents that samples hold, each of which sees itself alone.
 
         Returns:
             Without labels, the logits after the last block, [B, S, V] (this rank's shard of V unless gathered).
             With labels, a :class:`RecursiveOutput`; a disabled recursion returns what GPTModel does.
         """
         if self.plan.is_plain:
-            return super().forward(
+            output: Tensor = super().forward(
                 input_ids, position_ids, attention_mask, labels=labels, loss_mask=loss_mask,
-                runtime_gather_output=runtime_gather_output, **kwargs,
-            )
+                runtime_gather_output=runtime_gather_output, packed_seq_params=packed_seq_params, **kwargs,
+            )  # fmt: skip
+            if self.chosen_BS is None or labels is None or loss_mask is None:
+                return output
+            right_BS, self.chosen_BS = torch.eq(self.chosen_BS, labels), None
+            values = {"lm loss": output, "token accuracy": right_BS}
+            return RecursiveOutput(output.float(), {k: masked(v, loss_mask.float()) for k, v in values.items()})
         unsupported = [name for name, value in kwargs.items() if value is not None]
         assert not unsupported, f"RecursiveGPTModel does not take {', '.join(unsupported)}"
         assert self.pre_process and self.post_process, "a recursive model on one pipeline stage only"
-        return self.run(plan, input_ids, position_ids, attention_mask, labels, loss_mask, runtime_gather_output)
+        return self.run(
+            plan, input_ids, position_ids, attention_mask, labels, loss_mask, runtime_gather_output, packed_seq_params
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -9,7 +9,8 @@ function without the replay: the same operations in the same order, and nothing 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,15 +24,26 @@ class Uses:
 
     Attributes:
         open: how many, by the name of the part of the model that is used as a whole.
+        current: the part that is used now, in a forward, a backward, or a replay within one.
     """
 
     def __init__(self) -> None:
         self.open: Counter[str] = Counter()
+        self.current: str | None = None
+
+    @contextmanager
+    def within(self, part: str) -> Iterator[None]:
+        before, self.current = self.current, part
+        try:
+            yield
+        finally:
+            self.current = before
 
     def apart(self, part: str, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """``function(*inputs)``, which uses the weights of ``part`` once each, in a graph of its own."""
         if not torch.is_grad_enabled():
-            return function(*inputs)
+            with self.within(part):
+                return function(*inputs)
         # The result needs a gradient for the weights' sake, also where no input has one (token ids, a detached state).
         anchor = torch.empty(0, device=next(x.device for x in inputs if x is not None), requires_grad=True)
         return _Apart.apply(self, part, function, anchor, *inputs)
@@ -43,7 +55,7 @@ class _Apart(torch.autograd.Function):
         ctx: Any, uses: Uses, part: str, function: Callable[..., Tensor], anchor: Tensor, *inputs: Tensor | None
     ) -> Tensor:
         ctx.leaves = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        with torch.enable_grad():
+        with torch.enable_grad(), uses.within(part):
             output = function(*ctx.leaves)
         # The edge and not the tensor: a pipeline frees the data of what it has sent, and only this would hold it.
         ctx.edge = get_gradient_edge(output) if output.requires_grad else None  # weights may be frozen
@@ -56,7 +68,8 @@ class _Apart(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.uses.open[ctx.part] -= 1  # before, since DDP asks as soon as a weight has its gradient
         if ctx.edge is not None:
-            torch.autograd.backward([ctx.edge], [grad])
+            with ctx.uses.within(ctx.part):
+                torch.autograd.backward([ctx.edge], [grad])
         gradients = [None if leaf is None else leaf.grad for leaf in ctx.leaves]
         ctx.edge = ctx.leaves = None
         return None, None, None, None, *gradients

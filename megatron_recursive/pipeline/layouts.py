@@ -80,6 +80,11 @@ def fitting_layouts(job: Job) -> list[Layout]:
     return sorted(found, key=lambda layout: (layout.seconds, layout.tensor, layout.pipeline))
 
 
+def padded_rows(vocabulary: int, tensor: int) -> int:
+    """Of the embedding, by Megatron's --make-vocab-size-divisible-by."""
+    return -(-vocabulary // (128 * tensor)) * 128 * tensor
+
+
 def stage_layers(job: Job, pipeline: int) -> tuple[int, ...]:
     return balanced_split(job.plan, job.shape, pipeline, job.backward_cost)
 
@@ -122,8 +127,7 @@ def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> La
     """With its step simulated, unless one micro-batch alone is too much."""
     shape, plan, split = job.shape, job.plan, stage_layers(job, pipeline)
     if job.pads_vocabulary:
-        rows = 128 * tensor  # Megatron's --make-vocab-size-divisible-by
-        shape = replace(shape, vocab_size=-(-shape.vocab_size // rows) * rows)
+        shape = replace(shape, vocab_size=padded_rows(shape.vocab_size, tensor))
     recording = replace(job.recording, tensor_parallel=tensor, sequence_parallel=tensor > 1)
     state = replace(job.state, optimizer_shards=data if job.distributed_optimizer else 1)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_recursive.accounting import ModelShape
-from megatron_recursive.accounting.flops import layer_forward_flops
+from megatron_recursive.accounting.flops import layer_forward_flops, vocabulary_flops
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plan.added_parameters import combining_flops
 from megatron_recursive.plan.trips import trips_of
@@ -63,7 +63,7 @@ def price_passes(
     last = len(layers_per_stage) - 1
     unit = sum(layers_per_stage) * layer_forward_flops(shape)
     layer = layer_forward_flops(shape) / unit
-    head = 2 * shape.hidden_size * shape.vocab_size / unit
+    head = vocabulary_flops(shape) / unit
     forward, backward = [], []
     for p, counts in zip(plan.passes, plan.layers_by_pass(layers_per_stage), strict=True):
         layers = [count * layer for count in counts]

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.models.documents import Documents
 from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.models.recursion_core import BlockReadout, RecursiveOutput
 from megatron_recursive.models.recursion_state import RecursionState, expanded
@@ -190,11 +191,12 @@ class RingStep:
         attention_mask: Tensor | None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        packed_seq_params: Documents | None = None,
     ) -> Tensor | RecursiveOutput:
         """One trip of one micro-batch on this stage: [S, B, H] for the next stage, or the output of the model."""
         trip, model = view.trip, self.model
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask,
-                  "labels": labels, "loss_mask": loss_mask}  # fmt: skip
+                  "labels": labels, "loss_mask": loss_mask, "packed_seq_params": packed_seq_params}  # fmt: skip
         batch = self.micro_batches.setdefault(view.micro_batch, MicroBatch(inputs))
         sent, received = view.received, self._answer(view.received, trip)
         view.set_input_tensor(None)
@@ -229,10 +231,11 @@ class RingStep:
         """A pass through the layers of this stage. Off the first stage the decoder reads its own input tensor."""
         is_first = self.model.pre_process
         self.model.decoder.set_input_tensor(None if is_first else given)
-        mask = batch.inputs["attention_mask"]
         output = self.model.decode(
-            given if is_first else None, mask, stack=decoder_pass.stack, closes=self.plan.closes(decoder_pass)
-        )
+            given if is_first else None, batch.inputs["attention_mask"], stack=decoder_pass.stack,
+            closes=self.plan.closes(decoder_pass), documents=batch.inputs["packed_seq_params"],
+            index=decoder_pass.index,
+        )  # fmt: skip
         self.model.decoder.set_input_tensor(None)
         return output
 
@@ -243,7 +246,8 @@ class RingStep:
         if batch.state is None:
             batch.start = self._started(batch, trip.before)
             leaf = batch.start.detach().requires_grad_(self.train)
-            batch.state = self.model.initial_state(leaf, batch.inputs["input_ids"], batch.inputs["position_ids"])
+            told = (batch.inputs[name] for name in ("input_ids", "position_ids", "packed_seq_params"))
+            batch.state = self.model.initial_state(leaf, *told)
         state, decoder_pass = batch.state, trip.around
         leaves: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -349,7 +353,7 @@ class RingStep:
             return model.logits_BSV(output) if is_last else output
         mask_BS = batch.inputs["loss_mask"]
         mask_BS = torch.ones_like(labels, dtype=torch.float) if mask_BS is None else mask_BS.float()
-        inputs = tuple(batch.inputs[name] for name in ("input_ids", "position_ids", "attention_mask"))
+        inputs = tuple(batch.inputs[name] for name in ("input_ids", "position_ids", "packed_seq_params"))
         readout = model.read_block(self.plan, decoder_pass, output, labels, inputs)
         before = batch.before
         if before is None:

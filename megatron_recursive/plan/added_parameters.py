@@ -157,10 +157,16 @@ def sampled_start(tokens: Any, hidden_size: int, std: float, draw: Any = 0) -> A
     return (within * (2 * uniform - 1)).erfinv() * (math.sqrt(2) * std)
 
 
-def tokens_so_far(tokens: Any) -> Any:
-    """[B, S] of token ids to numbers that tell each token and all before it from others: what training draws by."""
-    places = tokens.new_ones(tokens.shape[-1]).cumsum(-1)
-    return _hashed(_hashed(tokens) ^ (places * 0x9E3779B9)).cumsum(-1) & 0xFFFFFFFF
+def tokens_so_far(tokens: Any, places: Any = None) -> Any:
+    """[B, S] of token ids to numbers that tell each token and all before it from others: what training draws by.
+
+    ``places``: [B, S], of each token in its document, where a row holds several, each of which is told alone.
+    """
+    columns = tokens.new_ones(tokens.shape).cumsum(-1) - 1
+    places = columns if places is None else places
+    told = _hashed(_hashed(tokens) ^ ((places + 1) * 0x9E3779B9))
+    total = told.cumsum(-1)
+    return (total - (total - told).gather(-1, columns - places)) & 0xFFFFFFFF
 
 
 def _hashed(x: Any) -> Any:

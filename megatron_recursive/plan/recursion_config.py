@@ -285,7 +285,7 @@ def add_recursion_arguments(
 ) -> argparse.ArgumentParser:
     """Add one flag per knob of some parts; ``only_given`` leaves those out of the namespace that are not given."""
     origin = ("what is not given is the source's own; a source without recursion becomes recurrent by thirds with "
-              "--recurrence-step mean in convert import and plan --hf, stays plain in count --model without any, and "
+              "--recurrence-step mean in convert import and plan, stays plain in count without any, and "
               "elsewhere has the defaults of pretrain") if only_given else None  # fmt: skip
     group = parser.add_argument_group("recursion", origin)
     for knob in (knob for part in parts for knob in dataclasses.fields(part)):

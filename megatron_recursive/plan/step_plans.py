@@ -44,7 +44,7 @@ class StepPlans:
         self.mean = float(depth if config.mean_recurrence is None else config.mean_recurrence)
         has_ramp = iterations is not None and not (plan.is_plain or plan.trains_heads_only)
         self.ramp = config.deep_supervision_warmup if has_ramp else None
-        self._built, self._supervised = lru_cache(maxsize=256)(with_depth), lru_cache(maxsize=256)(supervised)
+        self._plan_of = lru_cache(maxsize=256)(self._plan)  # whose hash is quick, unlike a plan's
         self._grown = lru_cache(maxsize=1)(build_plan)
         self._check()
 
@@ -69,36 +69,31 @@ class StepPlans:
         plan = self._grown(config)
         return plan.heads_only() if self.plan.trains_heads_only else plan
 
-    def plan_at(self, iteration: int, *, priced: bool = False) -> RecursionPlan:
-        """The plan of a training step, counted from 0 (as Megatron's ``curr_iteration``).
-
-        ``priced``: or another one that costs the same, of which there are few.
-        """
-        plan = self.own_plan(iteration + 1)
-        if self.changes:
-            share = 1.0 if self.ramp is None else share_of(self.ramp, iteration)
-            plan = self._at_depth(plan, iteration)
-            plan = self._supervised(plan, self.config, float(share > 0) if priced else share)
-        return self.plan if plan == self.plan else plan
+    def plan_at(self, iteration: int) -> RecursionPlan:
+        """The plan of a training step, counted from 0 (as Megatron's ``curr_iteration``)."""
+        return self._plan_of(*self._traits(iteration))
 
     @property
     def deepest(self) -> RecursionPlan:
         """The plan of the deepest step that there may be."""
-        return self._built(self.own_plan(self.iterations), self.cap, self.config.backprop_depth)
+        return with_depth(self.own_plan(self.iterations), self.cap, self.config.backprop_depth)
 
     def counts(self, most: int = 10_000) -> Counter[RecursionPlan]:
         """How often each plan is run: in all steps of a run, or in so many that lie evenly in it."""
         if not self.changes:
             return Counter({self.plan: 1})
-        steps = range(0, self.iterations, -(-self.iterations // most))
-        return Counter(self.plan_at(step, priced=True) for step in steps)
+        steps = map(self._traits, range(0, self.iterations, -(-self.iterations // most)))
+        traits, found = Counter((*others, float(share > 0)) for *others, share in steps), Counter[RecursionPlan]()
+        for each, number in traits.items():  # whatever the share is, a step costs the same
+            found[self._plan_of(*each)] += number
+        return found
 
     def drawn(self) -> list[tuple[float, RecursionPlan]]:
         """The plans of steps behind all curricula, with their probabilities."""
         if self.plan.is_plain:
             return [(1.0, self.plan)]
         chances = enumerate(self._distribution(self.mean), start=1)
-        return [(chance, self._built(self.plan, depth, self.config.backprop_depth)) for depth, chance in chances]
+        return [(chance, with_depth(self.plan, depth, self.config.backprop_depth)) for depth, chance in chances]
 
     def depth_at(self, iteration: int) -> int:
         """How deep a step goes: blocks, loops, or passes of a recurrent core."""
@@ -144,7 +139,7 @@ class StepPlans:
 
     def _mean_at(self, iteration: int) -> float:
         if self.growth.at is not None:
-            return float(self.own_plan(iteration + 1).depth)
+            return float(self.plan.depth if iteration < self.growth.at else self.growth.depth)
         shape, length = self.config.recurrence_curriculum, self.config.recurrence_curriculum_fraction * self.iterations
         return self.mean if shape is None else grown(self.mean, shape, iteration / length)
 
@@ -156,12 +151,21 @@ class StepPlans:
             return poisson_lognormal(mean, self.cap, calibrated=not self.config.uncalibrated_recurrence)
         return uniform(mean, round(mean))
 
-    def _at_depth(self, plan: RecursionPlan, iteration: int) -> RecursionPlan:
+    def _traits(self, iteration: int) -> tuple[bool, int, int, float]:
+        """What tells the plan of a step: has the model grown, depth, window of gradient, share of deep supervision."""
         window, shape = self.config.backprop_depth, self.config.backprop_curriculum
         if shape is not None:
             length = self.config.backprop_curriculum_fraction * self.iterations
             window = round(grown(window, shape, iteration / length))
-        return self._built(plan, self.depth_at(iteration), window)
+        has_grown = self.growth.at is not None and iteration >= self.growth.at
+        share = 1.0 if self.ramp is None else share_of(self.ramp, iteration)
+        return has_grown, self.depth_at(iteration) if self._depth_changes else 0, window, share
+
+    def _plan(self, has_grown: bool, depth: int, window: int, share: float) -> RecursionPlan:
+        plan = self.own_plan(self.iterations if has_grown else 0)
+        if self.changes:
+            plan = supervised(with_depth(plan, depth or plan.depth, window), self.config, share)
+        return self.plan if plan == self.plan else plan
 
     def _check(self) -> None:
         config, cap, kind = self.config, self.cap, self.config.recurrence_distribution
@@ -176,7 +180,7 @@ class StepPlans:
         if not self._depth_changes:
             return
         if config.backprop_depth and self.growth.at is None:  # a step that starves weights is refused before the first
-            self._built(self.plan, cap, 1 if config.backprop_curriculum else config.backprop_depth)
+            with_depth(self.plan, cap, 1 if config.backprop_curriculum else config.backprop_depth)
         if self.plan.depth == 1 and cap > 1 and self.growth.at is None:
             raise UserError(
                 f"--recurrence-distribution {kind} changes a depth of 1, which shows no inner block to repeat; give "

@@ -25,10 +25,12 @@ from megatron_recursive.plan.knobs import DEPTHS, ExitKnobs, TrainingKnobs, flag
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, initial_std
 from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
+from megatron_recursive.training.chat_data import add_chat_arguments, settle_chat
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
 from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
 from megatron_recursive.training.distillation import add_distillation_arguments, settle_distillation
+from megatron_recursive.training.lora import add_lora_arguments, refuse_lora, take_adapters
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
 from megatron_recursive.training.optimizer_arguments import add_optimizer_arguments, refuse_optimizers, settle_rates
 from megatron_recursive.training.patches import gpt2_tokenizer
@@ -68,9 +70,11 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         _take_checkpoint_arguments(args)
     refusals.refuse_shapes(args)
     refuse_norms(args)
+    refuse_lora(args)
     refuse_samples(args)
     if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
         args.eval_global_batch_size = refusals.scheduled_batches(args)[-1]
+    settle_chat(args)
     refusals.refuse_schedule(args)
     refuse_supervision(args)
     refuse_schedule_values(args)
@@ -83,9 +87,11 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     recursion = _resolve_recursion(args)
     plan = build_plan(recursion)
     settle_rates(args, plan.heads_only() if args.train_only else plan, recursion)
-    if args.train_only is not None and folder is None:
-        raise UserError(f"--train-only {args.train_only} leaves all other weights as they are; give those of a model, "
-                        "with --load DIR or --init-from-gpt DIR.")  # fmt: skip
+    freezing = {"--train-only": args.train_only, "--lora-rank": args.lora_rank}
+    for flag, value in freezing.items() if folder is None else ():
+        if value is not None:
+            raise UserError(f"{flag} {value} leaves all other weights as they are; give those of a model, with --load "
+                            "DIR or --init-from-gpt DIR.")  # fmt: skip
     with megatron_speaks_in_sentences(args):
         megatron_arguments.validate_args(args, {})
         set_global_variables(args, build_tokenizer=False)
@@ -114,6 +120,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_sample_arguments(parser)
     add_optimizer_arguments(parser)
     add_distillation_arguments(parser)
+    add_chat_arguments(parser)
+    add_lora_arguments(parser)
     group = parser.add_argument_group("recursive runs")
     group.add_argument(
         "--init-from-gpt", metavar="DIR",
@@ -190,7 +198,7 @@ def _refuse_yaml(file: str) -> NoReturn:
 def _machine_defaults() -> dict[str, Any]:
     """Defaults that let a command of stock Megatron flags run here unchanged."""
     has_te = not cpu.is_installed() and importlib.util.find_spec("transformer_engine") is not None
-    # Causality is the attention's own; an explicit mask costs S x S per sample and is made only where it says more.
+    # Causality is the attention's own, and documents are kept apart by their ids; no mask of S x S is made.
     # Without --eval-interval Megatron 0.19 fails when it counts samples; 1000 was its default before.
     defaults: dict[str, Any] = {"create_attention_mask_in_dataloader": False, "eval_interval": 1000}
     if not has_te and importlib.util.find_spec(APEX_KERNEL) is None:
@@ -212,6 +220,7 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
     with megatron_speaks_in_sentences(args), reading_only(args, folder, from_plain_gpt=from_plain_gpt):
         load_args_from_checkpoint(args, load_arg="init_from_gpt" if from_plain_gpt else "load")
     take_function(args, saved)
+    take_adapters(args, saved)
     if not from_plain_gpt:
         given = _given_knobs()
         free = {*(knob.name for part in (TrainingKnobs, ExitKnobs) for knob in fields(part)),
@@ -242,8 +251,6 @@ def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:
     )
     for name, value in recursion.to_dict().items():
         setattr(args, name, value)
-    if args.reset_attention_mask:
-        args.create_attention_mask_in_dataloader = True
     if args.metrics_file is None and args.save is not None:
         args.metrics_file = os.path.join(args.save, "metrics.jsonl")
     return recursion

@@ -20,6 +20,7 @@ from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.plan.recursion_config import Difference
 from megatron_recursive.training import console
 from megatron_recursive.training.architecture import check_architecture
+from megatron_recursive.training.lora import check_adapters
 from megatron_recursive.training.optimizer_state import check_optimizer
 from megatron_recursive.training.schedule_check import check_schedule
 
@@ -33,6 +34,7 @@ def check_checkpoint(
     if DONOR in saved:
         setattr(run, DONOR, saved[DONOR])
     check_architecture(folder, saved, run)
+    check_adapters(folder, saved, run, is_start=from_plain_gpt or run.finetune)
     if from_plain_gpt:
         if saved.get("enable_recursive_refinement"):
             raise UserError(f"--init-from-gpt: {folder} is of a recursive model; continue it with --load.")

@@ -140,8 +140,8 @@ class DistillationSource:
         model = source.build(rows, dtype, group.rank(), group.size())
         beyond = max(source.arch.vocab_size - group.rank() * (rows // group.size()), 0)
 
-        def ask(*inputs: Any) -> Tensor:
-            logits_BSV: Tensor = model(*inputs)
+        def ask(input_ids: Tensor, position_ids: Tensor, documents: Any) -> Tensor:
+            logits_BSV: Tensor = model(input_ids, position_ids, None, packed_seq_params=documents)
             logits_BSV[..., beyond:] = -torch.inf
             return logits_BSV
 

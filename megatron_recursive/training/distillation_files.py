@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from megatron_recursive.data.teacher_files import TeacherFiles
 from megatron_recursive.errors import UserError
 from megatron_recursive.losses.distillation import vocab_parallel_log_softmax
+from megatron_recursive.models.documents import Documents
 from megatron_recursive.training import console
 from megatron_recursive.training.distillation import DistillationSource, facts_of, opened
 from megatron_recursive.training.forward_step import get_batch
@@ -46,7 +47,7 @@ def prepare(args: argparse.Namespace, source: DistillationSource, datasets_provi
             rows = [min(first + rank * micro + number, samples - 1) for number in range(micro)]  # all batches are full
             batch: Any = get_batch(None if train is None else iter([default_collate([train[row] for row in rows])]))
             with torch.no_grad():
-                logits = teacher(batch["tokens"], batch["position_ids"], batch["attention_mask"]).float()
+                logits = teacher(batch["tokens"], batch["position_ids"], Documents.of(batch["document_ids"])).float()
                 log_q = vocab_parallel_log_softmax(logits / args.distill_temperature, group)
                 log_q = gather_from_tensor_model_parallel_region(log_q, group)
                 top, ids = log_q.topk(kept)

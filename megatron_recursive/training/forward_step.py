@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
@@ -21,52 +22,68 @@ from torch import Tensor
 from megatron_recursive.data.content_keyed import ContentKeyedGPTDataset
 from megatron_recursive.errors import UserError
 from megatron_recursive.losses.telemetry import masked
+from megatron_recursive.models.documents import Documents
 from megatron_recursive.models.recursion_core import RecursiveOutput
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import RecursionPlan, StepPlans
+from megatron_recursive.training.chat_data import chat_datasets, is_chat
 from megatron_recursive.training.distillation import check_samples, has_teacher
+from megatron_recursive.training.metrics_log import SUPERVISED
 from megatron_recursive.training.supervision_steps import samples_read
 
 SPIKE_FACTOR = 10  # --check-for-spiky-loss: as Megatron's own GPT script
 STRAGGLER = StragglerDetector()  # of --log-straggler, which divides by the time between its start and stop
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")
 
 
 def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
     """The next micro-batch on every tensor-parallel rank: [B, S] tensors under ``BATCH_KEYS``.
 
-    The first pipeline stage gets tokens, the last one labels, a middle one nothing. Where the loader makes an attention
-    mask [B, 1, S, S] every stage gets it. (Megatron's own script gives middle stages none, and documents leak there.)
+    The first pipeline stage gets tokens, the last one labels. Where documents are kept apart, every stage gets their
+    ids: the loader's, or by the end-of-document tokens, each of which belongs to the document that it ends. (Megatron's
+    own script tells middle stages nothing, and documents leak there.)
     """
     args = get_args()
     if not _stage_reads_data():
         return dict.fromkeys(BATCH_KEYS)
     is_last = parallel_state.is_pipeline_last_stage()
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
+    source = parallel_state.get_tensor_model_parallel_src_rank()
+    micro_batch = args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
     batch: dict[str, Tensor | None] = {}
     if tp_rank == 0:
         assert data_iterator is not None
         loaded = next(data_iterator)
+        if _keeps_documents(args) and "document_ids" not in loaded:
+            ends_BS = (loaded["tokens"] == get_tokenizer().eod).long()
+            loaded = {**loaded, "document_ids": ends_BS.cumsum(1) - ends_BS}
         for key in BATCH_KEYS:
             value = loaded.get(key)
             batch[key] = value.cuda(non_blocking=True) if value is not None else None
+    ids_BS = batch.get("document_ids")
+    if _keeps_documents(args):
+        if ids_BS is None:
+            shape = micro_batch, args.seq_length
+            ids_BS = torch.empty(shape, dtype=torch.long, device=torch.cuda.current_device())
+        torch.distributed.broadcast(ids_BS, source, group=group)
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
-        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=source,
+        broadcast_group=group,
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size,
+        micro_batch_size=micro_batch,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         # Of one stage all are told: a teacher on the last one reads tokens too.
         pipeline_model_parallel_size=1 if is_last and has_teacher(args) else args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=not is_last,  # a middle stage reads the same samples, and uses their mask
+        is_pipeline_first_stage=not is_last,  # a middle stage reads the same samples, and uses their ids
         is_pipeline_last_stage=is_last,
     )
+    batch["document_ids"] = ids_BS
     first_answer = getattr(args, "answer_tokens", None)  # Megatron's own arguments do not have it
     if first_answer is not None:
         _hide_answers(batch, first_answer)
@@ -96,6 +113,9 @@ def loss_func(
     else:
         objective_BS = output.float()
         report = {"lm loss": masked(objective_BS.detach(), mask)}
+    if torch.is_grad_enabled() and is_chat(get_args()):  # their sum over the batch, by way of Megatron's mean
+        of_batch = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
+        report[SUPERVISED] = torch.stack([mask.sum() * of_batch, torch.ones_like(mask.sum())])
     loss = (objective_BS * mask).sum()
     _check(loss)
     return loss, mask.sum().detach().to(torch.int), report
@@ -131,14 +151,16 @@ def forward_step(
     while hasattr(inner, "module"):  # a pass of the ring, DDP; what is inside may be Megatron's own GPT
         inner = inner.module
     iteration = getattr(args, "curr_iteration", 0)  # a run that only evaluates has none
+    inner.reports_accuracy = is_chat(args)
     inner.draw = (args.seed * 0x9E3779B1 ^ iteration) & 0xFFFFFFFF
     with STRAGGLER:
         output = model(
             batch["tokens"],
             batch["position_ids"],
-            batch["attention_mask"],
+            None,
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
+            packed_seq_params=Documents.of(batch["document_ids"]),
             **({} if plan is None else {"plan": plan}),
         )
     return output, partial(loss_func, batch["loss_mask"])
@@ -161,6 +183,8 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     args = get_args()
     train, *held_out = train_valid_test_num_samples
     train_valid_test_num_samples = [samples_read(args, train), *held_out]
+    if is_chat(args):
+        return chat_datasets(args, train_valid_test_num_samples) if _reads_data() else (None, None, None)
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = None
     if args.per_dataset_sequences_path is not None:
@@ -180,7 +204,7 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
+        create_attention_mask=False,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
@@ -218,4 +242,8 @@ def _reads_data() -> bool:
 
 
 def _stage_reads_data() -> bool:
-    return is_first_or_last_pipeline_stage(None) or get_args().create_attention_mask_in_dataloader
+    return is_first_or_last_pipeline_stage(None) or _keeps_documents(get_args())
+
+
+def _keeps_documents(args: Any) -> bool:
+    return args.reset_attention_mask or is_chat(args)

@@ -68,6 +68,7 @@ def memory_of_run(
         model_shape(config, args.seq_length), plan, recording or recording_of(args, config), state_bytes(args),
         layers_per_stage=split, most_held=partial(most_held, grad, stages, batches, windows),
         in_flight=in_flight(stages, batches, windows, interleaved=interleaved), window=max(windows, default=0),
+        teacher=None if config.distillation is None else config.distillation.costs(args.seq_length)[0],
     )  # fmt: skip
     carried = [0.0] * stages
     if size := carried_bytes(args, config):
@@ -103,7 +104,6 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
         dropout_mask=(element if on_cpu else 1) if args.hidden_dropout > 0 else 0,
         splits_norm=on_cpu and transformer.normalization == "RMSNorm",
         splits_activation=local and not transformer.bias_activation_fusion,
-        attention_mask=1 if local and args.create_attention_mask_in_dataloader else 0,
         recompute_layers=together if args.recompute_method == "uniform" else 0,
         recompute_block=together if args.recompute_method == "block" else 0,
         recompute_mlp="mlp" in modules,
@@ -114,7 +114,7 @@ def recording_of(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> R
 def state_bytes(args: argparse.Namespace) -> StateBytes:
     """Bytes a parameter under the optimizer of this run: SGD and Muon keep one moment, the others two."""
     parameter = args.params_dtype.itemsize
-    if args.train_only == "heads":  # a vector or two has more
+    if args.train_only == "heads" or args.lora_rank is not None:  # a few vectors, or low-rank matrices, have more
         return StateBytes(parameter, 0, 0)
     main_copy = 4 if parameter < 4 else 0
     moments = 4 if args.optimizer in ("sgd", "muon") else 8

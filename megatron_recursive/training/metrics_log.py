@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from megatron_recursive.training.progress import Progress
 WINDOW = 50  # iterations that an alarm averages over
 COLLAPSE_COSINE = 0.95  # mean token-to-token cosine of the last output state
 FALLING = 0.05  # a cosine that fell by this much within the window is on its way down
+SUPERVISED = "supervised tokens"  # of conversations; in a record, those of the interval
 LATEST = 500  # iterations after which the alarms speak at the latest
 
 
@@ -73,6 +75,8 @@ class MetricsLog:
             record["recurrence"] = self.plans.plan_at(iteration - 1).depth
         if self._counts_flops:
             record["FLOPs"] = run.flops_spent
+        if SUPERVISED in metrics:
+            record[SUPERVISED] = sum(round(each[SUPERVISED]) for _, each in known)
         for name in ("learning_rate", "grad_norm"):
             if given.get(name) is not None:
                 record[name.replace("_", " ")] = float(given[name])
@@ -86,6 +90,8 @@ class MetricsLog:
         """The metrics of each set of an evaluation."""
         for number, values in enumerate(sets):
             metrics = {name: float(value) for name, value in values.items()}
+            if "token accuracy" in metrics:  # of conversations: on what the assistant says
+                metrics["perplexity"] = math.exp(min(metrics["lm loss"], 700.0))
             if metrics and run.rank == run.world_size - 1:
                 record = {"kind": kind, "iteration": iteration, "time": time.time(),
                           "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip

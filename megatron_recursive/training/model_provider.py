@@ -6,6 +6,7 @@ import argparse
 import copy
 import importlib
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 from megatron.training.training import update_train_iters
 
-from megatron_recursive.accounting import ModelShape
+from megatron_recursive.accounting import FlopsPerToken, ModelShape, mean_flops_per_token
 from megatron_recursive.errors import UserError
 from megatron_recursive.models import compiled_fusions
 from megatron_recursive.models.layer_specs import engine_layer_spec, layers_of_stages, local_block_spec
@@ -27,6 +28,7 @@ from megatron_recursive.models.norm_placement import NormLayout
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel, RecursiveTransformerConfig
 from megatron_recursive.pipeline.pass_costs import price_passes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
+from megatron_recursive.plan.lora import LoRA
 from megatron_recursive.training.distillation import DistillationSource, source_of
 from megatron_recursive.training.norm_arguments import norm_layout
 
@@ -101,8 +103,7 @@ def _layer_spec(config: RecursiveGPTModelConfig, vp_stage: int | None) -> Module
         local = config.transformer.transformer_impl == "local"
         if local:
             return local_block_spec(config.transformer, vp_stage, norms=config.norms)
-        spec = default_layer_spec(config, vp_stage)
-        return spec if config.norms == NormLayout() else engine_layer_spec(spec, config.transformer, config.norms)
+        return engine_layer_spec(default_layer_spec(config, vp_stage), config.transformer, config.norms)
     if callable(spec) and not isinstance(spec, ModuleSpec):
         takes_stage = "vp_stage" in inspect.signature(spec).parameters
         return spec(config, vp_stage=vp_stage) if takes_stage else spec(config)
@@ -131,6 +132,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
         _check_spec(args.spec)
     transformer = core_transformer_config_from_args(args, RecursiveTransformerConfig)
     compiled_fusions.choose(transformer)
+    transformer.lora = LoRA.from_args(vars(args))
     plan = build_plan(recursion)
     if recursion.init_depth_scaling == "unrolled" and not args.init_method_xavier_uniform:
         unrolled = plan.unrolled_layers(transformer.num_layers)
@@ -174,6 +176,9 @@ def model_shape(config: RecursiveGPTModelConfig, seq_length: int) -> ModelShape:
     )
 
 
-def teacher_flops(config: RecursiveGPTModelConfig, seq_length: int) -> float:
-    """A teacher's forward, of each token."""
-    return 0.0 if config.distillation is None else config.distillation.costs(seq_length)[1]
+def training_flops(
+    config: RecursiveGPTModelConfig, seq_length: int, plans: Mapping[RecursionPlan, float]
+) -> FlopsPerToken:
+    """Per token, the mean over training steps of these plans, with how many there are of each."""
+    teacher = 0.0 if config.distillation is None else config.distillation.costs(seq_length)[1]
+    return mean_flops_per_token(model_shape(config, seq_length), plans, teacher)

@@ -53,7 +53,7 @@ def _run() -> None:
             wheel,
         )
         from megatron_recursive.training.progress import Progress
-        from megatron_recursive.training.report import announce, run_description
+        from megatron_recursive.training.report import announce
         from megatron_recursive.training.result_checks import said_in_a_sentence
     warnings.filterwarnings("ignore", message=".*is deprecated.*", module="megatron")
 
@@ -64,7 +64,7 @@ def _run() -> None:
     console.begin(args.log_style, args.save, timers=args.timing_log_level > 0)
     if args.distill_prepare is not None and model_config.distillation is not None:
         return prepare(args, model_config.distillation, _in_sentences(datasets_provider))
-    announce(args, model_config)
+    description = announce(args, model_config)
     progress = Progress()
     plans = model_config.step_plans(args)
     dispatch.install(functools.partial(plan_of_step, plans), recursion.depths_to_evaluate)
@@ -73,7 +73,7 @@ def _run() -> None:
     averages = optimizers.install(args, plans.growth)
     carried.install()
     checkpoints.install(args, model_config, progress, averages)
-    log = MetricsLog(recursion, plans, run_description(args, model_config), progress)
+    log = MetricsLog(recursion, plans, description, progress)
     observing.install(args, log, averages if args.evaluate_ema else ())
     try:
         with said_in_a_sentence(), profiler.stopped_at_exit(args):

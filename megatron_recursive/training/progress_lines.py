@@ -72,7 +72,7 @@ def evaluation(title: str, metrics: Metrics) -> str:
         shown = shown_blocks(list(depths), 10)
         lines.append("    at depth     " + "".join(f"{depth:>8}" for depth in shown))
         lines.append("    lm loss      " + "".join(f"{depths[depth]:>8.3f}" for depth in shown))
-    facts = []
+    facts = [f"token accuracy {metrics['token accuracy']:.1%}"] if "token accuracy" in metrics else []
     if "expected refinement steps" in metrics:
         facts.append(f"{metrics['expected refinement steps']:.2f} blocks until a token halts, on average")
     if "mean exit loop" in metrics:

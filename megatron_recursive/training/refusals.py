@@ -34,6 +34,8 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
      "use --group-query-attention"),
     ("context parallelism (--context-parallel-size > 1)", lambda a: a.context_parallel_size > 1,
      "use --sequence-parallel with tensor parallelism"),
+    ("adapters beside an 8-bit frozen base (--lora-rank with --fp8-format, --fp8-param-gather or --fp4-param-gather)",
+     lambda a: a.lora_rank and (a.fp8 or a.fp8_param_gather or a.fp4_param_gather), "freeze it in bf16, with --bf16"),
     ("FP8 (--fp8-format)", lambda a: a.fp8, "use --bf16"),
     ("FP4 (--fp4-format)", lambda a: a.fp4, "use --bf16"),
     ("8-bit parameters or a quantised output layer (--fp8-param-gather, --fp4-param-gather, --fp8-output-proj)",
@@ -67,7 +69,8 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     ("activation offloading (--fine-grained-activation-offloading, --cpu-offloading-num-layers)",
      lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers, "use --recompute-granularity"),
     ("reinforcement learning (--perform-rl-step)", lambda a: a.perform_rl_step, "leave it out"),
-    ("packed fine-tuning (--sft)", lambda a: a.sft, "tokenize documents instead"),
+    ("Megatron's fine-tuning (--sft), whose evaluations average micro-batches and not tokens", lambda a: a.sft,
+     "use --chat-data PREFIX"),
     ("fill-in-the-middle data (--fim-data)", lambda a: a.fim_data, "leave it out"),
     ("packed documents (--dataloader-inter-document-masking)", lambda a: a.dataloader_inter_document_masking,
      "use --reset-attention-mask and --reset-position-ids"),
@@ -299,10 +302,10 @@ def refuse_tokenizer(args: argparse.Namespace) -> None:
 
 def refuse_data(args: argparse.Namespace) -> None:
     """No data, data of which a file is missing or half written, or documents that cannot be kept apart."""
-    if args.reset_attention_mask and args.transformer_impl != "local":
+    if args.reset_attention_mask and args.allow_ambiguous_pad_tokens:
         raise UserError(
-            "--reset-attention-mask has no effect on Transformer Engine's causal attention, which reads no mask; add "
-            "--transformer-impl local, or leave it out."
+            "--allow-ambiguous-pad-tokens may hide the ends of documents, which --reset-attention-mask needs; leave "
+            "either out."
         )
     rotary = args.use_rotary_position_embeddings or args.position_embedding_type in ("rope", "yarn")
     if rotary and args.reset_position_ids and not args.reset_attention_mask:
@@ -343,30 +346,39 @@ def refuse_data(args: argparse.Namespace) -> None:
         if flag.startswith(("--data-path", "--data-args-path")) and "://" not in prefix:
             if args.split is None and not flag.startswith("--data-path"):
                 raise UserError(f"{flag} needs --split, such as --split 90,10,0.")
-            _refuse_empty_splits(flag, prefix, args.split)
+            refuse_empty_splits(flag, prefix, args.split)
 
 
 def prefixes_of(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Every dataset that Megatron will read, with the flag that it comes from."""
     for flag, blend in _blends(args).items():
         yield from ((flag, prefix) for prefix in _without_weights(flag, blend))
+    for name in ("chat_data", "valid_chat_data"):
+        if getattr(args, name, None) is not None:
+            yield flag_of(name), getattr(args, name)
 
 
-def _refuse_empty_splits(flag: str, prefix: str, given: str | None) -> None:
-    """A part of --split without a token: Megatron would look for its samples for ever."""
-    split = MEGATRONS_SPLIT if given is None else given
+def split_bounds(split: str, documents: int) -> list[int]:
+    """Where the parts of --split begin and end, as Megatron rounds: at most four numbers of documents."""
     try:
         parts = [float(part) for part in split.replace("/", ",").split(",")]
     except ValueError:
         parts = []
     if not parts or min(parts) < 0 or not parts[0] or math.isinf(sum(parts)) or len(parts) > len(SPLITS):
         raise UserError(f"--split {split} must be up to three numbers, train, valid and test, the first above 0.")
+    parts += [0.0] * (len(SPLITS) - len(parts))
+    return [round(documents * sum(parts[:i]) / sum(parts)) for i in range(len(parts) + 1)]
+
+
+def refuse_empty_splits(flag: str, prefix: str, given: str | None) -> None:
+    """A part of --split without a token: Megatron would look for its samples for ever."""
+    split = MEGATRONS_SPLIT if given is None else given
     with open(f"{prefix}.idx", "rb") as stream:  # after the header, the lengths of the sequences, which Megatron splits
         documents = int.from_bytes(stream.read(34)[18:26], "little")
-        bounds = [round(documents * sum(parts[:i]) / sum(parts)) for i in range(len(parts) + 1)]  # as Megatron rounds
+        bounds, parts = split_bounds(split, documents), split.replace("/", ",").split(",")
         for name, part, first, last in zip(SPLITS, parts, bounds, bounds[1:], strict=False):
             stream.seek(34 + 4 * first)
-            if part and not any(stream.read(4 * min(last - first, 2**20))):
+            if float(part) and not any(stream.read(4 * min(last - first, 2**20))):
                 default = " (Megatron's default)" if given is None else ""
                 works = "90,10,0" if documents >= 10 else f"{documents - 1},1,0" if documents > 1 else "1,0,0"
                 raise UserError(

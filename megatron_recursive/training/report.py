@@ -6,21 +6,22 @@ import argparse
 import sys
 from typing import Any
 
-from megatron_recursive.accounting import count_parameters, flops_per_token, mean_flops_per_token
+from megatron_recursive.accounting import FlopsPerToken, count_parameters
 from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
 from megatron_recursive.training import console
 from megatron_recursive.training.memory_report import carried_bytes
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, teacher_flops
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, training_flops
 
 
-def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
-    """Rank 0 prints the passes, which carry gradient, parameters held and unrolled, and FLOPs per token."""
+def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> dict[str, Any]:
+    """Rank 0 prints the passes, which carry gradient, and the figures of :func:`run_description`, which it returns."""
     plan, shape, plans = config.plan, model_shape(config, args.seq_length), config.step_plans(args)
-    parameters, flops = count_parameters(shape, plan), flops_per_token(shape, plan)
+    flops = training_flops(config, args.seq_length, plans.counts())
+    description = run_description(args, config, flops)
     if args.rank != 0:
-        return
+        return description
     phases = teacher = ""
     if config.distillation is not None:
         teacher = f"\ndistillation: {config.distillation.describe(args)}"
@@ -30,12 +31,8 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         said = said_of_phases(costs, batches, args.pipeline_phases, args.pipeline_window)
         balance = said_of_balance(plan, shape, layers_of_stages(config.transformer))
         phases = f"\npipeline: {'; '.join(filter(None, (said, balance)))}"
-    steps = ""
-    if plans.changes:
-        mean = mean_flops_per_token(shape, plans.counts()).total
-        steps = f"\n{plans.describe()}\nFLOPs per token over all steps: {mean:.4g}"
     phases += _said_of_carried(args, config)
-    backward = flops.passes_backward + flops.head_backward
+    steps, mean = (f"\n{plans.describe()}", ", the mean of all steps") if plans.changes else ("", "")
     path = console.log_path()
     if path is not None:
         console.say(f"log: {path.parent} (all that Megatron and the libraries below it say, a file a rank)")
@@ -48,10 +45,11 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> None:
         f"passes: {plan.num_passes}, with gradient: {len(plan.grad_passes)} | "
         f"state init: {plan.state_init} | state norm: {plan.state_norm} | "
         f"embedding multiplier: {plan.embedding_multiplier:g}\n"
-        f"parameters: held {parameters.held:,}, unrolled {parameters.unrolled:,} | "
-        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {backward:.4g}){phases}"
-        f"{steps}{teacher}"
+        f"parameters: held {description['parameters held']:,}, unrolled {description['parameters unrolled']:,} | "
+        f"FLOPs per token: {flops.total:.4g} (forward {flops.forward:.4g}, backward {flops.backward:.4g}{mean})"
+        f"{phases}{steps}{teacher}"
     )
+    return description
 
 
 def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> str:
@@ -68,8 +66,11 @@ def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) 
     )
 
 
-def run_description(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> dict[str, Any]:
-    """What the metrics file says of a run before its metrics."""
+def run_description(
+    args: argparse.Namespace, config: RecursiveGPTModelConfig, flops: FlopsPerToken | None = None
+) -> dict[str, Any]:
+    """What the metrics file says of a run before its metrics; ``flops``, where they are counted, of its mean step."""
+    flops = flops or training_flops(config, args.seq_length, config.step_plans(args).counts())
     plan, shape = config.plan, model_shape(config, args.seq_length)
     parameters = count_parameters(shape, plan)
     passes = f"{plan.num_blocks} blocks, {plan.num_passes} passes" if not plan.is_plain else "plain GPT"
@@ -79,8 +80,7 @@ def run_description(args: argparse.Namespace, config: RecursiveGPTModelConfig) -
         "passes": plan.num_passes,
         "parameters held": parameters.held,
         "parameters unrolled": parameters.unrolled,
-        "FLOPs per token": (mean_flops_per_token(shape, config.step_plans(args).counts()).total
-                            + teacher_flops(config, shape.seq_length)),
+        "FLOPs per token": flops.total,
         "tokens per iteration": args.global_batch_size * args.seq_length,
         "world size": args.world_size,
         "command": sys.argv,

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from megatron_recursive.data.chat.dataset import end_of_turn
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.training import console, stagewise
+from megatron_recursive.training.chat_data import is_chat
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,7 @@ def refuse_samples(args: argparse.Namespace) -> None:
 
 
 def encode_prompts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
-    """Token ids of each prompt.
+    """Token ids of each prompt; with conversations, of a user who says it.
 
     Raises:
         UserError: the tokenizer cannot read a prompt, or it fills the sequence.
@@ -52,7 +54,12 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
     encoded = []
     for prompt in args.generation_prompt or ():
         try:
-            ids = list(tokenizer.tokenize(prompt)) if prompt else [tokenizer.eod]
+            if is_chat(args) and prompt:
+                turns = [{"role": "user", "content": prompt}]
+                template = tokenizer._tokenizer.tokenizer.apply_chat_template
+                ids = list(template(turns, add_generation_prompt=True, return_dict=False))
+            else:
+                ids = list(tokenizer.tokenize(prompt)) if prompt else [tokenizer.eod]
         except Exception as error:  # of whichever tokenizer it is
             reason = " ".join(str(error).split())[:100]
             raise UserError(
@@ -74,12 +81,13 @@ def print_samples(
     from megatron.training import get_timers, get_tokenizer
 
     get_timers()("interval-time").stop()  # as around an evaluation: not a part of the time per iteration
+    end = end_of_turn(run.chat_data) if is_chat(run) else get_tokenizer().eod
     with stagewise.evaluating(run, chunks, optimizer) as model:
         for prompt, ids in zip(run.generation_prompt, prompts, strict=True):
             if model is None:
                 break
             room = min(len(ids) + run.generation_tokens, run.seq_length)
-            tokens = greedy(model, ids, room, run.vocab_size, get_tokenizer().eod)
+            tokens = greedy(model, ids, room, run.vocab_size, end)
             text = get_tokenizer().detokenize(tokens[len(ids) :])
             if run.rank == 0:
                 console.say(f"sample at iteration {iteration}: {prompt!r} -> {text!r}")

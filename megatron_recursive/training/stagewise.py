@@ -84,7 +84,7 @@ def run_passes(
                 model.decoder.set_input_tensor(None if model.pre_process else hidden_SBH)
                 hidden_SBH = model.decode(
                     hidden_SBH if model.pre_process else None, None, stack=decoder_pass.stack,
-                    closes=plan.closes(decoder_pass),
+                    closes=plan.closes(decoder_pass), index=decoder_pass.index,
                 ).to(dtype)  # fmt: skip
             hidden_SBH = from_stage(model, hidden_SBH, stage)
         if watch is not None:

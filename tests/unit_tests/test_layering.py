@@ -27,15 +27,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "backends": ("torch",),
     "data": (
         "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "dill",
-        "loguru", "tqdm", "fsspec", "huggingface_hub", "megatron.core.datasets",
+        "loguru", "tqdm", "fsspec", "huggingface_hub", "jinja2", "megatron.core.datasets",
     ),
     "losses": (f"{OURS}.plan", "torch", "megatron.core"),
     "models": (f"{OURS}.plan", f"{OURS}.losses", "torch", "megatron.core"),
     "optimizers": (f"{OURS}.plan", f"{OURS}.models", "torch", "megatron.core"),
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
-        *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.progress",
-                                            "data.tokenizer", "plots.runs")),
+        *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.preparation",
+                                            "data.progress", "data.tokenizer", "plots.runs")),
         "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_recursive.command_line import command
+from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.data.progress import Progress
+from megatron_recursive.data.tokenizer import load_tokenizer
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
@@ -70,7 +72,8 @@ class ImportOptions:
         selection, num_layers, layers: which layers to keep (:func:`choose_layers`).
         stacks: or which become prelude, core and coda.
         untie: give the output head a copy of the embedding of its own.
-        resize_vocab: grow the embedding to the tokenizer's ids; new rows are the mean of the donor's.
+        resize_vocab: grow the embedding to the tokenizer's ids, or those of another tokenizer's folder, which has
+            added to it and takes its place; new rows are the mean of the donor's.
         proof_dtype: float32 or float64; None skips the proof.
     """
 
@@ -79,7 +82,7 @@ class ImportOptions:
     num_layers: int | None = None
     layers: str | None = None
     untie: bool = False
-    resize_vocab: bool = False
+    resize_vocab: bool | str = False
     proof_dtype: torch.dtype | None = torch.float32
     stacks: StackChoice = StackChoice()
 
@@ -109,12 +112,16 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
     if options.resize_vocab:
         if tokenizer is None:
             raise UserError(f"--resize-vocab: {source.name} has no tokenizer that loads here; leave it out.")
+        if isinstance(options.resize_vocab, str):
+            tokenizer = _grown(tokenizer, options.resize_vocab, source)
         rows = max(arch.vocab_size, last_id(tokenizer) + 1)
         arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
     recursion = _recursion(source, given, len(layers))
     plan = build_plan(recursion)
     plan.layers_of(len(layers))
     job = _Import(source, arch, recursion, plan, layers, untied, tokenizer, options.proof_dtype)
+    if isinstance(options.resize_vocab, str):
+        job.tokenizer_folder = Path(options.resize_vocab)
     say(f"{source.name}: {source.family.model_type}, {source.arch.num_layers} layers, {source.origin}, "
         f"{source.nbytes / 1e6:.1f} MB")  # fmt: skip
     if not plan.is_plain:
@@ -181,6 +188,7 @@ class _Import:
     sums: Sums = field(default_factory=Sums)
     sha256: str = ""
     chosen: Tensor | None = None  # the donor's logits, of the chosen layers
+    tokenizer_folder: Path | None = None  # of a tokenizer that takes the place of the donor's
 
     def __post_init__(self) -> None:
         source, recursive = self.source, self.source.family.own_class
@@ -310,7 +318,7 @@ class _Import:
         target = folder / TOKENIZER
         if self.source.folder is not None:
             stated = read_json(self.source.folder / "config.json")
-            if not copy_tokenizer(self.source.folder, target):
+            if not copy_tokenizer(self.tokenizer_folder or self.source.folder, target):
                 return False
         else:
             stated = self.source.config.to_dict()
@@ -438,6 +446,19 @@ def donor_tokenizer(source: Source) -> Any:
     if source.gguf is not None:
         return tokenizer_of(source.gguf.parent, gguf_file=source.gguf.name)
     return None if source.folder is None else tokenizer_of(source.folder)
+
+
+def _grown(tokenizer: Any, folder: str, source: Source) -> Any:
+    """The tokenizer of a folder, which has all ids of the donor's.
+
+    Raises:
+        UserError: it is another one.
+    """
+    grown, below = load_tokenizer(folder), last_id(tokenizer) + 1
+    if vocabulary_digest(grown.get_vocab(), below) != vocabulary_digest(tokenizer.get_vocab(), below):
+        raise UserError(f"--resize-vocab {folder} is another tokenizer than {source.name}'s, and its ids mean other "
+                        "tokens; name one that was made of it by adding tokens.")  # fmt: skip
+    return grown
 
 
 def _final(partial: Path) -> Path:

@@ -41,7 +41,7 @@ from megatron_recursive.hf.convert.tokenizer_files import (
 from megatron_recursive.hf.convert.torch_dist import TorchDistCheckpoint, iteration_folder
 from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.hf.model import write_remote_code
-from megatron_recursive.hf.model.exits_recursive_gpt import EXIT_ARGUMENTS
+from megatron_recursive.hf.model.exits_recursive_gpt import GENERATION_ENTRIES
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY
@@ -53,6 +53,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
     "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
     "AutoModelForCausalLM": "modeling_recursive_gpt.RecursiveGPTForCausalLM",
+    # "transformers serve" loads a class of its own code or this one; any causal model may stand here.
+    "AutoModelForDecision": "modeling_recursive_gpt.RecursiveGPTForCausalLM",
 }
 
 
@@ -170,7 +172,7 @@ def write_model(
         if found is not None:
             keep_class(before, folder)
         ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
-        write_settings(folder, ids, without=EXIT_ARGUMENTS if model.plan.is_plain else ())
+        write_settings(folder, ids, without=GENERATION_ENTRIES if model.plan.is_plain else ())
         _write_config(model, folder, ids)
         if before is not None and difference(before, tokenizer_of(folder)) and model.family is not OWN:
             notes.append(f"transformers gives this tokenizer other ids beside a {model.family.architecture}, so that "

@@ -14,19 +14,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_recursive.data.tokenizer import VOCABULARIES, load_tokenizer
+from megatron_recursive.data.tokenizer import CONFIG, VOCABULARIES, load_tokenizer, name_class, tokenizer_files
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.files import check_settings
 
-PATTERNS = (
-    "*token*", "*vocab*", "*merges*", "*.model", "*.model.v*", "*.tiktoken", "*.jinja", "chat_template.json",
-    "tekken.json", "generation_config.json", "additional_chat_templates/*.jinja",
-    "LICEN[CS]E*", "NOTICE*",  # what comes with the donor's weights must go on with them
-)  # fmt: skip
-OTHERS = (".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf")  # code and weights, whatever they are called
-SETTINGS, CONFIG = "generation_config.json", "tokenizer_config.json"
+SETTINGS = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-AS_IT_IS = "PreTrainedTokenizerFast"  # known to transformers 4 and 5
 PROBES = (
     "1234 5678 12345678 3.14159, 1,000,000 and 2026-01-31; I'LL don't",
     " two  three   spaces\t a tab\n\n\r\nand lines  \n",
@@ -38,8 +31,7 @@ PROBES = (
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the files of a tokenizer (and the generation settings beside them); False where there is none."""
-    files = sorted({file for pattern in PATTERNS for file in source.glob(pattern)
-                    if file.is_file() and file.suffix not in OTHERS})  # fmt: skip
+    files = tokenizer_files(source)
     if not any(file.match(pattern) for file in files for pattern in VOCABULARIES):
         return False
     for file in files:
@@ -71,18 +63,11 @@ def keep_class(tokenizer: Any, folder: Path) -> None:
     """Have the tokenizer files of a folder load as ``tokenizer`` does, whatever model they stand beside."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         return  # it is not made of a tokenizer.json
-    _name_class(folder)
+    name_class(folder)
     alone = tokenizer_of(folder)
     if alone is None or reading(alone) != reading(tokenizer):
         tokenizer.save_pretrained(folder)
-        _name_class(folder)
-
-
-def _name_class(folder: Path) -> None:
-    file = folder / CONFIG
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    values.pop("auto_map", None)
-    file.write_text(json.dumps({**values, "tokenizer_class": AS_IT_IS}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        name_class(folder)
 
 
 def last_id(tokenizer: Any) -> int:

@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 EXITS = ("halting", "quantile", "output-change", "kl", "argmax")
 EXIT_ARGUMENTS = ("exit", "halt_threshold", "exit_threshold", "exit_stable_blocks", "max_inference_refinement_steps")
+GENERATION_ENTRIES = (*EXIT_ARGUMENTS, "num_refinement_blocks")  # what a generation config may hold besides
 LEAVE_BELOW = ("output-change", "kl")  # their threshold; the others leave at it and above
 _THRESHOLDS = {"quantile": 0.5, "output-change": 0.03, "kl": 1e-3}
 

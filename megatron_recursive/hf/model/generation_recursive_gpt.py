@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +14,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from .cache_recursive_gpt import RecursiveCache
-from .exits_recursive_gpt import EXIT_ARGUMENTS, ExitReport, ExitRule
+from .exits_recursive_gpt import EXIT_ARGUMENTS, GENERATION_ENTRIES, ExitReport, ExitRule
 
 
 class RecursiveGenerationMixin(GenerationMixin):
@@ -32,12 +34,29 @@ class RecursiveGenerationMixin(GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As everywhere in transformers. ``exit=...`` and its arguments (or the same entries of the generation config)
-        let each token leave after its own block; ``last_exit_report`` then says what that saved."""
-        self._open_report, self.last_exit_report = ExitReport(self.config), None
+        let each token leave after its own block; ``last_exit_report`` then says what that saved.
+        ``num_refinement_blocks`` (or that entry) is the depth of this call."""
+        depth = kwargs.pop("num_refinement_blocks", None)
+        for config in (*args[1:2], kwargs.get("generation_config"), self.generation_config):
+            depth = getattr(config, "num_refinement_blocks", None) if depth is None else depth
+        with self._at_depth(depth):
+            self._open_report, self.last_exit_report = ExitReport(copy.copy(self.config)), None  # which is read later
+            try:
+                return super().generate(*args, **kwargs)
+            finally:
+                self._open_report = None
+
+    @contextlib.contextmanager
+    def _at_depth(self, count: int | None) -> Iterator[None]:
+        plan = self.config.recursion_plan
+        if count is None or count == plan.depth:
+            yield
+            return
+        self.set_num_refinement_blocks(count)
         try:
-            return super().generate(*args, **kwargs)
+            yield
         finally:
-            self._open_report = None
+            self._set_plan(plan)
 
     def adjust_generation_fn(
         self, generation_config: Any, from_auto_class: bool, from_pipeline: Any, name: Any, **kwargs: Any
@@ -53,8 +72,8 @@ class RecursiveGenerationMixin(GenerationMixin):
             if file is not None:
                 with open(file, encoding="utf-8") as stream:
                     entries = json.load(stream)
-                exits = {key: entries[key] for key in EXIT_ARGUMENTS if key in entries}
-                self.generation_config.update(allow_custom_entries=True, **exits)
+                ours = {key: entries[key] for key in GENERATION_ENTRIES if key in entries}
+                self.generation_config.update(allow_custom_entries=True, **ours)
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 if getattr(self.generation_config, key) is None:
                     setattr(self.generation_config, key, getattr(self.config, key))
@@ -72,9 +91,9 @@ class RecursiveGenerationMixin(GenerationMixin):
         return inputs, name, model_kwargs
 
     def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """An exit is this model's own: an assistant, which may be of any class, follows its own generation config."""
+        """Exit and depth are this model's: an assistant, which may be of any class, follows its own config."""
         generation_config = copy.copy(generation_config)
-        for name in EXIT_ARGUMENTS:
+        for name in GENERATION_ENTRIES:
             vars(generation_config).pop(name, None)
         others = {name: value for name, value in model_kwargs.items() if name not in EXIT_ARGUMENTS}
         return super()._get_candidate_generator(generation_config=generation_config, model_kwargs=others, **kwargs)

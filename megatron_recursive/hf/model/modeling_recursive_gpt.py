@@ -345,7 +345,10 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         plan = self.config.recursion_plan
         if plan.is_plain:
             raise ValueError("This model is a plain GPT; it has no refinement blocks.")
-        self.config.set_plan(plan.with_blocks(count))
+        self._set_plan(plan.with_blocks(count))
+
+    def _set_plan(self, plan: RecursionPlan) -> None:
+        self.config.set_plan(plan)
         self.model._read_plan()
         self.model.ensure_passes(len(self.model.passes), renew=True)
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_recursive.accounting import flops_per_token
 from megatron_recursive.plan import StepPlans
 from megatron_recursive.training import memory_report
-from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, teacher_flops
+from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, training_flops
 from megatron_recursive.training.patches import wrap
 
 
@@ -37,8 +36,7 @@ def install(config: RecursiveGPTModelConfig, plans: StepPlans) -> None:
             return mean
         plan = plans.plan_at(iteration)
         tokens = given["batch_size"] * length
-        each = flops_per_token(model_shape(config, length), plan).total + teacher_flops(config, length)
-        steps[iteration] = each * tokens
+        steps[iteration] = training_flops(config, length, {plan: 1}).total * tokens
         run.flops_spent = getattr(run, "flops_spent", run.num_floating_point_operations_so_far) + steps[iteration]
         return steps[iteration]
 

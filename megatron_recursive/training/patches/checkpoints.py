@@ -82,13 +82,14 @@ def _load(
         if verify is not False:
             check_integrity(folder, needed=verify is True)
         common = check_checkpoint(folder, plans.growth, scheduler, run, from_plain_gpt=from_plain_gpt)
+    fresh_adapters = bool(common) and getattr(common["args"], "lora_rank", None) is None
     try:
         run.verify_integrity = False  # it is done, where there was a manifest
         if run.train_only is not None:
             tell_step(optimizer)
         with (
             reading_only(run, folder, from_plain_gpt=from_plain_gpt),
-            reading_checkpoint(from_plain_gpt=from_plain_gpt),
+            reading_checkpoint(from_plain_gpt=from_plain_gpt, without_adapters=fresh_adapters),
             torch_adam_mended(optimizer, reading=folder is not None),
             groups_of_the_checkpoint({} if from_plain_gpt else common, optimizer, scheduler, run),
             read_where_stored(averages, stored=bool(common) and vars(common["args"]).get("ema_decay") is not None),

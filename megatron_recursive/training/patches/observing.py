@@ -2,12 +2,12 @@
 
 ``train``, ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of
 ``megatron.training.training``, which see the model, and metrics that are already averaged over micro-batches and ranks;
-Megatron has no hook there. The observers are plain: ``metrics_log``, ``progress``, ``samples``, ``start_check``. The
-wrappers pass everything through unchanged, but for four things. Where the depth of steps changes, Megatron's own lines
-and events are without figures of blocks, which not every step has. Under ``--evaluate-ema`` an evaluation is of the
-averaged weights. An evaluation at the end of a run of what was evaluated at its last iteration just before is left out.
-And the line of a process's first iteration ends its interval where it falls on one, as Megatron's pull request 7092 has
-it later: in 0.19 the second line was the mean of two iterations.
+Megatron has no hook there. The observers are plain: ``metrics_log``, ``progress``, ``samples``, ``start_check``,
+``keep_best``. The wrappers pass everything through unchanged, but for four things. Where the depth of steps changes,
+Megatron's own lines and events are without figures of blocks, which not every step has. Under ``--evaluate-ema`` an
+evaluation is of the averaged weights. An evaluation at the end of a run of what was evaluated at its last iteration
+just before is left out. And the line of a process's first iteration ends its interval where it falls on one, as
+Megatron's pull request 7092 has it later: in 0.19 the second line was the mean of two iterations.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_recursive.optimizers.weight_average import WeightAverage, in_place
 from megatron_recursive.training import samples
+from megatron_recursive.training.keep_best import BestCheckpoint
 from megatron_recursive.training.metrics_log import MetricsLog
 from megatron_recursive.training.patches import wrap
 from megatron_recursive.training.start_check import tell_start
@@ -33,7 +34,7 @@ def install(args: argparse.Namespace, log: MetricsLog, averages: Sequence[Weight
     prompts = samples.encode_prompts(args, get_tokenizer()) if args.generate_interval else []
     trained: dict[str, Any] = {}  # model and optimizer
     evaluated: list[dict[str, Any]] = []
-    last_valid = -1
+    last_valid, best = -1, BestCheckpoint()
 
     def train(call: Callable[[], Any], given: dict[str, Any]) -> Any:
         run = get_args()
@@ -76,6 +77,9 @@ def install(args: argparse.Namespace, log: MetricsLog, averages: Sequence[Weight
         with log.progress.pausing(), in_place(averages, given["model"]):
             result = call()
         log.evaluated(run, kind, iteration, evaluated)
+        if kind == "valid" and args.keep_best:
+            with log.progress.pausing():
+                best.evaluated(run, iteration, evaluated, trained)
         return result
 
     for around in (train, training_log, evaluate, evaluate_and_print_results):

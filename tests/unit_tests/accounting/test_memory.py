@@ -80,7 +80,7 @@ CASES = {
     "supervised apart, norm once": Measured({**DEEP, "num_refinement_blocks": 3, "state_norm": "none"}),
     "ring, supervised": Measured({**DEEP, **FULL}, {"num_layers": 4}, Layout(pp=2), micro_batches=4),
     "exit gate": Measured({"recursion_family": "looped", "exit_gate": True, "num_refinement_blocks": 3}),
-    "documents": Measured(documents=True, recording={"attention_mask": 1}),
+    "documents": Measured(documents=True),
     "bf16": Measured(transformer={"bf16": True}, recording={"element": 2}),
     "replay passes": Measured(FULL, layout=Layout(recompute_passes=True), recording={"recompute_passes": True}),
     "replay layers": Measured(

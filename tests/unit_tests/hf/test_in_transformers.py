@@ -131,6 +131,23 @@ def test_exit_entries_of_a_generation_config_survive(written_by: str, tmp_path: 
     assert not hasattr(RecursiveGPTForCausalLM.from_pretrained(tmp_path).generation_config, "exit")
 
 
+@pytest.mark.parametrize("where", ["argument", "given config", "folder"])
+def test_a_depth_of_a_generation_is_of_that_call_alone(where: str, tmp_path: Path) -> None:
+    model, tokens, settings = make_model(blocks=3), make_tokens(1, 8), {"max_new_tokens": 12, "do_sample": False}
+    own, plan = model.generate(tokens, **settings), model.config.recursion_plan
+    deep = {"num_refinement_blocks": 1, "exit": "argmax"}
+    if where == "given config":
+        deep = {"generation_config": GenerationConfig(**settings, **deep)}
+    elif where == "folder":
+        model.save_pretrained(tmp_path)
+        (tmp_path / "generation_config.json").write_text(json.dumps(deep))
+        model, deep = RecursiveGPTForCausalLM.from_pretrained(tmp_path), {}
+    found = model.generate(tokens, **settings, **deep)
+    assert model.last_exit_report.histogram == {1: 19} and model.config.recursion_plan == plan
+    model.set_num_refinement_blocks(1)
+    assert torch.equal(model.generate(tokens, **settings), found) and not torch.equal(found, own)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_halting_head_stays_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
     model, tokens = make_model(), make_tokens(2, 6)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 
 from megatron_recursive.commands import parser_of
 from megatron_recursive.errors import UserError
-from megatron_recursive.inference import command
+from megatron_recursive.inference import command, output
 from megatron_recursive.inference.loading import open_model
 from tests.distributed import REPOSITORY, run_command
 from tests.unit_tests.inference.folders import POSITIONS, TEMPLATE, write_plain, write_recursive
@@ -133,7 +133,7 @@ def test_a_terminal_gets_words_as_they_come_and_a_table(recursive: Path, capsys:
     flags = ["--model", recursive, "--prompt", "abc", "--max-tokens", 4]
     (record,) = records(capsys, *flags, "--json")
     written: list[str] = []
-    monkeypatch.setattr(command, "_write", written.append)
+    monkeypatch.setattr(output, "write", written.append)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     run(*flags)
     assert len(written) > 1 and "".join(written) == record["text"]

@@ -39,7 +39,7 @@ def observe(model: Any, batch: dict[str, Tensor]) -> Tensor:
     handle.remove()
     assert len(halting) == 4, "two blocks in training, two in evaluation"
     with torch.no_grad():
-        logits = model(batch["input_ids"], batch["position_ids"], batch["attention_mask"])
+        logits = model(**{name: batch[name] for name in batch if name not in ("labels", "loss_mask")})
     return torch.cat([*seen, *(q[..., None] for q in halting), logits], -1)
 
 

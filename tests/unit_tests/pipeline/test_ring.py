@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -26,9 +27,10 @@ def train_all(cases: dict[str, Case], layout: Layout) -> dict[str, Training]:
 
 @pytest.fixture(scope="module")
 def serial(request: pytest.FixtureRequest) -> Serial:
-    """In one process."""
+    """In one process, documents kept apart by a mask of S x S."""
     names = dict.fromkeys(case for _, case in chosen(request, "layout", "case"))
-    return run_distributed(train_all, 1, {name: ALL_CASES[name] for name in names}, Layout(), timeout=180)[0]
+    cases = {name: replace(ALL_CASES[name], masked=True) for name in names}
+    return run_distributed(train_all, 1, cases, Layout(), timeout=180)[0]
 
 
 @pytest.fixture(scope="module")

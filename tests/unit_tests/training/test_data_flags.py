@@ -198,13 +198,12 @@ RESETS = {
     "mask": ["--reset-attention-mask"],
     "loss": ["--eod-mask-loss"],
     "all": ["--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"],
-    "explicit": ["--create-attention-mask-in-dataloader"],
 }
 
 
 def test_positions_and_masks_are_as_the_flags_say(data: Path) -> None:
     common = [*ON_DATA, *RECURSION, *HUNDRED, "--data-path", str(data / "a")]
-    cases = {name: [*common, *flags] for name, flags in RESETS.items() if name != "explicit"}
+    cases = {name: [*common, *flags] for name, flags in RESETS.items()}
     cases["mock"] = [*FLAGS, *RECURSION, *HUNDRED, *RESETS["all"]]
     found = run_distributed(splits_of, 1, cases, timeout=120)[0]
     ends = 0
@@ -218,7 +217,7 @@ def test_positions_and_masks_are_as_the_flags_say(data: Path) -> None:
 
 
 def check_sample(sample: dict[str, Tensor], flags: list[str]) -> None:
-    """Positions, loss mask and attention mask of one sample, derived again from where its documents end."""
+    """Positions, loss mask and document ids of one sample, derived again from where its documents end."""
     is_end = sample["tokens"] == EOD
     document = torch.cat([torch.zeros(1, dtype=torch.long), is_end.long().cumsum(0)[:-1]])
     place = torch.arange(SEQ)
@@ -230,10 +229,10 @@ def check_sample(sample: dict[str, Tensor], flags: list[str]) -> None:
     counted = ~is_end if "--eod-mask-loss" in flags else torch.ones(SEQ, dtype=torch.bool)
     assert torch.equal(sample["loss_mask"].bool(), counted)
     if "--reset-attention-mask" in flags:
-        hidden = (place[None, :] > place[:, None]) | (document[None, :] != document[:, None])
-        assert torch.equal(sample["attention_mask"][0], hidden)
+        assert torch.equal(sample["document_ids"], document)
     else:
-        assert "attention_mask" not in sample  # causal, by the attention itself
+        assert "document_ids" not in sample
+    assert "attention_mask" not in sample  # causal, by the attention itself
 
 
 # --- leaks ----------------------------------------------------------------------------------------------------------
@@ -365,6 +364,7 @@ def test_a_blend_without_weights_that_is_too_short_is_refused(data: Path) -> Non
 REFUSED = {
     "--reset-position-ids --position-embedding-type rope": "--reset-position-ids has no effect on rotary positions",
     "--dataloader-inter-document-masking": "--dataloader-inter-document-masking",
+    "--reset-attention-mask --allow-ambiguous-pad-tokens": "--allow-ambiguous-pad-tokens may hide",
     "--per-dataset-sequences-path nowhere.json": "--per-dataset-sequences-path nowhere.json cannot be read",
 }
 
@@ -373,21 +373,3 @@ def test_what_cannot_work_is_refused() -> None:
     for flags, expected in REFUSED.items():
         said = train(*flags.split())
         assert said is not None and expected in said and said.endswith("."), (flags, said)
-
-
-def test_a_mask_that_transformer_engine_would_not_read_is_refused() -> None:
-    (said,) = run_distributed(refused_with_transformer_engine, 1)
-    assert "--reset-attention-mask has no effect on Transformer Engine" in said
-
-
-def refused_with_transformer_engine() -> str:
-    from megatron_recursive.errors import UserError
-    from megatron_recursive.training import refusals
-
-    args = parse([*FLAGS, *RECURSION, "--reset-attention-mask"])
-    args.transformer_impl = "transformer_engine"
-    try:
-        refusals.refuse_data(args)
-    except UserError as error:
-        return str(error)
-    return ""

@@ -35,7 +35,8 @@ def test_help_of_all_flags() -> None:
     assert broken, "Megatron's help formats again: HelpFormatter._expand_help may go"
     assert text.startswith("usage: megatron-recursive pretrain --num-layers N --hidden-size N")
     titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    ours = ["recursion:", "norms of the layers:", "samples during training:", "recursive runs:"]
+    ours = ["recursion:", "norms of the layers:", "samples during training:", "low-rank adapters (LoRA):",
+            "recursive runs:"]
     assert titles[:1] == ours[:1] and set(ours) <= set(titles[: titles.index("options:")])
     assert "%%" not in text and "\nexample:\n" in text and all(f" {flag}" in text for flag in ("--lr", "--bf16"))
 

@@ -1,0 +1,85 @@
+"""The tokenizer of a chat dataset, with its own template or a default one; its whole folder is stored."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.command_line import command
+from megatron_recursive.data.preparation import digest, vocabulary_digest
+from megatron_recursive.data.tokenizer import (
+    StoredTokenizer,
+    TokenizerChoice,
+    gpt2_tokenizer,
+    id_range,
+    load_tokenizer,
+    name_class,
+    tokenizer_files,
+)
+from megatron_recursive.errors import UserError
+
+FOLDER = "tokenizer"
+TOKENS = ("<|user|>", "<|enduser|>", "<|assistant|>", "<|endassistant|>", "<|system|>", "<|endsystem|>", "<|sep|>")
+DEFAULT = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "<|assistant|>{% generation %}{{ message['content'] }}<|endassistant|>{% endgeneration %}"
+    "{% elif message['role'] in ('user', 'system') %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end{{ message['role'] }}|>"
+    "{% else %}{{ raise_exception('only system, user and assistant turns are known') }}{% endif %}"
+    "{% if not loop.last or add_generation_prompt %}<|sep|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""For a tokenizer without a template: each turn between its two tokens, and ``<|sep|>`` between turns."""
+
+
+def store_chat_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
+    """Write the folder of the tokenizer that the user names into ``folder``; one without a template gets the default.
+
+    Raises:
+        UserError: there is no such tokenizer, or none that transformers loads as a fast one from a folder.
+    """
+    choice.check()
+    if choice.vocab_file is not None and choice.merge_file is not None:
+        tokenizer = gpt2_tokenizer(choice.vocab_file, choice.merge_file)
+    else:
+        tokenizer = load_tokenizer(str(choice.path))
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    if rust is None:
+        raise UserError(f"{choice} is no fast tokenizer of transformers; convert it to a folder with a tokenizer.json")
+    rust.no_truncation()
+    rust.no_padding()
+    if tokenizer.chat_template is None:
+        _add_default(tokenizer)
+    given = Path(choice.path or "")
+    for file in tokenizer_files(given) if choice.path and given.is_dir() else []:
+        place = folder / FOLDER / file.relative_to(given)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+    tokenizer.save_pretrained(folder / FOLDER)
+    name_class(folder / FOLDER)
+    stored = load_tokenizer(folder / FOLDER)
+    if stored.backend_tokenizer.to_str() != rust.to_str():
+        raise UserError(f"{choice} loads otherwise than its files say; save it with save_pretrained and name that")
+    known, vocabulary = id_range(stored), stored.get_vocab()
+    name = str(given.absolute()) if choice.path and given.exists() else str(choice)
+    identity = digest([rust.to_str(), stored.get_chat_template(), stored.special_tokens_map])[:16]
+    file = folder / FOLDER / "tokenizer.json"
+    return StoredTokenizer(file, stored.eos_token_id, known, identity, vocabulary_digest(vocabulary, known), name)
+
+
+def _add_default(tokenizer: Any) -> None:
+    from tokenizers import AddedToken
+
+    before = id_range(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in TOKENS], special_tokens=True)
+    begins = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = "{{ bos_token }}" * begins + DEFAULT
+    added = id_range(tokenizer) - before
+    if added:
+        grow = command("convert", "import", "--hf", "MODEL", "--out", "CKPT", "--resize-vocab", "PREFIX_tokenizer")
+        print(f"the tokenizer has no chat template: it gets the default one, and {added} tokens from id {before} on; "
+              f"a model without rows for them is grown by\n  {grow}", file=sys.stderr)  # fmt: skip

@@ -1,0 +1,150 @@
+"""``--chat-data``: training on conversations that ``prepare-chat`` wrote; ``--train-epochs``, of any data."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.datasets.utils import Split
+
+from megatron_recursive.data.chat.dataset import ChatRows, chat_lengths, tokenizer_of
+from megatron_recursive.data.indexed import all_lengths, check_indexed_dataset
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan.knobs import flag_of
+from megatron_recursive.training import console
+from megatron_recursive.training.refusals import MEGATRONS_SPLIT, prefixes_of, refuse_empty_splits, split_bounds
+
+# Flags of plain text, or of what reads it.
+OF_TEXT = (
+    "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path",
+    "mock_data", "per_dataset_sequences_path", "reset_attention_mask", "reset_position_ids", "eod_mask_loss",
+    "answer_tokens", "full_validation", "multiple_validation_sets", "distill_from", "distill_prepare",
+)  # fmt: skip
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conversations, epochs and the best checkpoint")
+    group.add_argument(
+        "--chat-data", metavar="PREFIX",
+        help="Train on conversations that prepare-chat wrote: packed into rows of --seq-length, kept apart, and the "
+        "loss only on what the assistant says, each token alike. The tokenizer is the data's unless another is given.",
+    )
+    group.add_argument(
+        "--valid-chat-data", metavar="PREFIX",
+        help="Conversations to evaluate on, all of --chat-data being trained on. Without it --split takes some away. "
+        "At most --eval-iters batches are read, and none twice in an evaluation.",
+    )
+    group.add_argument(
+        "--train-epochs", type=int, metavar="N",
+        help="In the place of --train-iters: read every conversation of --chat-data N times, or every token of one "
+        "--data-path (or --train-data-path) as far as it fills batches.",
+    )
+    group.add_argument(
+        "--keep-best", action="store_true",
+        help="Keep the checkpoint of the lowest held-out loss in the folder best below --save, whichever are deleted.",
+    )
+
+
+def is_chat(args: argparse.Namespace) -> bool:
+    return getattr(args, "chat_data", None) is not None  # Megatron's own arguments do not have it
+
+
+def settle_chat(args: argparse.Namespace) -> None:
+    """Refuse what contradicts conversations, and fill in what follows from them; iterations from epochs."""
+    if args.valid_chat_data is not None and args.chat_data is None:
+        raise UserError("--valid-chat-data needs --chat-data, the conversations to train on.")
+    if args.chat_data is not None:
+        _settle_conversations(args)
+    if args.keep_best and (args.save is None or not args.eval_iters or args.async_save or args.skip_train):
+        raise UserError(
+            "--keep-best needs --save, and evaluations (--eval-iters, and a held-out part of --split) while it trains; "
+            "it excludes --async-save."
+        )
+    if args.train_epochs is not None:
+        _settle_epochs(args)
+
+
+def _settle_conversations(args: argparse.Namespace) -> None:
+    for name in OF_TEXT:
+        if getattr(args, name):
+            raise UserError(f"{flag_of(name)} and --chat-data exclude each other; leave one of them out.")
+    args.calculate_per_token_loss = True  # micro-batches have different numbers of supervised tokens
+    if args.tokenizer_type is None and args.tokenizer_model is None:
+        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(tokenizer_of(args.chat_data))
+    for flag, prefix in prefixes_of(args):
+        try:
+            longest = int(chat_lengths(prefix).max())
+        except UserError as error:
+            raise UserError(f"{flag} {prefix}: {str(error).rstrip('.')}.") from error
+        if longest > args.seq_length + 1:
+            raise UserError(
+                f"{flag} {prefix} has a sample of {longest} tokens, for which --seq-length {args.seq_length} is too "
+                f"short; give --seq-length {longest - 1}, or prepare the data for a shorter one."
+            )
+    if args.valid_chat_data is None:
+        refuse_empty_splits("--chat-data", args.chat_data, args.split)
+    held_out = [_rows(args, split, 0) for split in (Split.valid, Split.test)]
+    batches = [-(-rows.rows // (args.eval_global_batch_size or _batch(args))) for rows in held_out if rows is not None]
+    args.eval_iters = min(args.eval_iters, max(batches, default=0))
+
+
+def _batch(args: argparse.Namespace) -> int:
+    replicas = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    return int(args.global_batch_size or args.micro_batch_size * replicas)
+
+
+def _settle_epochs(args: argparse.Namespace) -> None:
+    """Sets ``train_iters``."""
+    if args.train_epochs < 1:
+        raise UserError(f"--train-epochs is {args.train_epochs}; give a positive number.")
+    for name in ("train_iters", "train_samples", "step_batch_size_schedule", "carry_halted"):
+        if getattr(args, name):
+            raise UserError(f"--train-epochs and {flag_of(name)} exclude each other; leave one of them out.")
+    batch = _batch(args)
+    if args.chat_data is not None:
+        rows = _rows(args, Split.train, 0)
+        assert rows is not None, "--split leaves something to train on"
+        batches = -(-args.train_epochs * rows.rows // batch)
+    else:
+        flag, prefix = next(iter(prefixes_of(args)), ("", ""))
+        given = getattr(args, flag[2:].replace("-", "_"), None) or []
+        if len(given) != 1 or flag not in ("--data-path", "--train-data-path") or "://" in prefix:
+            raise UserError("--train-epochs needs --chat-data, or --data-path with one prefix on this machine.")
+        check_indexed_dataset(prefix)
+        lengths = all_lengths(prefix)
+        split = args.split or MEGATRONS_SPLIT if flag == "--data-path" else "1"
+        tokens = int(lengths[: split_bounds(split, len(lengths))[1]].sum(dtype="i8"))
+        batches = (args.train_epochs * tokens - 1) // args.seq_length // batch
+        if not batches:
+            raise UserError(
+                f"{flag} {prefix} has {tokens} tokens to train on, which fill no batch of {batch} samples in "
+                f"--train-epochs {args.train_epochs}; give a smaller --global-batch-size, or more data."
+            )
+    args.train_iters = batches * args.num_supervision_steps
+
+
+def _rows(args: argparse.Namespace, split: Split, wanted: int) -> ChatRows | None:
+    """One of the splits; None where it has no sample."""
+    trains = split is Split.train
+    prefix = args.chat_data if trains or args.valid_chat_data is None else args.valid_chat_data
+    lengths = chat_lengths(prefix)
+    bounds = [0, len(lengths), len(lengths)] if trains else [0, 0, len(lengths), len(lengths)]
+    if args.valid_chat_data is None:
+        bounds = split_bounds(args.split or MEGATRONS_SPLIT, len(lengths))
+    first, last = bounds[split.value : split.value + 2]
+    if first == last:
+        return None
+    multiple = 1 if trains else max(args.eval_iters, 1) * (args.eval_global_batch_size or _batch(args))
+    return ChatRows(prefix, lengths, (first, last), args.seq_length, args.seed, split, wanted,
+                    epochs=args.train_epochs if trains else None, multiple=multiple)  # fmt: skip
+
+
+def chat_datasets(args: argparse.Namespace, wanted: Sequence[int]) -> tuple[Any, Any, Any]:
+    """The three splits; ``wanted`` are the rows that the run reads of each."""
+    train, valid, test = (_rows(args, split, samples) for split, samples in zip(Split, wanted, strict=True))
+    for split, rows in zip(Split, (train, valid, test), strict=True):
+        if rows is not None and args.rank == 0:
+            what = f"{rows.rows} rows of {args.seq_length} tokens, {rows.fill:.1%} full"
+            console.say(f"> conversations ({split.name}): {what}")
+    return train, valid, test
