@@ -119,8 +119,11 @@ def _curves(runs: Sequence[str]) -> list[Part]:
 
 
 def _picture(figure: Any, said: str) -> Part:
+    from matplotlib import pyplot
+
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=140)
+    pyplot.close(figure)
     return _embedded(drawn.getvalue(), said)
 
 
