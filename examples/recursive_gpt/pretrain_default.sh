@@ -61,7 +61,8 @@ step "$recursive" plot "$run" --output "$run/loss_curve.png"
 say "5/6 summary"
 step "$recursive" summarize "$run"
 say "6/6 the report: is the recursion used, what does depth buy, what does it cost"
-step "$recursive" report "$run" --measure --text "$run/data/valid" --prompt "The function returns"
+step "$recursive" report "$run" --measure --text "$run/data/valid" --tokenizer "$run/tokenizer" \
+  --prompt "The function returns"
 compare="  $recursive summarize $run runs/plain
           $recursive report $run runs/plain --output runs/comparison.html"
 ablation="the ablation, which passes the same layers once, and the two runs side by side:
