@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_recursive.commands.generate import prepare_transformers
+from megatron_recursive.commands.shared import prepare_transformers
 
 HERE = Path(__file__).parent
 

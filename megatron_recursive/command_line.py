@@ -33,6 +33,7 @@ _EXAMPLE_WIDTH = 100
 _EXTRA_OF = {
     "datatrove": "data", "orjson": "data", "pyarrow": "data", "sentencepiece": "data", "zstandard": "data",
     "gguf": "hf", "accelerate": "hf", "matplotlib": "plots", "wandb": "plots", "lm_eval": "eval", "kneed": "analysis",
+    "sacrebleu": "chat",
     **dict.fromkeys(("megatron", "numpy", "safetensors", "tensorboard", "tokenizers", "torch", "tqdm",
                     "transformers", "yaml"), ""),
 }  # fmt: skip

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megatron_recursive import accounting
 from megatron_recursive.accounting import ModelShape, mean_flops_per_token
 from megatron_recursive.command_line import example
-from megatron_recursive.commands import asked
+from megatron_recursive.commands import asked, shared
 from megatron_recursive.figures import aligned
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plan.added_parameters import added_parameters
@@ -34,21 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--pipeline-model-parallel-size", "--pp", type=int, dest="pp", default=1, help="stages")
     layout.add_argument("--gpus", type=int, help="how many, the rest data-parallel (default: TP x PP)")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    output.add_argument("--output", metavar="FILE", help="also write that object into a file")
+    shared.add_output(output)
     # fmt: on
     parser.epilog = example("count", "--model", "DIR_OR_CKPT", "--tp", "2", "--pp", "4", "--bf16")
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_recursive.data.files import replacing
-
     asked.check(args)
-    record = count(args)
-    if args.output:
-        with replacing(Path(args.output)) as (partial,):
-            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record) if args.json else "\n".join(tables(record)))
+    shared.finish(args, count(args), tables)
 
 
 def count(args: argparse.Namespace) -> dict[str, Any]:

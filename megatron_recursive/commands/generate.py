@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
 from megatron_recursive.command_line import example
+from megatron_recursive.commands import shared
 
 SUMMARY = "Generate text with an exported model, any causal model of transformers, or a Megatron checkpoint."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cuda", "cpu")
-DEVICE_HELP = "default: MEGATRON_RECURSIVE_DEVICE of the environment, or auto: a GPU where there is one"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-EXITS = ("halting", "quantile", "output-change", "kl", "argmax")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     model = parser.add_argument_group("model, which is required")
-    model.add_argument("--model", required=True, metavar="DIR_OR_CKPT",
-                       help="a Hugging Face folder, a name in the hub's cache, or a Megatron checkpoint")
-    model.add_argument("--tokenizer", metavar="DIR", help="a folder, or a hub name (default: the model's)")
+    shared.add_model(model, "a Hugging Face folder, a name in the hub's cache, or a Megatron checkpoint")
+    shared.add_tokenizer(model)
     model.add_argument("--device-map", choices=DEVICE_MAPS,
                        help="how accelerate spreads a Hugging Face folder over devices (default: on the first)")
     model.add_argument("--dtype", choices=DTYPES, default="auto",
                        help="of the weights (default: auto, as they are stored)")
-    model.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
+    shared.add_device(model)
     asked = parser.add_argument_group("prompts and output: one of --prompt, --prompt-file and --interactive")
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     asked.add_argument("--prompt-file", metavar="FILE", help='a prompt a line, or .jsonl with "prompt"')
@@ -39,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--show-recursive-steps", action="store_true",
                        help="for each new token, what every block would have said, its probability and the halting "
                        "probability: a table on a terminal, JSON lines elsewhere")
+    # fmt: on
+    add_settings(parser)
+    parser.epilog = example("generate", "--model", "DIR_OR_CKPT", "--prompt", "Once upon", "--exit", "halting")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``inference.generation.Settings``, and the depth."""
+    # fmt: off
     chosen = parser.add_argument_group("choice of tokens")
     chosen.add_argument("--max-tokens", type=int, default=128, help="at most so many new ones")
     chosen.add_argument("--temperature", type=float,
@@ -49,33 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--num-beams", type=int, default=1, help="beam search with so many beams")
     chosen.add_argument("--seed", type=int, default=0, help="of sampling, for each prompt anew")
     depth = parser.add_argument_group("depth, of recursive models")
-    depth.add_argument("--num-refinement-blocks", type=int, metavar="T", help="run T blocks (default: as trained)")
-    depth.add_argument("--exit", choices=EXITS, help="let each token leave after its own block (default: none leaves)")
-    depth.add_argument("--halt-threshold", type=float,
-                       help="--exit halting: probability at which a token leaves (default: the model's)")
-    depth.add_argument("--exit-threshold", type=float,
-                       help="--exit output-change or kl: leave below this change (default: 0.03 or 0.001); --exit "
-                       "quantile: at this probability of having left, by the exit gate (default: 0.5)")
+    shared.add_depth(depth)
     depth.add_argument("--exit-stable-blocks", type=int,
                        help="--exit argmax: leave after so many agreeing blocks (default: 2)")
     depth.add_argument("--max-inference-refinement-steps", type=int, metavar="BLOCKS",
                        help="cap under --exit (default: the model's, at most the T it was trained with)")
     # fmt: on
-    parser.epilog = example("generate", "--model", "DIR_OR_CKPT", "--prompt", "Once upon", "--exit", "halting")
-
-
-def prepare_transformers() -> None:
-    """Before transformers is imported: no warnings, no network, and bars only where somebody sees them."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
 
 
 def run(args: argparse.Namespace) -> None:
-    prepare_transformers()
+    shared.prepare_transformers()
     from megatron_recursive.inference import command
 
     command.run(args)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from megatron_recursive.command_line import example
-from megatron_recursive.commands.layers import add_output, prepare
-from megatron_recursive.commands.sweep import add_held_out, opened
+from megatron_recursive.commands import shared
 from megatron_recursive.errors import UserError
 from megatron_recursive.figures import aligned
 
@@ -23,34 +21,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tokens leave. Writes JSON, and a picture beside it."
     )
     required = parser.add_argument_group("required")
-    required.add_argument("--model", required=True, metavar="DIR_OR_CKPT", help="a recursive model: a Hugging Face "
-                          "folder, or a Megatron checkpoint")
+    shared.add_model(required, "a recursive model: a Hugging Face folder, or a Megatron checkpoint")
     # fmt: on
-    add_held_out(parser)
-    add_output(parser, "runs/health.json")
+    shared.add_held_out(parser)
+    shared.add_measuring(parser, "runs/health.json")
     parser.epilog = example("health", "--model", "CKPT", "--text", "heldout.jsonl", "--num-samples", "64")
 
 
 def run(args: argparse.Namespace) -> None:
-    output, picture = prepare(args)
+    shared.prepare(args)
     from megatron_recursive.analysis.depth_sweep import Sweep
     from megatron_recursive.analysis.depth_walk import walker_of
     from megatron_recursive.analysis.health import examine
-    from megatron_recursive.data.files import replacing
     from megatron_recursive.plots.health import plot_health
     from megatron_recursive.plots.records import head
 
     record: dict[str, Any] = {**head("health"), "model": args.model, "text": args.text or "CPython"}
-    with opened(args, args.model) as (loaded, rows):
+    with shared.opened(args, args.model) as (loaded, rows):
         if not loaded.recursive:
             raise UserError(f"--model {args.model} is a plain model, which makes no states; name a recursive one.")
-        kind = "checkpoint" if hasattr(loaded.model, "megatron") else "recursive"
-        record |= {"kind": kind, "samples": len(rows), "sequence_length": rows.shape[1] - 1}
+        record |= {"kind": shared.kind_of(loaded), "samples": len(rows), "sequence_length": rows.shape[1] - 1}
         record |= examine(Sweep(walker_of(loaded), [], rows, args.batch_size, args.answer_tokens))
-    with replacing(output) as (partial,):
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    plot_health(record, picture)
-    print(json.dumps(record) if args.json else "\n".join([*table(record), "", f"{output} and {picture}"]))
+    shared.finish(args, record, table, plot_health)
 
 
 def table(record: dict[str, Any]) -> list[str]:

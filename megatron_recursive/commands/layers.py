@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import command, example
-from megatron_recursive.commands.asked import check
-from megatron_recursive.commands.generate import DEVICE_HELP, DEVICES, prepare_transformers
-from megatron_recursive.data.hub import add_hub_flags, hub_choice
+from megatron_recursive.commands import shared
+from megatron_recursive.data.hub import hub_choice
 from megatron_recursive.errors import UserError
 
 SUMMARY = "Measure what each layer of a model changes, and choose prelude, core and coda by it."
@@ -26,80 +22,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from-analysis takes, and a picture beside it."
     )
     required = parser.add_argument_group("required")
-    required.add_argument("--model", required=True, metavar="DIR_OR_CKPT", help="a Hugging Face folder, a .gguf file, "
-                          "a name in the hub's cache, or a Megatron checkpoint")
-    add_text(parser)
+    shared.add_model(required)
+    shared.add_text(parser)
     choice = parser.add_argument_group("choice of layers")
     choice.add_argument("--target-recurrent-size", type=int, metavar="N",
                         help="keep the N most influential layers of the middle (default: all)")
     choice.add_argument("--loop-windows", type=int, nargs="*", metavar="SIZE", help="also a plain model's loss with "
                         "each window of so many layers looped 2 and 4 times in mean steps (none: the core, a third)")
     choice.add_argument("--loop-samples", type=int, default=8, help="samples for --loop-windows")
-    add_output(parser, "runs/layers.json")
+    shared.add_measuring(parser, "runs/layers.json")
     # fmt: on
     parser.epilog = example("layers", "--model", "MODEL", "--target-recurrent-size", "8", "--loop-windows")
 
 
-def add_text(parser: argparse.ArgumentParser, more: str = "") -> Any:
-    """The flags of those that measure a model on text; ``more``: what --text may name besides."""
-    text = parser.add_argument_group("text")
-    text.add_argument("--text", nargs="+", default=[], metavar="PATH", help="documents, as preprocess reads them: "
-                      f"files, folders, hf://NAME{more} (default: the text that Python ships)")  # fmt: skip
-    text.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text")
-    add_hub_flags(text.add_argument)
-    text.add_argument("--num-samples", type=int, default=256, help="samples at most")
-    text.add_argument("--seq-length", type=int, help="tokens of a sample (default: 256, at most the model's)")
-    text.add_argument("--batch-size", type=int, default=4, help="samples at a time")
-    return text
-
-
-def add_output(
-    parser: argparse.ArgumentParser, default: str | None, what: str = "JSON; the picture is beside it"
-) -> None:  # fmt: skip
-    rest = parser.add_argument_group("tokenizer, device and output")
-    rest.add_argument("--tokenizer", metavar="DIR", help="a folder, or a hub name (default: the model's)")
-    rest.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
-    rest.add_argument("--output", default=default, metavar="FILE", help=what)
-    rest.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
-    """The files of JSON and picture, before anything heavy is imported."""
-    check(args)
-    output = Path(args.output)
-    if output.suffix != ".json":
-        raise UserError(f"--output {output} must end with .json; the picture gets its name, with .png.")
-    if any(each.startswith("hf://") for each in args.text):
-        os.environ.setdefault("HF_HUB_OFFLINE", "0")  # the model comes from the cache all the same
-    prepare_transformers()
-    return output, output.with_suffix(".png")
-
-
-def length_of(args: argparse.Namespace, loaded: Any) -> int:
-    """Tokens of a sample."""
-    most = loaded.max_positions or 2**31
-    length = int(args.seq_length or min(256, most))
-    if not 2 <= length <= most:
-        raise UserError(f"--seq-length {length} must lie between 2 and the {most} positions of the model.")
-    return length
-
-
 def run(args: argparse.Namespace) -> None:
-    output, picture = prepare(args)
+    shared.prepare(args)
     from megatron_recursive.analysis.subject import open_subject
-    from megatron_recursive.data.files import replacing
     from megatron_recursive.plots.layer_scores import plot_layer_scores
 
     with open_subject(args.model, args.tokenizer, args.device) as loaded:
         record = analyze(args, loaded)
-    with replacing(output) as (partial,):
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    plot_layer_scores(record, picture)
-    if args.json:
-        print(json.dumps(record))
-        return
-    print("\n".join([*table(record), "", f"{output} and {picture}"]))
-    if record["kind"] == "donor":
+    shared.finish(args, record, table, plot_layer_scores)
+    if record["kind"] == "donor" and not args.json:
         words = ["convert", "import", "--hf", args.model, "--out", "CKPT", "--from-analysis", args.output]
         print(f"Make it recurrent with these layers:\n{command(*words)}")
 
@@ -114,7 +58,7 @@ def analyze(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
     from megatron_recursive.plots.records import head
 
     model, layers = loaded.model, layers_of(loaded.model)
-    length = length_of(args, loaded)
+    length = shared.length_of(args, loaded)
     if wrong := [size for size in args.loop_windows or () if not 1 <= size <= len(layers)]:
         raise UserError(f"--loop-windows {wrong[0]} must lie between 1 and the model's {len(layers)} layers.")
     if args.loop_windows is not None and loaded.recursive:
@@ -125,7 +69,7 @@ def analyze(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
     stacks = find_stacks(scores.distance, scores.influence, args.target_recurrent_size)
     record = {
         **head("layers"), "model": args.model,
-        "kind": "checkpoint" if hasattr(model, "megatron") else "recursive" if loaded.recursive else "donor",
+        "kind": shared.kind_of(loaded, "donor"),
         "text": args.text or "CPython", "samples": len(rows), "sequence_length": length, **stacks,
         "layers": [{"layer": at, "influence": influence, "distance": distance, "applied": applied}
                    for at, (influence, distance, applied) in

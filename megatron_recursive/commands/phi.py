@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
+from typing import Any
 
 from megatron_recursive.command_line import example
+from megatron_recursive.commands import shared
 from megatron_recursive.errors import UserError
 
 SUMMARY = "Fit how many unique layers a loop is worth, with its interval, to the losses of an ablation."
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("options")
     options.add_argument("--draws", type=int, default=200, help="resamples of the arms that give the interval")
     options.add_argument("--seed", type=int, default=1, help="of these, and of where fits start")
-    options.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_output(options)
     parser.epilog = example("phi", "runs/ablations/phi")
 
 
@@ -32,11 +33,15 @@ def run(args: argparse.Namespace) -> None:
     from megatron_recursive.ablation.loop_worth import fit_phi, read_losses
 
     found = fit_phi(read_losses(args.results), draws=args.draws, seed=args.seed)
-    if args.json:
-        return print(json.dumps({"format": "megatron-recursive phi", "version": 1, "results": args.results} | found))
+    shared.finish(args, {"format": "megatron-recursive phi", "version": 1, "results": args.results} | found, lines)
+
+
+def lines(found: dict[str, Any]) -> list[str]:
     low, high = found["interval"]
-    print(f"phi = {found['phi']:.3f}, 95% interval {low:.3f} to {high:.3f}",
-          f"({found['runs']} runs of {found['arms']} arms, {found['draws']} draws)")  # fmt: skip
-    worth = (f"{r} loops {unique:.2f}" for r, unique in found["worth"].items())
-    print("So many unique copies of the looped layers are worth:", ", ".join(worth))
-    print("L = {E:.3f} + {A:.4g} N^-{alpha:.3f} + {B:.4g} D^-{beta:.3f}; R2 of log L {R2:.4f}".format(**found))
+    worth = ", ".join(f"{r} loops {unique:.2f}" for r, unique in found["worth"].items())
+    return [
+        f"phi = {found['phi']:.3f}, 95% interval {low:.3f} to {high:.3f} "
+        f"({found['runs']} runs of {found['arms']} arms, {found['draws']} draws)",
+        f"So many unique copies of the looped layers are worth: {worth}",
+        "L = {E:.3f} + {A:.4g} N^-{alpha:.3f} + {B:.4g} D^-{beta:.3f}; R2 of log L {R2:.4f}".format(**found),
+    ]

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_recursive.command_line import command, example
-from megatron_recursive.commands import count, generate, module_of, parser_of, sweep
+from megatron_recursive.commands import count, module_of, parser_of, shared
 from megatron_recursive.commands.evaluate import depth_list
-from megatron_recursive.commands.layers import add_output
 from megatron_recursive.plan import RecursionPlan
 
 if TYPE_CHECKING:
@@ -44,15 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="of the sweep (default: powers of 2 up to twice the trained depth)")
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT",
                        help="with --measure: what each block says behind it; may be given several times")
-    sweep.add_held_out(parser)
+    shared.add_held_out(parser)
     parser.set_defaults(num_samples=16)
-    add_output(parser, None, "the page (default: report.html in the folder of the first)")
+    rest = parser.add_argument_group("tokenizer, device and output")
+    shared.add_tokenizer(rest)
+    shared.add_device(rest)
+    rest.add_argument("--output", metavar="FILE", help="the page (default: report.html in the folder of the first)")
+    rest.add_argument("--json", action="store_true", help="print the answers as one JSON object")
     # fmt: on
     parser.epilog = example("report", "runs/default", "--measure", "--prompt", "The function returns")
 
 
 def run(args: argparse.Namespace) -> None:
-    generate.prepare_transformers()
+    shared.prepare_transformers()
     from megatron_recursive.data.files import replacing
     from megatron_recursive.report.answers import answers
     from megatron_recursive.report.page import render
@@ -92,9 +95,9 @@ def _measure(args: argparse.Namespace, subject: Subject) -> None:
     for kind in ("sweep",) if subject.is_plain else ("sweep", "health", *["generate"] * bool(args.prompt)):
         if kind not in subject.found:
             asked = parser_of(kind).parse_args(["--model", str(subject.model), *words[kind]])
-            shared = vars(args).keys() & vars(asked).keys() - {"output", "json", "depths", "prompt"}
-            shared -= {"batch_size"} if kind == "generate" else set()
-            vars(asked).update({name: vars(args)[name] for name in shared})
+            alike = vars(args).keys() & vars(asked).keys() - {"output", "json", "depths", "prompt"}
+            alike -= {"batch_size"} if kind == "generate" else set()
+            vars(asked).update({name: vars(args)[name] for name in alike})
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 module_of(kind).run(asked)
             if kind == "generate":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from megatron_recursive.command_line import example
 from megatron_recursive.commands.plot import add_runs, runs_of
+from megatron_recursive.commands.shared import add_output, finish
 from megatron_recursive.plots.run_summary import summarize_runs
 
 SUMMARY = "Say in a few lines what a run trained and what came out, or set several side by side."
@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_runs(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print the same figures as one JSON object")
+    add_output(output)
     parser.epilog = example("summarize", "runs/default", "runs/plain")
 
 
 def run(args: argparse.Namespace) -> None:
     text, figures = summarize_runs(runs_of(args))
-    print(json.dumps(figures) if args.json else text)
+    finish(args, figures, lambda _: [text])

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import example
+from megatron_recursive.commands import shared
 from megatron_recursive.commands.evaluate import depth_list
-from megatron_recursive.commands.layers import add_output, add_text, length_of, prepare
-from megatron_recursive.data.hub import hub_choice
-from megatron_recursive.errors import UserError
 from megatron_recursive.figures import aligned
 
 SUMMARY = "Measure held-out text at many depths of one or several models, and what leaving early would cost."
@@ -28,31 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "any layout. Writes JSON, and a picture beside it; a command that was killed goes on when it is given again."
     )
     required = parser.add_argument_group("required")
-    required.add_argument("--model", required=True, nargs="+", metavar="DIR_OR_CKPT", help="Hugging Face folders, "
-                          ".gguf files, names in the hub's cache, or Megatron checkpoints")
-    add_held_out(parser)
+    shared.add_model(required, nargs="+")
+    shared.add_held_out(parser)
     depth = parser.add_argument_group("depths and exits")
     depth.add_argument("--depths", type=depth_list, default=(1, 2, 4, 8, 16, 32, 64), metavar="T,T,...",
                        help="blocks, loops or recurrences; the trained depth is added (default: 1,2,4,...,64)")
     depth.add_argument("--mean-depth", type=float, metavar="X", help="also the threshold of each exit for this mean")
     depth.add_argument("--measure-exits", action="store_true", help="also run the model itself under every exit; a "
                        "checkpoint reads token by token then")
-    add_output(parser, "runs/sweep.json")
+    shared.add_measuring(parser, "runs/sweep.json")
     # fmt: on
     parser.epilog = example("sweep", "--model", "CKPT", "DIR", "--text", "heldout.jsonl", "--mean-depth", "2.5")
 
 
-def add_held_out(parser: argparse.ArgumentParser) -> None:
-    """The flags of :func:`opened`."""
-    text = add_text(parser, ", or alone the PREFIX of training's token files")
-    text.add_argument("--data-seed", type=int, default=1234, help="of a PREFIX: --seed of the training, which orders "
-                      "its documents")  # fmt: skip
-    text.add_argument("--answer-tokens", type=int, metavar="N", help="as in training: tokens from N on are answers")
-
-
 def run(args: argparse.Namespace) -> None:
-    (output, picture), parts = prepare(args), Path(f"{args.output}.parts")
-    from megatron_recursive.data.files import replacing
+    shared.prepare(args)
+    parts = Path(f"{args.output}.parts")
     from megatron_recursive.plots.depth_sweep import plot_depth_sweep
     from megatron_recursive.plots.records import head
 
@@ -60,12 +46,8 @@ def run(args: argparse.Namespace) -> None:
         **head("sweep"), "text": args.text or "CPython",
         "models": [_of_model(args, name, parts) for name in args.model],
     }  # fmt: skip
-    with replacing(output) as (partial,):
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    plot_depth_sweep(record, picture)
+    shared.finish(args, record, tables, plot_depth_sweep)
     shutil.rmtree(parts, ignore_errors=True)
-    lines = [line for each in record["models"] for line in [*table(each), ""]]
-    print(json.dumps(record) if args.json else "\n".join([*lines, f"{output} and {picture}"]))
 
 
 def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any]:
@@ -73,41 +55,20 @@ def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any
     from megatron_recursive.analysis.depth_walk import walker_of
     from megatron_recursive.analysis.subject import fingerprint
 
-    with opened(args, name) as (loaded, rows):
+    with shared.opened(args, name) as (loaded, rows):
         model = walker_of(loaded)
         depths = sorted({*args.depths, model.plan.depth})
-        kind = "checkpoint" if hasattr(loaded.model, "megatron") else "recursive" if loaded.recursive else "plain"
         asked = depth_sweep.Sweep(model, depths, rows, args.batch_size, args.answer_tokens)
         found = depth_sweep.run(asked, parts, f"{name} {fingerprint(name)}")
         return {
-            "model": name, "kind": kind, "samples": len(rows), "sequence_length": rows.shape[1] - 1,
+            "model": name, "kind": shared.kind_of(loaded), "samples": len(rows), "sequence_length": rows.shape[1] - 1,
             **depth_sweep.record_of(asked, found),
             "exits": exit_frontier.frontier(asked, found, args.mean_depth, args.measure_exits),
         }  # fmt: skip
 
 
-@contextlib.contextmanager
-def opened(args: argparse.Namespace, name: str) -> Iterator[tuple[Any, Any]]:
-    """A model, and the rows of its text, each with the token behind it."""
-    import torch
-
-    from megatron_recursive.analysis.subject import open_subject, text_rows
-    from megatron_recursive.data.indexed import held_out_rows
-
-    prefix = next((each for each in args.text if Path(f"{each}.idx").is_file()), None)
-    if prefix is not None and len(args.text) > 1:
-        raise UserError(f"--text {prefix} is a token file, which stands alone; give one, or documents.")
-    with open_subject(name, args.tokenizer, args.device, numbers=prefix is not None) as loaded:
-        length = length_of(args, loaded)
-        if prefix is not None:
-            rows = torch.from_numpy(held_out_rows(prefix, args.num_samples, length, args.data_seed))
-        else:
-            hub = hub_choice(args)
-            rows = text_rows(loaded.text, args.text, args.num_samples, length, args.json_key, hub, ahead=1)
-        largest, size = int(rows.max()), loaded.model.config.vocab_size
-        if largest >= size:
-            raise UserError(f"--text has the token id {largest}, but {name} has {size} tokens; give its own text.")
-        yield loaded, rows.to(loaded.model.device)
+def tables(record: dict[str, Any]) -> list[str]:
+    return [line for each in record["models"] for line in [*table(each), ""]][:-1]
 
 
 def table(record: dict[str, Any]) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import command, example
-from megatron_recursive.commands.generate import DEVICE_HELP, DEVICES, EXITS, prepare_transformers
+from megatron_recursive.commands import shared
 from megatron_recursive.errors import UserError
 
 SUMMARY = "Make a task that needs depth, as training data, and count right answers on it by block."
@@ -54,20 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "right answers and the blocks that they took."
     )
     required = evaluate.add_argument_group("required")
-    required.add_argument("--model", required=True, metavar="DIR_OR_CKPT",
-                          help="a Hugging Face folder or a Megatron checkpoint")
+    shared.add_model(required, "a Hugging Face folder or a Megatron checkpoint")
     required.add_argument("--data", required=True, metavar="PREFIX", help="of a task, without .bin: DIR/valid")
     depth = evaluate.add_argument_group("depth, of recursive models; device and output")
-    depth.add_argument("--num-refinement-blocks", type=int, metavar="T", help="run T blocks (default: as trained)")
-    depth.add_argument("--exit", choices=(*EXITS, "none"),
-                       help="by what a token leaves (default: halting where the model has such a head)")
-    depth.add_argument("--halt-threshold", type=float,
-                       help="--exit halting: probability at which a token leaves (default: the model's)")
-    depth.add_argument("--exit-threshold", type=float,
-                       help="--exit output-change or kl: leave below this change (default: 0.03 or 0.001); --exit "
-                       "quantile: at this probability of having left, by the exit gate (default: 0.5)")
-    depth.add_argument("--device", choices=DEVICES, help=DEVICE_HELP)
-    depth.add_argument("--json", action="store_true", help="one JSON line, and nothing else on stdout")
+    shared.add_depth(depth, (*shared.EXITS, "none"), "halting where the model has such a head")
+    shared.add_device(depth)
+    shared.add_output(depth)
     evaluate.epilog = example("task", "evaluate", "--model", "runs/hops/recursive", "--data", "runs/hops/valid")
     # fmt: on
 
@@ -116,7 +107,7 @@ def _make(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    prepare_transformers()
+    shared.prepare_transformers()
     from megatron_recursive.inference.answers import evaluate
     from megatron_recursive.inference.generation import Settings
     from megatron_recursive.inference.loading import open_model
@@ -131,10 +122,8 @@ def _evaluate(args: argparse.Namespace) -> None:
                             exit_threshold=args.exit_threshold)  # fmt: skip
         settings.check(loaded)
         level, rows = evaluate(loaded, args.data, settings)
-    if args.json:
-        print(json.dumps({"model": args.model, "data": args.data, "exit": settings.exit, "rows": rows}))
-    else:
-        print("\n".join(table(level, rows)))
+    record = {"model": args.model, "data": args.data, "exit": settings.exit, "rows": rows}
+    shared.finish(args, record, lambda _: table(level, rows))
 
 
 def table(level: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:

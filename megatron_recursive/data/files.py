@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from megatron_recursive.errors import UserError
 
@@ -35,6 +37,11 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
         for partial in partials:
             with suppress(OSError):
                 partial.unlink()
+
+
+def write_json(target: Path, record: Any) -> None:
+    with replacing(target) as (partial,):
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

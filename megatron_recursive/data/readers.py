@@ -243,8 +243,8 @@ def read_records(span: Span, keys: Sequence[str], reject: Reject) -> Iterator[Re
     """
     if span.path.endswith(".parquet"):
         try:
-            for row, value, size in read_table(span, lambda names: [name for name in names if name in keys]):
-                yield Record({key: each for key, each in value.items() if each is not None}, span, row, size)
+            for row, cells, size in read_table(span, lambda names: [name for name in names if name in keys]):
+                yield Record({key: each for key, each in cells.items() if each is not None}, span, row, size)
         except DamagedTableError as error:
             reject(error)
         return
@@ -307,7 +307,7 @@ def _read_array(span: Span, reject: Reject) -> Iterator[Record]:
             at += 1
         except (json.JSONDecodeError, RecursionError) as error:
             line += text.count("\n", counted, getattr(error, "pos", at))
-            reject(UserError(f"{span.path}:{line} is not valid JSON ({error}), and the rest is not read; mend it"))
+            reject(UserError(f"{span.path}:{line} stops being valid JSON ({error}), the rest is not read; mend it"))
             return
 
 

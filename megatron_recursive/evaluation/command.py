@@ -13,8 +13,9 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-from megatron_recursive.data.files import replacing
+from megatron_recursive.data.files import write_json
 from megatron_recursive.errors import UserError
+from megatron_recursive.figures import aligned
 
 # What the harness says of a wrong command line, with a ValueError or FileNotFoundError.
 _MISTAKES = ("Tasks not found", "No tasks specified", "Specify --output_path", "If --samples", "When `fewshot_as",
@@ -63,8 +64,7 @@ def _at_depths(args: Any, depths: Sequence[int]) -> None:
                             "recursion": found["config"]["recursion"]})  # fmt: skip
     if len(records) == len(depths):  # the first of several processes
         target = file.with_name(f"depths_{file.name.removeprefix('results_')}")
-        with replacing(target) as (partial,):
-            partial.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(target, records)
         print("\n".join([*table(records), str(target)]))
 
 
@@ -80,5 +80,4 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
                              *(f"{cell:.4f}" if abs(cell) < 1e5 else f"{cell:.4g}" for cell in cells)])  # fmt: skip
     rows.append(["blocks a token", "", *(f"{each['recursion']['mean_blocks']:.2f}" for each in records)])
     rows.append(["FLOPs saved", "", *(f"{each['recursion']['flops_saved']:.1%}" for each in records)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return aligned(rows[0], rows[1:], left=2)

@@ -48,13 +48,12 @@ class LowRank(MegatronModule):
             fresh = torch.empty(lora.rank, whole, device="cpu")
             fresh.uniform_(-lora.bound(whole), lora.bound(whole), generator=generator)
             mine = fresh if self.by_columns else fresh.chunk(ranks, dim=1)[rank]
-            down = torch.nn.Parameter(mine.contiguous().to(linear.weight))
-            up = torch.nn.Parameter(torch.zeros(rows, lora.rank).to(linear.weight))
+            # The module's own: a ParameterDict is never called, and DDP waits for the parameters of what is.
+            self.register_parameter(f"A_{name}", torch.nn.Parameter(mine.contiguous().to(linear.weight)))
+            self.register_parameter(f"B_{name}", torch.nn.Parameter(linear.weight.new_zeros(rows, lora.rank)))
+            down, up = self.factors(name)
             down.sequence_parallel = self.gathers  # type: ignore[attr-defined]
             set_tensor_model_parallel_attributes(*((up, True, 0, 1) if self.by_columns else (down, True, 1, 1)))
-            # The module's own: a ParameterDict is never called, and DDP waits for the parameters of what is.
-            self.register_parameter(f"A_{name}", down)
-            self.register_parameter(f"B_{name}", up)
 
     def forward(self, x: Tensor, name: str) -> Tensor:
         """Of the linear's input, as it is given to this rank, what is added to this rank's product."""
@@ -83,7 +82,7 @@ class LowRank(MegatronModule):
         for name, value in sharded.items():
             if self.halves and name.startswith(f"{prefix}B_"):
                 value = sharded[name] = apply_swiglu_sharded_factory(value, (), tp_group=self.tp_group)
-            value.key = value.key.replace(f".{MODULE}.", f".{MODULE}.{self.layer}.")
+            value.key = value.key.replace(f".{MODULE}.", f".{self.layer}.{MODULE}.")  # Megatron takes its own off
         return sharded
 
 

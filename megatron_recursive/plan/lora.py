@@ -18,7 +18,7 @@ TARGETS = {  # by the flag's word, which is Megatron's: the module in a layer
     "linear_fc1": "mlp.linear_fc1", "linear_fc2": "mlp.linear_fc2",
 }  # fmt: skip
 SHARED = "shared"
-MODULE = "lora"  # of a layer; in a checkpoint the layer's number follows, since layers may have other passes
+MODULE = "lora"  # of a layer
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class LoRA:
         ordered = tuple(each for each in TARGETS if each in targets)
         return cls(rank, alpha, ordered, bool(args.get("lora_per_pass")), args.get("seed") or 0)
 
+    def to_config(self) -> dict[str, Any]:
+        """Of an export that has one for each pass."""
+        return {"rank": self.rank, "alpha": self.alpha, "targets": list(self.targets)}
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
@@ -56,9 +60,14 @@ class LoRA:
             return (SHARED,)
         return tuple(str(each.index) for each in plan.passes if each.stack == stack and each.grad)
 
-    def size(self, rows: int, columns: int) -> int:
-        """Parameters of one adapter of a matrix."""
-        return self.rank * (rows + columns)
+    def keys(self, plan: RecursionPlan, num_layers: int, layer: int, weight: str) -> dict[str, tuple[str, str]]:
+        """By name, the keys of A and B beside a weight of a layer, such as ``mlp.linear_fc2.weight``."""
+        (target,) = [name for name, path in TARGETS.items() if f"{path}.weight" == weight] or [""]
+        if target not in self.targets:
+            return {}
+        (stack,) = (stack for stack, layers in plan.layers_of(num_layers).items() if layer in layers)
+        place = f"decoder.layers.{layer}.{MODULE}.{target}"
+        return {name: (f"{place}.A_{name}", f"{place}.B_{name}") for name in self.names(plan, stack)}
 
     def bound(self, columns: int) -> float:
         """A is uniform within it, as PEFT's."""

@@ -19,7 +19,7 @@ from megatron_recursive.training.refusals import MEGATRONS_SPLIT, prefixes_of, r
 OF_TEXT = (
     "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path",
     "mock_data", "per_dataset_sequences_path", "reset_attention_mask", "reset_position_ids", "eod_mask_loss",
-    "answer_tokens", "full_validation", "multiple_validation_sets", "distill_from", "distill_prepare",
+    "answer_tokens", "full_validation", "multiple_validation_sets",
 )  # fmt: skip
 
 
@@ -36,14 +36,21 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         "At most --eval-iters batches are read, and none twice in an evaluation.",
     )
     group.add_argument(
-        "--train-epochs", type=int, metavar="N",
-        help="In the place of --train-iters: read every conversation of --chat-data N times, or every token of one "
-        "--data-path (or --train-data-path) as far as it fills batches.",
+        "--train-epochs", type=int, metavar="N", action=_InPlaceOfIterations,
+        help="In the place of a --train-iters before it: read each conversation of --chat-data N times, or each token "
+        "of one --data-path (or --train-data-path) as far as it fills batches.",
     )
     group.add_argument(
         "--keep-best", action="store_true",
         help="Keep the checkpoint of the lowest held-out loss in the folder best below --save, whichever are deleted.",
     )
+
+
+class _InPlaceOfIterations(argparse.Action):
+    """Later flags win; the file of an import has --train-iters."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        namespace.train_epochs, namespace.train_iters = values, None
 
 
 def is_chat(args: argparse.Namespace) -> bool:
@@ -142,7 +149,7 @@ def _rows(args: argparse.Namespace, split: Split, wanted: int) -> ChatRows | Non
 
 def chat_datasets(args: argparse.Namespace, wanted: Sequence[int]) -> tuple[Any, Any, Any]:
     """The three splits; ``wanted`` are the rows that the run reads of each."""
-    train, valid, test = (_rows(args, split, samples) for split, samples in zip(Split, wanted, strict=True))
+    train, valid, test = (_rows(args, split, rows) if rows else None for split, rows in zip(Split, wanted, strict=True))
     for split, rows in zip(Split, (train, valid, test), strict=True):
         if rows is not None and args.rank == 0:
             what = f"{rows.rows} rows of {args.seq_length} tokens, {rows.fill:.1%} full"

@@ -78,8 +78,8 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     ("files of logits (--logits-save-dir, --logits-load-dir)", lambda a: a.logits_save_dir or a.logits_load_dir,
      "use --distill-prepare and --distill-from"),
     ("in-process restarts (--inprocess-restart)", lambda a: a.inprocess_restart, "let torchrun restart the run"),
-    ("data loaders of one's own (--dataloader-type external)", lambda a: a.dataloader_type == "external",
-     "use --dataloader-type single or cyclic"),
+    ("data loaders of one's own (--dataloader-type external)", lambda a: a.dataloader_type == "external"
+     and a.data_stream is None, "use --data-stream, or --dataloader-type single or cyclic"),
     # Nor does Megatron 0.19.2: it passes its config a name that the config does not have.
     ("Xavier initialisation (--init-method-xavier-uniform)", lambda a: a.init_method_xavier_uniform,
      "use --init-method-std"),
@@ -333,7 +333,7 @@ def refuse_data(args: argparse.Namespace) -> None:
                 "whole; give --valid-data-path PREFIX ... without them."
             )
     sources = list(prefixes_of(args))
-    if not sources:
+    if not sources and args.data_stream is None:
         raise UserError(
             f"No training data: give --data-path PREFIX (made by {command('preprocess')}) or --train-data-path, or "
             "--mock-data to try things out."

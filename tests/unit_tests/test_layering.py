@@ -45,7 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "inference": (
         *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "losses", "models", "hf")), "torch",
-        "transformers", "megatron.core",
+        "transformers", "megatron.core", "sacrebleu", "tqdm",
     ),
     "evaluation": (
         *(f"{OURS}.{folder}" for folder in ("backends", "data.files", "data.tokenizer", "hf")), "torch", "transformers",

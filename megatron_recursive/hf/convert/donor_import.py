@@ -470,7 +470,7 @@ def checkpoint_fetch(checkpoint: TorchDistCheckpoint) -> proof.Fetch:
     """Parameters by checkpoint key, those of layers with their number in it."""
 
     def fetch(name: str) -> Tensor:
-        if not name.startswith(LAYERS):
+        if not name.startswith(LAYERS) or name in checkpoint.shapes:  # adapters have keys with the number in them
             return checkpoint.get(name)
         layer, _, rest = name.removeprefix(LAYERS).partition(".")
         return checkpoint.get(LAYERS + rest, int(layer))

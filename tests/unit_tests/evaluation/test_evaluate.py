@@ -131,9 +131,9 @@ def test_one_table_over_depths(
     with pytest.raises(SystemExit):
         main(["evaluate", "--model", "recursive", "--model_args", f"pretrained={folder}", "--tasks", "nope"])
     assert "error: Tasks not found: nope" in capsys.readouterr().err
-    words = ["--model", "recursive", "--model_args", f"pretrained={folder},dtype=float32", "--limit", "5",
+    words = ["--model", str(folder), "--model_args", "dtype=float32", "--limit", "5",
              "--batch_size", "3", "--include_path", str(TASKS), "--tasks", "cpython_cloze,cpython_choice"]  # fmt: skip
-    main(["evaluate", *words, "--depths", "1,2", "--output_path", str(tmp_path / "out")])
+    main(["evaluate", *words, "--depths", "1,2", "--output", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()[-8:]
     records = json.loads(Path(lines[-1]).read_text())
     assert [each["depth"] for each in records] == [1, 2] and lines[0].split() == "task metric depth 1 depth 2".split()

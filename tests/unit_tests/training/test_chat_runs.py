@@ -56,6 +56,7 @@ def best_of(folder: Path) -> tuple[int, float]:
     return record["iteration"], record["lm loss"]
 
 
+@pytest.mark.grid
 def test_the_best_checkpoint_stays_over_resume_and_retention(tmp_path: Path) -> None:
     """On plain text. A rate that is too high makes the loss rise again."""
     run = tmp_path / "run"
@@ -80,7 +81,6 @@ REFUSED = {
     "--mock-data": "--mock-data and --chat-data exclude each other",
     "--reset-attention-mask": "--reset-attention-mask and --chat-data exclude each other",
     "--seq-length 15": "has a sample of 17 tokens, for which --seq-length 15 is too short; give --seq-length 16",
-    "--train-iters 3": "--train-epochs and --train-iters exclude each other",
     "--train-epochs 0": "--train-epochs is 0; give a positive number",
     "--split 0,1,0": "--split 0,1,0 must be up to three numbers",
     "--split 99,1,0": "leaves none for valid; give --split 90,10,0",
@@ -104,12 +104,29 @@ def test_what_contradicts_is_refused(tmp_path: Path, chat: dict[str, int]) -> No
     assert said == "--train-epochs needs --chat-data, or --data-path with one prefix on this machine."
 
 
+@pytest.mark.grid
+def test_epochs_of_text_and_a_later_flag_of_iterations(tmp_path: Path, chat: dict[str, int]) -> None:
+    """Of 178 tokens, two epochs fill 22 samples of 16 and the label of the last; a batch has 4."""
+    flags = ["--data-path", str(tmp_path / "chat"), "--split", "1,0,0", "--eval-iters", "0"]
+    assert sum(LENGTHS) == 178
+    for more, expected in ((["--train-iters", "9", "--train-epochs", "2"], 5), (["--train-epochs", "1"], 2)):
+        run = tmp_path / str(expected)
+        assert train(*flags, *more, *save_to(run, 1), flags=ON_CHAT) is None
+        assert max(metrics_of(run)) == expected
+    said = str(train(*flags, "--train-epochs", "2", "--train-iters", "3", flags=ON_CHAT))
+    assert said == "--train-epochs and --train-iters exclude each other; leave one of them out."
+    said = str(train(*flags, "--train-epochs", "1", "--global-batch-size", "12", flags=ON_CHAT))
+    assert "has 178 tokens to train on, which fill no batch of 12 samples in --train-epochs 1" in said
+
+
 LAYOUTS = {
+    "larger micro-batches": (1, ["--micro-batch-size", "4"]),
     "DP 2": (2, ["--micro-batch-size", "1", "--global-batch-size", "4"]),
     "TP 2 x PP 2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
 
 
+@pytest.mark.grid
 def test_ranks_train_as_one_process(tmp_path: Path, chat: dict[str, int]) -> None:
     """From one checkpoint, on packed conversations of which micro-batches have different numbers of tokens."""
     rope = ["--position-embedding-type", "rope", "--padded-vocab-size", "128"]
