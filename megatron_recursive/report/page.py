@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from megatron_recursive.plots import depth_sweep, health
 from megatron_recursive.plots.layer_scores import plot_layer_scores
 from megatron_recursive.plots.loss_curve import draw_curves
-from megatron_recursive.plots.picture import single_axes
+from megatron_recursive.plots.picture import png_of, single_axes
 from megatron_recursive.plots.recursion_plan import plot_plan
 from megatron_recursive.plots.run_summary import summarize_runs
 from megatron_recursive.report.answers import answers, losses_by_depth
@@ -111,20 +110,11 @@ def _cell(value: Any) -> str:
 def _panels(kind: Any, record: Part) -> list[Part]:
     axes = single_axes(len(kind.PANELS))
     kind.draw_panels(axes, record)
-    return [_picture(axis.figure, said) for axis, said in zip(axes, kind.PANELS, strict=True)]
+    return [_embedded(png_of(axis), said) for axis, said in zip(axes, kind.PANELS, strict=True)]
 
 
 def _curves(runs: Sequence[str]) -> list[Part]:
-    return [_picture(axis.figure, axis.get_title()) for axis in draw_curves(runs)] if runs else []
-
-
-def _picture(figure: Any, said: str) -> Part:
-    from matplotlib import pyplot
-
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=140)
-    pyplot.close(figure)
-    return _embedded(drawn.getvalue(), said)
+    return [_embedded(png_of(axis), axis.get_title()) for axis in draw_curves(runs)] if runs else []
 
 
 def _drawn(said: str, draw: Any, what: Any) -> Part:
