@@ -66,7 +66,7 @@ def _gain(subject: Subject, rows: list[Any], first: Any, own: Any, source: str) 
         lines = [] if loss is None else [f"The held-out loss is {loss:.3f} nats a token."]
         return Answer(question, _unknown(subject), "open", lines, "")
     gain, best = first["loss"] - loss, min(rows, key=lambda row: float(row["loss"]))
-    said = "Nothing" if abs(gain) < NOTHING else f"{gain:.3f} nats a token" if gain > 0 else f"A loss: {-gain:.3f} nats"
+    said = "Nothing" if abs(gain) < NOTHING else f"{'It costs ' * (gain < 0)}{abs(gain):.3f} nats a token"
     lines = [f"Loss {first['loss']:.3f} at depth {first['depth']}, {loss:.3f} at {own['depth']}; perplexity "
              f"{perplexity(first['loss']):.4g} to {perplexity(loss):.4g}."]  # fmt: skip
     if "accuracy" in own:
@@ -99,5 +99,5 @@ def _cost(subject: Subject, own: Any) -> Answer:
         _, exit, more = min(cheap)
         lines.append(f"Leaving early ({exit}) would save {saved:.0%} of a new token for {more:+.3f} nats.")
     return Answer(question, f"{times:.2f} times the FLOPs", "open", lines,
-                  "Of a new token, all passes and the vocabulary, by those of the same layers applied once; computed. "
-                  f"Leaving early: the cheapest way that costs at most {LITTLE} nats, estimated.")  # fmt: skip
+                  "Of a new token, all passes and the vocabulary, by those of the same layers applied once; computed, in "
+                  f"sequences of {counted['model']['sequence_length']:,} tokens. Leaving early: the cheapest way that costs at most {LITTLE} nats, estimated.")  # fmt: skip

@@ -37,7 +37,7 @@ def render(subjects: Sequence[Subject], compared: Sequence[str], missing: Mappin
         title=" and ".join(each.name for each in subjects), compared=compared, missing=missing,
         subjects=[(each, answers(each), _sections(each)) for each in subjects],
         together=[_section(title, pictures) for title, pictures in together if pictures],
-        date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
     )  # fmt: skip
 
 
@@ -110,7 +110,8 @@ def _cell(value: Any) -> str:
 def _panels(kind: Any, record: Part) -> list[Part]:
     axes = single_axes(len(kind.PANELS))
     kind.draw_panels(axes, record)
-    return [_embedded(png_of(axis), said) for axis, said in zip(axes, kind.PANELS, strict=True)]
+    return [_embedded(png_of(axis), said) for axis, said in zip(axes, kind.PANELS, strict=True)
+            if axis.has_data()]  # fmt: skip
 
 
 def _curves(runs: Sequence[str]) -> list[Part]:
