@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,10 @@ def test_all_formats_of_a_folder_with_the_default_template(tok: Path, tmp_path: 
     main(["prepare-chat", "--input", str(folder), "--output", str(prefix), "--tokenizer", str(tok)])
     again = capsys.readouterr()
     assert "nothing is done" in again.err and json.loads(again.out.splitlines()[-1]) == counts
+    shutil.rmtree(f"{prefix}_tokenizer")
+    with pytest.raises(SystemExit):
+        main(["prepare-chat", "--input", str(folder), "--output", str(prefix), "--tokenizer", str(tok)])
+    assert "x_tokenizer is gone; prepare the data again (--overwrite)" in capsys.readouterr().err
 
 
 def test_all_paths_of_a_tree(chatml: Path, tmp_path: Path) -> None:
