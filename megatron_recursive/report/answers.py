@@ -98,6 +98,6 @@ def _cost(subject: Subject, own: Any) -> Answer:
     if cheap and (saved := 1 - min(cheap)[0] / own["flops_per_token"]) >= 0.005:
         _, exit, more = min(cheap)
         lines.append(f"Leaving early ({exit}) would save {saved:.0%} of a new token for {more:+.3f} nats.")
-    return Answer(question, f"{times:.2f} times the FLOPs", "open", lines,
-                  "Of a new token, all passes and the vocabulary, by those of the same layers applied once; computed, in "
-                  f"sequences of {counted['model']['sequence_length']:,} tokens. Leaving early: the cheapest way that costs at most {LITTLE} nats, estimated.")  # fmt: skip
+    rule = "Of a new token, all passes and the vocabulary, by those of the same layers applied once; computed, in sequences "
+    rule += f"of {counted['model']['sequence_length']:,} tokens. Leaving early: the cheapest way that costs at most "
+    return Answer(question, f"{times:.2f} times the FLOPs", "open", lines, f"{rule}{LITTLE} nats, estimated.")

@@ -19,7 +19,8 @@ from megatron_recursive.report.subjects import Subject, find_subjects
 from tests.unit_tests.plots.records import start, train, valid, write
 
 FLOPS = {"training": 30.0, "plain_training": 10.0, "inference": 8e9, "plain_inference": 4e9}
-COUNT = {"model": {"sequence_length": 8192}, "flops_per_token": FLOPS, "parameters": {"held": {"total": 1234567}}, "cache_bytes_per_token": 4096}
+COUNT = {"model": {"sequence_length": 8192}, "flops_per_token": FLOPS, "cache_bytes_per_token": 4096,
+         "parameters": {"held": {"total": 1234567}}}  # fmt: skip
 
 
 def swept(model: str, *losses: float, exits: Any = None) -> dict[str, Any]:
