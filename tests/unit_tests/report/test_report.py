@@ -53,6 +53,7 @@ def health(loss: float, reset: float) -> dict[str, Any]:
     ({"sweep": swept("m", 2.9, 3.0), "health": health(3.0, 3.1)}, ("It does harm", "bad"),
      "It costs 0.100 nats a token"),
     ({"sweep": swept("m", 2.9, 2.8985)}, ("No", "bad"), "Nothing"),
+    ({"sweep": swept("m", 3.0, 2.9) | {"trained_depth": 1}}, ("Not measured", "open"), "Not measured"),
     ({"health": health(2.9, 2.89)}, ("It does harm", "bad"), "Not measured"),
     ({"figures": {"blocks": [3.0, 2.5], "alarms": [], "iteration": 9}, "plan": "2 blocks"}, ("Yes", "good"),
      "0.500 nats a token"),
