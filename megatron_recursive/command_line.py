@@ -28,6 +28,7 @@ PRETRAIN_EXAMPLE = (
 ).split()
 _NUMBER = re.compile(r"-\.?\d")
 _EXAMPLE_WIDTH = 100
+_LONG = 32  # of what stands beside a flag in --help
 
 # Package -> the extra of setup.py that brings it; the others of this list come with the base installation.
 _EXTRA_OF = {
@@ -107,6 +108,14 @@ def example(*words: str) -> str:
     return "\n  ".join(["example:", *lines, line])
 
 
+def _choices(action: argparse.Action) -> str:
+    """Many are told behind the help, and not beside the flag."""
+    choices = [*(action.choices or ())]
+    if action.metavar is not None or not action.option_strings or len(",".join(map(str, choices))) <= _LONG:
+        return ""
+    return f" (one of {', '.join(str(getattr(choice, 'name', choice)) for choice in choices)})"  # of an Enum its name
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Required arguments first in the usage, defaults told, examples as written, and no traceback at a stray ``%``."""
 
@@ -130,13 +139,19 @@ class HelpFormatter(argparse.HelpFormatter):
         for kind, name in ((int, "N"), (float, "X")):
             if action.type is kind:
                 return name
-        return action.dest.upper()
+        name = action.dest.upper()
+        return name if len(name) <= _LONG else name.rpartition("_")[2]
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
+        if _choices(action):
+            return lambda size: ("WORD",) * size
+        return super()._metavar_formatter(action, default_metavar)
 
     def _expand_help(self, action: argparse.Action) -> str:
         try:
-            return super()._expand_help(action)
+            return super()._expand_help(action) + _choices(action)
         except (ValueError, TypeError, KeyError):  # Megatron-Core 0.19.2 has help texts with a bare "%"
-            return " ".join((action.help or "").replace("%%", "%").split())
+            return " ".join((action.help or "").replace("%%", "%").split()) + _choices(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default

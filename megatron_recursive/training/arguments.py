@@ -254,6 +254,8 @@ def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:
     )
     for name, value in recursion.to_dict().items():
         setattr(args, name, value)
+    if args.full_validation:  # of one set Megatron 0.19.2 takes a number for a list
+        args.multiple_validation_sets = True
     if args.metrics_file is None and args.save is not None:
         args.metrics_file = os.path.join(args.save, "metrics.jsonl")
     return recursion

@@ -68,9 +68,12 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     # Both count the layers of one forward pass, and a pass has them all again.
     ("activation offloading (--fine-grained-activation-offloading, --cpu-offloading-num-layers)",
      lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers, "use --recompute-granularity"),
+    # Megatron 0.19.2 has its iterations on the first of them alone.
+    ("--full-validation over tensor-parallel ranks", lambda a: a.full_validation and a.tensor_model_parallel_size > 1,
+     "use --eval-iters"),
     ("reinforcement learning (--perform-rl-step)", lambda a: a.perform_rl_step, "leave it out"),
-    ("Megatron's fine-tuning (--sft), whose evaluations average micro-batches and not tokens", lambda a: a.sft,
-     "use --chat-data PREFIX"),
+    ("Megatron's fine-tuning (--sft)", lambda a: a.sft,
+     "use --chat-data PREFIX, whose evaluations average tokens and not micro-batches"),
     ("fill-in-the-middle data (--fim-data)", lambda a: a.fim_data, "leave it out"),
     ("packed documents (--dataloader-inter-document-masking)", lambda a: a.dataloader_inter_document_masking,
      "use --reset-attention-mask and --reset-position-ids"),

@@ -57,9 +57,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "torch", "transformers", "kneed", "safetensors",
     ),
     "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "numpy", "tqdm", "yaml"),
+    "report": (f"{OURS}.plan", f"{OURS}.plots", "jinja2"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
-                                            "plots", "ablation", "analysis", "evaluation", "launch", "__version__")),
+                                            "plots", "ablation", "analysis", "evaluation", "launch", "report",
+                                            "__version__")),
         "torch", "transformers", "lm_eval", "tqdm",
     ),
     "launch": (f"{OURS}.training.pretrain", "torch"),

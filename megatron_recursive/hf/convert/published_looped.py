@@ -29,6 +29,15 @@ _REFUSED = {
                  "qk_layernorm"),
 }  # fmt: skip
 
+# What else a published config says of a model.
+_FURTHER: dict[str, Callable[[Architecture, RecursionPlan], dict[str, Any]]] = {
+    "ouro": lambda arch, plan: {"early_exit_threshold": 1.0, "use_sliding_window": False, "sliding_window": None},
+    "nanbeige": lambda arch, plan: {
+        "skip_loop_final_norm": plan.state_norm == "none", "loop_loss_weights": [], "attention_bias": arch.qkv_bias,
+        "mlp_bias": arch.linear_bias,
+    },
+}  # fmt: skip
+
 
 def our_config(family: Family, values: Mapping[str, Any], where: str) -> RecursiveGPTConfig:
     """The config of our model that computes what a published config.json describes.
@@ -73,15 +82,12 @@ def published_config(family: Family, arch: Architecture, plan: RecursionPlan) ->
     """The inverse of :func:`our_config`, without token ids."""
     rope = rope_parameters(arch)
     theta, scaling = rope.pop("rope_theta"), {"type": rope.pop("rope_type"), **rope}
-    extra: dict[str, Any] = {"early_exit_threshold": 1.0, "use_sliding_window": False, "sliding_window": None}
-    if family.model_type == "nanbeige":
-        extra = {"skip_loop_final_norm": plan.state_norm == "none", "loop_loss_weights": [],
-                 "attention_bias": arch.qkv_bias, "mlp_bias": arch.linear_bias}  # fmt: skip
     return {
         "architectures": [family.architecture], "model_type": family.model_type, _LOOPS[family.model_type]: plan.depth,
         **{name: getattr(arch, key) for name, key in family.config.items() if name in (*_SAME, "tie_word_embeddings")},
         "num_hidden_layers": arch.num_layers, "rms_norm_eps": arch.norm_eps, "rope_theta": theta,
-        "rope_scaling": None if scaling["type"] == "default" else scaling, "attention_dropout": 0.0, **extra,
+        "rope_scaling": None if scaling["type"] == "default" else scaling, "attention_dropout": 0.0,
+        **_FURTHER[family.model_type](arch, plan),
     }  # fmt: skip
 
 

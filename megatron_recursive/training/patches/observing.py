@@ -3,10 +3,10 @@
 ``train``, ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of
 ``megatron.training.training``, which see the model, and metrics that are already averaged over micro-batches and ranks;
 Megatron has no hook there. The observers are plain: ``metrics_log``, ``progress``, ``samples``, ``start_check``,
-``keep_best``. The wrappers pass everything through unchanged, but for four things. Where the depth of steps changes,
+``keep_best``. The wrappers pass everything through unchanged, but for five things. Where the depth of steps changes,
 Megatron's own lines and events are without figures of blocks, which not every step has. Under ``--evaluate-ema`` an
-evaluation is of the averaged weights. An evaluation at the end of a run of what was evaluated at its last iteration
-just before is left out. And the line of a process's first iteration ends its interval where it falls on one, as
+evaluation is of the averaged weights. Under ``--full-validation`` the test set is read as one set. An evaluation at the
+end of a run of what was evaluated at its last iteration just before is left out. And the line of a process's first iteration ends its interval where it falls on one, as
 Megatron's pull request 7092 has it later: in 0.19 the second line was the mean of two iterations.
 """
 
@@ -34,7 +34,7 @@ def install(args: argparse.Namespace, log: MetricsLog, averages: Sequence[Weight
     prompts = samples.encode_prompts(args, get_tokenizer()) if args.generate_interval else []
     trained: dict[str, Any] = {}  # model and optimizer
     evaluated: list[dict[str, Any]] = []
-    last_valid, best = -1, BestCheckpoint()
+    last_valid, best, test_iters = -1, BestCheckpoint(), args.eval_iters
 
     def train(call: Callable[[], Any], given: dict[str, Any]) -> Any:
         run = get_args()
@@ -74,8 +74,12 @@ def install(args: argparse.Namespace, log: MetricsLog, averages: Sequence[Weight
                 return None
             last_valid = iteration
         evaluated.clear()
+        sets = run.multiple_validation_sets, run.eval_iters
+        if run.full_validation and kind == "test":  # which Megatron takes for as many sets
+            run.multiple_validation_sets, run.eval_iters = False, [test_iters]
         with log.progress.pausing(), in_place(averages, given["model"]):
             result = call()
+        run.multiple_validation_sets, run.eval_iters = sets
         log.evaluated(run, kind, iteration, evaluated)
         if kind == "valid" and args.keep_best:
             with log.progress.pausing():

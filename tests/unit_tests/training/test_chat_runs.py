@@ -86,7 +86,8 @@ REFUSED = {
     "--split 99,1,0": "leaves none for valid; give --split 90,10,0",
     "--chat-data {folder}/nowhere": "nowhere.bin does not exist; mend the path, or write it again with",
     "--keep-best": "--keep-best needs --save",
-    "--sft": "whose evaluations average micro-batches and not tokens yet; use --chat-data PREFIX",
+    "--sft": "(--sft) yet; use --chat-data PREFIX, whose evaluations average tokens",
+    "--dataloader-type cyclic": "--dataloader-type cyclic has its own order",
     "--tokenizer-type NullTokenizer --vocab-size 90": "holds the token id 125, but this run's tokenizer makes",
 }
 
@@ -133,14 +134,16 @@ def test_ranks_train_as_one_process(tmp_path: Path, chat: dict[str, int]) -> Non
     flags = [*data(tmp_path, "--train-epochs", "1", "--eval-interval", "2"), "--micro-batch-size", "1", *STILL, *rope]
     start = save_to(tmp_path / "start", 1)
     assert train(*flags, *start, "--exit-interval", "1", "--lr", "0", flags=ON_CHAT) is None
-    load = ["--load", str(tmp_path / "start"), "--no-load-rng", "--finetune", "--lr", "1e-3"]
+    load = ["--load", str(tmp_path / "start"), "--no-load-rng", "--finetune", "--lr", "1e-3", "--keep-best"]
     found = {}
     for name, (ranks, layout) in {"one": (1, []), **LAYOUTS}.items():
-        metrics = ["--metrics-file", str(tmp_path / name / "metrics.jsonl")]
-        assert train(*flags, *load, *metrics, *layout, flags=ON_CHAT, world_size=ranks) is None
+        save = ["--save", str(tmp_path / name), "--save-interval", "100"]
+        assert train(*flags, *load, *save, *layout, flags=ON_CHAT, world_size=ranks) is None
         found[name] = [*metrics_of(tmp_path / name).values(), *records_of(tmp_path / name, "valid")]
         assert sum(record.get("supervised tokens", 0) for record in found[name]) == chat["chat"]
+    best = min((record["lm loss"], record["iteration"]) for record in records_of(tmp_path / "one", "valid"))
     for name in LAYOUTS:
+        assert best_of(tmp_path / name) == (best[1], pytest.approx(best[0], rel=1e-5))
         for ours, one in zip(found[name], found["one"], strict=True):
             for what in ("lm loss", "grad norm", "supervised tokens", "halt loss", "token accuracy"):
                 assert what not in one or ours[what] == pytest.approx(one[what], rel=1e-5), (name, what)

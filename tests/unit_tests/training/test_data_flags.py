@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.quick_start import start_quickly
-from tests.unit_tests.training.runs import FLAGS, RECURSION, SCRIPT, losses_of, train
+from tests.unit_tests.training.runs import FLAGS, RECURSION, SCRIPT, losses_of, records_of, save_to, train
 
 EOD, SEQ = 126, 16  # the NullTokenizer's last id of 127
 DOCUMENT = 8  # tokens, the EOD included: two documents fill a sample
@@ -364,6 +364,17 @@ def test_runs_with_all_flags_at_once_train_in_every_layout(data: Path, tmp_path:
         assert len(losses[name]) == 6 and losses[name][6] < losses[name][1]
     assert losses["DP 2"][1] == pytest.approx(losses["alone"][1], rel=1e-5)
     assert losses["DP 2"][6] == pytest.approx(losses["alone"][6], rel=1e-5)
+
+
+@pytest.mark.grid
+def test_full_validation_reads_one_set_whole_and_the_test_set_as_asked(data: Path, tmp_path: Path) -> None:
+    at = ON_DATA.index("--split")
+    flags = [*ON_DATA[:at], *ON_DATA[at + 2 :], "--full-validation", "--eval-iters", "2"]
+    for split, name in (("train", "a"), ("valid", "b"), ("test", "c")):
+        flags += [f"--{split}-data-path", str(data / name)]
+    assert train(*save_to(tmp_path), "--eval-interval", "3", flags=flags) is None
+    (*valid, _), (test,) = records_of(tmp_path, "valid"), records_of(tmp_path, "test")
+    assert [record["iteration"] for record in valid] == [3] and test["iteration"] == 6 and "set" not in valid[0]
 
 
 def test_a_blend_without_weights_that_is_too_short_is_refused(data: Path) -> None:

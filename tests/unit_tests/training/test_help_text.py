@@ -38,6 +38,7 @@ def test_help_of_all_flags() -> None:
     ours = ["recursion:", "norms of the layers:", "samples during training:", "low-rank adapters (LoRA):",
             "recursive runs:"]
     assert titles[:1] == ours[:1] and set(ours) <= set(titles[: titles.index("options:")])
+    assert max(map(len, text.splitlines())) <= 120 and "--attention-backend WORD" in text and "flash, fused, " in text
     assert "%%" not in text and "\nexample:\n" in text and all(f" {flag}" in text for flag in ("--lr", "--bf16"))
 
     taken = {flag: near for flag in flags if len(flag) > 4 and (near := nearest_flag(flag, LAUNCHER_FLAGS, LIKENESS))}
