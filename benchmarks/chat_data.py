@@ -140,8 +140,8 @@ def main() -> None:
         "",
         f"`python benchmarks/chat_data.py --rounds {args.rounds}` at commit {commit.strip()}: {size}, "
         f"{tokens / 1e6:.1f} million tokens; medians, at a load of {load:.1f} by others. The pipeline reads .jsonl, "
-        "renders, finds what is supervised and writes a chat dataset; start of the workers and joining of the parts are "
-        "left out.",
+        "renders, finds what is supervised and writes a chat dataset; start of the workers and joining of the parts "
+        "are left out.",
         "",
         "| | seconds | tokens/s per core | ratio |",
         "|---|---|---|---|",
