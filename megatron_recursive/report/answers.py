@@ -100,5 +100,6 @@ def _cost(subject: Subject, own: Any) -> Answer:
         _, exit, more = min(cheap)
         lines.append(f"Leaving early ({exit}) would save {saved:.0%} of a new token for {more:+.3f} nats.")
     rule = f"FLOPs of a new token in sequences of {counted['model']['sequence_length']:,}, through all passes and the "
-    rule += "vocabulary, by those of the same layers applied once; computed. Leaving early: the cheapest "
-    return Answer(question, f"{times:.2f} times the FLOPs", "open", lines, f"{rule}for {LITTLE} nats at most, estimated.")
+    rule += "vocabulary, by those of the same layers applied once; computed. Leaving early: the cheapest way that "
+    rule += f"costs {LITTLE} nats at most, estimated."
+    return Answer(question, f"{times:.2f} times the FLOPs", "open", lines, rule)
