@@ -114,7 +114,11 @@ def plot_score_by_flops(given: Sequence[str | Path], output: Path, score: str) -
     Raises:
         UserError: as :func:`plot_loss_curve`, or a run has no such score.
     """
-    drawn, label = _along(read_runs(given), "flops")
+    runs = read_runs(given)
+    for run in runs:
+        if not any("flops" in record for record in run.records):
+            raise UserError(f"{run.file} does not tell the FLOPs of its run; plot it without the kind flops")
+    drawn, label = _along(runs, "flops")
     figure, axis = pyplot_for(output, "--output").subplots(figsize=(8, 5.5), layout="constrained")
     for each in drawn:
         x, y = each.points("held-out", score)
