@@ -53,7 +53,4 @@ def plot_health(record: dict[str, Any], output: Path) -> None:
             axis.legend(fontsize="small")
     title = "{family}, depth {depth}, {samples} samples of {sequence_length} tokens".format_map(record)
     figure.suptitle(f"{Path(record['model']).name}: {title}", fontsize="medium")
-    try:
-        save_picture(figure, output, dpi=110)
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, output, dpi=110)
