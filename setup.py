@@ -33,7 +33,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["language models", "pretraining", "recursion", "looped transformers", "Megatron", "PyTorch"],
     packages=find_packages(include=["megatron_recursive", "megatron_recursive.*"]),
-    package_data={"megatron_recursive": ["py.typed"]},
+    package_data={"megatron_recursive": ["py.typed", "report/page.html"]},
     entry_points={"console_scripts": ["megatron-recursive = megatron_recursive.commands:main"]},
     python_requires=">=3.12",
     install_requires=[

@@ -34,6 +34,7 @@ _LONG = 32  # of what stands beside a flag in --help
 _EXTRA_OF = {
     "datatrove": "data", "orjson": "data", "pyarrow": "data", "sentencepiece": "data", "zstandard": "data",
     "gguf": "hf", "accelerate": "hf", "matplotlib": "plots", "wandb": "plots", "lm_eval": "eval", "kneed": "analysis",
+    "sacrebleu": "chat",
     **dict.fromkeys(("megatron", "numpy", "safetensors", "tensorboard", "tokenizers", "torch", "tqdm",
                     "transformers", "yaml"), ""),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on an embedded default: real English text, a tokenizer, a recursive GPT that trains, stops, resumes,
-# evaluates and draws its curves. Minutes on two CPU cores; one rank per GPU where there are GPUs.
+# evaluates, draws its curves and writes a report. Minutes on two CPU cores; one rank per GPU where there are GPUs.
 #
 #   make pretrain                      everything, into runs/default
 #   make pretrain ARGS="--lr 1e-3"     further flags go to pretraining
@@ -20,7 +20,7 @@ stages=$((ranks % 2 == 0 ? 2 : 1)) # an even number of ranks: two pipeline stage
 say() { printf '\n== %s\n' "$*"; }
 step() { printf '\n$ %s\n' "$*"; "$@"; }
 
-say "1/5 a corpus of English from what CPython ships, a tokenizer, and token files (kept: rm -r $run makes them anew)"
+say "1/6 a corpus of English from what CPython ships, a tokenizer, and token files (kept: rm -r $run makes them anew)"
 [ -e "$run/data/valid.jsonl" ] || step "$recursive" corpus --output "$run/data"
 [ -e "$run/tokenizer/tokenizer.json" ] ||
   step "$recursive" tokenizer --input "$run/data/train.jsonl" --output "$run/tokenizer" --vocab-size 4096
@@ -49,19 +49,22 @@ train=(
 )
 tracker=$run/checkpoints/latest_checkpointed_iteration.txt
 if [ -s "$tracker" ]; then
-  say "2/5 $run/checkpoints holds iteration $(cat "$tracker"): nothing to do before it goes on from there"
+  say "2/6 $run/checkpoints holds iteration $(cat "$tracker"): nothing to do before it goes on from there"
 else
-  say "2/5 training, up to the stop at iteration 200"
+  say "2/6 training, up to the stop at iteration 200"
   step "${train[@]}" --exit-interval 200
 fi
-say "3/5 the same command again: it resumes from the checkpoint and goes on to the end"
+say "3/6 the same command again: it resumes from the checkpoint and goes on to the end"
 step "${train[@]}"
-say "4/5 the curves"
+say "4/6 the curves"
 step "$recursive" plot "$run" --output "$run/loss_curve.png"
-say "5/5 summary"
+say "5/6 summary"
 step "$recursive" summarize "$run"
+say "6/6 the report: is the recursion used, what does depth buy, what does it cost"
+step "$recursive" report "$run" --measure --text "$run/data/valid" --tokenizer "$run/tokenizer" \
+  --prompt "The function returns"
 compare="  $recursive summarize $run runs/plain
-          $recursive plot $run runs/plain --output runs/comparison.png"
+          $recursive report $run runs/plain --output runs/comparison.html"
 ablation="the ablation, which passes the same layers once, and the two runs side by side:
           RUN=runs/plain make pretrain ARGS=--disable-recursive-refinement"
 if [[ " $* " == *" --disable-recursive-refinement "* ]]; then
@@ -70,7 +73,8 @@ if [[ " $* " == *" --disable-recursive-refinement "* ]]; then
 fi
 cat <<TEXT
 
-files:  checkpoints, metrics.jsonl and logs in $run/checkpoints, curves in $run/loss_curve.png,
+files:  the report in $run/report.html, which any browser opens, with what it measured beside it;
+        checkpoints, metrics.jsonl and logs in $run/checkpoints, curves in $run/loss_curve.png,
         TensorBoard events in $run/tensorboard, corpus and tokens in $run/data, tokenizer in $run/tokenizer
 next:   $ablation
         $compare

@@ -22,8 +22,8 @@ from megatron_recursive.command_line import PROGRAM, CommandParser, is_known_pac
 from megatron_recursive.errors import UserError, report_user_errors
 
 COMMANDS = ("pretrain", "corpus", "tokenizer", "preprocess", "convert", "generate", "plan", "plot", "summarize",
-            "ablate", "mix", "phi", "task", "evaluate", "count", "layers", "sweep", "health",
-            "prepare-chat")  # fmt: skip
+            "ablate", "mix", "phi", "task", "evaluate", "count", "layers", "sweep", "health", "report", "prepare-chat",
+            "chat-metrics")  # fmt: skip
 _INTERRUPTED = 130  # as shells report SIGINT
 
 

@@ -75,6 +75,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--ema", action="store_true", help="the averaged weights, of a run with --ema-decay")
     files.add_argument("--as-published", action="store_true",
                        help="in names and config of the model that it was imported from (ouro, nanbeige, huginn_raven)")
+    files.add_argument("--lora", choices=("merged", "peft", "base"),
+                       help="of a run with --lora-rank: adapters merged into the weights (default), alone as a PEFT "
+                       "folder, or left out; those of each pass stay inside a model of our own class")  # fmt: skip
     _add_proof(parser)
 
 
@@ -135,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         weights = None if args.dtype is None else getattr(torch, args.dtype)
         report = export.export_model(
             args.ckpt, args.out, args.tokenizer, dtype, dtype=weights, shard_bytes=args.max_shard_size,
-            as_published=args.as_published, averaged=args.ema)  # fmt: skip
+            as_published=args.as_published, averaged=args.ema, lora=args.lora)  # fmt: skip
     elif args.action == "unroll":
         report = unroll.unroll_model(
             args.src, args.out, dtype, shard_bytes=args.max_shard_size, tokenizer=args.tokenizer)  # fmt: skip

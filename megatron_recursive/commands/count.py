@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -65,7 +66,7 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
             "layers_applied": plan.unrolled_layers(arch.num_layers), "hidden_size": arch.hidden_size,
             "vocabulary": arch.vocab_size, "rows": model.rows, "sequence_length": args.seq_length,
             "passes": plan.num_passes, "passes_with_gradient": len(plan.grad_passes), "dtype": model.dtype,
-            "steps": steps.describe(),
+            "steps": steps.describe(), "plan": json.loads(plan.to_json()),
         },
         "parameters": parameters_of(shape, plan), "flops_per_token": flops_of(shape, steps.counts(), served),
         "cache_bytes_per_token": cache,
@@ -101,9 +102,12 @@ def flops_of(shape: ModelShape, plans: Mapping[RecursionPlan, float], plan: Recu
         "vocabulary": (flops.head_forward, flops.head_backward, 0.0),
         "total": (flops.forward, flops.backward, flops.total - flat.total),
     }
+    plain = RecursionPlan.plain()
     return {
         **{part: dict(zip(columns, values, strict=True)) for part, values in parts.items()},
-        "training": flops.total, "inference": accounting.inference_flops(shape, plan),
+        "training": flops.total, "plain_training": accounting.flops_per_token(shape, plain).total,
+        "inference": accounting.inference_flops(shape, plan),
+        "plain_inference": accounting.inference_flops(shape, plain),
     }  # fmt: skip
 
 

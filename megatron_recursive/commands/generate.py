@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--show-recursive-steps", action="store_true",
                        help="for each new token, what every block would have said, its probability and the halting "
                        "probability: a table on a terminal, JSON lines elsewhere")
+    # fmt: on
+    add_settings(parser)
+    parser.epilog = example("generate", "--model", "DIR_OR_CKPT", "--prompt", "Once upon", "--exit", "halting")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``inference.generation.Settings``, and the depth."""
+    # fmt: off
     chosen = parser.add_argument_group("choice of tokens")
     chosen.add_argument("--max-tokens", type=int, default=128, help="at most so many new ones")
     chosen.add_argument("--temperature", type=float,
@@ -50,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_argument("--max-inference-refinement-steps", type=int, metavar="BLOCKS",
                        help="cap under --exit (default: the model's, at most the T it was trained with)")
     # fmt: on
-    parser.epilog = example("generate", "--model", "DIR_OR_CKPT", "--prompt", "Once upon", "--exit", "halting")
 
 
 def run(args: argparse.Namespace) -> None:

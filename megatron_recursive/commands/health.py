@@ -11,7 +11,6 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.figures import aligned
 
 SUMMARY = "Examine a recursive model on text: its states by pass, its heads, and whether it uses the states."
-VERSION = 1  # of the record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +34,9 @@ def run(args: argparse.Namespace) -> None:
     from megatron_recursive.analysis.depth_walk import walker_of
     from megatron_recursive.analysis.health import examine
     from megatron_recursive.plots.health import plot_health
+    from megatron_recursive.plots.records import head
 
-    record: dict[str, Any] = {"format": "megatron-recursive health", "version": VERSION, "model": args.model,
-                              "text": args.text or "CPython"}  # fmt: skip
+    record: dict[str, Any] = {**head("health"), "model": args.model, "text": args.text or "CPython"}
     with shared.opened(args, args.model) as (loaded, rows):
         if not loaded.recursive:
             raise UserError(f"--model {args.model} is a plain model, which makes no states; name a recursive one.")

@@ -11,7 +11,6 @@ from megatron_recursive.data.hub import hub_choice
 from megatron_recursive.errors import UserError
 
 SUMMARY = "Measure what each layer of a model changes, and choose prelude, core and coda by it."
-VERSION = 1  # of the record
 REPEATS = (2, 4)
 
 
@@ -56,6 +55,7 @@ def analyze(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
     from megatron_recursive.analysis.layer_scores import looped, mean_loss, score_layers
     from megatron_recursive.analysis.stacks import find_stacks
     from megatron_recursive.analysis.subject import layers_of, text_rows
+    from megatron_recursive.plots.records import head
 
     model, layers = loaded.model, layers_of(loaded.model)
     length = shared.length_of(args, loaded)
@@ -68,7 +68,7 @@ def analyze(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
     scores = score_layers(layers, lambda ids: model(input_ids=ids, use_cache=False, logits_to_keep=1), batches)
     stacks = find_stacks(scores.distance, scores.influence, args.target_recurrent_size)
     record = {
-        "format": "megatron-recursive layers", "version": VERSION, "model": args.model,
+        **head("layers"), "model": args.model,
         "kind": shared.kind_of(loaded, "donor"),
         "text": args.text or "CPython", "samples": len(rows), "sequence_length": length, **stacks,
         "layers": [{"layer": at, "influence": influence, "distance": distance, "applied": applied}

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_recursive.accounting import ModelShape, flops_per_token
-from megatron_recursive.command_line import PROGRAM, example
-from megatron_recursive.commands import asked, layers, sweep
+from megatron_recursive.command_line import example
+from megatron_recursive.commands import asked
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.plan.knobs import flag_of, knobs_in
 from megatron_recursive.plots.depth_sweep import plot_depth_sweep
 from megatron_recursive.plots.layer_scores import plot_layer_scores
 from megatron_recursive.plots.loss_curve import AXES, plot_loss_curve, plot_score_by_flops
+from megatron_recursive.plots.records import read_record
 from megatron_recursive.plots.recursion_plan import plot_plan
 from megatron_recursive.plots.schedules import plot_schedules
 
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         _draw_described(args, kind, output)
     else:
         output = output if args.output or len(words) > 1 else Path(words[0]).with_suffix(".png")
-        records = [_read(kind, Path(word)) for word in words]
+        records = [read_record(kind, Path(word)) for word in words]
         if kind == "sweep":
             plot_depth_sweep({"models": [model for record in records for model in record["models"]]}, output)
         else:
@@ -127,14 +126,3 @@ def _draw_described(args: argparse.Namespace, kind: str, output: Path) -> None:
 
 def _cost(shape: ModelShape, each: RecursionPlan) -> float:
     return flops_per_token(shape, each).total
-
-
-def _read(kind: str, file: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file} as JSON ({error}); name what the command {kind} has written") from error
-    wanted = f"{PROGRAM} {kind}", (sweep if kind == "sweep" else layers).VERSION
-    if not isinstance(record, dict) or (record.get("format"), record.get("version")) != wanted:
-        raise UserError(f"{file} is no JSON of the command {kind} in version {wanted[1]}; name what {kind} has written")
-    return record

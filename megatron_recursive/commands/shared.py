@@ -69,17 +69,17 @@ def add_held_out(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--answer-tokens", type=int, metavar="N", help="as in training: tokens from N on are answers")
 
 
-def add_measuring(parser: argparse.ArgumentParser, output: str) -> None:
+def add_measuring(parser: argparse.ArgumentParser, output: str, picture: bool = True) -> None:
     """The flags of those that measure a model, and :func:`prepare`."""
     rest = parser.add_argument_group("tokenizer, device and output")
     add_tokenizer(rest)
     add_device(rest)
-    add_output(rest, output)
+    add_output(rest, output, picture)
 
 
-def add_output(group: Any, default: str | None = None) -> None:
-    """The flags of :func:`finish`; with a default a picture stands beside the file."""
-    what = "also write the JSON into a file" if default is None else "JSON; the picture is beside it"
+def add_output(group: Any, default: str | None = None, picture: bool = True) -> None:
+    """The flags of :func:`finish`; with a default a picture may stand beside the file."""
+    what = "also write the JSON into a file" if default is None else "JSON" + "; the picture is beside it" * picture
     group.add_argument("--output", default=default, metavar="FILE", help=what)
     group.add_argument("--json", action="store_true", help="print one JSON object, that of --output, and no table")
 

@@ -13,7 +13,6 @@ from megatron_recursive.commands.evaluate import depth_list
 from megatron_recursive.figures import aligned
 
 SUMMARY = "Measure held-out text at many depths of one or several models, and what leaving early would cost."
-VERSION = 1  # of the record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +40,10 @@ def run(args: argparse.Namespace) -> None:
     shared.prepare(args)
     parts = Path(f"{args.output}.parts")
     from megatron_recursive.plots.depth_sweep import plot_depth_sweep
+    from megatron_recursive.plots.records import head
 
     record: dict[str, Any] = {
-        "format": "megatron-recursive sweep", "version": VERSION, "text": args.text or "CPython",
+        **head("sweep"), "text": args.text or "CPython",
         "models": [_of_model(args, name, parts) for name in args.model],
     }  # fmt: skip
     shared.finish(args, record, tables, plot_depth_sweep)

@@ -49,7 +49,7 @@ class LocalExecutor(LocalPipelineExecutor):
         # forkserver, not fork: the caller may hold threads (torch, Rust), and a forked child can then wait for ever on
         # a lock. Not spawn: what the steps import is imported once, not by each worker.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_recursive.data.steps"])
+        context.set_forkserver_preload([*{type(step).__module__ for step in self.pipeline}])
         reader, writer = context.Pipe(duplex=False)
         workers = min(self.workers, len(ranks))
         with ProcessPoolExecutor(workers, context, _start_worker, (dill.dumps(self), reader)) as pool:

@@ -9,6 +9,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -243,8 +244,8 @@ def read_records(span: Span, keys: Sequence[str], reject: Reject) -> Iterator[Re
     """
     if span.path.endswith(".parquet"):
         try:
-            for row, value, size in read_table(span, lambda names: [name for name in names if name in keys]):
-                yield Record({key: each for key, each in value.items() if each is not None}, span, row, size)
+            for row, cells, size in read_table(span, lambda names: [name for name in names if name in keys]):
+                yield Record({key: each for key, each in cells.items() if each is not None}, span, row, size)
         except DamagedTableError as error:
             reject(error)
         return
@@ -254,22 +255,20 @@ def read_records(span: Span, keys: Sequence[str], reject: Reject) -> Iterator[Re
     try:
         with open_source(span.path) as stream:
             for number, (raw, size, _) in enumerate(_lines(stream, span), start=1):
-                if number == 1 and raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" and _is_json(span.path):
+                if number == 1 and raw[:9].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" and _is_json(span.path):
                     yield from _read_array(span, reject)
                     return
+                value = None
+                with suppress(ValueError):
+                    value = orjson.loads(raw)
                 try:
-                    value: Any = orjson.loads(raw)
-                except ValueError:
-                    value = None
-                if type(value) is not dict:
-                    if raw.isspace():
-                        continue
-                    try:
+                    if type(value) is not dict and not raw.isspace():
                         value = _record_of_line(raw, f"{span.path}:{_lines_before(span) + number}", "messages")
-                    except UserError as error:
-                        reject(error)
-                        continue
-                yield Record(value, span, number, size)
+                except UserError as error:
+                    reject(error)
+                else:
+                    if value is not None:
+                        yield Record(value, span, number, size)
     except _DAMAGED as error:
         reject(_damaged(f"{span.path}:{_lines_before(span) + number + 1}", error))
 
@@ -279,36 +278,27 @@ def _is_json(path: str) -> bool:
 
 
 def _read_array(span: Span, reject: Reject) -> Iterator[Record]:
-    """The objects of one JSON array, which is held in memory."""
+    """The objects of one JSON array, which is held in memory. (What is not UTF-8 becomes half a surrogate pair.)"""
     with open_source(span.path) as stream:
-        raw = (_unpacked(stream, span.path) or stream).read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        reject(UserError(f"{span.path}:{line} is not UTF-8; convert the file or leave it out"))
-        return
-    decode = json.JSONDecoder().raw_decode
-    at, line, counted, closed = behind_space(text, 0) + 1, 1, 0, False
-    while not closed:
-        at = behind_space(text, at)
-        line, counted = line + text.count("\n", counted, at), at
+        text = (_unpacked(stream, span.path) or stream).read().decode("utf-8-sig", "surrogateescape")
+    decode, at, seen, line, follows = json.JSONDecoder().raw_decode, text.index("["), 0, 1, ","
+    while follows == ",":
+        at = behind_space(text, at + 1)
+        line, seen = line + text.count("\n", seen, at), at
         try:
-            if text[at : at + 1] != "]":
-                value, end = decode(text, at)
-                if isinstance(value, dict):
-                    yield Record(value, span, line, span.size * (end - at) // len(text))
-                else:
-                    reject(UserError(f"{span.path}:{line} is not a JSON object; write each conversation as one"))
-                at = behind_space(text, end)
-            closed = text[at : at + 1] == "]"
-            if text[at : at + 1] != "," and not (closed and not text[at + 1 :].strip()):
-                raise json.JSONDecodeError("Extra data" if closed else "Expecting ',' or ']'", text, at + closed)
-            at += 1
+            value, end = decode(text, at)
+            at = behind_space(text, end)
+            follows = text[at : at + 1]
+            if follows not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
         except (json.JSONDecodeError, RecursionError) as error:
-            line += text.count("\n", counted, getattr(error, "pos", at))
-            reject(UserError(f"{span.path}:{line} is not valid JSON ({error}), and the rest is not read; mend it"))
+            line += text.count("\n", seen, getattr(error, "pos", at))
+            reject(UserError(f"{span.path}:{line} stops being valid JSON ({error}), the rest is not read; mend it"))
             return
+        if isinstance(value, dict):
+            yield Record(value, span, line, span.size * (end - seen) // len(text))
+        else:
+            reject(UserError(f"{span.path}:{line} is not a JSON object; write each conversation as one"))
 
 
 def behind_space(text: str, at: int) -> int:

@@ -20,7 +20,7 @@ from megatron_recursive.data.indexed import token_type, write_index
 from megatron_recursive.data.joining import finish
 from megatron_recursive.data.progress import note_count
 from megatron_recursive.data.readers import read_span
-from megatron_recursive.data.tokenizer import StoredTokenizer, load_encoder
+from megatron_recursive.data.tokenizer import StoredTokenizer, load_document_encoder
 from megatron_recursive.data.work_folder import PartReport, WorkFolder
 from megatron_recursive.errors import UserError
 
@@ -83,12 +83,9 @@ class IndexedDatasetWriter(PipelineStep):
 
     def _samples(self, documents: Any) -> Iterator[list[tuple[list[int], bytes | None]]]:
         """Token ids of consecutive documents, and for ``.supervised`` the bytes that say which a loss counts."""
-        encode = load_encoder(self.tokenizer)
-        eod = [self.tokenizer.eod] if self.append_eod and self.tokenizer.eod is not None else []
-        # Some tokenizers end a text with it.
+        encode = load_document_encoder(self.tokenizer, self.append_eod)
         for texts in _batches(documents):
-            yield [(ids if self.tokenizer.special and ids[-1:] == eod else ids + eod, None)
-                   for ids in filter(None, encode(texts))]  # fmt: skip
+            yield [(ids, None) for ids in encode(texts)]
 
     def _write(self, documents: Any, prefix: Path, rank: int, report: PartReport) -> PartReport:
         token = token_type(self.tokenizer.id_range)

@@ -239,6 +239,15 @@ def load_encoder(stored: StoredTokenizer) -> Encode:
     return encode
 
 
+def load_document_encoder(stored: StoredTokenizer, append_eod: bool = True) -> Encode:
+    """What encodes documents: as :func:`load_encoder`, ended by the end-of-document token, and without empty ones."""
+    encode, eod = load_encoder(stored), [stored.eod] if append_eod and stored.eod is not None else []
+    # Some tokenizers end a text with it.
+    return lambda texts: [
+        ids if stored.special and ids[-1:] == eod else ids + eod for ids in filter(None, encode(texts))
+    ]
+
+
 def _digest(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()[:16]
 

@@ -17,7 +17,7 @@ from megatron_recursive.inference.generation import Settings, check_length, gene
 from megatron_recursive.inference.loading import Loaded, set_blocks
 from megatron_recursive.inference.text import Messages
 
-_HINT = "/reset starts over; /temp X, /depth T and /save FILE; Ctrl-D or /quit ends."
+_COMMANDS = "/reset, /temp X, /depth T, /save FILE, and /quit or Ctrl-D"
 _PLAIN = " The tokenizer has no chat template: what you type is continued as plain text."
 _COMMAND = re.compile(r"/([a-z]*)(?: +(.*))?")  # not a path, which has a second slash
 
@@ -38,7 +38,7 @@ class Conversation:
         """Turns until the input ends. What cannot be is said, and the conversation goes on."""
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
-        output.say(_HINT + ("" if self.loaded.text.has_chat_template else _PLAIN))
+        output.say(f"Commands: {_COMMANDS}." + ("" if self.loaded.text.has_chat_template else _PLAIN))
         while (said := _read_line()) not in (None, "/quit"):
             try:
                 if order := _COMMAND.fullmatch(said or ""):
@@ -50,31 +50,25 @@ class Conversation:
 
     def _obey(self, order: str, value: str) -> str:
         """What is to be said of it."""
-        if order == "reset" and not value:
+        if order == "reset":
             self.messages, self.left_out = list(self.opening), 0
             return "The conversation starts over."
-        if order == "temp":
-            if value:
-                self.settings = replace(self.settings, temperature=_number(order, value, float))
-            chosen = self.settings.temperature
-            return f"Temperature {float(self.settings.samples) if chosen is None else chosen:g}."
-        if order == "depth":
-            if value:
-                set_blocks(self.loaded, _number(order, value, int), "/depth")
-                self.settings.check(self.loaded)
-            plan = getattr(self.loaded.model.config, "recursion_plan", None)
-            return f"Depth {plan.depth}." if plan is not None else "A plain model, which has no depth to choose."
+        if order == "temp" and re.fullmatch(r"\d*\.?\d+", value):
+            self.settings = replace(self.settings, temperature=float(value))
+            return f"Temperature {float(value):g}."
+        if order == "depth" and re.fullmatch(r"\d+", value):
+            set_blocks(self.loaded, int(value), "/depth")
+            self.settings.check(self.loaded)
+            return f"Depth {value}."
         if order == "save" and value:
-            return self._save(Path(value))
-        raise UserError(f"There is no /{order} {value}".rstrip() + f"; {_HINT}")
-
-    def _save(self, file: Path) -> str:
-        if file.exists() and file not in self.saved:
-            raise UserError(f"{file} exists already; name another file.")
-        with replacing(file) as (partial,):
-            partial.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.saved.add(file)
-        return f"{file}: {len(self.messages)} messages."
+            file = Path(value)
+            if file.exists() and file not in self.saved:
+                raise UserError(f"{file} exists already; name another file.")
+            with replacing(file) as (partial,):
+                partial.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+            self.saved.add(file)
+            return f"{file}: {len(self.messages)} messages."
+        raise UserError(f"/{order} {value}".rstrip() + f" is no command; there are {_COMMANDS}.")
 
     def _answer(self, said: str) -> None:
         loaded, settings, args = self.loaded, self.settings, self.args
@@ -131,9 +125,3 @@ def _read_line() -> str | None:
     except (EOFError, KeyboardInterrupt):
         return None
 
-
-def _number[Number: (int, float)](order: str, value: str, kind: type[Number]) -> Number:
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise UserError(f"/{order} takes a number, but was given {value}.") from error

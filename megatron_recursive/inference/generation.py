@@ -186,13 +186,13 @@ def generate(
     for ids, tokens in zip(prompts, output[:, width:].tolist(), strict=True):
         end = next((number for number, token in enumerate(tokens) if token in ends), None)
         tokens = tokens if end is None else tokens[: end + 1]  # behind it lies padding
-        reason, text = "length" if end is None else "stop", _text_after(loaded, ids, tokens[:end])
+        reason, text = "length" if end is None else "stop", text_after(loaded, ids, tokens[:end])
         report = loaded.model.last_exit_report if settings.exit is not None else None
         answers.append(Answer(text, tokens, len(ids), reason, seconds, report, len(prompts)))
     return answers
 
 
-def _text_after(loaded: Loaded, ids: list[int], tokens: list[int]) -> str:
+def text_after(loaded: Loaded, ids: list[int], tokens: list[int]) -> str:
     """The text that the tokens add; decoded behind the prompt, since tokenizers drop a first blank."""
     return loaded.text.decode(ids + tokens)[len(loaded.text.decode(ids)) :]
 
@@ -260,7 +260,7 @@ class _Listener(BaseStreamer):
 
     def _say(self, *, final: bool) -> None:
         said = self.tokens[:-1] if self.tokens and self.tokens[-1] in self.ends else self.tokens
-        text = _text_after(self.loaded, self.ids, said)
+        text = text_after(self.loaded, self.ids, said)
         if (final or not text.endswith("\ufffd")) and len(text) > self.said:  # half of a character is not shown
             assert self.on_text is not None
             self.on_text(text[self.said :])

@@ -84,7 +84,10 @@ def set_blocks(loaded: Loaded, count: int, asked_by: str = "--num-refinement-blo
         raise UserError(f"{asked_by} must be at least 1, but is {count}.")
     if not loaded.recursive:
         raise UserError(f"{asked_by} needs a recursive model, but {loaded.name} is a plain one.")
-    loaded.model.set_num_refinement_blocks(count)
+    try:
+        loaded.model.set_num_refinement_blocks(count)
+    except ValueError as error:
+        raise UserError(f"{asked_by} {count}: {error}") from error
 
 
 # --- Hugging Face folders -------------------------------------------------------------------------------------------

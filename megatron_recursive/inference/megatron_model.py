@@ -51,6 +51,9 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_num_refinement_blocks(self, count: int) -> None:
         """Run so many blocks from now on."""
+        lora = self.megatron.config.lora
+        if lora is not None and lora.per_pass and count != self.megatron.plan.num_blocks:
+            raise ValueError("This model has an adapter for each pass, and none for those of another depth.")
         self.megatron.plan = self.megatron.plan.with_blocks(count)
         self.config.set_plan(self.megatron.plan)
 
@@ -234,7 +237,7 @@ def open_megatron(given: str, dtype: torch.dtype | None = None) -> Iterator[tupl
     stored = max((found.checkpoint.dtypes[item.key] for item in found.items()), key=lambda each: each.itemsize)
     dtype = stored if dtype is None else dtype
     with one_process():
-        megatron = build_megatron(found.arch, found.recursion, dtype)
+        megatron = build_megatron(found.arch, found.recursion, dtype, lora=found.lora)
         _fill(megatron, found, given)
         if torch.cuda.is_available() and not cpu.is_installed():
             megatron.cuda()

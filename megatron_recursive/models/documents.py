@@ -15,7 +15,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.varlen import varlen_attn
 
 _TAKES = inspect.signature(varlen_attn).parameters
-_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _TAKES else {}  # torch 2.11 may have none
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _TAKES else {}  # since torch 2.12
 
 
 @dataclass

@@ -150,5 +150,6 @@ def engine_layer_spec(spec: ModuleSpec, config: TransformerConfig, norms: NormLa
     spec = copy.deepcopy(spec)
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = inside_documents(attention.core_attention)
-    place_norms(spec.submodules, config, norms, engine=True)
+    if norms != NormLayout():
+        place_norms(spec.submodules, config, norms, engine=True)
     return spec

@@ -6,7 +6,6 @@ carries no gradient would leave its own at zero, and has none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ TARGETS = {  # by the flag's word, which is Megatron's: the module in a layer
     "linear_fc1": "mlp.linear_fc1", "linear_fc2": "mlp.linear_fc2",
 }  # fmt: skip
 SHARED = "shared"
-MODULE = "lora"  # of a layer; in a checkpoint the layer's number follows, since layers may have other passes
+MODULE = "lora"  # of a layer
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,16 @@ class LoRA:
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def names(self, plan: RecursionPlan, stack: str) -> tuple[str, ...]:
-        """Of the adapters that each matrix of a stack's layers has: by the index of the pass, or the shared one."""
-        if not self.per_pass:
-            return (SHARED,)
-        return tuple(str(each.index) for each in plan.passes if each.stack == stack and each.grad)
+    def names(self, plan: RecursionPlan, num_layers: int, layer: int) -> tuple[str, ...]:
+        """Of the adapters that each matrix of a layer has: by the index of the pass, or the shared one."""
+        stacks = plan.layers_of(num_layers)
+        own = (str(each.index) for each in plan.passes if each.grad and layer in stacks[each.stack])
+        return tuple(own) if self.per_pass else (SHARED,)
 
-    def size(self, rows: int, columns: int) -> int:
-        """Parameters of one adapter of a matrix."""
-        return self.rank * (rows + columns)
-
-    def bound(self, columns: int) -> float:
-        """A is uniform within it, as PEFT's."""
-        return 1.0 / math.sqrt(columns)
+    def keys(self, plan: RecursionPlan, num_layers: int, layer: int, weight: str) -> dict[str, tuple[str, str]]:
+        """By name, the keys of A and B beside a weight of a layer, such as ``mlp.linear_fc2.weight``."""
+        (target,) = [name for name, path in TARGETS.items() if f"{path}.weight" == weight] or [""]
+        if target not in self.targets:
+            return {}
+        place = f"decoder.layers.{layer}.{MODULE}.{target}"
+        return {name: (f"{place}.A_{name}", f"{place}.B_{name}") for name in self.names(plan, num_layers, layer)}

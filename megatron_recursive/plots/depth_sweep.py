@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.plots.picture import COLOURS, pyplot_for, save_picture
+
+PANELS = ("loss by depth", "answers settled by depth", "loss by mean depth under exits", "loss by FLOPs under exits")
 
 # A colour a model, a marker an exit.
 MARKERS = {"halting": "o", "quantile": "s", "output-change": "^", "kl": "v", "argmax": "D"}
@@ -15,7 +18,13 @@ def plot_depth_sweep(record: dict[str, Any], output: Path) -> None:
     """Draw the record of the command ``sweep``; a UserError says where that is not possible."""
     pyplot = pyplot_for(output, "--output")
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    loss, settling, by_depth, by_flops = grid.flat
+    draw_panels(list(grid.flat), record)
+    save_picture(figure, output, dpi=130)
+
+
+def draw_panels(axes: Sequence[Any], record: dict[str, Any]) -> None:
+    """On an axis for each of :data:`PANELS`."""
+    loss, settling, by_depth, by_flops = axes
     labelled: set[str] = set()
     for number, model in enumerate(record["models"]):
         colour, exits = COLOURS[number % len(COLOURS)], model["exits"]
@@ -44,4 +53,3 @@ def plot_depth_sweep(record: dict[str, Any], output: Path) -> None:
             axis.text(0.5, 0.5, "no model here can leave early", ha="center", transform=axis.transAxes)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
-    save_picture(figure, output, dpi=130)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.plots.depth_sweep import COLOURS
 from megatron_recursive.plots.picture import pyplot_for, save_picture
 
+PANELS = ("change of the states by pass", "loss of the head by pass", "loss with the state reset",
+          "halting probability and share right", "where tokens leave", "paths of seven tokens")  # fmt: skip
+
 
 def plot_health(record: dict[str, Any], output: Path) -> None:
     """Draw the record of the command ``health``; a UserError says where that is not possible."""
     pyplot = pyplot_for(output, "--output")
     figure, grid = pyplot.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
-    moves, lens, reset, reliability, exits, paths = grid.flat
+    draw_panels(list(grid.flat), record)
+    title = "{family}, depth {depth}, {samples} samples of {sequence_length} tokens".format_map(record)
+    figure.suptitle(f"{Path(record['model']).name}: {title}", fontsize="medium")
+    save_picture(figure, output, dpi=110)
+
+
+def draw_panels(axes: Sequence[Any], record: dict[str, Any]) -> None:
+    """On an axis for each of :data:`PANELS`."""
+    moves, lens, reset, reliability, exits, paths = axes
 
     def line(axis: Any, points: Any, x: str, y: str, number: int = 0, **looks: Any) -> None:
         chosen = [(each[x], each[y]) for each in points if each.get(y) is not None]
@@ -51,6 +63,3 @@ def plot_health(record: dict[str, Any], output: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
-    title = "{family}, depth {depth}, {samples} samples of {sequence_length} tokens".format_map(record)
-    figure.suptitle(f"{Path(record['model']).name}: {title}", fontsize="medium")
-    save_picture(figure, output, dpi=110)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.figures import blocks_of
-from megatron_recursive.plots.picture import pyplot_for, save_picture
+from megatron_recursive.plots.picture import pyplot_for, save_picture, single_axes
 from megatron_recursive.plots.runs import Run, read_runs
 
 AXES = {"iteration": "iteration", "tokens": "tokens", "flops": "flops", "seconds": "elapsed"}
@@ -83,14 +83,29 @@ def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = Non
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
     for axis, draw in zip(list(axes.flat), panels, strict=False):
-        draw(axis)
-        axis.set(xlabel=label, xlim=(0, None))
-        axis.tick_params(labelbottom=True)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _draw_panel(axis, draw, label)
     _legends(figure, drawn)
     save_picture(figure, output, dpi=150)
     return output
+
+
+def draw_curves(given: Sequence[str | Path]) -> list[Any]:
+    """The panels of :func:`plot_loss_curve`, each as an axis in a figure of its own; the first has the legends."""
+    drawn, label = _along(read_runs(given), None)
+    panels = _panels(drawn)
+    axes = single_axes(len(panels))
+    for axis, draw in zip(axes, panels, strict=True):
+        _draw_panel(axis, draw, label)
+    _legends(axes[0].figure, drawn, 60)
+    return axes
+
+
+def _draw_panel(axis: Any, draw: Callable[[Any], None], label: str) -> None:
+    draw(axis)
+    axis.set(xlabel=label, xlim=(0, None))
+    axis.tick_params(labelbottom=True)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def plot_score_by_flops(given: Sequence[str | Path], output: Path, score: str) -> None:
@@ -195,8 +210,8 @@ def _draw_blocks(
         axis.set_yscale("log")
 
 
-def _legends(figure: Any, drawn: Sequence[Drawn]) -> None:
-    """Runs above, kinds of values below."""
+def _legends(figure: Any, drawn: Sequence[Drawn], width: int = 100) -> None:
+    """Runs above, kinds of values below; ``width`` in characters."""
     from matplotlib.lines import Line2D
 
     names = []
@@ -204,7 +219,7 @@ def _legends(figure: Any, drawn: Sequence[Drawn]) -> None:
         results = [r["lm loss"] for r in each.run.of("held-out") if "lm loss" in r]
         name = each.run.name[-60:] + (f" (held-out lm loss {results[-1]:.3f})" if results else "")
         names.append(Line2D([], [], color=each.color, marker=each.marker, lw=3, label=name))
-    columns = max(1, min(len(names), 100 // max(len(str(name.get_label())) for name in names)))
+    columns = max(1, min(len(names), width // max(len(str(name.get_label())) for name in names)))
     figure.legend(handles=names, loc="outside upper center", ncols=columns, frameon=False)
     windows = " or ".join(map(str, sorted({each.window for each in drawn})))
     kinds = [
@@ -212,4 +227,5 @@ def _legends(figure: Any, drawn: Sequence[Drawn]) -> None:
         Line2D([], [], lw=1.5, label=f"training, mean of {windows} logged iterations", **_GREY),
         Line2D([], [], ls=":", marker="o", ms=6, label="held-out, one evaluation", **_GREY),
     ]
-    figure.legend(handles=kinds, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    columns = 3 if width >= 100 else 1
+    figure.legend(handles=kinds, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,22 @@ def pyplot_for(output: Path, flag: str) -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def single_axes(count: int) -> list[Any]:
+    """Axes, each in a figure of its own that a phone's screen shows whole."""
+    pyplot = pyplot_for(Path("a.png"), "")
+    return [pyplot.subplots(figsize=(5.2, 3.7), layout="constrained")[1] for _ in range(count)]
+
+
+def png_of(axis: Any) -> bytes:
+    """The picture of an axis of :func:`single_axes`, whose figure is closed."""
+    from matplotlib import pyplot
+
+    drawn = io.BytesIO()
+    axis.figure.savefig(drawn, format="png", dpi=140)
+    pyplot.close(axis.figure)
+    return drawn.getvalue()
 
 
 def save_picture(figure: Any, output: Path, dpi: int) -> None:

@@ -29,6 +29,7 @@ from megatron_recursive.training.chat_data import add_chat_arguments, settle_cha
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only
 from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
+from megatron_recursive.training.data_stream import add_stream_arguments, refuse_stream
 from megatron_recursive.training.distillation import add_distillation_arguments, settle_distillation
 from megatron_recursive.training.lora import add_lora_arguments, refuse_lora, take_adapters
 from megatron_recursive.training.norm_arguments import add_norm_arguments, refuse_norms
@@ -74,6 +75,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     refuse_samples(args)
     if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
         args.eval_global_batch_size = refusals.scheduled_batches(args)[-1]
+    refuse_stream(args)
     settle_chat(args)
     refusals.refuse_schedule(args)
     refuse_supervision(args)
@@ -124,6 +126,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_optimizer_arguments(parser)
     add_distillation_arguments(parser)
     add_chat_arguments(parser)
+    add_stream_arguments(parser)
     add_lora_arguments(parser)
     group = parser.add_argument_group("recursive runs")
     group.add_argument(

@@ -8,42 +8,43 @@ from typing import Any
 
 from megatron.core.datasets.utils import Split
 
-from megatron_recursive.data.chat.dataset import ChatRows, chat_lengths, tokenizer_of
+from megatron_recursive.data.chat.dataset import ChatRows, chat_lengths
 from megatron_recursive.data.indexed import all_lengths, check_indexed_dataset
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.training import console
-from megatron_recursive.training.refusals import MEGATRONS_SPLIT, prefixes_of, refuse_empty_splits, split_bounds
+from megatron_recursive.training.refusals import MEGATRONS_SPLIT, refuse_empty_splits, split_bounds
 
 # Flags of plain text, or of what reads it.
 OF_TEXT = (
     "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path",
     "mock_data", "per_dataset_sequences_path", "reset_attention_mask", "reset_position_ids", "eod_mask_loss",
-    "answer_tokens", "full_validation", "multiple_validation_sets", "distill_from", "distill_prepare",
+    "answer_tokens", "full_validation", "multiple_validation_sets",
 )  # fmt: skip
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("conversations, epochs and the best checkpoint")
-    group.add_argument(
-        "--chat-data", metavar="PREFIX",
+    # fmt: off
+    add = parser.add_argument_group("conversations, epochs and the best checkpoint").add_argument
+    add("--chat-data", metavar="PREFIX",
         help="Train on conversations that prepare-chat wrote: packed into rows of --seq-length, kept apart, and the "
-        "loss only on what the assistant says, each token alike. The tokenizer is the data's unless another is given.",
-    )
-    group.add_argument(
-        "--valid-chat-data", metavar="PREFIX",
+        "loss only on what the assistant says, each token alike. The tokenizer is the data's unless another is given.")
+    add("--valid-chat-data", metavar="PREFIX",
         help="Conversations to evaluate on, all of --chat-data being trained on. Without it --split takes some away. "
-        "At most --eval-iters batches are read, and none twice in an evaluation.",
-    )
-    group.add_argument(
-        "--train-epochs", type=int, metavar="N",
-        help="In the place of --train-iters: read every conversation of --chat-data N times, or every token of one "
-        "--data-path (or --train-data-path) as far as it fills batches.",
-    )
-    group.add_argument(
-        "--keep-best", action="store_true",
-        help="Keep the checkpoint of the lowest held-out loss in the folder best below --save, whichever are deleted.",
-    )
+        "At most --eval-iters batches are read, and none twice in an evaluation.")
+    add("--train-epochs", type=int, metavar="N", action=_InPlaceOfIterations,
+        help="In the place of a --train-iters before it: read each conversation of --chat-data N times, or each token "
+        "of one --data-path (or --train-data-path) as far as it fills batches.")
+    add("--keep-best", action="store_true",
+        help="Keep the checkpoint of the lowest held-out loss in the folder best below --save, whichever are deleted.")
+    # fmt: on
+
+
+class _InPlaceOfIterations(argparse.Action):
+    """Later flags win; the file of an import has --train-iters."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        namespace.train_epochs, namespace.train_iters = values, None
 
 
 def is_chat(args: argparse.Namespace) -> bool:
@@ -52,10 +53,10 @@ def is_chat(args: argparse.Namespace) -> bool:
 
 def settle_chat(args: argparse.Namespace) -> None:
     """Refuse what contradicts conversations, and fill in what follows from them; iterations from epochs."""
-    if args.valid_chat_data is not None and args.chat_data is None:
-        raise UserError("--valid-chat-data needs --chat-data, the conversations to train on.")
     if args.chat_data is not None:
         _settle_conversations(args)
+    elif args.valid_chat_data is not None:
+        raise UserError("--valid-chat-data needs --chat-data, the conversations to train on.")
     if args.keep_best and (args.save is None or not args.eval_iters or args.async_save or args.skip_train):
         raise UserError(
             "--keep-best needs --save, and evaluations (--eval-iters, and a held-out part of --split) while it trains; "
@@ -69,22 +70,12 @@ def _settle_conversations(args: argparse.Namespace) -> None:
     for name in OF_TEXT:
         if getattr(args, name):
             raise UserError(f"{flag_of(name)} and --chat-data exclude each other; leave one of them out.")
+    if args.dataloader_type == "cyclic":
+        raise UserError("--dataloader-type cyclic has its own order, but --chat-data one by epochs; leave it out.")
     args.calculate_per_token_loss = True  # micro-batches have different numbers of supervised tokens
     if args.tokenizer_type is None and args.tokenizer_model is None:
-        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(tokenizer_of(args.chat_data))
-    for flag, prefix in prefixes_of(args):
-        try:
-            longest = int(chat_lengths(prefix).max())
-        except UserError as error:
-            raise UserError(f"{flag} {prefix}: {str(error).rstrip('.')}.") from error
-        if longest > args.seq_length + 1:
-            raise UserError(
-                f"{flag} {prefix} has a sample of {longest} tokens, for which --seq-length {args.seq_length} is too "
-                f"short; give --seq-length {longest - 1}, or prepare the data for a shorter one."
-            )
-    if args.valid_chat_data is None:
-        refuse_empty_splits("--chat-data", args.chat_data, args.split)
-    held_out = [_rows(args, split, 0) for split in (Split.valid, Split.test)]
+        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", f"{args.chat_data}_tokenizer"
+    _, *held_out = (_rows(args, split, 0) for split in Split)
     batches = [-(-rows.rows // (args.eval_global_batch_size or _batch(args))) for rows in held_out if rows is not None]
     args.eval_iters = min(args.eval_iters, max(batches, default=0))
 
@@ -101,36 +92,37 @@ def _settle_epochs(args: argparse.Namespace) -> None:
     for name in ("train_iters", "train_samples", "step_batch_size_schedule", "carry_halted"):
         if getattr(args, name):
             raise UserError(f"--train-epochs and {flag_of(name)} exclude each other; leave one of them out.")
-    batch = _batch(args)
-    if args.chat_data is not None:
-        rows = _rows(args, Split.train, 0)
-        assert rows is not None, "--split leaves something to train on"
+    batch, text = _batch(args), args.data_path or args.train_data_path or []
+    if (rows := _rows(args, Split.train, 0) if is_chat(args) else None) is not None:
         batches = -(-args.train_epochs * rows.rows // batch)
+    elif len(text) != 1 or "://" in text[0]:
+        raise UserError("--train-epochs needs --chat-data, or --data-path with one prefix on this machine.")
     else:
-        flag, prefix = next(iter(prefixes_of(args)), ("", ""))
-        given = getattr(args, flag[2:].replace("-", "_"), None) or []
-        if len(given) != 1 or flag not in ("--data-path", "--train-data-path") or "://" in prefix:
-            raise UserError("--train-epochs needs --chat-data, or --data-path with one prefix on this machine.")
-        check_indexed_dataset(prefix)
-        lengths = all_lengths(prefix)
-        split = args.split or MEGATRONS_SPLIT if flag == "--data-path" else "1"
+        check_indexed_dataset(text[0])
+        lengths, split = all_lengths(text[0]), args.split or MEGATRONS_SPLIT if args.data_path else "1"
         tokens = int(lengths[: split_bounds(split, len(lengths))[1]].sum(dtype="i8"))
         batches = (args.train_epochs * tokens - 1) // args.seq_length // batch
         if not batches:
-            raise UserError(
-                f"{flag} {prefix} has {tokens} tokens to train on, which fill no batch of {batch} samples in "
-                f"--train-epochs {args.train_epochs}; give a smaller --global-batch-size, or more data."
-            )
+            raise UserError(f"{text[0]} has {tokens} tokens to train on, which fill no batch of {batch} samples in "
+                            f"--train-epochs {args.train_epochs}; give a smaller batch, or more data.")  # fmt: skip
     args.train_iters = batches * args.num_supervision_steps
 
 
 def _rows(args: argparse.Namespace, split: Split, wanted: int) -> ChatRows | None:
     """One of the splits; None where it has no sample."""
-    trains = split is Split.train
-    prefix = args.chat_data if trains or args.valid_chat_data is None else args.valid_chat_data
-    lengths = chat_lengths(prefix)
+    trains, apart = split is Split.train, args.valid_chat_data is not None
+    name = "valid_chat_data" if apart and not trains else "chat_data"
+    flag, prefix = flag_of(name), getattr(args, name)
+    try:
+        lengths = chat_lengths(prefix)
+    except UserError as error:
+        raise UserError(f"{flag} {prefix}: {str(error).rstrip('.')}.") from error
+    if (longest := int(lengths.max())) > args.seq_length + 1:
+        raise UserError(f"{flag} {prefix} has a sample of {longest} tokens, for which --seq-length {args.seq_length} "
+                        f"is too short; give --seq-length {longest - 1}, or prepare the data for less.")  # fmt: skip
     bounds = [0, len(lengths), len(lengths)] if trains else [0, 0, len(lengths), len(lengths)]
-    if args.valid_chat_data is None:
+    if not apart:
+        refuse_empty_splits(flag, prefix, args.split)
         bounds = split_bounds(args.split or MEGATRONS_SPLIT, len(lengths))
     first, last = bounds[split.value : split.value + 2]
     if first == last:
@@ -142,7 +134,7 @@ def _rows(args: argparse.Namespace, split: Split, wanted: int) -> ChatRows | Non
 
 def chat_datasets(args: argparse.Namespace, wanted: Sequence[int]) -> tuple[Any, Any, Any]:
     """The three splits; ``wanted`` are the rows that the run reads of each."""
-    train, valid, test = (_rows(args, split, samples) for split, samples in zip(Split, wanted, strict=True))
+    train, valid, test = (_rows(args, split, rows) if rows else None for split, rows in zip(Split, wanted, strict=True))
     for split, rows in zip(Split, (train, valid, test), strict=True):
         if rows is not None and args.rank == 0:
             what = f"{rows.rows} rows of {args.seq_length} tokens, {rows.fill:.1%} full"

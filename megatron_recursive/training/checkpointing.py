@@ -33,6 +33,7 @@ def check_checkpoint(
     saved = dict(vars(common["args"]))
     if DONOR in saved:
         setattr(run, DONOR, saved[DONOR])
+    run.data_stream_position = saved.get("data_stream_position")
     check_architecture(folder, saved, run)
     check_adapters(folder, saved, run, is_start=from_plain_gpt or run.finetune)
     if from_plain_gpt:

@@ -178,6 +178,6 @@ def _look_up(files: TeacherFiles, input_ids: Tensor, *_: Any) -> TopTokens:
 def check_samples(args: argparse.Namespace, train: Any, samples: int) -> None:
     """Refuse other data before the first step, by the first and the last sample."""
     if args.distill_prepare is None and isinstance(files := opened(args.distill_from), TeacherFiles):
-        tokens = torch.stack([train[number]["tokens"] for number in (0, samples - 1)])
+        tokens = torch.stack([torch.as_tensor(train[number]["tokens"]) for number in (0, samples - 1)])
         hidden = tokens >= (args.answer_tokens or args.padded_vocab_size)  # as the model reads them
         files.read(tokens.masked_fill(hidden, 0).numpy())

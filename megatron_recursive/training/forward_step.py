@@ -26,6 +26,7 @@ from megatron_recursive.models.documents import Documents
 from megatron_recursive.models.recursion_core import RecursiveOutput
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.plan import RecursionPlan, StepPlans
+from megatron_recursive.training import data_stream
 from megatron_recursive.training.chat_data import chat_datasets, is_chat
 from megatron_recursive.training.distillation import check_samples, has_teacher
 from megatron_recursive.training.metrics_log import SUPERVISED
@@ -60,8 +61,9 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
         for key in BATCH_KEYS:
             value = loaded.get(key)
             batch[key] = value.cuda(non_blocking=True) if value is not None else None
-    ids_BS = batch.get("document_ids")
+    ids_BS = None
     if _keeps_documents(args):
+        ids_BS = batch.get("document_ids")
         if ids_BS is None:
             shape = micro_batch, args.seq_length
             ids_BS = torch.empty(shape, dtype=torch.long, device=torch.cuda.current_device())
@@ -184,7 +186,10 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     train, *held_out = train_valid_test_num_samples
     train_valid_test_num_samples = [samples_read(args, train), *held_out]
     if is_chat(args):
-        return chat_datasets(args, train_valid_test_num_samples) if _reads_data() else (None, None, None)
+        datasets = chat_datasets(args, train_valid_test_num_samples) if _reads_data() else (None, None, None)
+        if datasets[0] is not None and has_teacher(args):
+            check_samples(args, datasets[0], train_valid_test_num_samples[0])
+        return datasets
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = None
     if args.per_dataset_sequences_path is not None:
@@ -215,7 +220,9 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     print_rank_0("> building train, validation, and test datasets ...")
     kind = MockGPTDataset if args.mock_data else ContentKeyedGPTDataset
     builder = BlendedMegatronDatasetBuilder(kind, train_valid_test_num_samples, _reads_data, config)
-    datasets = builder.build()
+    datasets = (None, None, None) if config.mock and not args.mock_data else builder.build()  # a stream alone
+    if data_stream.is_stream(args):
+        return data_stream.loaders(args, config, datasets, _reads_data())
     if args.dataloader_type != "cyclic":
         _check_enough(datasets[0], train_valid_test_num_samples[0], args)
     if datasets[0] is not None and has_teacher(args):

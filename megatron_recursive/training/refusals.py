@@ -72,8 +72,8 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     ("--full-validation over tensor-parallel ranks", lambda a: a.full_validation and a.tensor_model_parallel_size > 1,
      "use --eval-iters"),
     ("reinforcement learning (--perform-rl-step)", lambda a: a.perform_rl_step, "leave it out"),
-    ("Megatron's fine-tuning (--sft), whose evaluations average micro-batches and not tokens", lambda a: a.sft,
-     "use --chat-data PREFIX"),
+    ("Megatron's fine-tuning (--sft)", lambda a: a.sft,
+     "use --chat-data PREFIX, whose evaluations average tokens and not micro-batches"),
     ("fill-in-the-middle data (--fim-data)", lambda a: a.fim_data, "leave it out"),
     ("packed documents (--dataloader-inter-document-masking)", lambda a: a.dataloader_inter_document_masking,
      "use --reset-attention-mask and --reset-position-ids"),
@@ -81,8 +81,8 @@ NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
     ("files of logits (--logits-save-dir, --logits-load-dir)", lambda a: a.logits_save_dir or a.logits_load_dir,
      "use --distill-prepare and --distill-from"),
     ("in-process restarts (--inprocess-restart)", lambda a: a.inprocess_restart, "let torchrun restart the run"),
-    ("data loaders of one's own (--dataloader-type external)", lambda a: a.dataloader_type == "external",
-     "use --dataloader-type single or cyclic"),
+    ("data loaders of one's own (--dataloader-type external)", lambda a: a.dataloader_type == "external"
+     and a.data_stream is None, "use --data-stream, or --dataloader-type single or cyclic"),
     # Nor does Megatron 0.19.2: it passes its config a name that the config does not have.
     ("Xavier initialisation (--init-method-xavier-uniform)", lambda a: a.init_method_xavier_uniform,
      "use --init-method-std"),
@@ -336,7 +336,7 @@ def refuse_data(args: argparse.Namespace) -> None:
                 "whole; give --valid-data-path PREFIX ... without them."
             )
     sources = list(prefixes_of(args))
-    if not sources:
+    if not sources and args.data_stream is None:
         raise UserError(
             f"No training data: give --data-path PREFIX (made by {command('preprocess')}) or --train-data-path, or "
             "--mock-data to try things out."

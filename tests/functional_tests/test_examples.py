@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -14,7 +15,7 @@ import pytest
 from tests import examples
 from tests.distributed import run_command, run_distributed
 from tests.examples import FOLDER, SCRIPTS, Command
-from tests.unit_tests.training.runs import in_worker, losses_of, metrics_of
+from tests.unit_tests.training.runs import in_worker, losses_of, metrics_of, records_of
 
 TINY = (
     "--hidden-size 32 --num-attention-heads 4 --num-layers 2 --seq-length 32 --max-position-embeddings 32 "
@@ -41,7 +42,7 @@ def facts(commands: dict[str, Command]) -> dict[str, Any]:
 
 def test_every_script_is_known() -> None:
     names = {file.stem.removeprefix("pretrain_") for file in FOLDER.glob("*.sh")}
-    assert names == {*SCRIPTS, "default"}
+    assert names == {*SCRIPTS, "default", "finetune_chat", "finetune_text"}
 
 
 def test_no_script_is_refused(facts: dict[str, Any], variables: dict[str, str]) -> None:
@@ -194,6 +195,51 @@ def test_the_smallest_trains_on_the_cpu(variables: dict[str, str], tmp_path: Pat
     losses = losses_of(tmp_path)
     assert sorted(losses) == [1, 2, 3, 4, 5, 6] and losses[6] < losses[1]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "6"
+
+
+def write_model(folder: Path, texts: Path) -> None:
+    """A tiny model of Hugging Face's, whose tokenizer has a chat template."""
+    import torch
+    import transformers
+
+    from megatron_recursive.data.tokenizer_training import train_tokenizer
+
+    train_tokenizer([texts], folder, 300)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 64, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(folder)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["chat", "text"])
+def test_fine_tuning_from_a_hugging_face_folder(name: str, tmp_path: Path) -> None:
+    """The second start of a script goes on from the first."""
+    texts = [{"text": f"Line {n} of a text, and of {n * n} others like it. " * 5} for n in range(200)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    run_distributed(write_model, 1, tmp_path / "model", tmp_path / "text.jsonl")
+    save = tmp_path / "run"
+    given = {"MODEL": str(tmp_path / "model"), "SAVE": str(save), "TEXT": str(tmp_path / "text.jsonl"), "LENGTH": "900"}
+    environment = {**given, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = ["bash", str(FOLDER / f"finetune_{name}.sh"), "--lr", "1e-2", "--min-lr", "1e-3"]
+    for flags in (["--exit-interval", "3"], []):
+        result = run_command([*script, *flags], env=environment, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert name == "text" or flags or "sample at iteration 5: 'What does a recursive" in result.stdout
+    losses, best = metrics_of(save), json.loads((save / "best" / "best.json").read_text())
+    assert list(losses) == list(range(1, len(losses) + 1)) and len(losses) > 3
+    assert losses[len(losses)]["lm loss"] < losses[1]["lm loss"]
+    assert all(("token accuracy" in record) == (name == "chat") for record in records_of(save, "valid"))
+    assert (save / "best" / f"iter_{best['iteration']:07d}" / "run.json").is_file()
 
 
 @pytest.mark.heavy

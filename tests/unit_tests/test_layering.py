@@ -45,7 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "inference": (
         *(f"{OURS}.{folder}" for folder in ("plan", "backends", "data", "losses", "models", "hf")), "torch",
-        "transformers", "megatron.core",
+        "transformers", "megatron.core", "sacrebleu", "tqdm",
     ),
     "evaluation": (
         *(f"{OURS}.{folder}" for folder in ("backends", "data.files", "data.tokenizer", "hf")), "torch", "transformers",
@@ -57,9 +57,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "torch", "transformers", "kneed", "safetensors",
     ),
     "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "numpy", "tqdm", "yaml"),
+    "report": (f"{OURS}.plan", f"{OURS}.plots", "jinja2"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
-                                            "plots", "ablation", "analysis", "evaluation", "launch", "__version__")),
+                                            "plots", "ablation", "analysis", "evaluation", "launch", "report",
+                                            "__version__")),
         "torch", "transformers", "lm_eval", "tqdm",
     ),
     "launch": (f"{OURS}.training.pretrain", "torch"),

@@ -20,6 +20,7 @@ CARRIED = (
     "tests/conftest.py",
     "tests/functional_tests/golden_losses.json", "tools/preprocess_data.py", "benchmarks/ring.py",
     "examples/recursive_gpt/pretrain_default.sh", "megatron_recursive/py.typed", "megatron_recursive/commands/plan.py",
+    "megatron_recursive/report/page.html",
 )  # fmt: skip
 
 

@@ -6,9 +6,7 @@ its tokens, 1 where the model is to predict it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +17,10 @@ from megatron_recursive.data.chat.packing import pack
 from megatron_recursive.data.indexed import all_lengths, check_indexed_dataset
 from megatron_recursive.errors import UserError
 
-MAKER = "prepare-chat"
-
 
 def supervised(prefix: str) -> str:
     """The prefix of what is to be predicted."""
     return f"{prefix}_supervised"
-
-
-def tokenizer_of(prefix: str) -> Path:
-    """The folder of the tokenizer, with its template, that goes with the data."""
-    return Path(f"{prefix}_tokenizer")
 
 
 def chat_lengths(prefix: str) -> Any:
@@ -38,23 +29,19 @@ def chat_lengths(prefix: str) -> Any:
     Raises:
         UserError: a file is missing or half written, or the two do not belong together.
     """
-    lengths = []
     for each in (prefix, supervised(prefix)):
-        check_indexed_dataset(each, MAKER)
-        lengths.append(all_lengths(each))
-    if not np.array_equal(*lengths):
+        check_indexed_dataset(each, "prepare-chat")
+    lengths = all_lengths(prefix)
+    if not np.array_equal(lengths, all_lengths(supervised(prefix))):
         raise UserError(f"{supervised(prefix)}.idx has other lengths than {prefix}.idx; prepare the data again")
-    return lengths[0]
+    return lengths
 
 
 def end_of_turn(prefix: str) -> int:
-    """The token that the assistant ends with: of the first samples, what is supervised last."""
+    """The token that the assistant ends with: what most of the first samples have supervised last."""
     tokens, counted = IndexedDataset(prefix), IndexedDataset(supervised(prefix))
-    ends: Counter[int] = Counter()
-    for sample in range(min(100, len(tokens))):
-        places = np.flatnonzero(counted.get(sample))
-        ends.update(int(tokens.get(sample)[place]) for place in places[-1:])
-    return ends.most_common(1)[0][0] if ends else -1
+    ends = (tokens.get(sample)[counted.get(sample) > 0][-1:] for sample in range(min(100, len(tokens))))
+    return int(np.bincount(np.concatenate([*ends])).argmax())
 
 
 class ChatRows:

@@ -107,7 +107,7 @@ def _message(turn: Any, number: int) -> Message:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise NotAConversation(f"has half a surrogate pair in turn {number}") from error
+        raise NotAConversation(f"has a turn {number} that is not UTF-8, or half a surrogate pair") from error
     return {"role": ROLES[role.lower()], "content": text, **kept}
 
 

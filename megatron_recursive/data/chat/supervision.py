@@ -3,16 +3,21 @@
 A template with ``{% generation %}`` says it itself. Another one is asked: the whole conversation is rendered once as it
 is, and once with a mark behind the words of each turn; without its marks it must be the same text. A turn of the
 assistant begins where the turn before it is followed by what the template adds to prompt for an answer, and ends with
-the added token behind its words. Both are read in the rendering of the whole: what a template makes of an earlier turn
-(it may drop its thinking) is what counts.
+the added token that stands behind plain words. Both are read in the rendering of the whole: what a template makes of an
+earlier turn (it may drop its thinking) is what counts.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers.processors import TemplateProcessing
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_recursive.data.chat.formats import Message, NotAConversation
 from megatron_recursive.data.readers import behind_space
@@ -27,14 +32,16 @@ class Template:
     """A tokenizer's chat template; :meth:`render` gives a text and where the assistant speaks in it."""
 
     def __init__(self, tokenizer: Any) -> None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         self.text = tokenizer.get_chat_template()
         self.generation = _GENERATION.search(self.text) is not None
         self._render = functools.partial(render_jinja_template, chat_template=self.text, **tokenizer.special_tokens_map)
         added = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+        self.end_tokens: set[str] = set()
         self.has_system = self._shows_system()
+        with suppress(NotAConversation):  # else every conversation is refused, with a sentence
+            text, spans = self.render([{"role": role, "content": _PROBE} for role in ("user", "assistant") * 2])
+            self.end_tokens = {text[start:end].rpartition(_PROBE)[2].strip() for start, end in spans}
 
     def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
         """The text, and the characters of each turn of the assistant's: its words and its end token.
@@ -53,8 +60,6 @@ class Template:
         return self._by_prefixes(messages)
 
     def _call(self, conversations: list[list[Message]], **options: Any) -> Any:
-        from jinja2 import TemplateError
-
         try:
             return self._render(conversations, **options)
         except (TemplateError, TypeError) as error:
@@ -94,7 +99,7 @@ class Template:
             end = self.added.match(text, behind_space(text, words_end))
             if start > words_end or not text.startswith(prompt, before):
                 raise NotAConversation(f"has a turn {number + 1} that does not follow the chat template's own prompt")
-            if end is None:
+            if end is None or (self.end_tokens and end.group() not in self.end_tokens):
                 raise NotAConversation(f"has a turn {number + 1} that the chat template ends with no token of its own")
             spans.append((start, end.end()))
         return text, spans
@@ -133,10 +138,12 @@ def _cut(marked: str, mark: str) -> tuple[str, dict[int, int]]:
 
 @functools.lru_cache(maxsize=1)
 def load_chat_encoder(folder: Path) -> tuple[Template, Any]:
-    """The template of a stored tokenizer's folder, and the tokenizer in Rust, which adds nothing around a text."""
-    from tokenizers.processors import TemplateProcessing
+    """As :func:`chat_encoder`, of a stored tokenizer's folder."""
+    return chat_encoder(load_tokenizer(folder))
 
-    tokenizer = load_tokenizer(folder)
+
+def chat_encoder(tokenizer: Any) -> tuple[Template, Any]:
+    """The template of a tokenizer, and the tokenizer in Rust, which from now on adds nothing around a text."""
     rust = tokenizer.backend_tokenizer
     rust.post_processor = TemplateProcessing(single="$A", special_tokens=[])  # others move the offsets of white space
     return Template(tokenizer), rust

@@ -37,6 +37,7 @@ from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
 from megatron_recursive.hf.convert.stacks import StackChoice, ranges, stack_knobs
 from megatron_recursive.hf.convert.tokenizer_files import (
+    PROBES,
     copy_tokenizer,
     keep_class,
     last_id,
@@ -456,7 +457,9 @@ def _grown(tokenizer: Any, folder: str, source: Source) -> Any:
         UserError: it is another one.
     """
     grown, below = load_tokenizer(folder), last_id(tokenizer) + 1
-    if vocabulary_digest(grown.get_vocab(), below) != vocabulary_digest(tokenizer.get_vocab(), below):
+    first, second = ((vocabulary_digest(each.get_vocab(), below), each([*PROBES])["input_ids"])
+                     for each in (tokenizer, grown))  # fmt: skip
+    if first != second:
         raise UserError(f"--resize-vocab {folder} is another tokenizer than {source.name}'s, and its ids mean other "
                         "tokens; name one that was made of it by adding tokens.")  # fmt: skip
     return grown
@@ -471,7 +474,7 @@ def checkpoint_fetch(checkpoint: TorchDistCheckpoint) -> proof.Fetch:
     """Parameters by checkpoint key, those of layers with their number in it."""
 
     def fetch(name: str) -> Tensor:
-        if not name.startswith(LAYERS):
+        if not name.startswith(LAYERS) or name in checkpoint.shapes:  # adapters have keys with the number in them
             return checkpoint.get(name)
         layer, _, rest = name.removeprefix(LAYERS).partition(".")
         return checkpoint.get(LAYERS + rest, int(layer))

@@ -18,6 +18,7 @@ from megatron_recursive.accounting import cache_bytes_per_token
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof, published_looped, published_recurrent
+from megatron_recursive.hf.convert.adapters import adapter_items, choose_mode, keys_beside, write_peft
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.configs import config_values, donor_family
 from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
@@ -45,6 +46,7 @@ from megatron_recursive.hf.model.exits_recursive_gpt import GENERATION_ENTRIES
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY
+from megatron_recursive.plan.lora import LoRA
 from megatron_recursive.plan.supervision_steps import whole
 
 IN_FP32 = tuple(each.key for each in EVERY if each.in_fp32)
@@ -63,6 +65,7 @@ class MegatronModel:
     """A checkpoint and what its arguments say about it.
 
     ``own_class``: not a donor's class, even for a plain GPT; ``as_published``: as the published model it came from.
+    ``lora``: adapters that are to go out, merged into the weights where passes share them.
     """
 
     checkpoint: TorchDistCheckpoint
@@ -71,6 +74,7 @@ class MegatronModel:
     recursion: RecursionConfig
     own_class: bool = False
     as_published: bool = False
+    lora: LoRA | None = None
 
     @property
     def plan(self) -> RecursionPlan:
@@ -86,7 +90,24 @@ class MegatronModel:
         return (None if self.own_class else donor_family(self.arch, self.recursion)) or OWN
 
     def items(self) -> Iterator[Item]:
-        return items(self.family, self.arch, extra=recursive_rows(self.plan, self.family))
+        weights = [*items(self.family, self.arch, extra=recursive_rows(self.plan, self.family))]
+        yield from weights
+        if self.lora is not None and self.lora.per_pass:
+            yield from adapter_items(weights, self.lora, self.plan, self.arch)
+
+    def sources(self, item: Item) -> list[str]:
+        """The names of what an item is made of: its tensor, and where adapters are merged A and B."""
+        merges = self.lora is not None and not self.lora.per_pass
+        factors = keys_beside(item, self.lora, self.plan, self.arch) if merges and self.lora else {}
+        return [item.name, *(key for pair in factors.values() for key in pair)]
+
+    def merged(self, tensors: list[Tensor]) -> Tensor:
+        """The tensors of :meth:`sources` as one, summed in fp64."""
+        weight, *factors = tensors
+        if self.lora is None or not factors:
+            return weight
+        down, up = (each.double() for each in factors)
+        return (weight.double() + self.lora.scale * (up @ down)).to(weight.dtype)
 
 
 def open_checkpoint(given: str, *, averaged: bool = False, checked: bool = True) -> MegatronModel:
@@ -105,7 +126,9 @@ def open_checkpoint(given: str, *, averaged: bool = False, checked: bool = True)
         recursion = RecursionConfig(enable_recursive_refinement=False)
     else:
         recursion = RecursionConfig.from_mapping(args)
-    model = MegatronModel(checkpoint, args, arch, whole(recursion.resolved(embedding_init_std=arch.init_std)))
+    lora = LoRA.from_args(args)
+    model = MegatronModel(checkpoint, args, arch, whole(recursion.resolved(embedding_init_std=arch.init_std)),
+                          own_class=lora is not None and lora.per_pass, lora=lora)  # fmt: skip
     _check(model, given)
     return model
 
@@ -115,6 +138,8 @@ def _check(model: MegatronModel, where: str) -> None:
     for item in model.items():
         shape = item.megatron_shape(model.arch)
         expected[item.key] = shape if item.layer is None else (model.arch.num_layers, *shape)
+    for item in () if model.lora is None else adapter_items(model.items(), model.lora, model.plan, model.arch):
+        expected[item.key] = item.megatron_shape(model.arch)
     found = model.checkpoint.shapes
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or surplus:
@@ -137,6 +162,7 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     as_published: bool = False,
     averaged: bool = False,
+    lora: str | None = None,
 ) -> Report:
     """Convert, prove, and put the folder at ``out``.
 
@@ -146,6 +172,7 @@ def export_model(
         dtype: of the exported weights; None leaves them as they are stored.
         as_published: in the format of the looped or recurrent model that the checkpoint came from.
         averaged: export the averages of the weights.
+        lora: how adapters leave, one of ``adapters.MODES``.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.
@@ -153,7 +180,16 @@ def export_model(
     model = dataclasses.replace(open_checkpoint(ckpt, averaged=averaged), as_published=as_published)
     if dtype is not None:
         model = dataclasses.replace(model, checkpoint=_Cast(model.checkpoint, dtype))
-    return write_model(model, Path(ckpt), Path(out), tokenizer, proof_dtype, say, shard_bytes)
+    mode = choose_mode(lora, model.lora, ckpt)
+    if mode == "base":
+        model = dataclasses.replace(model, lora=None, own_class=False)
+    if mode != "peft" or model.lora is None:
+        return write_model(model, Path(ckpt), Path(out), tokenizer, proof_dtype, say, shard_bytes)
+    report, read = Report(), checkpoint_fetch(model.checkpoint)
+    report.facts["tensors"] = write_peft([*model.items()], model.lora, model.plan, model.arch, read, Path(out))
+    say(f"{out}: the adapters; load them with PeftModel.from_pretrained(BASE, {out!r}), BASE being what --lora base "
+        "exports.")  # fmt: skip
+    return report
 
 
 def write_model(
@@ -240,6 +276,9 @@ def _config(model: MegatronModel) -> dict[str, Any]:
     if model.family is OWN:
         config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
+        if model.lora is not None and model.lora.per_pass:
+            adapters = {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": list(model.lora.targets)}
+            config["pass_adapters"] = adapters
     name = "torch_dtype" if model.as_published and model.family.told_by_tensors else "dtype"
     config[name] = _dtype(model)
     return config
@@ -307,7 +346,7 @@ def _write_weights(
     with Progress("exporting", model.checkpoint.nbytes, things="tensors") as progress:
 
         def convert(item: Item, tensors: list[Tensor]) -> None:
-            parts = item.transform.split(tensors[0], model.arch)
+            parts = item.transform.split(model.merged(tensors), model.arch)
             where = item.key if item.layer is None else f"{item.key}[{item.layer}]"
             padding = model.arch.padded_vocab_size - model.arch.vocab_size
             cut = f" without {padding} padding rows" if padding and item.transform is VOCABULARY else ""
@@ -322,9 +361,10 @@ def _write_weights(
 
         tied = ("embedding.word_embeddings.weight",) if model.arch.tied else ()
         read = remembering(checkpoint_fetch(model.checkpoint), room_for_passes(model.plan.num_passes), tied)
-        once = Once(((item, [item.name]) for item in model.items()), read, convert)
+        once = Once(((item, model.sources(item)) for item in model.items()), read, convert)
         if dtype is not None:
-            logits = (expected or partial(proof.megatron_logits, model.arch, model.recursion, once))(text, dtype)
+            logits = (expected or partial(proof.megatron_logits, model.arch, model.recursion, once, lora=model.lora))(
+                text, dtype)
         once.finish()
     writer.close()
     return sums, logits

@@ -25,6 +25,7 @@ from megatron_recursive.hf.convert.transforms import (
     GQKV,
     ONES,
     QKV,
+    SAME,
     VOCABULARY,
     Transform,
 )
@@ -326,6 +327,8 @@ class Item:
         """Of the merged tensor, without the axis of the layers."""
         if self.transform is ONES:
             return (arch.hidden_size,)
+        if self.transform.name == SAME:
+            return next(iter(self.hf.values()))
         if self.transform is FLAT:
             return (math.prod(next(iter(self.hf.values()))),)
         rows, *rest = next(iter(self.hf.values()))

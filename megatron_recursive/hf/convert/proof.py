@@ -22,6 +22,7 @@ from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.mappings import OWN, Family
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.added_parameters import EVERY
+from megatron_recursive.plan.lora import LoRA
 
 TOLERANCE = 1e-4  # of the largest absolute logit
 MAX_TOKENS = 48
@@ -82,8 +83,9 @@ def hf_logits(family: Family, config: Any, fetch: Fetch, text: Text, dtype: torc
 
 
 def megatron_logits(
-    arch: Architecture, recursion: RecursionConfig, fetch: Fetch, text: Text, dtype: torch.dtype
-) -> Tensor:
+    arch: Architecture, recursion: RecursionConfig, fetch: Fetch, text: Text, dtype: torch.dtype,
+    lora: LoRA | None = None,
+) -> Tensor:  # fmt: skip
     """Logits [3, S, true V] of our Megatron model.
 
     Args:
@@ -96,7 +98,7 @@ def megatron_logits(
         raise UserError("The proof runs on the CPU: call backends.cpu.install(on_purpose=True) before it.")
     with one_process():
         model = _offloaded(
-            lambda: build_megatron(arch, recursion, dtype), lambda name: fetch(checkpoint_key(name)), dtype
+            lambda: build_megatron(arch, recursion, dtype, lora=lora), lambda name: fetch(checkpoint_key(name)), dtype
         )
         if arch.tied:
             _give_tied_weight(model, fetch, dtype)
@@ -198,8 +200,9 @@ def one_process() -> Iterator[None]:
 
 
 def build_megatron(
-    arch: Architecture, recursion: RecursionConfig, dtype: torch.dtype, tp: int = 1, pp: int = 1, whole: bool = False
-) -> Any:
+    arch: Architecture, recursion: RecursionConfig, dtype: torch.dtype, tp: int = 1, pp: int = 1, whole: bool = False,
+    lora: LoRA | None = None,
+) -> Any:  # fmt: skip
     """The Megatron model, or this rank's part of it, with the local layer spec; its parameters are not initialised.
 
     ``whole``: all of it, whatever pipeline stage of another model this rank is.
@@ -227,6 +230,7 @@ def build_megatron(
         attention_dropout=0.0, bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, transformer_impl="local",
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=dtype,
+        lora=lora,
     )  # fmt: skip
     if arch.yarn is not None:  # what Megatron sets where it makes a config of its arguments; attention reads it too
         for name, value in arch.yarn.to_megatron().items():

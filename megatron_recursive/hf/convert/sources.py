@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.adapters import adapter_items
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.configs import check_sizes, family_of, read_config
 from megatron_recursive.hf.convert.mappings import OWN, PUBLISHED, Family, Row, items, recursive_rows
@@ -20,6 +21,7 @@ from megatron_recursive.hf.convert.published_recurrent import RenamedTensors, op
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_recursive.hf.convert.stacks import layer_numbers
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
+from megatron_recursive.plan.lora import LoRA
 
 # Buffers that old checkpoints carry; every model computes them anew.
 COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "freqs_cis")
@@ -75,6 +77,9 @@ class Source:
 
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
+        if getattr(self.config, "pass_adapters", None):
+            raise UserError(f"{self.name} has an adapter for each pass, which only its own class reads; go on from the "
+                            "Megatron checkpoint that it was exported from.")  # fmt: skip
         return recursive_rows(self.plan, self.family)
 
     def weight(self, name: str) -> Tensor:
@@ -214,7 +219,11 @@ def _check_tensors(source: Source) -> None:
         if dtype not in DTYPES or name.endswith(_QUANTISED_SUFFIXES):
             raise UserError(f"{source.name} is quantised ({name} is {dtype}); give the unquantised model.")
     expected: dict[str, tuple[int, ...]] = {}
-    for item in items(source.family, source.arch, extra=source.extra_rows()):
+    held = [*items(source.family, source.arch, extra=recursive_rows(source.plan, source.family))]
+    if (adapters := getattr(source.config, "pass_adapters", None)) is not None:
+        lora = LoRA(adapters["rank"], adapters["alpha"], tuple(adapters["targets"]), per_pass=True)
+        held += adapter_items([*held], lora, source.plan, source.arch)
+    for item in held:
         expected.update(item.hf)
     missing = [name for name in expected if name not in source.shapes]
     if missing:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.donor_import import PLAIN, TOKENIZER, checkpoint_fetch, donor_tokenizer
 from megatron_recursive.hf.convert.export import open_checkpoint
@@ -72,6 +73,8 @@ def open_donor(given: str) -> Donor:
     """
     if Path(given).is_dir() and not (Path(given) / "config.json").is_file():
         found = open_checkpoint(given, checked=False)  # its files' checksums are every rank's to look at together
+        if found.lora is not None:
+            raise UserError(f"{given} holds adapters (--lora-rank); export it (convert export) and name the export.")
         folder = found.checkpoint.folder
         places = (each / TOKENIZER for each in (folder, folder.parent))
         tokenizer = next((tokenizer_of(each) for each in places if each.is_dir()), None)

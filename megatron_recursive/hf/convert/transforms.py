@@ -57,6 +57,14 @@ def _no_weights(tensor: Tensor, _: Architecture) -> tuple[Tensor, ...]:
     return ()
 
 
+SAME = "the same for each"
+
+
+def same(count: int) -> Transform:
+    """What so many Hugging Face tensors share."""
+    return Transform(SAME, lambda parts, _: parts[0], lambda tensor, _: (tensor,) * count)
+
+
 COPY = Transform("copy", lambda parts, _: parts[0], lambda tensor, _: (tensor,))
 QKV = Transform("qkv", _merge_qkv, _split_qkv)
 GATE_UP = Transform(

@@ -133,14 +133,16 @@ def _open_megatron(given: str) -> Side:
     model = open_checkpoint(given)
     rows = model.arch.vocab_size
 
-    def reader(key: str, layer: int | None) -> Callable[[], Tensor]:
-        return lambda: model.checkpoint.get(key, layer)[: rows if key in VOCABULARY_KEYS else None]
-
-    tensors = {item.name: reader(item.key, item.layer) for item in model.items()}
     fetch = checkpoint_fetch(model.checkpoint)
 
+    def reader(item: Item) -> Callable[[], Tensor]:
+        rows_read = rows if item.key in VOCABULARY_KEYS else None
+        return lambda: model.merged([fetch(name) for name in model.sources(item)])[:rows_read]
+
+    tensors = {item.name: reader(item) for item in model.items()}
+
     def logits(text: proof.Text, dtype: torch.dtype, coarse: torch.dtype | None) -> Tensor:
-        return proof.megatron_logits(model.arch, model.recursion, _rounded(fetch, coarse), text, dtype)
+        return proof.megatron_logits(model.arch, model.recursion, _rounded(fetch, coarse), text, dtype, model.lora)
 
     folder = Path(given) / TOKENIZER
     place = folder if folder.is_dir() else model.checkpoint.folder.parent / TOKENIZER

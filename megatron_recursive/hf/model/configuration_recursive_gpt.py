@@ -50,6 +50,8 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
         plan: the passes and what holds for all of them, as written by ``RecursionPlan.to_json``; None is a plain GPT.
         recursion: the knobs beside the plan: halt_loss_weight, halt_target, halt_bias, halt_threshold,
             max_inference_refinement_steps.
+        pass_adapters: ``rank``, ``alpha`` and ``targets`` of low-rank adapters that each pass with gradient has of its
+            own; None without them.
     """
 
     model_type = "recursive_gpt"
@@ -99,6 +101,7 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     plan: Any = None
     recursion: Any = None
+    pass_adapters: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:

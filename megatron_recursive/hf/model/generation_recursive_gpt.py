@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file
 
 from .cache_recursive_gpt import RecursiveCache
 from .exits_recursive_gpt import EXIT_ARGUMENTS, GENERATION_ENTRIES, ExitReport, ExitRule
+from .recursion_plan import RecursionPlan
 
 
 class RecursiveGenerationMixin(GenerationMixin):
@@ -22,6 +23,20 @@ class RecursiveGenerationMixin(GenerationMixin):
 
     last_exit_report: ExitReport | None
     _open_report: ExitReport | None
+
+    def set_num_refinement_blocks(self, count: int) -> None:
+        """Run so many blocks from now on; inner blocks are dropped or repeated."""
+        plan = self.config.recursion_plan
+        if plan.is_plain:
+            raise ValueError("This model is a plain GPT; it has no refinement blocks.")
+        if self.config.pass_adapters is not None and count != plan.num_blocks:
+            raise ValueError("This model has an adapter for each pass, and none for those of another depth.")
+        self._set_plan(plan.with_blocks(count))
+
+    def _set_plan(self, plan: RecursionPlan) -> None:
+        self.config.set_plan(plan)
+        self.model._read_plan()
+        self.model.ensure_passes(len(self.model.passes), renew=True)
 
     def _report(self, rule: ExitRule, outputs: Any, logits: int) -> None:
         blocks, cache = outputs.blocks, outputs.past_key_values

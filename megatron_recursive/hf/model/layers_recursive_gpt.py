@@ -267,11 +267,31 @@ class RecursiveGPTMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class RecursiveGPTPassLinear(nn.Linear):
+    """``W x + alpha / rank B A x``, with A and B of the pass, where it has some. Its layer says which pass it is."""
+
+    adapter = -1
+
+    def __init__(self, plain: nn.Linear, adapters: dict[str, Any], passes: list[int]) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=plain.bias is not None)
+        rank, self.scale = adapters["rank"], adapters["alpha"] / adapters["rank"]
+        for each in passes:  # not in a ParameterDict, which is never called: offloading hooks load what is
+            self.register_parameter(f"pass_A_{each}", nn.Parameter(torch.zeros(rank, plain.in_features)))
+            self.register_parameter(f"pass_B_{each}", nn.Parameter(torch.zeros(plain.out_features, rank)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result, down = super().forward(x), getattr(self, f"pass_A_{self.adapter}", None)
+        if down is None:
+            return result
+        return result + F.linear(F.linear(x, down) * self.scale, self.get_parameter(f"pass_B_{self.adapter}"))
+
+
 class RecursiveGPTDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RecursiveGPTConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = RecursiveGPTAttention(config, layer)
         self.mlp = RecursiveGPTMLP(config)
+        self.adapted = [] if config.pass_adapters is None else self._adapt(config, layer)
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         self.norms_the_sum = config.output_norm_scope == "residual"
         self.input_layernorm = make_norm(config, config.hidden_size) if before else None
@@ -279,7 +299,20 @@ class RecursiveGPTDecoderLayer(GradientCheckpointingLayer):
         self.pre_feedforward_layernorm = make_norm(config, config.hidden_size) if before else None
         self.post_feedforward_layernorm = make_norm(config, config.hidden_size) if after else None
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def _adapt(self, config: RecursiveGPTConfig, layer: int) -> list[RecursiveGPTPassLinear]:
+        plan, made, targets = config.recursion_plan, [], config.pass_adapters["targets"]
+        stacks = plan.layers_of(config.num_layers)
+        passes = [each.index for each in plan.passes if each.grad and layer in stacks[each.stack]]
+        for part, others in ((self.self_attn, ("linear_proj", "linear_qkv")), (self.mlp, ("linear_fc2", "linear_fc1"))):
+            for name, each in [*part.named_children()]:
+                if isinstance(each, nn.Linear) and others[name not in ("o_proj", "down_proj")] in targets:
+                    made.append(RecursiveGPTPassLinear(each, config.pass_adapters, passes))
+                    setattr(part, name, made[-1])
+        return made
+
+    def forward(self, hidden_states: Tensor, adapter: int = -1, **kwargs: Any) -> Tensor:
+        for each in self.adapted:  # here, since a checkpointed layer is replayed
+            each.adapter = adapter
         residual = hidden_states
         if self.input_layernorm is not None:
             hidden_states = self.input_layernorm(hidden_states)

@@ -169,7 +169,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         hidden_states = state
         known = index if index < len(self.passes) else index % self.passes_per_block
         for layer in self.layers_of_pass[known]:
-            hidden_states = self.layers[layer](hidden_states, pass_index=index, **kwargs)
+            hidden_states = self.layers[layer](hidden_states, pass_index=index, adapter=known, **kwargs)
         hidden_states = self.norm(hidden_states) if self.closes[known] else hidden_states
         return hidden_states.to(state.device)  # back from the last layer's, where layers are spread over devices
 
@@ -324,8 +324,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
 
     def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__(config)
-        self.model = RecursiveGPTModel(config)
-        self.vocab_size = config.vocab_size
+        self.model, self.vocab_size = RecursiveGPTModel(config), config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         plan = config.recursion_plan
         self.halting_head = RecursiveGPTTokenHead(config.hidden_size, 1) if plan.has_halting else None
@@ -339,18 +338,6 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         self._open_report: ExitReport | None = None
         self.post_init()
         self.generation_config._from_model_config = None  # see adjust_generation_fn
-
-    def set_num_refinement_blocks(self, count: int) -> None:
-        """Run so many blocks from now on; inner blocks are dropped or repeated."""
-        plan = self.config.recursion_plan
-        if plan.is_plain:
-            raise ValueError("This model is a plain GPT; it has no refinement blocks.")
-        self._set_plan(plan.with_blocks(count))
-
-    def _set_plan(self, plan: RecursionPlan) -> None:
-        self.config.set_plan(plan)
-        self.model._read_plan()
-        self.model.ensure_passes(len(self.model.passes), renew=True)
 
     def halting_logits(self, hidden: Tensor) -> Tensor:
         """[..., H] to [...], in fp32: q = w . h + b of each token's own state, by the halting head or the exit gate."""
@@ -402,8 +389,7 @@ class RecursiveGPTForCausalLM(RecursiveGPTPreTrainedModel, RecursiveGenerationMi
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            output_block_states=output_blocks or (wanted and options is None),
-            exit_rule=rule, **kwargs,
+            output_block_states=output_blocks or (wanted and options is None), exit_rule=rule, **kwargs,
         )  # fmt: skip
         hidden = outputs.last_hidden_state
         found: dict[str, Any] = {}  # a ModelOutput's fields have the order in which they are set: all of them at once

@@ -41,6 +41,7 @@ from megatron_recursive.plan import StepPlans
 from megatron_recursive.training import run_record
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
 from megatron_recursive.training.checkpointing import check_checkpoint, reason_of
+from megatron_recursive.training.data_stream import is_stream, share_position
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 from megatron_recursive.training.optimizer_state import choose_format
 from megatron_recursive.training.patches import wrap
@@ -120,6 +121,8 @@ def _save(
     run = get_args()
     if run.save is None:  # Megatron saves before it stops for a bad result, asked to or not
         return None
+    if is_stream(run):
+        share_position(run)
     iteration = given["iteration"]
     if (recursion := plans.growth.config_after(iteration)) is not plans.config:
         vars(run).update(recursion.to_dict())

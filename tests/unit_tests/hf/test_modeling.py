@@ -105,6 +105,19 @@ def test_labels_are_shifted_and_items_counted() -> None:
     assert replaced.lm_loss == 7 and replaced.loss == 7 + output.halt_loss
 
 
+@pytest.mark.parametrize("shape", [{}, SHAPES["learned positions"]], ids=["rotary", "learned"])
+def test_positions_that_start_anew_keep_documents_apart(shape: dict[str, Any]) -> None:
+    """Where nothing is cached and no mask is given; halting too."""
+    model, tokens = make_model(**shape), make_tokens(2, 12)
+    positions = torch.tensor([*range(5), *range(7)]).expand(2, 12)
+    with torch.no_grad():
+        packed = model(tokens, position_ids=positions, use_cache=False, output_blocks=True)
+        for part in (slice(0, 5), slice(5, 12)):
+            alone = model(tokens[:, part], use_cache=False, output_blocks=True)
+            torch.testing.assert_close(packed.block_logits[:, :, part], alone.block_logits, rtol=0, atol=1e-5)
+            torch.testing.assert_close(packed.block_halting[:, :, part], alone.block_halting, rtol=0, atol=1e-5)
+
+
 def test_blocks_are_what_a_model_of_fewer_blocks_says() -> None:
     model, tokens = make_model(blocks=4), make_tokens(2, 9)
     with torch.no_grad():

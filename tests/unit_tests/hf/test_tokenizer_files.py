@@ -63,12 +63,12 @@ def _import(donor: Path, place: Path, **recursion: Any) -> list[str]:
     return heard
 
 
-def _resized(donor: Path, place: Path) -> list[str]:
+def _resized(donor: Path, place: Path, tokenizer: str | None = None) -> list[str]:
     from megatron_recursive.hf.convert.donor_import import ImportOptions, import_model
     from megatron_recursive.hf.convert.export import export_model
 
     heard: list[str] = []
-    options = ImportOptions({"enable_recursive_refinement": False}, resize_vocab=True)
+    options = ImportOptions({"enable_recursive_refinement": False}, resize_vocab=tokenizer or True)
     import_model(str(donor), str(place / "ckpt"), options, heard.append)
     export_model(str(place / "ckpt"), str(place / "hf"), say=heard.append)
     return heard
@@ -172,3 +172,31 @@ def test_an_embedding_grows_to_the_ids_of_the_tokenizer(tmp_path: Path) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert after[name].shape == (257, 60) and torch.equal(after[name][:VOCAB], before[name])
         torch.testing.assert_close(after[name][VOCAB:], before[name].mean(0).expand(6, -1))
+
+
+@pytest.mark.grid
+def test_the_embedding_grows_for_the_tokens_of_the_default_chat_template(tmp_path: Path) -> None:
+    """The tokenizer that prepare-chat has added to takes the place of the donor's; another one is refused."""
+    from safetensors.torch import load_file
+
+    from megatron_recursive.data.chat.templates import DEFAULT, TOKENS, store_chat_tokenizer
+    from megatron_recursive.data.tokenizer import TokenizerChoice
+
+    donor = save_donor("olmo2", tmp_path / "donor")
+    write_tokenizer(donor)
+    (donor / "generation_config.json").write_text('{"temperature": 0.6}')
+    stored = store_chat_tokenizer(TokenizerChoice(str(donor)), tmp_path / "data")
+    assert stored.id_range == 257 + len(TOKENS)
+    (other := tmp_path / "other").mkdir()
+    _write_tokenizer(other, "PreTrainedTokenizerFast")
+    with pytest.raises(Exception, match="is another tokenizer than"):
+        run_distributed(_resized, 1, donor, tmp_path / "bad", str(other), timeout=200)
+    assert not (tmp_path / "bad/ckpt").exists()
+    run_distributed(_resized, 1, donor, tmp_path, str(stored.file.parent), timeout=200)
+    for folder in (tmp_path / "ckpt/tokenizer", tmp_path / "hf"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        assert tokenizer.convert_tokens_to_ids(TOKENS[0]) == 257 and tokenizer.chat_template == DEFAULT
+        assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.6
+    before, after = (load_file(folder / "model.safetensors") for folder in (donor, tmp_path / "hf"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        torch.testing.assert_close(after[name][VOCAB:], before[name].mean(0).expand(257 + len(TOKENS) - VOCAB, -1))

@@ -22,6 +22,7 @@ CASES = {
     "gate": Case({"recursion_family": "looped", "num_refinement_blocks": 3, "exit_gate": True}),
     "deep supervision": Case({"halt_loss_weight": 0.0, "enable_deep_supervision": True,
                               "detach_between_refinements": False}),
+    "documents": Case({"halt_loss_weight": 0.0}, documents=True, micro_batches=2),
     "untied": Case({"halt_loss_weight": 0.0, "detach_between_refinements": False}, micro_batches=6,
                                     model={"share_embeddings_and_output_weights": False}),
 }  # fmt: skip
@@ -86,9 +87,13 @@ def _against_formula(donor: Path) -> None:
         for batch in make_batches(case, 0):
             mask = batch["loss_mask"]
             with torch.no_grad():
-                q = (teacher(batch["input_ids"]).logits[..., :KNOWN] / TEMPERATURE).softmax(-1)
+                places, documents = batch["position_ids"], batch["packed_seq_params"]
+                if documents is not None:  # restarted positions tell transformers of documents, where it caches nothing
+                    places = documents.places(len(places))
+                logits = teacher(batch["input_ids"], position_ids=places, use_cache=False).logits
+                q = (logits[..., :KNOWN] / TEMPERATURE).softmax(-1)
                 q = torch.nn.functional.pad(q, (0, VOCAB - KNOWN))
-            logits = model(batch["input_ids"], batch["position_ids"], batch["attention_mask"])
+            logits = model(batch["input_ids"], batch["position_ids"], None, packed_seq_params=documents)
             log_p = (logits / TEMPERATURE).log_softmax(-1)
             kl = TEMPERATURE**2 * (torch.xlogy(q, q) - q * log_p).sum(-1)
             output = model(**batch)

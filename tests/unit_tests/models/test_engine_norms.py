@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import REPOSITORY, WorkerPool, run_distributed
-from tests.models import Case, Layout, Training, build_model, start_parallel
+from tests.models import Case, Layout, Training, build_model, start_parallel, train
 from tests.unit_tests.models.comparing import worst_error
 from tests.unit_tests.models.test_norm_placement import TRAINED, train_all
 
@@ -61,6 +61,20 @@ def test_engine_modules_train_as_the_local_ones(trained: Any, name: str) -> None
         for mine_of, theirs_of in zip(rank.gradients, expected.gradients, strict=True):
             assert worst_error(mine_of, theirs_of)[0] <= 1e-5
         assert worst_error(rank.parameters, expected.parameters)[0] <= 1e-5
+
+
+def trained_on_documents(layout: Layout, masked: bool) -> Training:
+    case = Case(documents=True, masked=masked, transformer={"num_query_groups": 2}, steps=2, optimizer={"lr": 1e-3})
+    return train(case, layout)
+
+
+def test_packed_sequences_train_as_a_mask(engine: WorkerPool) -> None:
+    """Transformer Engine is given documents as Megatron hands it packed sequences. No GPU has run its kernels so."""
+    (expected,) = run_distributed(trained_on_documents, 1, Layout(), True)
+    layout = Layout(tp=2, sequence_parallel=True, engine=True)
+    for rank in run_distributed(trained_on_documents, 2, layout, False, timeout=120, pool=engine):
+        assert rank.metrics[1] == pytest.approx(expected.metrics[1], rel=5e-6, abs=1e-6)
+        assert worst_error(rank.gradients[1], expected.gradients[1])[0] <= 1e-5
 
 
 def test_checkpoints_have_the_same_keys(engine: WorkerPool) -> None:

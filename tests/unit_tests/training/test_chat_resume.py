@@ -38,7 +38,7 @@ def test_no_sample_is_repeated_or_skipped_over_a_kill(tmp_path: Path, monkeypatc
     monkeypatch.setenv("CHAT_RECORD", str(record))
     supervised = write_chat(tmp_path / "chat", LENGTHS)
     flags = ["--chat-data", str(tmp_path / "chat"), "--split", "1,0,0", "--train-epochs", str(EPOCHS)]
-    server = RunServer(tmp_path, before="from tests.unit_tests.training.test_chat_resume import record_samples as r; r()")
+    server = RunServer(tmp_path, before=f"from {__name__} import record_samples; record_samples()")
 
     def argv(name: str) -> list[str]:
         return [*ON_CHAT, *RECURSION, *flags, *save_to(tmp_path / name, EVERY)]
@@ -56,7 +56,8 @@ def test_no_sample_is_repeated_or_skipped_over_a_kill(tmp_path: Path, monkeypatc
     after = [json.loads(line) for line in record.read_text().splitlines()][len(calm) + len(before) :]
     server.close()
 
-    assert len({pid for pid, *_ in (*calm, *before, *after)}) == 3 and saved % EVERY == 0 and BATCH * saved < len(before)
+    assert len({pid for pid, *_ in (*calm, *before, *after)}) == 3
+    assert saved % EVERY == 0 and 0 < BATCH * saved < len(before)
     trained = [read[1:] for read in (*before[: BATCH * saved], *after)]
     assert trained == [read[1:] for read in calm]
     counts = [sum(number in samples for _, samples in trained) for number in range(len(LENGTHS))]

@@ -56,6 +56,7 @@ def best_of(folder: Path) -> tuple[int, float]:
     return record["iteration"], record["lm loss"]
 
 
+@pytest.mark.grid
 def test_the_best_checkpoint_stays_over_resume_and_retention(tmp_path: Path) -> None:
     """On plain text. A rate that is too high makes the loss rise again."""
     run = tmp_path / "run"
@@ -80,13 +81,13 @@ REFUSED = {
     "--mock-data": "--mock-data and --chat-data exclude each other",
     "--reset-attention-mask": "--reset-attention-mask and --chat-data exclude each other",
     "--seq-length 15": "has a sample of 17 tokens, for which --seq-length 15 is too short; give --seq-length 16",
-    "--train-iters 3": "--train-epochs and --train-iters exclude each other",
     "--train-epochs 0": "--train-epochs is 0; give a positive number",
     "--split 0,1,0": "--split 0,1,0 must be up to three numbers",
     "--split 99,1,0": "leaves none for valid; give --split 90,10,0",
     "--chat-data {folder}/nowhere": "nowhere.bin does not exist; mend the path, or write it again with",
     "--keep-best": "--keep-best needs --save",
-    "--sft": "whose evaluations average micro-batches and not tokens yet; use --chat-data PREFIX",
+    "--sft": "(--sft) yet; use --chat-data PREFIX, whose evaluations average tokens",
+    "--dataloader-type cyclic": "--dataloader-type cyclic has its own order",
     "--tokenizer-type NullTokenizer --vocab-size 90": "holds the token id 125, but this run's tokenizer makes",
 }
 
@@ -104,26 +105,45 @@ def test_what_contradicts_is_refused(tmp_path: Path, chat: dict[str, int]) -> No
     assert said == "--train-epochs needs --chat-data, or --data-path with one prefix on this machine."
 
 
+@pytest.mark.grid
+def test_epochs_of_text_and_a_later_flag_of_iterations(tmp_path: Path, chat: dict[str, int]) -> None:
+    """Of 178 tokens, two epochs fill 22 samples of 16 and the label of the last; a batch has 4."""
+    flags = ["--data-path", str(tmp_path / "chat"), "--split", "1,0,0", "--eval-iters", "0"]
+    assert sum(LENGTHS) == 178
+    for more, expected in ((["--train-iters", "9", "--train-epochs", "2"], 5), (["--train-epochs", "1"], 2)):
+        run = tmp_path / str(expected)
+        assert train(*flags, *more, *save_to(run, 1), flags=ON_CHAT) is None
+        assert max(metrics_of(run)) == expected
+    said = str(train(*flags, "--train-epochs", "2", "--train-iters", "3", flags=ON_CHAT))
+    assert said == "--train-epochs and --train-iters exclude each other; leave one of them out."
+    said = str(train(*flags, "--train-epochs", "1", "--global-batch-size", "12", flags=ON_CHAT))
+    assert "has 178 tokens to train on, which fill no batch of 12 samples in --train-epochs 1" in said
+
+
 LAYOUTS = {
+    "larger micro-batches": (1, ["--micro-batch-size", "4"]),
     "DP 2": (2, ["--micro-batch-size", "1", "--global-batch-size", "4"]),
     "TP 2 x PP 2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
 
 
+@pytest.mark.grid
 def test_ranks_train_as_one_process(tmp_path: Path, chat: dict[str, int]) -> None:
     """From one checkpoint, on packed conversations of which micro-batches have different numbers of tokens."""
     rope = ["--position-embedding-type", "rope", "--padded-vocab-size", "128"]
     flags = [*data(tmp_path, "--train-epochs", "1", "--eval-interval", "2"), "--micro-batch-size", "1", *STILL, *rope]
     start = save_to(tmp_path / "start", 1)
     assert train(*flags, *start, "--exit-interval", "1", "--lr", "0", flags=ON_CHAT) is None
-    load = ["--load", str(tmp_path / "start"), "--no-load-rng", "--finetune", "--lr", "1e-3"]
+    load = ["--load", str(tmp_path / "start"), "--no-load-rng", "--finetune", "--lr", "1e-3", "--keep-best"]
     found = {}
     for name, (ranks, layout) in {"one": (1, []), **LAYOUTS}.items():
-        metrics = ["--metrics-file", str(tmp_path / name / "metrics.jsonl")]
-        assert train(*flags, *load, *metrics, *layout, flags=ON_CHAT, world_size=ranks) is None
+        save = ["--save", str(tmp_path / name), "--save-interval", "100"]
+        assert train(*flags, *load, *save, *layout, flags=ON_CHAT, world_size=ranks) is None
         found[name] = [*metrics_of(tmp_path / name).values(), *records_of(tmp_path / name, "valid")]
         assert sum(record.get("supervised tokens", 0) for record in found[name]) == chat["chat"]
+    best = min((record["lm loss"], record["iteration"]) for record in records_of(tmp_path / "one", "valid"))
     for name in LAYOUTS:
+        assert best_of(tmp_path / name) == (best[1], pytest.approx(best[0], rel=1e-5))
         for ours, one in zip(found[name], found["one"], strict=True):
             for what in ("lm loss", "grad norm", "supervised tokens", "halt loss", "token accuracy"):
                 assert what not in one or ours[what] == pytest.approx(one[what], rel=1e-5), (name, what)

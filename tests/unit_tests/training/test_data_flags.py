@@ -238,12 +238,13 @@ def check_sample(sample: dict[str, Tensor], flags: list[str]) -> None:
 # --- leaks ----------------------------------------------------------------------------------------------------------
 
 
-def second_documents(argv: list[str], layout: tuple[int, int], change: bool) -> dict[str, list[Tensor]]:
-    """What this stage computes on second documents: hidden states of every pass, and the logits on the last stage.
+def second_documents(argv: list[str], layout: tuple[int, int], change: bool, told: bool) -> dict[str, list[Tensor]]:
+    """What this stage computes on second documents: hidden states of every pass, and on the last stage what heads say.
 
     Args:
         layout: tensor- and pipeline-parallel sizes.
         change: whether to give every first document other tokens (its end stays).
+        told: the loader says where documents lie, and no token does.
     """
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -263,7 +264,7 @@ def second_documents(argv: list[str], layout: tuple[int, int], change: bool) -> 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = RecursiveGPTModelBuilder(config).build_model(groups).eval()
     fill_weights(model)
-    seen: dict[str, list[Tensor]] = {"passes": [], "logits": []}
+    seen: dict[str, list[Tensor]] = {"passes": [], "logits": [], "halting": []}
     decode, logits = model.decode, model.project
 
     def record_pass(*given: Any, **how: Any) -> Tensor:
@@ -275,11 +276,13 @@ def second_documents(argv: list[str], layout: tuple[int, int], change: bool) -> 
         return seen["logits"][-1]
 
     model.decode, model.project = record_pass, record_logits
+    if model.post_process:
+        model.halting_head.register_forward_hook(lambda *said: seen["halting"].append(said[-1].transpose(0, 1)))
     train_loader, *_ = build_train_valid_test_data_iterators(datasets_provider)
     dispatch.install()
     with torch.no_grad():
         get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=changed(train_loader) if change else train_loader,
+            forward_step_func=forward_step, data_iterator=changed(train_loader, change, told),
             model=[model], num_microbatches=4, seq_length=SEQ, micro_batch_size=2, forward_only=True,
         )  # fmt: skip
     return {name: [tensor[DOCUMENT:].clone() for tensor in tensors] for name, tensors in seen.items()}
@@ -291,29 +294,33 @@ def recursion_of(args: Any) -> Any:
     return RecursionConfig.from_mapping(vars(args))
 
 
-def changed(loader: Iterator[dict[str, Tensor]] | None) -> Iterator[dict[str, Tensor]]:
-    """The loader's batches with other tokens in every first document."""
+def changed(loader: Iterator[dict[str, Tensor]] | None, change: bool, told: bool) -> Iterator[dict[str, Tensor]]:
+    """The loader's batches, with other tokens in every first document or not, and with ids or ends of documents."""
 
     def batches() -> Iterator[dict[str, Tensor]]:
         while loader is not None:
             batch = next(loader)
-            first = batch["tokens"][:, : DOCUMENT - 1]
-            assert bool((batch["tokens"][:, DOCUMENT - 1] == EOD).all())
-            yield {**batch, "tokens": torch.cat([(first + 50) % EOD, batch["tokens"][:, DOCUMENT - 1 :]], 1)}
+            tokens = batch["tokens"].clone()
+            assert bool((tokens[:, DOCUMENT - 1] == EOD).all())
+            if change:
+                tokens[:, : DOCUMENT - 1] = (tokens[:, : DOCUMENT - 1] + 50) % EOD
+            ids = {"document_ids": (torch.arange(SEQ) >= DOCUMENT).long().repeat(len(tokens), 1)} if told else {}
+            yield {**batch, **ids, "tokens": tokens % EOD if told else tokens}
 
     return batches()
 
 
-def second_documents_twice(argv: list[str], layout: tuple[int, int]) -> list[dict[str, list[Tensor]]]:
-    return [second_documents(argv, layout, change) for change in (False, True)]
+def second_documents_twice(argv: list[str], layout: tuple[int, int], told: bool) -> list[dict[str, list[Tensor]]]:
+    return [second_documents(argv, layout, change, told) for change in (False, True)]
 
 
 POSITIONS = {"rope": ["--position-embedding-type", "rope"], "learned": []}
-LAYOUTS = {"alone": (1, 1), "TP 2": (2, 1), "PP 3": (1, 3)}
-PAIRS = [("alone", "rope"), ("alone", "learned"), ("TP 2", "rope"), ("PP 3", "rope"), ("PP 3", "learned")]
+LAYOUTS = {"alone": (1, 1), "TP 2": (2, 1), "PP 3": (1, 3), "TP 2, PP 2": (2, 2)}
+PAIRS = [("alone", "rope"), ("alone", "learned"), ("TP 2", "rope"), ("PP 3", "rope"), ("PP 3", "learned"),
+         ("TP 2, PP 2", "rope")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "positions"), grid(PAIRS, quick=[("alone", "rope"), ("PP 3", "learned")]))
+@pytest.mark.parametrize(("name", "positions"), grid(PAIRS, quick=[("TP 2, PP 2", "rope"), ("PP 3", "learned")]))
 def test_no_second_document_sees_the_first(data: Path, name: str, positions: str) -> None:
     """Bit for bit, in every pass, on every stage; without the flags the same change is seen."""
     layout = LAYOUTS[name]
@@ -321,11 +328,14 @@ def test_no_second_document_sees_the_first(data: Path, name: str, positions: str
             "--data-path", str(data / "a"), "--global-batch-size", "8", *POSITIONS[positions]]  # fmt: skip
     resets = ["--reset-attention-mask", "--reset-position-ids"]
     for flags, equal in ((resets, True), ([], False)):
-        ranks = run_distributed(second_documents_twice, layout[0] * layout[1], [*argv, *flags], layout, timeout=120)
+        told = positions == "rope"
+        ranks = run_distributed(
+            second_documents_twice, layout[0] * layout[1], [*argv, *flags], layout, told, timeout=120
+        )
         for rank, (first, second) in enumerate(ranks):
             assert len(first["passes"]) == 4 * 3 * 2  # micro-batches, blocks, passes of a block
             is_last = rank >= layout[0] * (layout[1] - 1)
-            assert len(first["logits"]) == (4 * 3 if is_last else 0)
+            assert len(first["logits"]) == len(first["halting"]) == (4 * 3 if is_last else 0)
             for what in first:
                 for one, other in zip(first[what], second[what], strict=True):
                     assert torch.equal(one, other) is equal, (rank, what)

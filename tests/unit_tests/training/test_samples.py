@@ -70,6 +70,29 @@ def _numbers(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if "time" not in name and "per second" not in name}
 
 
+def _of_a_user() -> tuple[list[list[int]], list[int]]:
+    from argparse import Namespace
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from megatron_recursive.training.samples import encode_prompts
+
+    words = {word: number for number, word in enumerate(["?", "user", "assistant", ":", "hello", "there"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner)
+    fast.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}assistant :"
+    run = Namespace(generation_prompt=["hello there"], chat_data="prefix", seq_length=16, padded_vocab_size=6)
+    tokenizer = Namespace(_tokenizer=Namespace(tokenizer=fast))
+    return encode_prompts(run, tokenizer), [words[word] for word in "user : hello there assistant :".split()]
+
+
+def test_with_conversations_a_prompt_is_what_a_user_says() -> None:
+    ((encoded, expected),) = run_distributed(_of_a_user, 1)
+    assert encoded == [expected]
+
+
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--generate-interval", "2"], "--generate-interval needs --generation-prompt"),
     (["--generation-prompt", "1"], "--generation-prompt needs --generate-interval"),

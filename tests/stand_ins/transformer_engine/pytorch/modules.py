@@ -189,7 +189,18 @@ class DotProductAttention(_Base):
         qkv_layer: Any = None, kv_layer: Any = None, qkv_interleave_dim: int = -3, thd_attention_policies: Any = None,
         thd_attention_policy_dispatch: str = "auto",
     ) -> Tensor:  # fmt: skip
-        assert attn_mask_type == "causal" and attention_mask is None
+        assert attention_mask is None
+        if qkv_format == "thd":
+            assert attn_mask_type == "padding_causal" and cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None
+            assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_kv)
+            lengths = cu_seqlens_q.diff().tolist()
+            assert query_layer.ndim == 3 and max(lengths) <= max_seqlen_q == max_seqlen_kv
+            parts = zip(*(each.split(lengths) for each in (query_layer, key_layer, value_layer)), strict=True)
+            return torch.cat([self._attend(*(each[:, None] for each in part)) for part in parts]).squeeze(1)
+        assert attn_mask_type == "causal" and qkv_format in (None, "sbhd") and cu_seqlens_q is None
+        return self._attend(query_layer, key_layer, value_layer)
+
+    def _attend(self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor) -> Tensor:
         q, k, v = (each.permute(1, 2, 0, 3) for each in (query_layer, key_layer, value_layer))
         context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale,
                                                  enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip

@@ -1,0 +1,1 @@
+"""One page of HTML about runs and models, from what other commands have measured."""

@@ -1,0 +1,105 @@
+"""What there is to tell of a run or a model: its metrics, and what other commands have left in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_recursive.errors import UserError
+from megatron_recursive.plan import RecursionPlan
+from megatron_recursive.plots.event_files import find_events
+from megatron_recursive.plots.records import VERSIONS, kind_of
+from megatron_recursive.plots.run_summary import summarize_runs
+from megatron_recursive.plots.runs import FILE, SUBFOLDER, read_runs
+
+WEIGHTS = ("latest_checkpointed_iteration.txt", "metadata.json", "config.json")  # one of them lies beside weights
+
+
+@dataclass
+class Subject:
+    """A run, a model, or both.
+
+    Attributes:
+        model: its weights, as commands take them; None where there are none.
+        figures: those of ``summarize``; empty of a model without a run.
+        found: by kind: the records of ``health`` and ``layers``, of ``sweep`` that of this model, of ``count`` if it
+            was made; ``scores``, of lm-eval by depth; ``samples``, of ``generate --show-recursive-steps --json``.
+    """
+
+    given: str
+    folder: Path
+    name: str
+    model: str | None
+    plan: RecursionPlan | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.plan is not None and self.plan.is_plain
+
+    def collect(self) -> None:
+        """Read the records in its folder and in ``runs``; of a kind the newest counts, if it is as new as the weights.
+
+        One in its folder may name no model, or one that is gone. A UserError names what cannot be read.
+        """
+        marks = [Path(self.model) / name for name in WEIGHTS] if self.model else []
+        trained = max((mark.stat().st_mtime for mark in marks if mark.is_file()), default=0.0)
+        files = [file for kind in VERSIONS if (file := Path(f"runs/{kind}.json")).is_file()]  # where they write unasked
+        files += [file for file in self.folder.glob("*.json*") if file.name != FILE]
+        files += [file for kind in ("results", "depths") for file in self.folder.rglob(f"{kind}_*.json")]
+        home = self.folder.resolve()
+        for file in sorted(files, key=lambda file: file.stat().st_mtime):
+            for kind, model, record in _records(file) if file.stat().st_mtime >= trained else ():
+                named = model is not None and Path(model).exists()
+                if Path(str(model) if named else file).resolve().is_relative_to(home):
+                    self.found[kind] = record
+
+
+def find_subjects(given: Sequence[str]) -> tuple[list[Subject], list[str]]:
+    """Runs, as ``summarize`` takes them, and models; and what is said of the runs side by side.
+
+    Raises:
+        UserError: one is neither run nor model, or a file is malformed.
+    """
+    subjects, runs = [], dict[str, Subject]()
+    for each in given:
+        path = Path(each)
+        folder = path if path.is_dir() else path.parent
+        folder = folder.parent if folder.name == SUBFOLDER else folder
+        places = [path] if path.suffix == ".gguf" else [folder / SUBFOLDER, path]
+        held = (str(at) for at in places for name in ("", *WEIGHTS) if (at / name).is_file())
+        subjects.append(Subject(each, folder, folder.resolve().name, next(held, None)))
+        metrics = (path, path / FILE, path / SUBFOLDER / FILE)
+        if any(file.is_file() for file in metrics) and path.suffix != ".gguf" or find_events(path) is not None:
+            runs[each] = subjects[-1]
+        elif subjects[-1].model is None:
+            raise UserError(f"{each} is neither a run nor a model; name a --save folder, or a Hugging Face folder.")
+    summary: dict[str, Any] = summarize_runs([*runs])[1] if runs else {"runs": [], "comparisons": []}
+    for subject, run, figures in zip(runs.values(), read_runs([*runs]), summary["runs"], strict=True):
+        subject.name, subject.plan, subject.figures = run.name, run.plan, figures
+    for subject in subjects:
+        subject.collect()
+    return subjects, [each["said"] for each in summary["comparisons"]]
+
+
+def _records(file: Path) -> list[tuple[str, str | None, Any]]:
+    """(kind, model, record) of each that a file holds."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            is_samples = '"blocks"' in text.partition("\n")[0]
+            return [("samples", None, [*map(json.loads, text.splitlines())])] if is_samples else []
+        record = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} as JSON ({error}); write it again, or remove it.") from error
+    kind = kind_of(record)
+    if kind is not None:
+        return [(kind, each["model"], each | {"text": record["text"]}) for each in record.get("models", [record])]
+    if isinstance(record, dict) and "results" in record and "recursion" in (record.get("config") or {}):
+        record = [{"depth": "own", "results": record["results"], "recursion": record["config"]["recursion"]}]
+    is_scores = isinstance(record, list) and all(isinstance(each, dict) and "results" in each for each in record)
+    return [("scores", None, record)] if is_scores and record else []
