@@ -53,7 +53,8 @@ def test_commands(folder: Path, tmp_path: Path, talk: Any) -> None:
     (tmp_path / "other").write_text("of somebody")
     file, other = tmp_path / "chat.jsonl", tmp_path / "other"
     lines = [f"/save {file}", "hi", f"/save {file}", "", "yo", f"/save {file}", "/reset", "/depth 1", "hi", "/temp 0.7",
-             "/temp", "/temp -1", f"/save {other}", "/depth x", "/depth 0", "/nope", "/etc/x y", "/quit", "never"]  # fmt: skip
+             "/temp", "/temp -1", f"/save {other}", "/depth x", "/depth 0", "/nope", "/etc/x y", "/quit",
+             "never"]  # fmt: skip
     said, beside = talk(folder, "\n".join(lines), "--system", "s")
     with open_model(str(folder)) as loaded:
         answers = [loaded.text.decode(greedy(folder, "<system>s<user>hi<assistant>", blocks)) for blocks in (3, 1)]
