@@ -34,7 +34,7 @@ def losses_by_depth(subject: Subject) -> tuple[list[dict[str, Any]], dict[str, A
 def answers(subject: Subject) -> list[Answer]:
     """Whether the recursion is used, what depth buys, what it costs."""
     rows, own, source = losses_by_depth(subject)
-    first = next((row for row in rows if own is not None and row is not own), None)
+    first = rows[0] if own and rows[0]["depth"] < own["depth"] else None
     return [_use(subject, first, own), _gain(subject, rows, first, own, source), _cost(subject, own)]
 
 
@@ -98,6 +98,6 @@ def _cost(subject: Subject, own: Any) -> Answer:
     if cheap and (saved := 1 - min(cheap)[0] / own["flops_per_token"]) >= 0.005:
         _, exit, more = min(cheap)
         lines.append(f"Leaving early ({exit}) would save {saved:.0%} of a new token for {more:+.3f} nats.")
-    return Answer(question, f"{times:.2f} times the FLOPs", "open", lines,
-                  "Of a new token, all passes and the vocabulary, by those of the same layers applied once; computed, in "
-                  f"sequences of {counted['model']['sequence_length']:,} tokens. Leaving early: the cheapest way that costs at most {LITTLE} nats, estimated.")  # fmt: skip
+    rule = f"FLOPs of a new token in sequences of {counted['model']['sequence_length']:,}, through all passes and the "
+    rule += "vocabulary, by those of the same layers applied once; computed. Leaving early: the cheapest way that costs "
+    return Answer(question, f"{times:.2f} times the FLOPs", "open", lines, f"{rule}at most {LITTLE} nats, estimated.")
