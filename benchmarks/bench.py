@@ -41,6 +41,8 @@ FIGURES = {
                  "batch_8.predicted": "by FLOPs", "batch_8.mean_decoded_blocks": "blocks",
                  "batch_8_mixed.speedup": "exits apart", "batch_8_mixed.predicted": "by FLOPs"},
     "data": {"tokenize_ratio": "rate, of encode_batch", "scaling_2": "two workers for one"},
+    "chat_data": {"tokenize_ratio": "rate, of encode_batch", "scaling_2": "two workers for one",
+                  "fill_rate": "packed sequences, full"},
     "data_memory": {"write_bytes_per_document": "bytes a document, writing",
                     "join_bytes_per_document": "bytes a document, joining"},
 }  # fmt: skip

@@ -45,11 +45,11 @@ def _arm(study: Study, arm: Arm) -> dict[str, Any]:
     done = [study.results[run] for run in study.known() if (run.arm, run.rate) == (arm, rate) and run in study.results]
     losses, cosines = [r["loss"] for r in done], [r["token cosine"] for r in done if r["token cosine"] is not None]
     edges = {arm.rates[0]: "lower", arm.rates[-1]: "higher"} if len(arm.rates) > 1 else {}
-    tokens = iterations * facts["tokens per iteration"]
+    read = statistics.fmean(r["tokens"] for r in done) if done else iterations * facts["tokens read per iteration"]
     return {
         "arm": arm.name,
         **{key: facts[key] for key in ("plain", "layers", "width", "passes", "parameters held", "stacks")},
-        "iterations": iterations, "tokens": tokens, "FLOPs": tokens * facts["FLOPs per token"],
+        "iterations": iterations, "tokens": round(read), "FLOPs": study.run(arm, arm.rates[0], 0).flops,
         "lr": rate, "edge": f"best at the edge: add a {edges[rate]} rate" if rate in edges else None,
         "by lr": {f"{run.rate:g}": study.results[run]["loss"] for run in study.grid(arm) if run in study.results},
         "losses": losses, "mean": statistics.fmean(losses) if losses else None,

@@ -81,8 +81,9 @@ class Study:
 
     def iterations(self, arm: Arm) -> int:
         """So many that the arm spends the tokens, or the training FLOPs, of the reference."""
-        is_flops = self.ablation.equal == "flops"
-        cost = {n: f["tokens per iteration"] * (f["FLOPs per token"] if is_flops else 1) for n, f in self.facts.items()}
+        cost = {n: f["tokens read per iteration"] for n, f in self.facts.items()}
+        if self.ablation.equal == "flops":
+            cost = {n: f["tokens per iteration"] * f["FLOPs per token"] for n, f in self.facts.items()}
         return max(1, round(self.ablation.iterations * cost[self.ablation.reference] / cost[arm.name]))
 
     def run(self, arm: Arm, rate: float, seed: int) -> PlannedRun:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from megatron_recursive.command_line import command, example
 from megatron_recursive.commands import count, module_of, parser_of, shared
-from megatron_recursive.commands.evaluate import depth_list
 from megatron_recursive.plan import RecursionPlan
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "metrics.jsonl, a checkpoint or a Hugging Face folder; several stand side by side")
     asked = parser.add_argument_group("measuring")
     asked.add_argument("--measure", action="store_true", help="first run sweep and health, where they have not run yet")
-    asked.add_argument("--depths", type=depth_list, metavar="T,T,...",
-                       help="of the sweep (default: powers of 2 up to twice the trained depth)")
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT",
                        help="with --measure: what each block says behind it; may be given several times")
     shared.add_held_out(parser)
@@ -87,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace, subject: Subject) -> None:
     """Run the commands that make what is not there; what they print is left out, or else the samples."""
     assert subject.plan is not None
-    depths = args.depths or [2**n for n in range((2 * subject.plan.depth).bit_length())]
+    depths = [2**n for n in range((2 * subject.plan.depth).bit_length())]  # up to twice the trained one
     words = {kind: ["--output", str(subject.folder / f"{kind}.json")] for kind in ("sweep", "health")}
     words["sweep"] += ["--depths", ",".join(map(str, depths))]
     words["generate"] = ["--show-recursive-steps", "--json", "--max-tokens", "24"]
@@ -95,7 +92,7 @@ def _measure(args: argparse.Namespace, subject: Subject) -> None:
     for kind in ("sweep",) if subject.is_plain else ("sweep", "health", *["generate"] * bool(args.prompt)):
         if kind not in subject.found:
             asked = parser_of(kind).parse_args(["--model", str(subject.model), *words[kind]])
-            alike = vars(args).keys() & vars(asked).keys() - {"output", "json", "depths", "prompt"}
+            alike = vars(args).keys() & vars(asked).keys() - {"output", "json", "prompt"}
             alike -= {"batch_size"} if kind == "generate" else set()
             vars(asked).update({name: vars(args)[name] for name in alike})
             with contextlib.redirect_stdout(io.StringIO()) as said:

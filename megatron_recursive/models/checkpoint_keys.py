@@ -24,15 +24,13 @@ from megatron_recursive.plan.lora import MODULE as ADAPTERS
 
 NEW_IN_RECURSIVE_MODELS = tuple(each.key for each in EVERY)
 
-ADAPTER = f".{ADAPTERS}."
-
-_reading: list[tuple[bool, bool]] = []  # a stack of "from a plain GPT? without adapters?"; empty while nothing is read
+_reading: list[tuple[str, ...]] = []  # a stack of what stays fresh, by parts of keys; empty while nothing is read
 
 
 @contextlib.contextmanager
 def reading_checkpoint(*, from_plain_gpt: bool = False, without_adapters: bool = False) -> Iterator[None]:
     """Sharded state made inside this context is for reading a checkpoint."""
-    _reading.append((from_plain_gpt, without_adapters))
+    _reading.append((*NEW_IN_RECURSIVE_MODELS * from_plain_gpt, *[f".{ADAPTERS}."] * without_adapters))
     try:
         yield
     finally:
@@ -48,8 +46,6 @@ def adapt_sharded_state_dict(sharded: dict[str, Any], prefix: str) -> dict[str, 
         for key, value in sharded.items():
             if key.endswith("_extra_state") and isinstance(value, ShardedObject):
                 sharded[key] = LocalNonpersistentObject(value.data)
-            elif (_reading[-1][0] and key.removeprefix(prefix) in NEW_IN_RECURSIVE_MODELS) or (
-                _reading[-1][1] and ADAPTER in key
-            ):
+            elif any(part in key for part in _reading[-1]):
                 sharded[key] = LocalNonpersistentObject(value.data)
     return sharded

@@ -45,8 +45,7 @@ class LowRank(MegatronModule):
         for name in names:
             digest = hashlib.sha256(f"{lora.seed} {where} {name}".encode()).digest()
             generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:7], "little"))
-            fresh = torch.empty(lora.rank, whole, device="cpu")
-            fresh.uniform_(-lora.bound(whole), lora.bound(whole), generator=generator)
+            fresh = torch.empty(lora.rank, whole, device="cpu").uniform_(-1, 1, generator=generator) / whole**0.5
             mine = fresh if self.by_columns else fresh.chunk(ranks, dim=1)[rank]
             # The module's own: a ParameterDict is never called, and DDP waits for the parameters of what is.
             self.register_parameter(f"A_{name}", torch.nn.Parameter(mine.contiguous().to(linear.weight)))
@@ -92,14 +91,12 @@ def add_adapters(model: Any) -> None:
     model.requires_grad_(False)
     if model.plan.is_plain and model.pre_process:  # what needs no gradient, a full recompute takes for frozen
         model.embedding.register_forward_hook(lambda _, __, found: found.requires_grad_(torch.is_grad_enabled()))
-    stacks = model.plan.layers_of(model.config.num_layers)
     for layer in model.decoder.layers:
-        number = layer.layer_number - 1
-        (stack,) = (stack for stack, layers in stacks.items() if number in layers)
-        adapters = MegatronModule(config=model.config)
+        number, adapters = layer.layer_number - 1, MegatronModule(config=model.config)
+        names = lora.names(model.plan, model.config.num_layers, number)
         for target in lora.targets:
             linear: Any = layer.get_submodule(TARGETS[target])
-            low_rank = LowRank(model.config, linear, f"{number}.{target}", lora.names(model.plan, stack))
+            low_rank = LowRank(model.config, linear, f"{number}.{target}", names)
             setattr(adapters, target, low_rank)
             linear._forward_impl = partial(_beside, linear._forward_impl, low_rank, model.uses)
         setattr(layer, MODULE, adapters)

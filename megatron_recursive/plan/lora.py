@@ -6,7 +6,6 @@ carries no gradient would leave its own at zero, and has none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,29 +45,20 @@ class LoRA:
         ordered = tuple(each for each in TARGETS if each in targets)
         return cls(rank, alpha, ordered, bool(args.get("lora_per_pass")), args.get("seed") or 0)
 
-    def to_config(self) -> dict[str, Any]:
-        """Of an export that has one for each pass."""
-        return {"rank": self.rank, "alpha": self.alpha, "targets": list(self.targets)}
-
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def names(self, plan: RecursionPlan, stack: str) -> tuple[str, ...]:
-        """Of the adapters that each matrix of a stack's layers has: by the index of the pass, or the shared one."""
-        if not self.per_pass:
-            return (SHARED,)
-        return tuple(str(each.index) for each in plan.passes if each.stack == stack and each.grad)
+    def names(self, plan: RecursionPlan, num_layers: int, layer: int) -> tuple[str, ...]:
+        """Of the adapters that each matrix of a layer has: by the index of the pass, or the shared one."""
+        stacks = plan.layers_of(num_layers)
+        own = (str(each.index) for each in plan.passes if each.grad and layer in stacks[each.stack])
+        return tuple(own) if self.per_pass else (SHARED,)
 
     def keys(self, plan: RecursionPlan, num_layers: int, layer: int, weight: str) -> dict[str, tuple[str, str]]:
         """By name, the keys of A and B beside a weight of a layer, such as ``mlp.linear_fc2.weight``."""
         (target,) = [name for name, path in TARGETS.items() if f"{path}.weight" == weight] or [""]
         if target not in self.targets:
             return {}
-        (stack,) = (stack for stack, layers in plan.layers_of(num_layers).items() if layer in layers)
         place = f"decoder.layers.{layer}.{MODULE}.{target}"
-        return {name: (f"{place}.A_{name}", f"{place}.B_{name}") for name in self.names(plan, stack)}
-
-    def bound(self, columns: int) -> float:
-        """A is uniform within it, as PEFT's."""
-        return 1.0 / math.sqrt(columns)
+        return {name: (f"{place}.A_{name}", f"{place}.B_{name}") for name in self.names(plan, num_layers, layer)}

@@ -67,10 +67,13 @@ def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = Non
     Raises:
         UserError: metrics are missing or malformed, matplotlib is not installed, or the picture cannot be written.
     """
-    runs = _with_losses(given)
+    runs = read_runs(given)
     beside = runs[0].file if runs[0].file.exists() else Path(runs[0].file.name)  # of a run that is online
     output = Path(output or (beside.with_suffix(".png") if len(runs) == 1 else "comparison.png"))
     pyplot = pyplot_for(output, "--output")
+    for run in runs:
+        if not any("lm loss" in r for r in run.records):
+            raise UserError(f"{run.file} holds no losses to draw; name the metrics of a run that has logged some")
     drawn, label = _along(runs, x)
     panels = _panels(drawn)
     columns = len(panels) if len(panels) < 4 else 2 if len(panels) == 4 else 3
@@ -88,21 +91,13 @@ def plot_loss_curve(given: Sequence[str | Path], output: str | Path | None = Non
 
 def draw_curves(given: Sequence[str | Path]) -> list[Any]:
     """The panels of :func:`plot_loss_curve`, each as an axis in a figure of its own; the first has the legends."""
-    drawn, label = _along(_with_losses(given), None)
+    drawn, label = _along(read_runs(given), None)
     panels = _panels(drawn)
     axes = single_axes(len(panels))
     for axis, draw in zip(axes, panels, strict=True):
         _draw_panel(axis, draw, label)
     _legends(axes[0].figure, drawn, 60)
     return axes
-
-
-def _with_losses(given: Sequence[str | Path]) -> list[Run]:
-    runs = read_runs(given)
-    for run in runs:
-        if not any("lm loss" in r for r in run.records):
-            raise UserError(f"{run.file} holds no losses to draw; name the metrics of a run that has logged some")
-    return runs
 
 
 def _draw_panel(axis: Any, draw: Callable[[Any], None], label: str) -> None:
@@ -119,7 +114,11 @@ def plot_score_by_flops(given: Sequence[str | Path], output: Path, score: str) -
     Raises:
         UserError: as :func:`plot_loss_curve`, or a run has no such score.
     """
-    drawn, label = _along(read_runs(given), "flops")
+    runs = read_runs(given)
+    for run in runs:
+        if not any("flops" in record for record in run.records):
+            raise UserError(f"{run.file} does not tell the FLOPs of its run; plot it without the kind flops")
+    drawn, label = _along(runs, "flops")
     figure, axis = pyplot_for(output, "--output").subplots(figsize=(8, 5.5), layout="constrained")
     for each in drawn:
         x, y = each.points("held-out", score)

@@ -41,12 +41,6 @@ class Subject:
     def is_plain(self) -> bool:
         return self.plan is not None and self.plan.is_plain
 
-    @property
-    def about(self) -> str:
-        counted = self.found.get("count", {"model": None})["model"]
-        said = "{family}, {layers} layers of width {hidden_size}, applied as {layers_applied} in {passes} passes"
-        return said.format_map(counted) if counted else self.figures.get("description") or ""
-
     def collect(self) -> None:
         """Read the records in its folder and in ``runs``; of a kind the newest counts, if it is as new as the weights.
 

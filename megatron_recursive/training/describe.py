@@ -36,7 +36,10 @@ def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
         sys.argv = ["pretrain", *given["flags"]]
         try:
             args, recursion = parse_arguments()
-            more = {"layers": args.num_layers, "width": args.hidden_size, "evaluation iterations": args.eval_iters}
+            more = {"layers": args.num_layers, "width": args.hidden_size, "evaluation iterations": args.eval_iters,
+                    # Of the data. Where samples that halt are replaced the run itself tells how many it read.
+                    "tokens read per iteration":
+                    args.global_batch_size * args.seq_length / recursion.num_supervision_steps}  # fmt: skip
             config = model_config_from_args(args, recursion)
             plan, shape = config.plan, model_shape(config, args.seq_length)
             stacks = {n: (held, run // held) for n, (held, run) in parameters_by_stack(shape, plan).items() if held}

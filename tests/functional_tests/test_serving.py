@@ -107,8 +107,8 @@ def test_transformers_chat_talks_to_it(folder: Path, server: int) -> None:
     """Its client is huggingface_hub's, which offline mode forbids this machine's own address too."""
     words = ["chat", str(folder), f"http://localhost:{server}/v1", "max_new_tokens=8", "do_sample=False"]
     result = subprocess.run(
-        [TRANSFORMERS, *words], input=f"{QUESTION}\nn\n!exit\n", env=environment(folder.parent) | {"HF_HUB_OFFLINE": "0"},
-        text=True, capture_output=True, timeout=200, cwd=folder.parent,
+        [TRANSFORMERS, *words], input=f"{QUESTION}\nn\n!exit\n", text=True, capture_output=True, timeout=200,
+        cwd=folder.parent, env=environment(folder.parent) | {"HF_HUB_OFFLINE": "0"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert expected(folder)[0] in result.stdout.replace("\n", ""), result.stdout

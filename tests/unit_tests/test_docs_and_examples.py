@@ -60,6 +60,7 @@ def test_every_flag_exists() -> None:
     known |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # torchrun reads them in test_examples.py
     known |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time",
               "--requeue"}  # sbatch
+    known |= {"--trust-remote-code", "--continuous-batching"}  # transformers serve
     for name, text in {**TEXTS, **SCRIPTS}.items():
         unknown = {flag for flag in FLAG.findall(text) if flag not in known}
         assert not unknown, f"{name} names {sorted(unknown)}"
@@ -83,7 +84,7 @@ def _command_lines() -> list[tuple[str, list[str]]]:
     found = []
     for text in TEXTS.values():
         joined = text.replace("\\\n", " ")
-        for name, words in re.findall(r"^(?: {4})?[\w./-]*megatron-recursive ([a-z]+)\b(.*)$", joined, re.MULTILINE):
+        for name, words in re.findall(r"^(?: {4})?[\w./-]*megatron-recursive ([a-z-]+)\b(.*)$", joined, re.MULTILINE):
             if "..." not in words:
                 found.append((name, shlex.split(words, comments=True)))
     return found

@@ -46,7 +46,7 @@ def adapter_items(
 ) -> Iterator[Item]:
     """A and B beside each weight that has them. Of our own class, the pass follows ``names``; PEFT has none."""
     for item in weights:
-        for name, keys in _keys(item, lora, plan, arch).items():
+        for name, keys in keys_beside(item, lora, plan, arch).items():
             end = "" if name == SHARED else f"_{name}"
             down: dict[str, tuple[int, ...]] = {}
             up: dict[str, tuple[int, ...]] = {}
@@ -58,25 +58,11 @@ def adapter_items(
             yield Item(keys[1], None, item.transform, up)
 
 
-def _keys(item: Item, lora: LoRA, plan: RecursionPlan, arch: Architecture) -> dict[str, tuple[str, str]]:
+def keys_beside(item: Item, lora: LoRA, plan: RecursionPlan, arch: Architecture) -> dict[str, tuple[str, str]]:
+    """The keys of A and B beside a weight, by name."""
     if item.layer is None:
         return {}
     return lora.keys(plan, arch.num_layers, item.layer, item.key.removeprefix(LAYERS))
-
-
-def sources(item: Item, lora: LoRA | None, plan: RecursionPlan, arch: Architecture) -> list[str]:
-    """The names of what a weight is made of: itself, and where adapters are merged A and B."""
-    merged = {} if lora is None or lora.per_pass else _keys(item, lora, plan, arch)
-    return [item.name, *(key for pair in merged.values() for key in pair)]
-
-
-def merge(tensors: list[Tensor], lora: LoRA | None) -> Tensor:
-    """The weight of :func:`sources`, in its own dtype; summed in fp64."""
-    weight, *factors = tensors
-    if lora is None or not factors:
-        return weight
-    down, up = (each.double() for each in factors)
-    return (weight.double() + lora.scale * (up @ down)).to(weight.dtype)
 
 
 def write_peft(

@@ -18,7 +18,7 @@ from megatron_recursive.accounting import cache_bytes_per_token
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof, published_looped, published_recurrent
-from megatron_recursive.hf.convert.adapters import adapter_items, choose_mode, merge, sources, write_peft
+from megatron_recursive.hf.convert.adapters import adapter_items, choose_mode, keys_beside, write_peft
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.configs import config_values, donor_family
 from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
@@ -96,11 +96,18 @@ class MegatronModel:
             yield from adapter_items(weights, self.lora, self.plan, self.arch)
 
     def sources(self, item: Item) -> list[str]:
-        """The names of what :meth:`merged` takes for an item."""
-        return sources(item, self.lora, self.plan, self.arch)
+        """The names of what an item is made of: its tensor, and where adapters are merged A and B."""
+        merges = self.lora is not None and not self.lora.per_pass
+        factors = keys_beside(item, self.lora, self.plan, self.arch) if merges and self.lora else {}
+        return [item.name, *(key for pair in factors.values() for key in pair)]
 
     def merged(self, tensors: list[Tensor]) -> Tensor:
-        return merge(tensors, self.lora)
+        """The tensors of :meth:`sources` as one, summed in fp64."""
+        weight, *factors = tensors
+        if self.lora is None or not factors:
+            return weight
+        down, up = (each.double() for each in factors)
+        return (weight.double() + self.lora.scale * (up @ down)).to(weight.dtype)
 
 
 def open_checkpoint(given: str, *, averaged: bool = False, checked: bool = True) -> MegatronModel:
@@ -270,7 +277,8 @@ def _config(model: MegatronModel) -> dict[str, Any]:
         config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
         if model.lora is not None and model.lora.per_pass:
-            config["pass_adapters"] = model.lora.to_config()
+            adapters = {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": list(model.lora.targets)}
+            config["pass_adapters"] = adapters
     name = "torch_dtype" if model.as_published and model.family.told_by_tensors else "dtype"
     config[name] = _dtype(model)
     return config

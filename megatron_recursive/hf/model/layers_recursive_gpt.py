@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,47 +149,6 @@ MOVING_MODULES: dict[str, type[nn.Module]] = {
     "gate": RecursiveGPTBoundaryGate, "norm-inject": RecursiveGPTBoundaryNorm,
 }  # fmt: skip
 
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-
-class RecursiveGPTPassLinear(nn.Linear):
-    """``W x + alpha / rank B A x``, with A and B of the pass, where it has some."""
-
-    def __init__(self, size: int, result: int, bias: bool, adapters: dict[str, Any], passes: list[int]) -> None:
-        super().__init__(size, result, bias=bias)
-        rank, self.scale = adapters["rank"], adapters["alpha"] / adapters["rank"]
-        for each in passes:  # not in a ParameterDict, which is never called: offloading hooks load what is
-            self.register_parameter(f"pass_A_{each}", nn.Parameter(torch.zeros(rank, size)))
-            self.register_parameter(f"pass_B_{each}", nn.Parameter(torch.zeros(result, rank)))
-
-    def forward(self, x: Tensor, adapter: int | None = None) -> Tensor:
-        result, down = super().forward(x), getattr(self, f"pass_A_{adapter}", None)
-        if down is None:
-            return result
-        return result + F.linear(F.linear(x, down) * self.scale, self.get_parameter(f"pass_B_{adapter}"))
-
-
-class _Layer(nn.Module):
-    """Makes and runs the linears of a layer, with adapters of passes where the config has them."""
-
-    def linears_of(self, config: RecursiveGPTConfig, layer: int) -> Callable[..., nn.Linear]:
-        adapters, plan = config.pass_adapters, config.recursion_plan
-        self.adapts, stacks = adapters is not None, plan.layers_of(config.num_layers)
-        passes = [each.index for each in plan.passes if each.grad and layer in stacks[each.stack]]
-
-        def make(target: str, size: int, result: int, bias: bool) -> nn.Linear:
-            if adapters is None:
-                return nn.Linear(size, result, bias=bias)
-            mine = passes if target in adapters["targets"] else []
-            return RecursiveGPTPassLinear(size, result, bias, adapters, mine)
-
-        return make
-
-    def run(self, linear: nn.Module, x: Tensor, adapter: int | None) -> Tensor:
-        result: Tensor = linear(x, adapter) if self.adapts else linear(x)
-        return result
-
-
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
@@ -241,19 +199,18 @@ class RecursiveGPTPassAttention(nn.Module):
         return (result if tokens is None else tokens.active_only(result)), weights
 
 
-class RecursiveGPTAttention(_Layer):
+class RecursiveGPTAttention(nn.Module):
     def __init__(self, config: RecursiveGPTConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer, self.head_dim = config, layer, config.head_dim
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        make = self.linears_of(config, layer)
-        self.q_proj = make("linear_qkv", config.hidden_size, queries, config.attention_bias)
-        self.k_proj = make("linear_qkv", config.hidden_size, keys, config.attention_bias)
-        self.v_proj = make("linear_qkv", config.hidden_size, keys, config.attention_bias)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.gate_proj = None
         if config.attention_gate:
-            self.gate_proj = make("linear_qkv", config.hidden_size, queries, config.attention_bias)
-        self.o_proj = make("linear_proj", queries, config.hidden_size, config.attention_out_bias)
+            self.gate_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
         self.norms_all_heads, self.norms_each_head = config.qk_norm == "full", config.qk_norm == "head"
         if config.qk_norm is not None:
             self.q_norm = make_norm(config, self.head_dim if self.norms_each_head else queries)
@@ -271,14 +228,14 @@ class RecursiveGPTAttention(_Layer):
             vars(self.passes[index])["layer_idx"] = first + self.layer
 
     def forward(
-        self, hidden_states: Tensor, pass_index: int = 0, adapter: int | None = None,
+        self, hidden_states: Tensor, pass_index: int = 0,
         position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
-        query, key, value = (self.run(each, hidden_states, adapter) for each in (self.q_proj, self.k_proj, self.v_proj))
-        value = value.view(heads_shape).transpose(1, 2)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
         if self.norms_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.view(heads_shape), key.view(heads_shape)
@@ -291,30 +248,50 @@ class RecursiveGPTAttention(_Layer):
         result, weights = self.passes[pass_index](query, key, value, attention_mask, past_key_values, **kwargs)
         result = result.reshape(*input_shape, -1)
         if self.gate_proj is not None:  # in fp32, as Megatron's
-            result = (result * torch.sigmoid(self.run(self.gate_proj, hidden_states, adapter).float())).to(result.dtype)
-        return self.run(self.o_proj, result, adapter), weights
+            result = (result * torch.sigmoid(self.gate_proj(hidden_states).float())).to(result.dtype)
+        return self.o_proj(result), weights
 
 
-class RecursiveGPTMLP(_Layer):
-    def __init__(self, config: RecursiveGPTConfig, layer: int) -> None:
+class RecursiveGPTMLP(nn.Module):
+    def __init__(self, config: RecursiveGPTConfig) -> None:
         super().__init__()
-        hidden, inner, make = config.hidden_size, config.intermediate_size, self.linears_of(config, layer)
-        self.gate_proj = make("linear_fc1", hidden, inner, config.mlp_bias) if config.mlp_gated else None
-        self.up_proj = make("linear_fc1", hidden, inner, config.mlp_bias)
-        self.down_proj = make("linear_fc2", inner, hidden, config.mlp_bias)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias) if config.mlp_gated else None
+        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: Tensor, adapter: int | None = None) -> Tensor:
-        up = self.run(self.up_proj, x, adapter)
-        inner = self.act_fn(up if self.gate_proj is None else self.run(self.gate_proj, x, adapter))
-        return self.run(self.down_proj, inner if self.gate_proj is None else inner * up, adapter)
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RecursiveGPTPassLinear(nn.Linear):
+    """``W x + alpha / rank B A x``, with A and B of the pass, where it has some. Its layer says which pass it is."""
+
+    adapter = -1
+
+    def __init__(self, plain: nn.Linear, adapters: dict[str, Any], passes: list[int]) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=plain.bias is not None)
+        rank, self.scale = adapters["rank"], adapters["alpha"] / adapters["rank"]
+        for each in passes:  # not in a ParameterDict, which is never called: offloading hooks load what is
+            self.register_parameter(f"pass_A_{each}", nn.Parameter(torch.zeros(rank, plain.in_features)))
+            self.register_parameter(f"pass_B_{each}", nn.Parameter(torch.zeros(plain.out_features, rank)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result, down = super().forward(x), getattr(self, f"pass_A_{self.adapter}", None)
+        if down is None:
+            return result
+        return result + F.linear(F.linear(x, down) * self.scale, self.get_parameter(f"pass_B_{self.adapter}"))
 
 
 class RecursiveGPTDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RecursiveGPTConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = RecursiveGPTAttention(config, layer)
-        self.mlp = RecursiveGPTMLP(config, layer)
+        self.mlp = RecursiveGPTMLP(config)
+        self.adapted = [] if config.pass_adapters is None else self._adapt(config, layer)
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         self.norms_the_sum = config.output_norm_scope == "residual"
         self.input_layernorm = make_norm(config, config.hidden_size) if before else None
@@ -322,15 +299,28 @@ class RecursiveGPTDecoderLayer(GradientCheckpointingLayer):
         self.pre_feedforward_layernorm = make_norm(config, config.hidden_size) if before else None
         self.post_feedforward_layernorm = make_norm(config, config.hidden_size) if after else None
 
-    def forward(self, hidden_states: Tensor, adapter: int | None = None, **kwargs: Any) -> Tensor:
+    def _adapt(self, config: RecursiveGPTConfig, layer: int) -> list[RecursiveGPTPassLinear]:
+        plan, made, targets = config.recursion_plan, [], config.pass_adapters["targets"]
+        stacks = plan.layers_of(config.num_layers)
+        passes = [each.index for each in plan.passes if each.grad and layer in stacks[each.stack]]
+        for part, others in ((self.self_attn, ("linear_proj", "linear_qkv")), (self.mlp, ("linear_fc2", "linear_fc1"))):
+            for name, each in [*part.named_children()]:
+                if isinstance(each, nn.Linear) and others[name not in ("o_proj", "down_proj")] in targets:
+                    made.append(RecursiveGPTPassLinear(each, config.pass_adapters, passes))
+                    setattr(part, name, made[-1])
+        return made
+
+    def forward(self, hidden_states: Tensor, adapter: int = -1, **kwargs: Any) -> Tensor:
+        for each in self.adapted:  # here, since a checkpointed layer is replayed
+            each.adapter = adapter
         residual = hidden_states
         if self.input_layernorm is not None:
             hidden_states = self.input_layernorm(hidden_states)
-        hidden_states, _ = self.self_attn(hidden_states, adapter=adapter, **kwargs)
+        hidden_states, _ = self.self_attn(hidden_states, **kwargs)
         residual = hidden_states = self._add(residual, hidden_states, self.post_attention_layernorm)
         if self.pre_feedforward_layernorm is not None:
             hidden_states = self.pre_feedforward_layernorm(hidden_states)
-        return self._add(residual, self.mlp(hidden_states, adapter), self.post_feedforward_layernorm)
+        return self._add(residual, self.mlp(hidden_states), self.post_feedforward_layernorm)
 
     def _add(self, residual: Tensor, branch: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is None:

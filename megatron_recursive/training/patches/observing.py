@@ -1,13 +1,14 @@
 """Patch of megatron-core 0.19: what observes a run is called while it trains.
 
 ``train``, ``training_log``, ``evaluate`` and ``evaluate_and_print_results`` are globals of
-``megatron.training.training``, which see the model, and metrics that are already averaged over micro-batches and ranks;
-Megatron has no hook there. The observers are plain: ``metrics_log``, ``progress``, ``samples``, ``start_check``,
-``keep_best``. The wrappers pass everything through unchanged, but for five things. Where the depth of steps changes,
-Megatron's own lines and events are without figures of blocks, which not every step has. Under ``--evaluate-ema`` an
-evaluation is of the averaged weights. Under ``--full-validation`` the test set is read as one set. An evaluation at the
-end of a run of what was evaluated at its last iteration just before is left out. And the line of a process's first iteration ends its interval where it falls on one, as
-Megatron's pull request 7092 has it later: in 0.19 the second line was the mean of two iterations.
+``megatron.training.training``, which see the model, and metrics that are already averaged over micro-batches and
+ranks; Megatron has no hook there. The observers are plain: ``metrics_log``, ``progress``, ``samples``,
+``start_check``, ``keep_best``. The wrappers pass everything through unchanged, but for five things. Where the depth of
+steps changes, Megatron's own lines and events are without figures of blocks, which not every step has. Under
+``--evaluate-ema`` an evaluation is of the averaged weights. Under ``--full-validation`` the test set is one set. An
+evaluation at the end of a run of what was evaluated at its last iteration just before is left out. And the line of a
+process's first iteration ends its interval where it falls on one, as Megatron's pull request 7092 has it later: in
+0.19 the second line was the mean of two iterations.
 """
 
 from __future__ import annotations

@@ -95,11 +95,12 @@ def test_a_mistake_is_one_sentence_with_file_and_key(
 # --- budgets and choices --------------------------------------------------------------------------------------------
 
 
-def study_of(folder: Path, text: str = CONFIG, **facts: tuple[int, float]) -> Study:
+def study_of(folder: Path, text: str = CONFIG, carried: tuple[str, ...] = (), **facts: tuple[int, float]) -> Study:
     ablation = read_config(write(folder, text), str(folder / "out"))
     costs = facts or {arm.name: (64, 1e3) for arm in ablation.arms}
     given = dict(zip([arm.name for arm in ablation.arms], costs.values(), strict=True))
-    return Study(ablation, {n: {"tokens per iteration": t, "FLOPs per token": f} for n, (t, f) in given.items()})
+    return Study(ablation, {n: {"tokens per iteration": t, "tokens read per iteration": t / 4 if n in carried else t,
+                                "FLOPs per token": f} for n, (t, f) in given.items()})  # fmt: skip
 
 
 @pytest.mark.parametrize(("equal", "expected"), [
@@ -112,6 +113,10 @@ def test_all_arms_spend_what_the_reference_spends(equal: str, expected: tuple[in
     iterations = tuple(map(study.iterations, study.ablation.arms))
     first, second = (study.grid(arm)[0] for arm in study.ablation.arms)
     assert iterations == expected == (first.iterations, second.iterations)
+    carried = study_of(tmp_path, text, ("own layers",), a=(64, 7e3), b=(128, 2e3))
+    if "flops" not in equal:  # four steps on each batch read a quarter of it each
+        assert carried.iterations(carried.ablation.arms[1]) == 4 * expected[1] or "own" in equal
+        assert carried.iterations(carried.ablation.arms[0]) * 4 == expected[0] or "own" not in equal
     if "flops" in equal:
         assert first.flops == pytest.approx(second.flops, rel=1e-3)
     assert f"--train-iters {expected[0]} " in " ".join(first.words)
@@ -345,6 +350,7 @@ def test_what_training_says_of_an_arm() -> None:
     common = [*REAL.split("flags: >")[1].split("arms:")[0].split(), "--lr", "1e-2", "--train-iters", "4"]
     core = ["--num-refinement-blocks", "2", "--num-latent-refinements", "1"]
     flags = {"core": core, "wrong": ["--hidden-size", "33"], "off": ["--disable-recursive-refinement"]}
+    flags["carried"] = [*core, "--num-supervision-steps", "4"]
     flags["loops"] = [*"--recursion-family recurrent --num-layers 3 --num-coda-layers 1 --num-recurrences 4".split(),
                       "--injection", "concat"]  # fmt: skip
     asked = {name: {"processes": 2, "flags": [*common, *each]} for name, each in flags.items()}
@@ -356,6 +362,7 @@ def test_what_training_says_of_an_arm() -> None:
         assert facts[name]["FLOPs per token"] == flops_per_token(shape, plan).total
         assert facts[name]["plain"] == (name == "off") and facts[name]["passes"] == plan.num_passes
         assert (facts[name]["tokens per iteration"], facts[name]["world size"]) == (64, 2)
+    assert [facts[n]["tokens read per iteration"] for n in ("core", "carried")] == [64, 16]
     layer = facts["off"]["stacks"]["core"][0]
     assert layer == count_parameters(shape, plan).layers and facts["core"]["stacks"] == {"core": (layer, 4)}
     stacks = {"core": (2 * layer, 4), "coda": (layer, 1), "injection": (2 * 32 * 32, 4)}

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,12 @@ def test_a_checkpoint_says_what_its_export_says_also_under_exits(checkpoint: Pat
     assert any(len(each) > 1 for each in taken) and max(map(max, taken)) > 2, "exits that differ, and beyond T"
 
 
-def _generate(argv: list[str]) -> tuple[str, str]:
+def _generate(argv: list[str], typed: str = "") -> tuple[str, str]:
     from megatron_recursive.commands import parser_of
     from megatron_recursive.errors import UserError
     from megatron_recursive.inference import command
 
-    heard, refused = io.StringIO(), ""
+    heard, refused, sys.stdin = io.StringIO(), "", io.StringIO(typed)
     with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(io.StringIO()):
         try:
             command.run(parser_of("generate").parse_args(argv))
@@ -177,6 +178,10 @@ def test_the_tool_reads_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     (folder,) = generate(checkpoint / "iter_0000006", "--prompt", "5 6 7")[0]
     assert folder["tokens"] == result["tokens"]
     assert generate(checkpoint, "--prompt", "")[0][0]["prompt_tokens"] == 1
+    argv = ["--model", str(checkpoint), "--interactive", "--max-tokens", "4"]
+    ((said, _),) = run_distributed(_generate, 1, argv, "5 6 7\n/reset\n/depth 3\n5 6 7\n/depth 2\n/reset\n5 6 7\n")
+    first, deeper, again = said.splitlines()
+    assert first == again == result["text"] != deeper
     for prompt, sentence in (("a", "must hold token ids"), ("127", "must hold token ids"), ("1 " * 16, "16 tokens")):
         assert sentence in generate(checkpoint, "--prompt", prompt)[1]
     assert "--device-map spreads" in generate(checkpoint, "--prompt", "5", "--device-map", "auto")[1]

@@ -119,7 +119,7 @@ def test_a_score_lies_over_the_flops_that_drawn_depths_cost(tmp_path, monkeypatc
     with pytest.raises(UserError, match="has no held-out f1; its scores are accuracy, lm loss$"):
         plot_score_by_flops(["grown"], tmp_path / "f.png", "f1")
     write(tmp_path / "old/metrics.jsonl", train(10, 5.0))
-    with pytest.raises(UserError, match="--x flops: old/metrics.jsonl does not tell it"):
+    with pytest.raises(UserError, match="old/metrics.jsonl does not tell the FLOPs of its run"):
         plot_score_by_flops(["old"], tmp_path / "f.png", "lm loss")
 
 

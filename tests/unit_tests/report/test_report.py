@@ -19,7 +19,8 @@ from megatron_recursive.report.subjects import Subject, find_subjects
 from tests.unit_tests.plots.records import start, train, valid, write
 
 FLOPS = {"training": 30.0, "plain_training": 10.0, "inference": 8e9, "plain_inference": 4e9}
-COUNT = {"model": {"sequence_length": 8192}, "flops_per_token": FLOPS, "parameters": {"held": {"total": 1234567}}, "cache_bytes_per_token": 4096}
+COUNT = {"model": {"sequence_length": 8192}, "flops_per_token": FLOPS, "cache_bytes_per_token": 4096,
+         "parameters": {"held": {"total": 1234567}}}  # fmt: skip
 
 
 def swept(model: str, *losses: float, exits: Any = None) -> dict[str, Any]:
@@ -52,9 +53,11 @@ def health(loss: float, reset: float) -> dict[str, Any]:
     ({"sweep": swept("m", 2.9, 3.0), "health": health(3.0, 3.1)}, ("It does harm", "bad"),
      "It costs 0.100 nats a token"),
     ({"sweep": swept("m", 2.9, 2.8985)}, ("No", "bad"), "Nothing"),
+    ({"sweep": swept("m", 3.0, 2.9) | {"trained_depth": 1}}, ("Not measured", "open"), "Not measured"),
     ({"health": health(2.9, 2.89)}, ("It does harm", "bad"), "Not measured"),
     ({"figures": {"blocks": [3.0, 2.5], "alarms": [], "iteration": 9}, "plan": "2 blocks"}, ("Yes", "good"),
      "0.500 nats a token"),
+    ({"figures": {"blocks": [3.0, 3.0], "iteration": 9}}, ("No", "bad"), "Nothing"),
     ({}, ("Not measured", "open"), "Not measured"),
     ({"plan": RecursionPlan.plain()}, ("There is none", "open"), "There is none"),
 ])  # fmt: skip

@@ -57,6 +57,8 @@ def test_heads_train_on_from_a_trained_model_and_resume(layout: str, whole: Path
 def test_what_has_no_heads_or_another_optimizer_is_refused(whole: Path, tmp_path: Path) -> None:
     for knobs in (["--halt-loss-weight", "0"], ["--recursion-family", "recurrent"]):
         assert "--train-only heads trains the heads that a recursion adds" in str(train(*ONLY, recursion=knobs))
+    said = str(train("--load", whole, *ONLY, "--enable-deep-supervision"))
+    assert said.startswith("--enable-deep-supervision says nothing under --train-only heads")
     said = str(train(*save_to(whole), *ONLY, "--train-iters", "3"))
     assert "was trained with --train-only heads off (this run: on)" in said and "with --finetune, or" in said
     assert train("--load", whole, *ONLY, "--no-load-optim", "--save", tmp_path, "--save-interval", "9", "--train-iters",
