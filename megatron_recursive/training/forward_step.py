@@ -185,7 +185,7 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     args = get_args()
     train, valid, test = train_valid_test_num_samples
     if valid is not None and not args.skip_train:  # more than Megatron's where --eval-interval was shorter before
-        begun = max(args.iteration, args.start_eval_at_iter or 0)
+        begun = max(getattr(args, "iteration", 0), args.start_eval_at_iter or 0)  # --distill-prepare has none
         to_come = args.train_iters // args.eval_interval - begun // args.eval_interval + 1
         valid = max(valid, args.consumed_valid_samples + to_come * args.eval_iters * args.eval_global_batch_size)
     train_valid_test_num_samples = [samples_read(args, train), valid, test]
