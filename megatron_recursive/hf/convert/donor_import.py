@@ -53,6 +53,7 @@ from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY, added_parameters
 from megatron_recursive.plan.knobs import OF_FAMILIES, flag_of
+from megatron_recursive.plan.lora import MODULE as ADAPTERS
 from megatron_recursive.plan.recursion_config import renewed, retrofit
 
 ARGUMENTS_FILE = "megatron_args.txt"
@@ -474,7 +475,7 @@ def checkpoint_fetch(checkpoint: TorchDistCheckpoint) -> proof.Fetch:
     """Parameters by checkpoint key, those of layers with their number in it."""
 
     def fetch(name: str) -> Tensor:
-        if not name.startswith(LAYERS) or name in checkpoint.shapes:  # adapters have keys with the number in them
+        if not name.startswith(LAYERS) or f".{ADAPTERS}." in name:  # whose keys have the layer's number in them
             return checkpoint.get(name)
         layer, _, rest = name.removeprefix(LAYERS).partition(".")
         return checkpoint.get(LAYERS + rest, int(layer))
