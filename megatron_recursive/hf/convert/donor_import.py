@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_recursive.accounting import padded_rows
 from megatron_recursive.command_line import command
 from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.data.tokenizer import load_tokenizer
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
-from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
+from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.hrm_text import PREFIXED
 from megatron_recursive.hf.convert.mappings import (
@@ -52,6 +53,7 @@ from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY, added_parameters
 from megatron_recursive.plan.knobs import OF_FAMILIES, flag_of
+from megatron_recursive.plan.lora import MODULE as ADAPTERS
 from megatron_recursive.plan.recursion_config import renewed, retrofit
 
 ARGUMENTS_FILE = "megatron_args.txt"
@@ -116,7 +118,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         if isinstance(options.resize_vocab, str):
             tokenizer = _grown(tokenizer, options.resize_vocab, source)
         rows = max(arch.vocab_size, last_id(tokenizer) + 1)
-        arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
+        arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_rows(rows))
     recursion = _recursion(source, given, len(layers))
     plan = build_plan(recursion)
     plan.layers_of(len(layers))
@@ -473,7 +475,7 @@ def checkpoint_fetch(checkpoint: TorchDistCheckpoint) -> proof.Fetch:
     """Parameters by checkpoint key, those of layers with their number in it."""
 
     def fetch(name: str) -> Tensor:
-        if not name.startswith(LAYERS) or name in checkpoint.shapes:  # adapters have keys with the number in them
+        if not name.startswith(LAYERS) or f".{ADAPTERS}." in name:  # whose keys have the layer's number in them
             return checkpoint.get(name)
         layer, _, rest = name.removeprefix(LAYERS).partition(".")
         return checkpoint.get(LAYERS + rest, int(layer))

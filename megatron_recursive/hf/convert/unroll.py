@@ -19,6 +19,7 @@ from megatron_recursive.hf.convert.safetensors_files import SHARD_BYTES
 from megatron_recursive.hf.convert.torch_dist import LAYERS, TorchDistCheckpoint
 from megatron_recursive.hf.convert.verify import Side, open_side
 from megatron_recursive.plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.lora import MODULE as ADAPTERS
 from megatron_recursive.plan.recursion_plan import STATES
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -43,6 +44,8 @@ def unroll_model(
     side = open_side(src)
     if side.plan.is_plain:
         raise UserError(f"{src} is a plain GPT already; there is nothing to unroll.")
+    if any(f".{ADAPTERS}." in key for key in side.tensors):
+        raise UserError(f"{src} has an adapter for each pass (--lora-per-pass), which unrolled layers would lose.")
     layers = chain(side.plan, side.arch.num_layers)
     tied = side.arch.tied and side.plan.embedding_multiplier == 1
     arch = replace(side.arch, num_layers=len(layers), tied=tied, padded_vocab_size=side.arch.vocab_size)
