@@ -7,9 +7,9 @@ characters or so, the assistant's five times as long, both log-normal, cut from 
 on it, with the default chat template. Each round times, in turn: encode_batch of all rendered conversations held in
 memory, in one thread; the pipeline from a .jsonl file to the parts of a chat dataset (reading, parsing, rendering,
 tokenizing, finding what is supervised, writing) with one worker; and the same with two. Ratios are medians of paired
-ones; the time of the pipeline runs from the begin of the first part to the end of the last, as in data.py. The fill rate
-is of sequences of 2,048 tokens, conversations longer than that left out. Needs two idle cores. Writes chat_data.json and
-chat_data.md beside this file; the last line is JSON.
+ones; the time of the pipeline runs from the begin of the first part to the end of the last, as in data.py. The fill
+rate is of sequences of 2,048 tokens, conversations longer than that left out. Needs two idle cores. Writes
+chat_data.json and chat_data.md beside this file; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the preparation of conversations, and see how packing fills.")
     parser.add_argument("--rounds", type=int, default=5, help="paired runs (default: 5)")
     args = parser.parse_args()
-    size = Size()
+    size, load = Size(), os.getloadavg()[0]
     measured = measure(size, args.rounds)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
     tokens, fill = measured["tokens"], measured["fill_rate"]
@@ -139,8 +139,9 @@ def main() -> None:
         "# Preparation of conversations",
         "",
         f"`python benchmarks/chat_data.py --rounds {args.rounds}` at commit {commit.strip()}: {size}, "
-        f"{tokens / 1e6:.1f} million tokens; medians. The pipeline reads .jsonl, renders, finds what is supervised and "
-        "writes a chat dataset; start of the workers and joining of the parts are left out.",
+        f"{tokens / 1e6:.1f} million tokens; medians, at a load of {load:.1f} by others. The pipeline reads .jsonl, "
+        "renders, finds what is supervised and writes a chat dataset; start of the workers and joining of the parts "
+        "are left out.",
         "",
         "| | seconds | tokens/s per core | ratio |",
         "|---|---|---|---|",
@@ -151,13 +152,13 @@ def main() -> None:
         f"| pipeline, two workers | {measured['two_workers_s']:.2f} | {tokens / measured['two_workers_s'] / 2:,.0f} "
         f"| **{measured['scaling_2']:.2f}** times one worker |",
         "",
-        f"Packed into sequences of {size.seq_length:,} tokens, without the {measured['longer']:,} longer conversations: "
-        f"**{fill:.1%}** full.",
+        f"Packed into sequences of {size.seq_length:,} tokens, without the {measured['longer']:,} longer "
+        f"conversations: **{fill:.1%}** full.",
     ]
     print("\n".join(lines))
     summary = {key: round(measured[key], 3) for key in ("tokenize_ratio", "scaling_2", "fill_rate")}
     (HERE / "chat_data.md").write_text("\n".join([*lines, ""]))
-    record = {**summary, "measured": measured, "size": asdict(size), "commit": commit.strip()}
+    record = {**summary, "measured": measured, "size": asdict(size), "load": load, "commit": commit.strip()}
     (HERE / "chat_data.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(summary))
 

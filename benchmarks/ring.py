@@ -151,7 +151,8 @@ class timed_messages:
 def simulated(size: Size) -> dict[str, float]:
     """The speed-up of two stages that simulation promises for each arm."""
     from megatron_recursive.accounting import ModelShape
-    from megatron_recursive.pipeline.timeline import simulated_speedup
+    from megatron_recursive.pipeline.pass_costs import price_passes
+    from megatron_recursive.pipeline.timeline import simulate
     from megatron_recursive.plan import RecursionConfig, build_plan
 
     shape = ModelShape(num_layers=size.layers, hidden_size=size.hidden, ffn_hidden_size=4 * size.hidden,
@@ -162,8 +163,9 @@ def simulated(size: Size) -> dict[str, float]:
         knobs = RecursionConfig(num_refinement_blocks=size.blocks, num_latent_refinements=size.latents,
                                 detach_between_refinements=arm.detach, halt_supervision="last")  # fmt: skip
         plan = build_plan(knobs.resolved(embedding_init_std=0.02))
-        speedups[arm.name] = simulated_speedup(plan, shape, stages=2, micro_batches=size.micro_batches,
-                                               windows=(size.micro_batches,) * (arm.phases == "two"))  # fmt: skip
+        costs = price_passes(plan, shape, [size.layers // 2] * 2)
+        step = simulate(costs, size.micro_batches, windows=(size.micro_batches,) * (arm.phases == "two"))
+        speedups[arm.name] = sum(costs.busy(size.micro_batches)) / step.makespan
     return speedups
 
 

@@ -8,10 +8,17 @@ from megatron_recursive.accounting.memory import (
     cache_bytes_per_token,
     stage_memory,
 )
-from megatron_recursive.accounting.params import ModelShape, ParameterCount, count_parameters, parameters_by_stack
+from megatron_recursive.accounting.params import (
+    ModelShape,
+    ParameterCount,
+    count_parameters,
+    padded_rows,
+    parameters_by_stack,
+)
 
 __all__ = [
     "FlopsPerToken", "ModelShape", "ParameterCount", "Recording", "StageMemory", "StateBytes", "cache_bytes_per_token",
-    "count_parameters", "flops_per_token", "inference_flops", "mean_flops_per_token", "parameters_by_stack",
+    "count_parameters", "flops_per_token", "inference_flops", "mean_flops_per_token", "padded_rows",
+    "parameters_by_stack",
     "stage_memory",
 ]  # fmt: skip

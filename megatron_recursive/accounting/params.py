@@ -68,6 +68,11 @@ class ParameterCount:
         return self.held - self.layers + self.unrolled_layers
 
 
+def padded_rows(vocabulary: int, tensor_parallel: int = 1) -> int:
+    """Of an embedding, as Megatron pads by default; of an import, so that any power of two up to 128 divides them."""
+    return -(-vocabulary // (128 * tensor_parallel)) * 128 * tensor_parallel
+
+
 def count_parameters(shape: ModelShape, plan: RecursionPlan) -> ParameterCount:
     """The parameters of a model of this shape under this plan (buffers, such as initial states, are not counted)."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size

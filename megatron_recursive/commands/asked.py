@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_recursive.accounting import Recording, StateBytes
+from megatron_recursive.accounting import Recording, StateBytes, padded_rows
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
@@ -91,8 +91,6 @@ def open_model(args: argparse.Namespace) -> Model:
     if name is None:
         values = _values_of_flags(args, given)
         arch = Architecture.from_megatron(values, "The model")
-        from megatron_recursive.pipeline.layouts import padded_rows
-
         rows = padded_rows(arch.vocab_size, args.tp or 1)
         return Model("flags", arch, rows, "bfloat16" if args.bf16 else "float32", values)
     if given:

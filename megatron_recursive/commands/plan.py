@@ -8,7 +8,7 @@ import textwrap
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_recursive.accounting import count_parameters, flops_per_token, mean_flops_per_token
+from megatron_recursive.accounting import count_parameters, flops_per_token, mean_flops_per_token, padded_rows
 from megatron_recursive.command_line import command, example
 from megatron_recursive.commands import asked
 from megatron_recursive.errors import UserError
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     asked.complete_job(args, model.values)
     args.peak_tflops = args.peak_tflops or (989.0 if args.bf16 else 67.0)
     arch, recursion = model.arch, asked.recursion_of(model, knobs_in(vars(args)), trains=True)
-    from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, padded_rows, what_would_fit
+    from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
 
     flops = args.peak_tflops * 1e12 * args.mfu
     iterations = -(-int(tokens) // (args.global_batch_size * args.seq_length)) if tokens else None

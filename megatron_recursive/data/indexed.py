@@ -48,12 +48,16 @@ def largest_sampled_id(prefix: str | Path, tokens: int = 2**20) -> int:
     """The largest token id among the first and the last so many of a checked dataset (-1: in object storage)."""
     if str(prefix).startswith(_REMOTE):
         return -1
+    ids = _token_ids(prefix)
+    return int(max(ids[:tokens].max(), ids[-tokens:].max()))
+
+
+def _token_ids(prefix: str | Path) -> Any:
     import numpy
 
     with open(f"{prefix}.idx", "rb") as stream:
         code = _HEADER.unpack(stream.read(_HEADER.size))[2]
-    ids = numpy.memmap(f"{prefix}.bin", _TOKEN_TYPES[code], "r")
-    return int(max(ids[:tokens].max(), ids[-tokens:].max()))
+    return numpy.memmap(f"{prefix}.bin", _TOKEN_TYPES[code], "r")
 
 
 def held_out_rows(prefix: str, samples: int, length: int, seed: int) -> Any:
@@ -68,9 +72,7 @@ def held_out_rows(prefix: str, samples: int, length: int, seed: int) -> Any:
     import numpy
 
     check_indexed_dataset(prefix)
-    with open(f"{prefix}.idx", "rb") as stream:
-        code = _HEADER.unpack(stream.read(_HEADER.size))[2]
-    ids = numpy.memmap(f"{prefix}.bin", _TOKEN_TYPES[code], "r")
+    ids = _token_ids(prefix)
     ends = numpy.cumsum(all_lengths(prefix), dtype="i8")
     order = numpy.arange(len(ends), dtype="i4")
     numpy.random.RandomState(seed).shuffle(order)

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_recursive.errors import UserError
 
 _PIECES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *_PIECES)
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *_PIECES)
 
 
 # (how, names, argparse's nargs, answer): taken with its meaning, needless (said, and the run goes on), or refused.
@@ -19,7 +19,7 @@ MEGATRON_FLAGS: tuple[tuple[str, str, str | int | None, str], ...] = (
     ("taken", "--json-keys", "+", "the same: the files are PREFIX_KEY_document.bin and .idx, also of one key"),
     ("taken", "--append-eod", 0, "the same, and the default; --no-append-eod leaves it out"),
     ("taken", "--workers", None, "the same, with a default"),
-    ("taken", "--tokenizer-type", None, f"{', '.join(_TYPES)}, with the files of that type"),
+    ("taken", "--tokenizer-type", None, f"{', '.join(TOKENIZER_TYPES)}, with the files of that type"),
     ("taken", "--tokenizer-model", None, "--tokenizer"),
     ("taken", "--vocab-file --merge-file", None, "the same"),
     ("taken", "--tokenizer-hf-no-include-special-tokens", 0, "--no-special-tokens"),
@@ -82,8 +82,8 @@ def translate(args: argparse.Namespace) -> None:
     if args.tokenizer_hf_no_include_special_tokens:
         args.special_tokens = False
     kind, needs = args.tokenizer_type, None
-    if kind not in (None, *_TYPES):
-        needs = f"is none of {', '.join(_TYPES)}; convert the tokenizer to a tokenizer.json"
+    if kind not in (None, *TOKENIZER_TYPES):
+        needs = f"is none of {', '.join(TOKENIZER_TYPES)}; convert the tokenizer to a tokenizer.json"
     elif kind in _PIECES and not str(args.tokenizer).endswith(".model"):
         needs = "needs --tokenizer-model FILE.model"
     elif kind == "GPT2BPETokenizer" and args.vocab_file is None:

@@ -19,7 +19,7 @@ from megatron_recursive.data.files import cannot_write
 from megatron_recursive.data.hub import HubChoice, revisions
 from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.data.insertion import Surroundings, source_digest, steps_of
-from megatron_recursive.data.joining import SUPERVISED, add_reports, data_args_file, finish, listed_parts
+from megatron_recursive.data.joining import SUPERVISED, TOKENIZER, add_reports, data_args_file, finish, listed_parts
 from megatron_recursive.data.preparation import digest, read_preparation
 from megatron_recursive.data.progress import Progress, read_counts
 from megatron_recursive.data.readers import iter_documents, refuse
@@ -197,6 +197,8 @@ def _already_there(prefix: str, there: list[Path], source: str) -> IndexedSummar
     try:
         for name in prefixes + masks:
             check_indexed_dataset(name)
+        if masks and not Path(f"{prefix}{TOKENIZER}").is_dir():
+            raise UserError(f"the tokenizer's folder {prefix}{TOKENIZER} is gone; prepare the data again")
     except UserError as error:
         raise UserError(f"--output {prefix} was made by this command, but {error} (--overwrite)") from error
     print(f"{prefix} was made by this command already: nothing is done (--overwrite makes it anew)", file=sys.stderr)

@@ -62,6 +62,8 @@ class Conversation:
             return f"Depth {value}."
         if order == "save" and value:
             file = Path(value)
+            if self.messages == self.opening:
+                raise UserError("Nothing was said yet; save after an answer.")
             if file.exists() and file not in self.saved:
                 raise UserError(f"{file} exists already; name another file.")
             with replacing(file) as (partial,):
@@ -124,4 +126,3 @@ def _read_line() -> str | None:
         return input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return None
-

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 
-from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, stage_memory
+from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, padded_rows, stage_memory
 from megatron_recursive.accounting.flops import layer_forward_flops
 from megatron_recursive.errors import UserError
 from megatron_recursive.pipeline.balance import balanced_split
@@ -78,11 +78,6 @@ def fitting_layouts(job: Job) -> list[Layout]:
     """The fastest first; of equally fast ones, that of the smaller tensor-parallel and pipeline sizes."""
     found = [layout for sizes in _sizes(job) if (layout := _layout(job, *sizes)).memory.total <= USABLE * job.memory]
     return sorted(found, key=lambda layout: (layout.seconds, layout.tensor, layout.pipeline))
-
-
-def padded_rows(vocabulary: int, tensor: int) -> int:
-    """Of the embedding, by Megatron's --make-vocab-size-divisible-by."""
-    return -(-vocabulary // (128 * tensor)) * 128 * tensor
 
 
 def stage_layers(job: Job, pipeline: int) -> tuple[int, ...]:

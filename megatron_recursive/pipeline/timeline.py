@@ -17,10 +17,8 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 from torch import Tensor
 
-from megatron_recursive.accounting import ModelShape
-from megatron_recursive.pipeline.pass_costs import PassCosts, price_passes
+from megatron_recursive.pipeline.pass_costs import PassCosts
 from megatron_recursive.pipeline.windows import microbatch_group_size
-from megatron_recursive.plan import RecursionPlan
 
 FORWARD, BACKWARD = 0, 1
 COLUMN_SAMPLES = 17
@@ -196,14 +194,6 @@ def simulate(
             done += own
     busy = costs.busy(micro_batches)
     return Timeline(costs, micro_batches, tuple(phases), float(free.max()), busy, live.tolist(), interleaved)
-
-
-def simulated_speedup(
-    plan: RecursionPlan, shape: ModelShape, *, stages: int, micro_batches: int, windows: Sequence[int]
-) -> float:
-    """How much faster a step is on stages of equally many layers than on one rank that does all of the work."""
-    costs = price_passes(plan, shape, [shape.num_layers // stages] * stages)
-    return sum(costs.busy(micro_batches)) / simulate(costs, micro_batches, windows=windows).makespan
 
 
 class _Engine:

@@ -255,11 +255,6 @@ class RecursionPlan:
         return max(p.index for p in self.passes if p.stack != "coda")
 
     @cached_property
-    def first_grad_pass(self) -> int:
-        """Those before it may run in a phase of their own; behind it passes without gradient may follow."""
-        return next((p.index for p in self.passes if p.grad), self.num_passes)
-
-    @cached_property
     def grad_passes(self) -> tuple[DecoderPass, ...]:
         return tuple(p for p in self.passes if p.grad)
 

@@ -1,13 +1,12 @@
-"""Writes a figure beside its final name and renames it, so that a killed run leaves no half picture."""
+"""Figures without a screen, written beside their final name and renamed."""
 
 from __future__ import annotations
 
 import io
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.data.files import replacing
 from megatron_recursive.errors import UserError
 
 FORMATS = ("png", "pdf", "svg")
@@ -49,14 +48,8 @@ def save_picture(figure: Any, output: Path, dpi: int) -> None:
     """Save in the format of the output's suffix, and close. A UserError says where that is not possible."""
     from matplotlib import pyplot
 
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, format=output.suffix[1:], dpi=dpi)
-        os.replace(partial, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output} ({error.strerror}); choose another --output") from error
+        with replacing(output) as (partial,):
+            figure.savefig(partial, format=output.suffix[1:], dpi=dpi)
     finally:
         pyplot.close(figure)
-        with suppress(OSError):
-            partial.unlink()

@@ -24,7 +24,8 @@ def losses_by_depth(subject: Subject) -> tuple[list[dict[str, Any]], dict[str, A
     figures, swept = subject.figures, subject.found.get("sweep")
     losses = figures.get("depths") or dict(enumerate(figures.get("blocks", ()), start=1))
     rows = [{"depth": int(depth), "loss": loss} for depth, loss in losses.items()]
-    trained, source = subject.plan.depth if subject.plan else 1, "the last held-out evaluation of the training"
+    trained = subject.plan.depth if subject.plan else len(figures.get("blocks", ()))
+    source = "the last held-out evaluation of the training"
     if swept:
         text = swept["text"] if isinstance(swept["text"], str) else " ".join(swept["text"])
         rows, trained, source = swept["depths"], swept["trained_depth"], f"sweep: {swept['tokens']:,} tokens of {text}"
@@ -85,7 +86,7 @@ def _cost(subject: Subject, own: Any) -> Answer:
     if counted is None:
         passes = subject.plan.num_passes if subject.plan else 0
         said = f"{passes} pass{'es' * (passes > 1)}" if passes else "Not counted"
-        lines = [f"Training took {count(figures.get('FLOPs'))} FLOPs."] if figures else []
+        lines = [f"Training took {count(figures['FLOPs'])} FLOPs."] if figures.get("FLOPs") else []
         return Answer(question, said, "open", lines, "")
     flops, held = counted["flops_per_token"], counted["parameters"]["held"]["total"]
     training, times = (flops[each] / flops[f"plain_{each}"] for each in ("training", "inference"))
@@ -99,5 +100,6 @@ def _cost(subject: Subject, own: Any) -> Answer:
         _, exit, more = min(cheap)
         lines.append(f"Leaving early ({exit}) would save {saved:.0%} of a new token for {more:+.3f} nats.")
     rule = f"FLOPs of a new token in sequences of {counted['model']['sequence_length']:,}, through all passes and the "
-    rule += "vocabulary, by those of the same layers applied once; computed. Leaving early: the cheapest way that costs "
-    return Answer(question, f"{times:.2f} times the FLOPs", "open", lines, f"{rule}at most {LITTLE} nats, estimated.")
+    rule += "vocabulary, by those of the same layers applied once; computed. Leaving early: the cheapest way that "
+    rule += f"costs {LITTLE} nats at most, estimated."
+    return Answer(question, f"{times:.2f} times the FLOPs", "open", lines, rule)

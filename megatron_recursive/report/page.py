@@ -72,12 +72,12 @@ def _sections(subject: Subject) -> list[Part]:
         by_layer = _table("By layer", found["layers"]["layers"], "layer influence distance applied")
         sections.append(_section("Layers", [drawn], [by_layer]))
     scores = [{"task": task, "depth": each["depth"], "metric": name.replace(",none", ""), "score": value,
-               "error": values.get(name.replace(",", "_stderr,"))}
+               "standard_error": values.get(name.replace(",", "_stderr,"))}
               for each in found.get("scores", ()) for task, values in each["results"].items()
               for name, value in values.items() if "," in name and "_stderr" not in name]  # fmt: skip
     samples = [_table(f"{answer['prompt']!r} goes on with {answer['text']!r}", steps[:TOKENS], " ".join(steps[0]))
                for answer, steps in _samples(found.get("samples", ()))]  # fmt: skip
-    sections += [_section("Tasks of lm-eval", [], [_table("Scores", scores, "task depth metric score error")]),
+    sections += [_section("Tasks of lm-eval", [], [_table("Scores", scores, "task depth metric score standard_error")]),
                  _section("Samples: what each block would say, and how probable it is", [], samples)]  # fmt: skip
     return [each for each in sections if each["pictures"] or each["tables"] or each["lines"]]
 
@@ -103,7 +103,7 @@ def _table(caption: str, rows: Sequence[Mapping[str, Any]], columns: str) -> Par
 
 def _cell(value: Any) -> str:
     if isinstance(value, int | float):
-        return f"{value:,.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:.4g}"
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e15 or isinstance(value, int) else f"{value:.4g}"
     return "" if value is None else str(value)
 
 

@@ -90,7 +90,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     plan = build_plan(recursion)
     settle_rates(args, plan.heads_only() if args.train_only else plan, recursion)
     if args.train_only and recursion.enable_deep_supervision and "enable_deep_supervision" in _given_knobs():
-        raise UserError("--enable-deep-supervision says nothing under --train-only heads, which trains no weight by the "
+        raise UserError("--enable-deep-supervision says nothing under --train-only heads, which trains nothing by the "
                         "language-model loss; leave it out.")  # fmt: skip
     freezing = {"--train-only": args.train_only, "--lora-rank": args.lora_rank}
     for flag, value in freezing.items() if folder is None else ():

@@ -23,6 +23,7 @@ from megatron.core.datasets.utils import Split
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler, build_pretraining_data_loader
 from torch.utils.data import default_collate
 
+from megatron_recursive.data.megatron_flags import TOKENIZER_TYPES
 from megatron_recursive.data.stream import TokenStream
 from megatron_recursive.data.tokenizer import TokenizerChoice, store_tokenizer
 from megatron_recursive.errors import UserError
@@ -31,7 +32,6 @@ from megatron_recursive.training import console
 
 EXCLUDED = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "mock_data", "distill_from",
             "chat_data", "train_epochs", "phase_transition_iterations")  # fmt: skip
-PIECES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
 def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +61,9 @@ def refuse_stream(args: argparse.Namespace) -> None:
     if args.valid_data_path is None and (args.eval_iters or args.full_validation):
         raise UserError("--data-stream holds no data apart for evaluation; give --valid-data-path PREFIX, or "
                         "--eval-iters 0 without --full-validation.")  # fmt: skip
-    if args.tokenizer_type not in ("HuggingFaceTokenizer", "GPT2BPETokenizer", *PIECES):
-        raise UserError(f"--data-stream cannot tokenize with --tokenizer-type {args.tokenizer_type}; give "
-                        "HuggingFaceTokenizer, or preprocess the data.")  # fmt: skip
+    if args.tokenizer_type not in TOKENIZER_TYPES:
+        raise UserError(f"--data-stream cannot tokenize with --tokenizer-type {args.tokenizer_type}; give one of "
+                        f"{', '.join(TOKENIZER_TYPES)}.")  # fmt: skip
     args.dataloader_type = "external"
 
 
@@ -92,12 +92,11 @@ class StreamSamples(GPTDataset):
 
 def samples_of_run(args: argparse.Namespace, config: GPTDatasetConfig) -> StreamSamples:
     """Those of the run's stream, from the checkpoint's position on; another stream is read from its beginning."""
-    named = {} if args.tokenizer_model is None else {"path": args.tokenizer_model}
+    choice = TokenizerChoice(args.tokenizer_model, special_tokens=not args.tokenizer_hf_no_include_special_tokens)
     if args.tokenizer_type == "GPT2BPETokenizer":
-        named = {"vocab_file": args.vocab_file, "merge_file": args.merge_file}
-    special = not args.tokenizer_hf_no_include_special_tokens
+        choice = TokenizerChoice(None, args.vocab_file, args.merge_file)
     with tempfile.TemporaryDirectory() as folder:
-        stored = store_tokenizer(TokenizerChoice(**named, special_tokens=special), Path(folder))
+        stored = store_tokenizer(choice, Path(folder))
         if stored.eod is None:
             raise UserError(f"--data-stream: the tokenizer {stored.name} has no end-of-document token; set one.")
         stream = TokenStream(args.data_stream, stored, args.data_stream_key, args.seed)

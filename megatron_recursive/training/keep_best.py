@@ -41,9 +41,10 @@ class BestCheckpoint:
             there = run.iteration and (root / RECORD).is_file()
             self.loss = json.loads((root / RECORD).read_text(encoding="utf-8"))["lm loss"] if there else torch.inf
         mean = sum(losses) / len(losses) if losses else torch.inf
-        found = torch.tensor([mean], device=next(trained["model"][0].parameters()).device)
+        device = next(trained["model"][0].parameters()).device
+        found = torch.tensor([mean if mean < self.loss else torch.inf], device=device)
         torch.distributed.broadcast(found, run.world_size - 1)
-        if not float(found) < self.loss:
+        if torch.isinf(found):
             return
         self.loss, kept, run.save = float(found), run.save, str(root)
         try:

@@ -21,7 +21,7 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
     """Measure one forward of the model as it stands, and print how far each pass turns the sum that it reads.
 
     Every rank calls it; rank 0 prints, and warns where the passes are copies of what they read or the tokens of each
-    other.
+    other. Not of weights that were trained: their scales are no choice any more.
     """
     with stagewise.evaluating(run, chunks, optimizer) as model:
         if model is None or model.plan.is_plain:
@@ -35,6 +35,8 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
         f"at the start passes turn what they read by {shown} (0: copies, 1.41: a right angle); token cosine after the "
         f"last {cosine:.2f}"
     )
+    if run.finetune or run.init_from_gpt is not None:
+        return
     if max(turns) < NEAR_IDENTITY:
         console.say(
             f"WARNING: all passes are near the identity, so that {len(turns)} of them say little more than one; raise "

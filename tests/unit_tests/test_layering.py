@@ -23,7 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "figures": (),
     "plan": (),
     "accounting": (f"{OURS}.plan",),
-    "plots": (f"{OURS}.plan", "matplotlib", "tensorboard", "wandb"),
+    "plots": (f"{OURS}.plan", f"{OURS}.data.files", "matplotlib", "tensorboard", "wandb"),
     "backends": ("torch",),
     "data": (
         "numpy", "pyarrow", "orjson", "zstandard", "tokenizers", "transformers", "sentencepiece", "datatrove", "dill",

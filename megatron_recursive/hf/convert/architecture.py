@@ -12,7 +12,6 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.models.stored_arguments import DONOR
 from megatron_recursive.plan.added_parameters import low_rank
 
-PADDING_MULTIPLE = 128  # Megatron's default; rows divide by any tensor-parallel size that is a power of two up to it
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2")
 
 
@@ -279,8 +278,3 @@ _WITHOUT_COUNTERPART: tuple[tuple[str, Any], ...] = (
     ("heterogeneous_layers_config_path", None), ("no_rope_freq", None), ("use_mup", None),
     ("experimental_attention_variant", None),
 )  # fmt: skip
-
-
-def padded_vocabulary(vocab_size: int) -> int:
-    """The rows that an imported embedding gets."""
-    return -(-vocab_size // PADDING_MULTIPLE) * PADDING_MULTIPLE

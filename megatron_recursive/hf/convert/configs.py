@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_recursive.accounting import padded_rows
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.architecture import Architecture, Yarn, padded_vocabulary
+from megatron_recursive.hf.convert.architecture import Architecture, Yarn
 from megatron_recursive.hf.convert.mappings import DONORS, FAMILIES, OWN, Family
 from megatron_recursive.plan import RecursionConfig
+
+
+def check_sizes(values: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
+        size = values.get(name)
+        if size is not None and (type(size) is not int or not 1 <= size < 2**31):
+            raise UserError(f"The config.json of {where} has {name} {size!r}; it must be a whole number above 0.")
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -46,7 +54,7 @@ def read_config(family: Family, config: Any, where: str) -> Architecture:
     if family.recursion is not None:
         values.update(family.recursion.shape(config))
     values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
-    values["padded_vocab_size"] = padded_vocabulary(config.vocab_size)
+    values["padded_vocab_size"] = padded_rows(config.vocab_size)
     values["tied"] = bool(values["tied"])
     if values["positions"] == "rope":
         values.update(_read_rope(config, where))

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_recursive.accounting import padded_rows
 from megatron_recursive.command_line import command
 from megatron_recursive.data.preparation import vocabulary_digest
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.data.tokenizer import load_tokenizer
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
-from megatron_recursive.hf.convert.architecture import Architecture, padded_vocabulary
+from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.files import new_folder
 from megatron_recursive.hf.convert.hrm_text import PREFIXED
 from megatron_recursive.hf.convert.mappings import (
@@ -117,7 +118,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         if isinstance(options.resize_vocab, str):
             tokenizer = _grown(tokenizer, options.resize_vocab, source)
         rows = max(arch.vocab_size, last_id(tokenizer) + 1)
-        arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_vocabulary(rows))
+        arch = dataclasses.replace(arch, vocab_size=rows, padded_vocab_size=padded_rows(rows))
     recursion = _recursion(source, given, len(layers))
     plan = build_plan(recursion)
     plan.layers_of(len(layers))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.configs import rope_parameters
+from megatron_recursive.hf.convert.configs import check_sizes, rope_parameters
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, FolderWriter, SafetensorsFolder
 from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.plan.knobs import FunctionKnobs, flag_of, knobs_in
@@ -79,10 +79,7 @@ def open_raven(
         if values.get(name, known[0]) not in known:
             raise UserError(f"{where} has {name} {values[name]!r}; of this kind of model only "
                             f"{' and '.join(map(repr, known))} can be converted.")  # fmt: skip
-    for name in SIZES:
-        size = values.get(name)
-        if size is not None and (type(size) is not int or not 1 <= size < 2**31):
-            raise UserError(f"The config.json of {where} has {name} {size!r}; it must be a whole number above 0.")
+    check_sizes(values, SIZES, where)
     try:
         config = _config(values, placement)
         recursion = RecursionConfig(**_knobs(values, is_huginn)).resolved(embedding_init_std=1.0)

@@ -15,7 +15,7 @@ from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.adapters import adapter_items
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.hf.convert.configs import family_of, read_config
+from megatron_recursive.hf.convert.configs import check_sizes, family_of, read_config
 from megatron_recursive.hf.convert.mappings import OWN, PUBLISHED, Family, Row, items, recursive_rows
 from megatron_recursive.hf.convert.published_recurrent import RenamedTensors, open_raven
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, SafetensorsFolder
@@ -159,10 +159,7 @@ def _open_folder(folder: Path, name: str) -> Source:
 
 def _check_numbers(values: dict[str, Any], where: str) -> None:
     """Sizes that can be: transformers takes any, and fails, or not, where it uses them."""
-    for name in SIZES:
-        size = values.get(name)
-        if size is not None and (type(size) is not int or not 1 <= size < 2**31):
-            raise UserError(f"The config.json of {where} has {name} {size!r}; it must be a whole number above 0.")
+    check_sizes(values, SIZES, where)
     ropes = [(name, values[name]) for name in ("rope_parameters", "rope_scaling") if values.get(name)]
     for name, rope in ropes:
         if not isinstance(rope, dict):

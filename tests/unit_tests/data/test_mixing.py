@@ -15,11 +15,13 @@ import pyarrow.parquet
 import pytest
 
 from megatron_recursive.data import mixing
-from megatron_recursive.data.mix_task import Mixture, Task
-from megatron_recursive.data.mixing import mix
+from megatron_recursive.data.mixing import Mixture, Task, mix
 from megatron_recursive.data.sources import find_files
 from megatron_recursive.errors import UserError
 from tests.grids import grid
+
+SHARED = Mixture(4, [1.0, 3.0])
+PART_BYTES = 150_000
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def small_runs(monkeypatch):
     monkeypatch.setattr(mixing, "ROW_GROUP_BYTES", 0)
     monkeypatch.setattr(mixing, "LIBRARIES_MB", 1024 - 0.06)
     monkeypatch.setattr(mixing, "SMALL_BYTES", 0)
-    monkeypatch.setattr(mixing, "default_part_bytes", lambda files: 150_000)
+    monkeypatch.setattr(mixing, "default_part_bytes", lambda files: PART_BYTES)
 
 
 def rows(folder):
@@ -52,11 +54,21 @@ def size(texts):
     return sum(len(text.encode()) for text in texts)
 
 
+@pytest.fixture(scope="module")
+def shared(corpora):
+    """A mixture with shares, made in one go."""
+    both = [[corpora / "a.jsonl"], [corpora / "b.jsonl"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixing, "default_part_bytes", lambda files: PART_BYTES)  # documents have their keys by part
+        mix(both, corpora / "shared", SHARED)
+    return both, corpora / "shared"
+
+
 def test_every_document_once_in_one_order_that_only_the_seed_changes(corpora, tmp_path, small_runs, monkeypatch):
     both = [[corpora / "a.jsonl"], [corpora / "b.parquet"]]
-    made = mix(both, tmp_path / "small", Mixture(4), workers=2)
+    made = mix(both, tmp_path / "small", Mixture(4))
     monkeypatch.undo()
-    mix([[corpora / "a.jsonl"], [corpora / "b.parquet"]], tmp_path / "seed", Mixture(4, seed=1))
+    mix(both, tmp_path / "seed", Mixture(4, seed=1))
     shards = rows(tmp_path / "small")
     texts = [text for shard in shards for text in shard]
     given = [json.loads(line)["text"] for name in "ab" for line in (corpora / f"{name}.jsonl").open()]
@@ -71,22 +83,29 @@ def test_every_document_once_in_one_order_that_only_the_seed_changes(corpora, tm
     assert not (tmp_path / "small.partial").exists()
 
 
-def test_shares_are_exact_to_a_document_everywhere_and_memory_changes_nothing(corpora, tmp_path, small_runs, capsys):
-    both, mixture = [[corpora / "a.jsonl"], [corpora / "b.jsonl"]], Mixture(3, [1.0, 3.0])
-    mix(both, tmp_path / "x", mixture, workers=1)
-    mix(both, tmp_path / "y", mixture, workers=1, memory_mb=2048)
-    assert rows(tmp_path / "x") == rows(tmp_path / "y")
-    shards = rows(tmp_path / "x")
+def test_shares_are_exact_to_a_document_and_the_same_everywhere(shared, capsys):
+    both, folder = shared
+    shards = rows(folder)
     texts = [text for shard in shards for text in shard]
     assert len(set(texts)) == len(texts)
     assert sum(text[0] == "b" for text in texts) == 500  # it runs out first, and sets the size
     of_a = size(text for text in texts if text[0] == "a")
     assert abs(of_a - (size(texts) - of_a) / 3) < 610
     assert all(0.15 < size(text for text in shard if text[0] == "a") / size(shard) < 0.35 for shard in shards)
-    again = mix(both, tmp_path / "x", mixture)
-    assert again["corpora"][1]["documents"] == 500 and "nothing is done" in capsys.readouterr().err
+    again = mix(both, folder, SHARED)
+    statistics = again["statistics"]
+    assert (statistics["documents"], statistics["bytes"]) == (len(texts), size(texts))
+    assert statistics["lengths"]["max"] == max(len(text.encode()) for text in texts)
+    assert [*statistics["dropped"].values()] == [2000 - len(texts)]
+    assert "nothing is done" in capsys.readouterr().err
     with pytest.raises(UserError, match="there already, and not of these"):
-        mix(both, tmp_path / "x", Mixture(3))
+        mix(both, folder, Mixture(3))
+
+
+@pytest.mark.grid
+def test_the_number_of_workers_changes_nothing(shared, tmp_path, small_runs):
+    mix(shared[0], tmp_path / "x", SHARED, workers=2)
+    assert rows(tmp_path / "x") == rows(shared[1])
 
 
 def killed_at(stage, rank, *call):
@@ -98,12 +117,12 @@ def killed_at(stage, rank, *call):
         original(self, number, report)
 
     setattr(Task, stage, die)  # in this process alone, which a fork made
-    mix(*call, workers=1)
+    mix(*call)
 
 
 @pytest.mark.parametrize(("stage", "rank"), grid([("spill", 2), ("shard", 2), ("publish", 0)], quick=[("shard", 2)]))
-def test_a_killed_run_goes_on_from_what_is_complete(stage, rank, corpora, tmp_path, small_runs, monkeypatch):
-    call = [[corpora / "a.jsonl"], [corpora / "b.jsonl"]], tmp_path / "x", Mixture(4, [1, 1])
+def test_a_killed_run_goes_on_from_what_is_complete(stage, rank, shared, tmp_path, small_runs, monkeypatch):
+    call = shared[0], tmp_path / "x", SHARED
     process = multiprocessing.get_context("fork").Process(target=killed_at, args=(stage, rank, *call))
     process.start()
     process.join(60)
@@ -116,18 +135,17 @@ def test_a_killed_run_goes_on_from_what_is_complete(stage, rank, corpora, tmp_pa
         run(task, *words)
 
     monkeypatch.setattr(Task, "__call__", noted)
-    mix(*call, workers=1)
+    mix(*call)
     every = [*(("spill", n) for n in range(parts)), *(("shard", n) for n in range(4)), ("publish",)]
     assert calls == every[every.index((stage, rank)) if rank else -1 :]
-    mix(call[0], tmp_path / "whole", call[2], workers=1)
-    assert rows(tmp_path / "x") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "x") == rows(shared[1])  # which had memory for all at once
 
 
 def limited(*call):
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        mix(*call, workers=1)
+        mix(*call)
     except UserError as error:
         print(error, file=sys.stderr)
         os._exit(2)
@@ -146,7 +164,7 @@ def test_faults_are_told_in_a_sentence_and_leave_no_folder(corpora, tmp_path, ca
         mix([[tmp_path / "bad.jsonl"]], tmp_path / "x", Mixture(1))
     with pytest.raises(UserError, match="--num-shards 9 is more than there are documents, 1"):
         mix([[tmp_path / "bad.jsonl"]], tmp_path / "x", Mixture(9, on_error="skip"))
-    for mixture, words in ((Mixture(0), "--num-shards 0"), (Mixture(1, [1.0]), "--weights 1 must"),
+    for mixture, words in ((Mixture(0), "--num-shards 0 and"), (Mixture(1, [1.0]), "--weights 1 must"),
                            (Mixture(1, [1.0, -1.0]), "--weights 1 -1 must")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             mix([[corpora / "a.jsonl"], [corpora / "b.jsonl"]], tmp_path / "x", mixture)

@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import dill
 import numpy
 import pyarrow
 import pyarrow.parquet
@@ -26,8 +28,10 @@ from megatron_recursive.data.chat.options import ChatOptions
 from megatron_recursive.data.preparation import read_preparation
 from megatron_recursive.data.preprocess import Options, preprocess
 from megatron_recursive.data.tokenizer_training import train_tokenizer
+from megatron_recursive.data.work_folder import WorkFolder
 from megatron_recursive.errors import UserError
 from tests.unit_tests.data.chat_templates import SMOLLM2
+from tests.unit_tests.data.test_preprocess import scripts
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 🙂"}]}
 SHAREGPT = {"conversations": [
@@ -123,6 +127,10 @@ def test_all_formats_of_a_folder_with_the_default_template(tok: Path, tmp_path: 
     main(["prepare-chat", "--input", str(folder), "--output", str(prefix), "--tokenizer", str(tok)])
     again = capsys.readouterr()
     assert "nothing is done" in again.err and json.loads(again.out.splitlines()[-1]) == counts
+    shutil.rmtree(f"{prefix}_tokenizer")
+    with pytest.raises(SystemExit):
+        main(["prepare-chat", "--input", str(folder), "--output", str(prefix), "--tokenizer", str(tok)])
+    assert "x_tokenizer is gone; prepare the data again (--overwrite)" in capsys.readouterr().err
 
 
 def test_all_paths_of_a_tree(chatml: Path, tmp_path: Path) -> None:
@@ -211,6 +219,25 @@ def test_parts_and_workers_make_no_difference(chatml: Path, tmp_path: Path, monk
         assert made.statistics.malformed[0]["first"].startswith(f"{file}:3 is not valid JSON")
     for end in (".bin", ".idx", "_supervised.bin", "_supervised.idx"):
         assert (tmp_path / f"one{end}").read_bytes() == (tmp_path / f"many{end}").read_bytes()
+
+
+@pytest.mark.grid
+def test_slurm_jobs_make_the_same_files(chatml: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    scripts(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    file = lines(tmp_path / "in.jsonl", *[SHAREGPT, ALPACA, GOOD] * 40)
+    options = Options(part_bytes=4000, chat=ChatOptions())
+    preprocess([file], tmp_path / "here", chatml, options=options)
+    cluster = {"executor": "slurm", "executor_options": {"partition": "cpu", "time": "1"}}
+    assert preprocess([file], tmp_path / "there", chatml, options=options, **cluster) is None
+    work = WorkFolder(tmp_path / "there.partial")
+    monkeypatch.setenv("SLURM_NODELIST", "node1")
+    for folder, count in (("datatrove", work.count_parts()), ("datatrove-join", 1)):
+        for rank in range(count):
+            monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(rank))
+            dill.loads((work.path / folder / "executor.pik").read_bytes()).run()
+    assert texts(tmp_path / "there") == texts(tmp_path / "here")
+    assert read_preparation(tmp_path / "there").statistics == read_preparation(tmp_path / "here").statistics
 
 
 def _prepare_with_little_room(bytes_a_file: int, file: Path, prefix: Path, tokenizer: Path) -> None:

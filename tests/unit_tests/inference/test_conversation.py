@@ -52,8 +52,9 @@ def greedy(folder: Path, text: str, blocks: int = 3) -> list[int]:
 def test_commands(folder: Path, tmp_path: Path, talk: Any) -> None:
     (tmp_path / "other").write_text("of somebody")
     file, other = tmp_path / "chat.jsonl", tmp_path / "other"
-    lines = ["hi", f"/save {file}", "", "yo", f"/save {file}", "/reset", "/depth 1", "hi", "/temp 0.7", "/temp",
-             "/temp -1", f"/save {other}", "/depth x", "/depth 0", "/nope", "/etc/x y", "/quit", "never"]  # fmt: skip
+    lines = [f"/save {file}", "hi", f"/save {file}", "", "yo", f"/save {file}", "/reset", "/depth 1", "hi", "/temp 0.7",
+             "/temp", "/temp -1", f"/save {other}", "/depth x", "/depth 0", "/nope", "/etc/x y", "/quit",
+             "never"]  # fmt: skip
     said, beside = talk(folder, "\n".join(lines), "--system", "s")
     with open_model(str(folder)) as loaded:
         answers = [loaded.text.decode(greedy(folder, "<system>s<user>hi<assistant>", blocks)) for blocks in (3, 1)]
@@ -62,7 +63,8 @@ def test_commands(folder: Path, tmp_path: Path, talk: Any) -> None:
     roles, contents = zip(*((each["role"], each["content"]) for each in json.loads(line)["messages"]), strict=True)
     assert roles == ("system", *("user", "assistant") * 2) and contents == ("s", "hi", said[0], "yo", said[1])
     assert other.read_text() == "of somebody" and f"{other} exists already; name another file." in beside
-    for sentence in ("The conversation starts over.", "Depth 1.", "Temperature 0.7.", "/temp is no command",
+    for sentence in ("Nothing was said yet", "The conversation starts over.", "Depth 1.", "Temperature 0.7.",
+                     "/temp is no command",
                      "/temp -1 is no command", "/depth x is no command", "/depth must be at least 1, but is 0.",
                      "/nope is no command; there are /reset, /temp X"):  # fmt: skip
         assert sentence in beside

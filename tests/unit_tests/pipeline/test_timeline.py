@@ -99,7 +99,8 @@ def test_the_alternatives() -> None:
 def _check_grid() -> int:
     """Every operation once and in Megatron's order, none before its input; unequal passes, one and two phases."""
     from megatron_recursive.accounting import ModelShape
-    from megatron_recursive.pipeline.timeline import price_passes, schedule_order, simulate
+    from megatron_recursive.pipeline.pass_costs import price_passes
+    from megatron_recursive.pipeline.timeline import schedule_order, simulate
     from megatron_recursive.pipeline.windows import window_sizes
 
     shape, seen = ModelShape(**SHAPE), 0
@@ -107,11 +108,12 @@ def _check_grid() -> int:
         for blocks, latents, detach in ((1, 1, False), (2, 1, True), (3, 2, True), (2, 3, False)):
             plan = plan_of(blocks, latents, detach=detach)
             costs = price_passes(plan, shape, [8 - stages + 1] + [1] * (stages - 1))
-            for windows in {(), window_sizes(stages, batches, stages), (batches,)} if plan.first_grad_pass else {()}:
+            free = plan.grad_passes[0].index
+            for windows in {(), window_sizes(stages, batches, stages), (batches,)} if free else {()}:
                 timeline = simulate(costs, batches, windows=windows)
                 by_rank = [timeline.operations(rank) for rank in range(stages)]
                 ends = {(op, rank): end for rank, ops in enumerate(by_rank) for _, end, op in ops}
-                free = plan.first_grad_pass if windows else 0
+                free = plan.grad_passes[0].index if windows else 0
                 assert len(ends) == stages * batches * (2 * plan.num_passes - free)
                 for rank, ops in enumerate(by_rank):
                     assert all(a[1] <= b[0] + 1e-9 for a, b in zip(ops, ops[1:], strict=False))
@@ -144,16 +146,15 @@ def test_nothing_starts_before_its_input() -> None:
 def _prices() -> dict[str, Any]:
     from megatron_recursive.accounting import ModelShape, flops_per_token
     from megatron_recursive.accounting.flops import layer_forward_flops
-    from megatron_recursive.pipeline.timeline import price_passes, simulate, simulated_speedup
+    from megatron_recursive.pipeline.pass_costs import price_passes
+    from megatron_recursive.pipeline.timeline import simulate
 
     shape, plan, ratios = ModelShape(**SHAPE), plan_of(3, 2, detach=True), []
     for split in ((4, 4), (5, 3), (1, 2, 5)):
         unit = 8 * layer_forward_flops(shape)
         ratios.append(sum(price_passes(plan, shape, split).busy(1)) * unit / flops_per_token(shape, plan).total)
     both = {two: simulate(price_passes(plan, shape, (2,) * 4), 8, windows=(8,) * two) for two in (False, True)}
-    promised = simulated_speedup(plan, shape, stages=4, micro_batches=8, windows=(8,))
-    return {"ratios": ratios, "makespans": [both[two].makespan for two in (False, True)],
-            "speed-up": (promised, 4 * both[True].efficiency)}  # fmt: skip
+    return {"ratios": ratios, "makespans": [both[two].makespan for two in (False, True)]}
 
 
 def test_prices_add_up_to_the_flops_of_accounting_and_two_phases_are_faster() -> None:
@@ -161,7 +162,6 @@ def test_prices_add_up_to_the_flops_of_accounting_and_two_phases_are_faster() ->
     assert found["ratios"] == pytest.approx([1.0] * 3)
     one, two = found["makespans"]
     assert two < one
-    assert found["speed-up"][0] == pytest.approx(found["speed-up"][1])
 
 
 def _large() -> tuple[float, float]:
@@ -228,7 +228,7 @@ def _recorded(case: Case, layout: Layout) -> tuple[list[tuple[str, int, int]], l
     rank, expected = parallel_state.get_pipeline_model_parallel_rank(), []
     costs = equal_costs(plan, layout.pp, layers_per_stage=(layers,) * layout.pp)
     windows = chosen_windows(costs, case.micro_batches, layout.phases, layout.window)
-    split = plan.first_grad_pass if windows else 0
+    split = plan.grad_passes[0].index if windows else 0
     for size in windows or (case.micro_batches,):  # a window counts its micro-batches from 0
         expected += schedule_order(layout.pp, rank, split, size, forward_only=True) if split else []
         for op in schedule_order(layout.pp, rank, len(costs.grad) - split, size, interleaved=len(costs.grad) > 1):
@@ -259,7 +259,7 @@ RUNS = {
 def test_megatron_runs_in_the_simulated_order(name: str) -> None:
     case, layout = RUNS[name]
     plan = build_plan(case.resolved_recursion())
-    first_answered = plan.first_grad_pass if layout.phases == "two" else 0
+    first_answered = plan.grad_passes[0].index if layout.phases == "two" else 0
     trips = trips_of(plan, (case.transformer.get("num_layers", 2) // layout.pp,) * layout.pp)
     ranks = run_distributed(_recorded, layout.pp, case, layout, timeout=180)
     for rank, (operations, expected, works) in enumerate(ranks):

@@ -35,14 +35,14 @@ def test_a_plan_written_out() -> None:
              for p in plan.passes]  # fmt: skip
     assert found == written and [p.index for p in plan.passes] == list(range(6))
     assert plan.family == "core" and not plan.is_plain and (plan.num_passes, plan.num_blocks) == (6, 2)
-    assert plan.first_grad_pass == 3 and plan.grad_passes == plan.passes[3:]
+    assert plan.grad_passes[0].index == 3 and plan.grad_passes == plan.passes[3:]
     assert plan.block_ends == (plan.passes[2], plan.passes[5])
     assert [p.index for p in plan.passes if plan.is_block_end(p)] == [2, 5]
 
 
 def test_full_gradient_cuts_nothing_and_halting_may_be_asked_once() -> None:
     plan = make_plan(3, 1, detach_between_refinements=False, halt_supervision="last")
-    assert all(p.grad and not p.cuts_states for p in plan.passes) and plan.first_grad_pass == 0
+    assert all(p.grad and not p.cuts_states for p in plan.passes) and plan.grad_passes[0].index == 0
     assert [p.halt_weight for p in plan.passes] == [0.0] * 5 + [1.0]
     assert all(plan.gradient_groups(tied_embeddings=False).values())
 
@@ -263,7 +263,7 @@ def test_each_block_of_a_hierarchy_has_its_window() -> None:
     knobs = {"num_refinement_blocks": 2, "num_latent_refinements": 3, "latent_backprop_depth": "2"}
     plan = family("hierarchical", **knobs, state_init="trunc-normal")
     assert [p.grad for p in plan.passes] == [False, False, True, True, False, True, True, True]
-    assert plan.first_grad_pass == 2 and plan.first_input_gradient() is plan.passes[2] and plan.num_blocks == 2
+    assert plan.grad_passes[0].index == 2 and plan.first_input_gradient() is plan.passes[2] and plan.num_blocks == 2
     assert not plan.feeds_gradient(plan.passes[1]) and all(map(plan.feeds_gradient, plan.grad_passes[:-1]))
     assert plan.starts_at_input and plan.initial_vectors == ("latent",)
     assert plan == family("hierarchical", **{**knobs, "latent_backprop_depth": "1,2"}, state_init="trunc-normal")

@@ -17,7 +17,7 @@ from tests.unit_tests.inference.folders import write_recursive
 from tests.unit_tests.plots.records import start, train, valid, write
 from tests.unit_tests.report.test_report import save
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.browser]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # A window is never narrower than 500 pixels, a frame in it may be.
 FRAME = """<!doctype html><iframe src="probed.html" width="{0}" height="{1}" style="border: 0"></iframe>
