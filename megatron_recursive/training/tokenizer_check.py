@@ -36,6 +36,8 @@ def check_data(args: argparse.Namespace) -> None:
     digest_below = functools.lru_cache(lambda below: vocabulary_digest(vocabulary or {}, below))
     for flag, prefix in prefixes_of(args):
         made = read_preparation(prefix)
+        named = made and (made.tokenizer if made.kind == "text" else
+                          f"{prefix}_tokenizer, for whose added tokens convert import --resize-vocab grows a model")
         if made is None:
             largest = largest_sampled_id(prefix)
             if largest >= rows:
@@ -45,12 +47,12 @@ def check_data(args: argparse.Namespace) -> None:
                 )
         elif made.vocab_size > rows:
             raise UserError(
-                f"{flag} {prefix} was prepared with a vocabulary of {made.vocab_size} (tokenizer {made.tokenizer}), "
+                f"{flag} {prefix} was prepared with a vocabulary of {made.vocab_size} (tokenizer {named}), "
                 f"but this run's tokenizer makes one of {rows}; give that tokenizer, or prepare the data again."
             )
         elif vocabulary is not None and digest_below(made.vocab_size) != made.vocabulary:
             raise UserError(
-                f"{flag} {prefix} was prepared with another tokenizer ({made.tokenizer}) than this run's, to which its "
+                f"{flag} {prefix} was prepared with another tokenizer ({named}) than this run's, to which its "
                 f"token ids mean something else; give that one, prepare the data again, {GO_ON}."
             )
 
