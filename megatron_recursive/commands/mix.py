@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Mix corpora, or take one, into DIR/00000.parquet and so on: shards of even size, all documents in one random "
         "order. No document is taken twice; the corpus that runs out first limits a mixture by weight (name its files "
-        "twice to repeat it). DIR is complete or not there, with DIR/mixture.json, which says how it was made. What is "
-        "complete of an interrupted run stays in DIR.partial, which takes as much disk as the text, and the same "
+        "twice to repeat it). DIR is complete or not there, with DIR/_mixture.json, which says how it was made. What "
+        "is complete of an interrupted run stays in DIR.partial, which takes as much disk as the text, and the same "
         "command goes on from it. The last line is JSON."
     )
     # fmt: off

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_recursive.accounting import count_parameters, flops_per_token, mean_flops_per_token, padded_rows
 from megatron_recursive.command_line import command, example
-from megatron_recursive.commands import asked
+from megatron_recursive.commands import asked, shared
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig
 from megatron_recursive.plan.knobs import knobs_in
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--timeline", metavar="PICTURE",
                         help="simulate a step of the best layout with stages, and draw it: .png, .pdf or .svg")
-    output.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    shared.add_output(output)
     # fmt: on
     parser.epilog = example("plan", "--gpus", "64", "--num-layers", "32", "--hidden-size", "4096", "--tokens", "100B",
                             "--num-attention-heads", "32", "--swiglu", "--bf16",
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     donor = model.source == "Hugging Face"
     start = f", from the checkpoint CKPT of convert import --hf {args.model}" if donor else ""
     text += [f"The first layout{start}, with your own words for those in capitals:", str(report["command"])]
-    print(json.dumps(report) if args.json else "\n".join(text))
+    shared.finish(args, report, lambda _: text)
 
 
 def _count(text: str | None) -> float | None:

@@ -105,4 +105,5 @@ def run(args: argparse.Namespace) -> None:
     done = [written for written in all_written if written is not None]
     counts = ("documents", "tokens", "skipped")
     if done:
-        print(json.dumps({name: sum(getattr(each, name) for each in done) for name in counts}))
+        statistics = done[0].statistics.to_dict() if len(done) == 1 and done[0].statistics else {}
+        print(json.dumps({**statistics, **{name: sum(getattr(each, name) for each in done) for name in counts}}))

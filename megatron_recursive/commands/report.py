@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace, subject: Subject) -> None:
     """Run the commands that make what is not there; what they print is left out, or else the samples."""
+    from megatron_recursive.data.files import replacing
+
     assert subject.plan is not None
     depths = [2**n for n in range((2 * subject.plan.depth).bit_length())]  # up to twice the trained one
     words = {kind: ["--output", str(subject.folder / f"{kind}.json")] for kind in ("sweep", "health")}
@@ -98,5 +100,6 @@ def _measure(args: argparse.Namespace, subject: Subject) -> None:
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 module_of(kind).run(asked)
             if kind == "generate":
-                (subject.folder / "samples.jsonl").write_text(said.getvalue(), encoding="utf-8")
+                with replacing(subject.folder / "samples.jsonl") as (partial,):
+                    partial.write_text(said.getvalue(), encoding="utf-8")
     subject.collect()

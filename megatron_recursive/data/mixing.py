@@ -30,7 +30,7 @@ from megatron_recursive.data.statistics import Statistics, lengths_of, most_freq
 from megatron_recursive.data.work_folder import PartReport, WorkFolder, locked, write_replacing
 from megatron_recursive.errors import UserError
 
-RECORD = "mixture.json"
+RECORD = "_mixture.json"  # Arrow and Spark read a folder of Parquet without what begins so
 LEFT = "documents left out, since another corpus of the mixture ran out"
 LIBRARIES_MB = 256
 ROW_GROUP_BYTES = 8 * 2**20
@@ -58,7 +58,7 @@ def mix(
     What is complete is kept in ``DIR.partial`` until the end, and the same call goes on from there.
 
     Returns:
-        The record, also in ``DIR/mixture.json``, or None when the work was only handed to a SLURM cluster.
+        The record, also in ``DIR/_mixture.json``, or None when the work was only handed to a SLURM cluster.
 
     Raises:
         UserError: an input is missing, empty, unreadable or (unless ``on_error`` is ``skip``) malformed, the options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import io
 import json
@@ -142,8 +143,9 @@ def _lines(stream: BinaryIO, span: Span) -> Iterator[tuple[bytes, int, int]]:
                 return
 
 
+@functools.lru_cache(maxsize=1)
 def _lines_before(span: Span) -> int:
-    """Lines that begin before the span, counted when an error must name a line."""
+    """Lines that begin before the span, counted (once) when an error must name a line."""
     count, left = 0, span.start
     with open_source(span.path) as stream:
         while left > 0 and (chunk := stream.read(min(_CHUNK, left))):

@@ -24,7 +24,7 @@ KINDS = ".txt, .jsonl or .json (also .gz, .zst, .bz2) or .parquet"
 _NO_DOCUMENTS = (
     ".idx.json", "/tokenizer.json", "/tokenizer_config.json", "/special_tokens_map.json", "/vocab.json", "/config.json",
     "/dataset_info.json", "/dataset_infos.json", "/dataset_dict.json", "/state.json",
-    "/mixture.json",
+    "/_mixture.json",
 )  # fmt: skip
 
 TEXT_DOCUMENT_BYTES = 4 * 2**20

@@ -160,6 +160,18 @@ def id_range(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def open_tokenizer(choice: TokenizerChoice) -> tuple[PreTrainedTokenizerBase, Any]:
+    """As transformers loads it, and what it runs in Rust."""
+    if choice.vocab_file is not None and choice.merge_file is not None:
+        tokenizer = gpt2_tokenizer(choice.vocab_file, choice.merge_file)
+    else:
+        tokenizer = load_tokenizer(str(choice.path))
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    if rust is None:
+        raise UserError(f"{choice} is a tokenizer in Python, which is too slow here; convert it to a tokenizer.json")
+    return tokenizer, rust
+
+
 def store_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
     """Load the tokenizer that the user names, and write it into ``folder`` as ``tokenizer.json`` or ``.model``.
 
@@ -170,13 +182,7 @@ def store_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
     name = str(Path(choice.path).absolute()) if choice.path and Path(choice.path).exists() else str(choice)
     if model is not None:
         return _store_sentencepiece(model, folder, name)
-    if choice.vocab_file is not None and choice.merge_file is not None:
-        tokenizer = gpt2_tokenizer(choice.vocab_file, choice.merge_file)
-    else:
-        tokenizer = load_tokenizer(str(choice.path))
-    rust = getattr(tokenizer, "backend_tokenizer", None)
-    if rust is None:
-        raise UserError(f"{choice} is a tokenizer in Python, which is too slow here; convert it to a tokenizer.json")
+    tokenizer, rust = open_tokenizer(choice)
     text = rust.to_str()
     file = folder / "tokenizer.json"
     file.write_text(text, "utf-8")

@@ -49,7 +49,7 @@ class Subject:
         marks = [Path(self.model) / name for name in WEIGHTS] if self.model else []
         trained = max((mark.stat().st_mtime for mark in marks if mark.is_file()), default=0.0)
         files = [file for kind in VERSIONS if (file := Path(f"runs/{kind}.json")).is_file()]  # where they write unasked
-        files += [file for file in self.folder.glob("*.json*") if file.name != FILE]
+        files += [file for end in ("json", "jsonl") for file in self.folder.glob(f"*.{end}") if file.name != FILE]
         files += [file for kind in ("results", "depths") for file in self.folder.rglob(f"{kind}_*.json")]
         home = self.folder.resolve()
         for file in sorted(files, key=lambda file: file.stat().st_mtime):
@@ -89,11 +89,11 @@ def find_subjects(given: Sequence[str]) -> tuple[list[Subject], list[str]]:
 def _records(file: Path) -> list[tuple[str, str | None, Any]]:
     """(kind, model, record) of each that a file holds."""
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
-            is_samples = '"blocks"' in text.partition("\n")[0]
-            return [("samples", None, [*map(json.loads, text.splitlines())])] if is_samples else []
-        record = json.loads(text)
+        if file.suffix == ".jsonl":  # which may be a corpus
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                first = lines.readline()
+                return [("samples", None, [*map(json.loads, (first, *lines))])] if '"blocks"' in first else []
+        record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file} as JSON ({error}); write it again, or remove it.") from error
     kind = kind_of(record)

@@ -10,6 +10,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_recursive.data.chat.dataset import ChatRows, chat_lengths
 from megatron_recursive.data.indexed import all_lengths, check_indexed_dataset
+from megatron_recursive.data.joining import TOKENIZER
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.training import console
@@ -74,7 +75,7 @@ def _settle_conversations(args: argparse.Namespace) -> None:
         raise UserError("--dataloader-type cyclic has its own order, but --chat-data one by epochs; leave it out.")
     args.calculate_per_token_loss = True  # micro-batches have different numbers of supervised tokens
     if args.tokenizer_type is None and args.tokenizer_model is None:
-        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", f"{args.chat_data}_tokenizer"
+        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", f"{args.chat_data}{TOKENIZER}"
     _, *held_out = (_rows(args, split, 0) for split in Split)
     batches = [-(-rows.rows // (args.eval_global_batch_size or _batch(args))) for rows in held_out if rows is not None]
     args.eval_iters = min(args.eval_iters, max(batches, default=0))

@@ -15,12 +15,13 @@ from megatron.core.datasets.utils import Split
 
 from megatron_recursive.data.chat.packing import pack
 from megatron_recursive.data.indexed import all_lengths, check_indexed_dataset
+from megatron_recursive.data.joining import SUPERVISED
 from megatron_recursive.errors import UserError
 
 
 def supervised(prefix: str) -> str:
     """The prefix of what is to be predicted."""
-    return f"{prefix}_supervised"
+    return f"{prefix}{SUPERVISED}"
 
 
 def chat_lengths(prefix: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def _message(turn: Any, number: int) -> Message:
     if not text.strip() and role != "system" and "tool_calls" not in kept:
         raise NotAConversation(f"has an empty turn {number}")
     try:
-        text.encode()
+        json.dumps([text, kept], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise NotAConversation(f"has a turn {number} that is not UTF-8, or half a surrogate pair") from error
     return {"role": ROLES[role.lower()], "content": text, **kept}

@@ -12,10 +12,10 @@ from megatron_recursive.data.preparation import digest, vocabulary_digest
 from megatron_recursive.data.tokenizer import (
     StoredTokenizer,
     TokenizerChoice,
-    gpt2_tokenizer,
     id_range,
     load_tokenizer,
     name_class,
+    open_tokenizer,
     tokenizer_files,
 )
 from megatron_recursive.errors import UserError
@@ -43,13 +43,7 @@ def store_chat_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokeniz
         UserError: there is no such tokenizer, or none that transformers loads as a fast one from a folder.
     """
     choice.check()
-    if choice.vocab_file is not None and choice.merge_file is not None:
-        tokenizer = gpt2_tokenizer(choice.vocab_file, choice.merge_file)
-    else:
-        tokenizer = load_tokenizer(str(choice.path))
-    rust = getattr(tokenizer, "backend_tokenizer", None)
-    if rust is None:
-        raise UserError(f"{choice} is no fast tokenizer of transformers; convert it to a folder with a tokenizer.json")
+    tokenizer, rust = open_tokenizer(choice)
     rust.no_truncation()
     rust.no_padding()
     if tokenizer.chat_template is None:

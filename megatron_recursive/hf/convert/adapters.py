@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
@@ -80,6 +80,6 @@ def write_peft(
         "bias": "none", "target_modules": sorted(modules), "inference_mode": True, "base_model_name_or_path": None,
     }  # fmt: skip
     with new_folder(target, sum(each.nbytes for each in tensors.values())) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return len(tensors)

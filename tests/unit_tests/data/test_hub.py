@@ -14,6 +14,7 @@ from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 from megatron_recursive.data import hub, spans
 from megatron_recursive.data.hub import HubChoice
+from megatron_recursive.data.mixing import Mixture, mix
 from megatron_recursive.data.preparation import read_preparation
 from megatron_recursive.data.preprocess import Options, preprocess
 from megatron_recursive.data.readers import iter_documents
@@ -99,6 +100,17 @@ def test_a_data_set_is_read_at_the_commit_that_its_revision_stands_for(there):
         else:
             with pytest.raises(UserError, match="holds no .txt"):
                 found(f"hf://someone/corpus/{pattern}")
+
+
+def test_a_data_set_is_mixed_with_files_from_here(there, tmp_path):
+    there.files = {"train.jsonl": lines("one", "two"), "test.jsonl": lines("three")}
+    (tmp_path / "here.txt").write_text("four")
+    corpora = [[tmp_path / "here.txt"], ["hf://someone/corpus"]]
+    made = mix(corpora, tmp_path / "x", Mixture(1), HubChoice(splits=("train",)))
+    assert sorted(pyarrow.parquet.read_table(tmp_path / "x")["text"].to_pylist()) == ["four", "one", "two"]
+    assert made["corpora"][1]["first_file"] == f"hf://datasets/someone/corpus@{COMMIT}/train.jsonl"
+    with pytest.raises(UserError, match="--hf-split are for an --input hf://NAME"):
+        mix(corpora[:1], tmp_path / "y", Mixture(1), HubChoice(splits=("train",)))
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_recursive.commands import main
 from megatron_recursive.data import mixing
 from megatron_recursive.data.mixing import Mixture, Task, mix
 from megatron_recursive.data.sources import find_files
+from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.errors import UserError
 from tests.grids import grid
 
@@ -100,6 +102,25 @@ def test_shares_are_exact_to_a_document_and_the_same_everywhere(shared, capsys):
     assert "nothing is done" in capsys.readouterr().err
     with pytest.raises(UserError, match="there already, and not of these"):
         mix(both, folder, Mixture(3))
+
+
+def test_the_commands_end_with_statistics_as_table_and_json(corpora, tmp_path, capsys):
+    train_tokenizer([corpora / "b.jsonl"], tmp_path / "tok", 320)
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"txt": 1}\n{"text": 2}\n{"txt": 1}\n{"text": "two"}\n')
+    mixing_two = ["mix", "--input", corpora / "a.jsonl", "--input", tmp_path / "c.jsonl", "--weights", "1", "2",
+                  "--output", tmp_path / "x", "--num-shards", "1"]  # fmt: skip
+    preparing = ["preprocess", "--input", tmp_path / "c.jsonl", "--output", tmp_path / "c", "--tokenizer",
+                 tmp_path / "tok"]  # fmt: skip
+    for command, expected in ((mixing_two, ("documents left out", "bytes of text", "% of the text", "MB at most")),
+                              (preparing, ("tokens", "length p90"))):  # fmt: skip
+        main([*map(str, command), "--on-error", "skip"])
+        *said, last = capsys.readouterr().out.splitlines()
+        table = "\n".join(said)
+        assert all(words in table for words in expected), table
+        assert "2 malformed  has no key 'txt'" not in table and "2 malformed  has no key" in table
+        assert f"the first: {tmp_path}/c.jsonl:2 has no key" in table
+        found = json.loads(last).get("statistics", json.loads(last))
+        assert json.loads(last)["skipped"] == 3 and [each["count"] for each in found["malformed"]] == [2, 1]
 
 
 @pytest.mark.grid

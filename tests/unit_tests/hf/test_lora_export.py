@@ -54,6 +54,7 @@ def exports(run: Path, modes: dict[str, str | None]) -> tuple[dict[str, Any], Te
     from megatron_recursive.hf.convert import proof
     from megatron_recursive.hf.convert.donor_import import checkpoint_fetch
     from megatron_recursive.hf.convert.export import export_model, open_checkpoint
+    from megatron_recursive.hf.convert.unroll import unroll_model
 
     reports: dict[str, Any] = {}
     for name, mode in modes.items():
@@ -61,6 +62,9 @@ def exports(run: Path, modes: dict[str, str | None]) -> tuple[dict[str, Any], Te
             reports[name] = export_model(str(run), str(run.parent / name), say=lambda _: None, lora=mode).summary()
         except UserError as error:
             reports[name] = str(error)
+    for model in (run, run.parent / "inside") if "inside" in modes else ():
+        with pytest.raises(UserError, match="has an adapter for each pass"):
+            unroll_model(str(model), str(run.parent / "unrolled"), say=lambda _: None)
     opened, ids = open_checkpoint(str(run)), tokens()
     text = proof.Text(ids, torch.arange(ids.shape[1]).expand_as(ids))
     fetch = checkpoint_fetch(opened.checkpoint)
