@@ -94,8 +94,6 @@ def run(args: argparse.Namespace) -> None:
         if written is None:
             print(f"submitted; the files of {args.output} appear when the last job, which joins the parts, has ended")
             continue
-        if written.skipped:
-            print(f"{written.skipped:,} malformed documents were skipped; the first:", *written.reasons, sep="\n  ")
         if written.statistics is not None:
             print(written.statistics.table())
         print(

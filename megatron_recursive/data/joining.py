@@ -19,7 +19,7 @@ from megatron_recursive.data.preparation import SUFFIX, Preparation, digest
 from megatron_recursive.data.progress import Progress
 from megatron_recursive.data.statistics import Statistics, add_malformed, lengths_of, most_frequent
 from megatron_recursive.data.tokenizer import StoredTokenizer
-from megatron_recursive.data.work_folder import KEPT_REASONS, PartReport, WorkFolder, write_replacing
+from megatron_recursive.data.work_folder import PartReport, WorkFolder, write_replacing
 from megatron_recursive.errors import UserError
 
 Lengths = Callable[[], Iterator[Any]]
@@ -47,7 +47,7 @@ def finish(work: WorkFolder, prefix: str, tokenizer: StoredTokenizer, join: bool
     reports = [_complete_report(work, rank, prefix) for rank in range(work.count_parts())]
     total = add_reports(reports)
     if not total.documents:
-        also = f" ({total.skipped:,} malformed; the first: {total.reasons[0]})" if total.skipped else ""
+        also = "".join(f" ({count:,} malformed; the first: {first})" for count, first in total.malformed.values())
         also += "".join(f" ({count:,} {why})" for why, count in total.dropped.items())
         raise UserError(f"--input holds nothing to train on{also}; name files with documents in them")
     try:
@@ -65,7 +65,6 @@ def add_reports(reports: Sequence[PartReport]) -> PartReport:
         total.tokens += report.tokens
         total.supervised += report.supervised
         total.skipped += report.skipped
-        total.reasons = (total.reasons + report.reasons)[:KEPT_REASONS]
         for why, count in report.dropped.items():
             total.dropped[why] = total.dropped.get(why, 0) + count
     return total

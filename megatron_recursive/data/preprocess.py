@@ -17,7 +17,7 @@ from megatron_recursive.data.chat.options import ChatOptions
 from megatron_recursive.data.chat.templates import store_chat_tokenizer
 from megatron_recursive.data.files import cannot_write
 from megatron_recursive.data.hub import HubChoice, revisions
-from megatron_recursive.data.indexed import check_indexed_dataset
+from megatron_recursive.data.indexed import check_indexed_dataset, read_lengths
 from megatron_recursive.data.insertion import Surroundings, source_digest, steps_of
 from megatron_recursive.data.joining import SUPERVISED, TOKENIZER, add_reports, data_args_file, finish, listed_parts
 from megatron_recursive.data.preparation import digest, read_preparation
@@ -32,7 +32,7 @@ from megatron_recursive.data.sources import (
     unpacked_name,
     whole,
 )
-from megatron_recursive.data.statistics import Statistics
+from megatron_recursive.data.statistics import Statistics, add_malformed, lengths_of, most_frequent
 from megatron_recursive.data.tokenizer import StoredTokenizer, TokenizerChoice, store_tokenizer
 from megatron_recursive.data.work_folder import PartReport, WorkFolder, locked
 from megatron_recursive.errors import UserError
@@ -48,15 +48,13 @@ _POLL_S = 0.5
 class IndexedSummary:
     """What :func:`preprocess` wrote; tokens include the end-of-document tokens.
 
-    ``files`` are ``.bin`` and ``.idx``, or the list of the parts that were not joined. ``reasons`` are the first of the
-    ``skipped`` malformed documents', with file and line. ``statistics`` are those of the joined dataset's record.
+    ``files`` are ``.bin`` and ``.idx``, or the list of the parts that were not joined.
     """
 
     files: tuple[Path, ...]
     documents: int
     tokens: int
     skipped: int = 0
-    reasons: tuple[str, ...] = ()
     statistics: Statistics | None = None
 
 
@@ -204,8 +202,20 @@ def _already_there(prefix: str, there: list[Path], source: str) -> IndexedSummar
     print(f"{prefix} was made by this command already: nothing is done (--overwrite makes it anew)", file=sys.stderr)
     documents, tokens, skipped = (sum(getattr(each, name) for each in made)
                                   for name in ("documents", "tokens", "skipped"))  # fmt: skip
-    statistics = Statistics(**made[0].statistics) if len(made) == 1 and made[0].statistics else None
-    return IndexedSummary(tuple(there), documents, tokens, skipped, statistics=statistics)
+    return IndexedSummary(tuple(there), documents, tokens, skipped, _statistics(prefixes))
+
+
+def _statistics(prefixes: Sequence[str]) -> Statistics | None:
+    """Of all parts together, by their records; None where one has none."""
+    made = [each.statistics for name in prefixes if (each := read_preparation(name)) is not None]
+    if len(made) < len(prefixes) or not all(made):
+        return None
+    if len(made) == 1:
+        return Statistics(**made[0])
+    lengths = lengths_of(piece for name in prefixes for piece in read_lengths(Path(f"{name}.idx")))
+    malformed = add_malformed({m["what"]: (m["count"], m["first"]) for m in each["malformed"]} for each in made)
+    documents, tokens = (sum(each[name] for each in made) for name in ("documents", "tokens"))
+    return Statistics(documents, tokens, lengths, malformed=most_frequent(malformed))
 
 
 def read_something(files: Sequence[SourceFile], json_key: str, options: Options) -> None:
@@ -306,11 +316,8 @@ class _Run:
         return [reader, *inserted, IndexedDatasetWriter(reader, self.tokenizer, self.options.append_eod)]
 
     def _summary(self, total: PartReport) -> IndexedSummary:
-        made = read_preparation(self.prefix) if self.options.join else None
-        statistics = Statistics(**made.statistics) if made else None
-        return IndexedSummary(
-            tuple(self.there), total.documents, total.tokens, total.skipped, tuple(total.reasons), statistics
-        )
+        statistics = _statistics([self.prefix] if self.options.join else listed_parts(self.prefix))
+        return IndexedSummary(tuple(self.there), total.documents, total.tokens, total.skipped, statistics)
 
 
 @contextmanager

@@ -48,6 +48,8 @@ class TokenStream:
             Span(file.path, number, number + 1, size)
             for file, groups in zip(files, sizes, strict=True) for number, size in enumerate(groups)
         ]  # fmt: skip
+        if not self.groups:
+            raise UserError(f"--data-stream {folder} holds no row; name other files")
         self.folder, self.json_key, self.seed = folder, json_key, seed
         names = [[Path(file.path).name, file.size] for file in files]
         self.identity = digest([names, tokenizer.digest, json_key, seed])

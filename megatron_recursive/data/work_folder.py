@@ -17,8 +17,6 @@ from megatron_recursive.data.spans import Span
 from megatron_recursive.data.statistics import note_malformed
 from megatron_recursive.errors import UserError
 
-KEPT_REASONS = 3
-
 
 @dataclass
 class PartReport:
@@ -32,7 +30,6 @@ class PartReport:
     tokens: int = 0
     bytes: int = 0
     skipped: int = 0
-    reasons: list[str] = field(default_factory=list)
     started: float = 0.0
     finished: float | None = None
     supervised: int = 0
@@ -50,8 +47,6 @@ class PartReport:
             raise error
         self.skipped += 1
         note_malformed(self.malformed, str(error))
-        if len(self.reasons) < KEPT_REASONS:
-            self.reasons.append(str(error))
 
 
 @dataclass(frozen=True)

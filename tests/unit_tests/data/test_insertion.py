@@ -70,7 +70,7 @@ def made(corpus, prefix, pipeline, **more):
 def test_steps_of_a_module_filter_and_change_what_is_tokenized(corpus, here, workers):
     summary, texts = made(corpus, here / "x", "own_steps:steps", workers=workers)
     assert texts == [text.upper() for text in [*ORIGINALS, *COPIES] if "river" not in text]
-    assert summary.skipped == 1 and "train.jsonl:6 is not valid JSON" in summary.reasons[0]
+    assert summary.skipped == 1 and "train.jsonl:6 is not valid JSON" in summary.statistics.malformed[0]["first"]
     with pytest.raises(UserError, match="is there already, made of other documents"):
         made(corpus, here / "x", None)
     (here / "own_steps.py").write_text(STEPS.replace("upper", "lower"))

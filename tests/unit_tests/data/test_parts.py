@@ -63,6 +63,9 @@ def test_parts_are_left_apart_with_a_list_of_them(corpus, tmp_path, capsys):
         read_preparation(prefix).tokens for prefix in prefixes
     ]
     assert (summary.documents, summary.tokens) == (len(TEXTS), sum(tokens))
+    lengths = sorted(map(len, read(corpus / "whole")))
+    told = summary.statistics
+    assert (told.documents, told.tokens, told.lengths["max"]) == (len(TEXTS), sum(tokens), lengths[-1])
     assert len(names(tmp_path)) == 1 + 3 * len(prefixes)
     assert run(corpus, tmp_path / "x", join=False) == summary
     assert "was made by this command already" in capsys.readouterr().err

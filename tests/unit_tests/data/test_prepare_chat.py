@@ -59,6 +59,7 @@ BAD = {
     "no conversation of a known format (its keys: 'text')": {"text": "Once"},
     "a single message of a tree": {"parent_id": "1", "text": "Once"},
     "half a surrogate pair": {"messages": [GOOD["messages"][0], {"role": "assistant", "content": "\ud800"}]},
+    "a turn 2 that is not UTF-8": {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "name": "\ud800"}]},
     "no JSON object": {"messages": ["Hi"]},
 }  # fmt: skip
 

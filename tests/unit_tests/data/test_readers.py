@@ -135,6 +135,16 @@ def test_lines_are_numbered_within_the_whole_file(tmp_path):
             texts_by_parts(part_bytes, file)
 
 
+def test_lines_before_a_span_are_counted_once(tmp_path, monkeypatch):
+    (tmp_path / "bad.jsonl").write_bytes(jsonl(*["x" * 30] * 20) + b"{\n" * 9)
+    span = plan_parts(find_files([tmp_path / "bad.jsonl"]), 400)[-1][-1]
+    opened, rejected = [], []
+    monkeypatch.setattr(readers, "open_source", lambda path: opened.append(path) or open(path, "rb"))
+    list(read_span(span, "text", rejected.append))
+    assert span.start and len(rejected) == 9 and len(opened) == 2
+    assert str(rejected[-1]).startswith(f"{tmp_path}/bad.jsonl:29 ")
+
+
 def test_what_only_the_fast_parser_refuses_is_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one", "score": NaN}\n{"text": "two", "n": 1e999}\n')
     assert texts(tmp_path) == ["one", "two"]

@@ -84,9 +84,11 @@ def test_faults_are_told_in_a_sentence(corpus, stored, tmp_path):
     (tmp_path / "shards" / "1.parquet").write_bytes(whole[:10] + bytes(400) + whole[410:])
     with pytest.raises(UserError, match="1.parquet is no readable .parquet file"):
         TokenStream(folder, stored).read(0, 10**6)
-    empty = write(tmp_path / "empty", [" "] * 9)
+    empty, rows = write(tmp_path / "empty", [" "] * 9), tmp_path / "rows" / "none.parquet"
+    rows.parent.mkdir()
+    pyarrow.parquet.ParquetWriter(rows, pyarrow.schema([("text", pyarrow.string())])).close()
     for path, words in ((tmp_path / "none", "--data-stream .*none does not exist"), (corpus, "which is no .parquet"),
-                        (empty, "holds no text under 'text'")):  # fmt: skip
+                        (empty, "holds no text under 'text'"), (rows.parent, "holds no row")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             TokenStream(str(path), stored).read(0, 1)
     with pytest.raises(UserError, match="has no column 'body'"):

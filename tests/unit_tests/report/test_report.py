@@ -99,6 +99,8 @@ def test_records_are_told_of_the_model_that_they_measured(tmp_path: Path, monkey
     save(tmp_path / "a" / "three.json", "health", {"model": "b/checkpoints", "loss": 3.0}, at=902)
     save(tmp_path / "b" / "old.json", "health", {"model": "b/checkpoints", "loss": 4.0}, at=499)
     (tmp_path / "b" / "samples.jsonl").write_text('{"step": 1, "blocks": []}\n{"prompt": "x"}\n')
+    (tmp_path / "b" / "corpus.jsonl.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "b" / "other.jsonl").write_bytes(b"\xff\n")
     (tmp_path / "b" / "config_of_something.json").write_text('{"format": 3}')
     scores = {"results": {"t": {"acc,none": 0.5}}, "config": {"recursion": None}}
     save(tmp_path / "a" / "scores" / "m" / "results_1.json", "evaluate", scores)
