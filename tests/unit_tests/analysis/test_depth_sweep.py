@@ -18,6 +18,7 @@ from megatron_recursive.analysis.depth_sweep import Sweep, record_of, run
 from megatron_recursive.analysis.depth_walk import branches_of, passes_run, walk, walker_of
 from megatron_recursive.analysis.exit_frontier import frontier
 from megatron_recursive.commands import main
+from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from tests.distributed import run_distributed
 from tests.grids import grid
@@ -78,6 +79,8 @@ def test_one_walk_gives_every_depth(kind: str) -> None:
 class Known:
     """Says min(passes so far, token) of a token, so that its answer settles at pass ``token``."""
 
+    has_own_passes = False
+
     def __init__(self) -> None:
         self.plan = build_plan(RecursionConfig(recursion_family="looped", num_refinement_blocks=3,
                                                embedding_multiplier=1.0))  # fmt: skip
@@ -93,6 +96,13 @@ class Known:
 
     def logits(self, output: Tensor) -> Tensor:
         return 9.0 * F.one_hot(output, 16)
+
+
+def test_passes_with_adapters_of_their_own_keep_their_depth() -> None:
+    walker = Known()
+    walker.has_own_passes = True
+    with pytest.raises(UserError, match="none for those of another depth; give --depths"):
+        Sweep(walker, [1, walker.plan.depth], torch.ones(1, 9, dtype=torch.long), batch_size=1)
 
 
 def test_answers_settle_where_they_were_made_to(tmp_path: Path) -> None:
