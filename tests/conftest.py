@@ -13,7 +13,7 @@ from tests.distributed import shutdown_pool, start_ahead
 def pytest_sessionstart(session: pytest.Session) -> None:
     """The whole suite needs all workers, whose imports take as long as the collection of its tests."""
     config = session.config
-    narrowed = config.option.keyword or config.option.collectonly or getattr(config.option, "numprocesses", None)
+    narrowed = config.option.keyword or config.option.collectonly
     if config.args_source is config.ArgsSource.TESTPATHS and not narrowed:
         start_ahead()
 

@@ -40,7 +40,7 @@ class Sweep:
         first_answer: as ``--answer-tokens`` of the training.
 
     Raises:
-        UserError: no token counts.
+        UserError: no token counts, or passes of the asked depths have no adapters.
     """
 
     model: Any
@@ -50,6 +50,9 @@ class Sweep:
     first_answer: int | None = None
 
     def __post_init__(self) -> None:
+        if self.model.has_own_passes and set(self.depths) - {self.model.plan.depth}:
+            raise UserError("The model has adapters for each of its passes, and none for those of another depth; give "
+                            f"--depths {self.model.plan.depth}.")  # fmt: skip
         if self.first_answer is not None and not (self.rows[:, 1:] >= self.first_answer).any():
             raise UserError(f"--answer-tokens {self.first_answer} leaves no token of --text to be judged; lower it, or "
                             "give other text.")  # fmt: skip

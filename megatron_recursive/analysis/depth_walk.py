@@ -74,7 +74,7 @@ class _Plain:
     """Any model of transformers: its state are its logits."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.plan = model, RecursionPlan.plain()
+        self.model, self.plan, self.has_own_passes = model, RecursionPlan.plain(), False
 
     def begin(self, ids_BS: Tensor) -> Any:
         return self.model(input_ids=ids_BS, use_cache=False).logits
@@ -94,6 +94,7 @@ class _Exported:
 
     def __init__(self, model: Any) -> None:
         self.model, self.base, self.plan = model, model.model, model.config.recursion_plan
+        self.has_own_passes = model.config.pass_adapters is not None
 
     def begin(self, ids_BS: Tensor) -> Any:
         found: dict[str, Any] = {}
@@ -138,6 +139,8 @@ class _Megatron:
 
     def __init__(self, model: Any) -> None:
         self.model, self.core, self.plan = model, model.megatron, model.megatron.plan
+        lora = model.megatron.config.lora
+        self.has_own_passes = lora is not None and lora.per_pass
 
     def begin(self, ids_BS: Tensor) -> Any:
         return self.model._start(ids_BS, None, None)[0]

@@ -50,7 +50,7 @@ def read_samples(text: Text, data: str) -> Iterator[Sample]:
         made = read_preparation(data)
         if made is not None and isinstance(text, TokenizerText):
             if vocabulary_digest(text.tokenizer.get_vocab(), made.vocab_size) != made.vocabulary:
-                raise UserError(f"--data {data} was prepared with another tokenizer ({made.tokenizer}) than the "
+                raise UserError(f"--data {data} was prepared with another tokenizer than the "
                                 "model's; prepare it with the model's, or give --tokenizer DIR.")  # fmt: skip
         pairs = zip(IndexedDataset(data), IndexedDataset(supervised(data)), strict=True)
         yield from ((ids.tolist(), counted.tobytes()) for ids, counted in pairs)

@@ -183,8 +183,12 @@ def plan_of_step(plans: StepPlans, model: RecursiveGPTModel, forward_only: bool)
 def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Megatron's GPT datasets for the three splits, built where a rank reads them."""
     args = get_args()
-    train, *held_out = train_valid_test_num_samples
-    train_valid_test_num_samples = [samples_read(args, train), *held_out]
+    train, valid, test = train_valid_test_num_samples
+    if valid is not None and not args.skip_train:  # more than Megatron's where --eval-interval was shorter before
+        begun = max(getattr(args, "iteration", 0), args.start_eval_at_iter or 0)  # --distill-prepare has none
+        to_come = args.train_iters // args.eval_interval - begun // args.eval_interval + 1
+        valid = max(valid, args.consumed_valid_samples + to_come * args.eval_iters * args.eval_global_batch_size)
+    train_valid_test_num_samples = [samples_read(args, train), valid, test]
     if is_chat(args):
         datasets = chat_datasets(args, train_valid_test_num_samples) if _reads_data() else (None, None, None)
         if datasets[0] is not None and has_teacher(args):

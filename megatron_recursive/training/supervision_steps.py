@@ -39,7 +39,8 @@ def refuse_supervision(args: argparse.Namespace) -> None:
                 f"{flag_of(name)} takes an iteration for a new batch, but with --num-supervision-steps {steps} it is "
                 f"an optimizer step on a carried one; {instead}."
             )
-    for name in INTERVALS if not args.carry_halted else ():
+    saving = (*INTERVALS, "eval_interval") if args.keep_best else INTERVALS
+    for name in saving if not args.carry_halted else ():
         every = getattr(args, name)
         if every and every % steps:
             raise UserError(

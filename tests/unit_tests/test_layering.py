@@ -34,7 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "optimizers": (f"{OURS}.plan", f"{OURS}.models", "torch", "megatron.core"),
     "pipeline": (f"{OURS}.plan", f"{OURS}.accounting", f"{OURS}.models", "torch", "megatron.core"),
     "hf": (
-        *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.preparation",
+        *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.chat", "data.preparation",
                                             "data.progress", "data.tokenizer", "plots.runs")),
         "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),

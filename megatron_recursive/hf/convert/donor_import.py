@@ -38,6 +38,7 @@ from megatron_recursive.hf.convert.sources import Source, choose_layers, open_so
 from megatron_recursive.hf.convert.stacks import StackChoice, ranges, stack_knobs
 from megatron_recursive.hf.convert.tokenizer_files import (
     PROBES,
+    also_turn_ends,
     copy_tokenizer,
     keep_class,
     last_id,
@@ -329,7 +330,10 @@ class _Import:
                 return False
             self.tokenizer.save_pretrained(target)
         keep_class(self.tokenizer, target)
-        write_settings(target, token_ids(target, stated))
+        ids = token_ids(target, stated)
+        if self.tokenizer_folder is not None and self.tokenizer.chat_template is not None:
+            ids["eos_token_id"] = also_turn_ends(ids["eos_token_id"], self.tokenizer)
+        write_settings(target, ids)
         return True
 
     def _common(self, folder: Path, has_tokenizer: bool) -> dict[str, Any]:

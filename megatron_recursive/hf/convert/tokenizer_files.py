@@ -121,6 +121,15 @@ def token_ids(folder: Path, others: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values.get(name) if values.get(name) is not None else others.get(name) for name in TOKEN_IDS}
 
 
+def also_turn_ends(ends: int | list[int] | None, tokenizer: Any) -> list[int] | None:
+    """End ids with those that close an answer by the chat template: a donor without one knows its documents' alone."""
+    from megatron_recursive.data.chat.supervision import Template
+
+    known, turns = tokenizer.get_vocab(), sorted(Template(tokenizer).end_tokens)
+    several = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return [*dict.fromkeys([*several, *(known[each] for each in turns if each in known)])] or None
+
+
 def write_settings(folder: Path, ids: Mapping[str, Any], without: Collection[str] = ()) -> None:
     """Complete the generation settings; without the mark by which transformers drops entries of our own (exits)."""
     file = folder / SETTINGS

@@ -184,7 +184,7 @@ def test_the_embedding_grows_for_the_tokens_of_the_default_chat_template(tmp_pat
 
     donor = save_donor("olmo2", tmp_path / "donor")
     write_tokenizer(donor)
-    (donor / "generation_config.json").write_text('{"temperature": 0.6}')
+    (donor / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 1}')
     stored = store_chat_tokenizer(TokenizerChoice(str(donor)), tmp_path / "data")
     assert stored.id_range == 257 + len(TOKENS)
     (other := tmp_path / "other").mkdir()
@@ -196,7 +196,9 @@ def test_the_embedding_grows_for_the_tokens_of_the_default_chat_template(tmp_pat
     for folder in (tmp_path / "ckpt/tokenizer", tmp_path / "hf"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         assert tokenizer.convert_tokens_to_ids(TOKENS[0]) == 257 and tokenizer.chat_template == DEFAULT
-        assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.6
+        settings = json.loads((folder / "generation_config.json").read_text())
+        assert settings["temperature"] == 0.6
+        assert settings["eos_token_id"] == [1, tokenizer.convert_tokens_to_ids("<|endassistant|>")]  # a turn's
     before, after = (load_file(folder / "model.safetensors") for folder in (donor, tmp_path / "hf"))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         torch.testing.assert_close(after[name][VOCAB:], before[name].mean(0).expand(257 + len(TOKENS) - VOCAB, -1))

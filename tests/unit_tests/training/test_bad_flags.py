@@ -139,6 +139,8 @@ VALUES = [
     ("--step-batch-size-schedule 0:2,64:4", "and --global-batch-size exclude each other"),
     ("--non-persistent-ckpt-type local", "use --non-persistent-ckpt-type global"),
     ("--num-supervision-steps 4 --save x --save-interval 6", "--save-interval 6 would stop within a batch"),
+    ("--num-supervision-steps 4 --save x --save-interval 8 --keep-best --eval-iters 1 --eval-interval 6",
+     "--eval-interval 6 would stop within a batch"),
     ("--num-supervision-steps 4 --exit-interval 2", "--exit-interval 2 would stop within a batch"),
     ("--num-supervision-steps 4 --iterations-to-skip 3", "--iterations-to-skip takes an iteration for a new batch"),
     ("--num-supervision-steps 4 --disable-recursive-refinement", "the plan of this plain model has none"),

@@ -76,6 +76,15 @@ def test_the_best_checkpoint_stays_over_resume_and_retention(tmp_path: Path) -> 
     assert {f"iter_000000{n}" for n in (4, 5, 6, 7)}.isdisjoint(file.name for file in run.glob("iter_*"))
 
 
+@pytest.mark.grid
+def test_a_resumed_run_evaluates_at_another_interval(tmp_path: Path, chat: dict[str, int]) -> None:
+    """By the new interval the run reads less in its evaluations than it has read already."""
+    flags, run = data(tmp_path, "--train-iters", "6", *STILL), tmp_path / "run"
+    assert train(*flags, "--eval-interval", "1", "--exit-interval", "4", *save_to(run, 4), flags=ON_CHAT) is None
+    assert train(*flags, "--eval-interval", "3", *save_to(run, 4), flags=ON_CHAT) is None
+    assert [record["iteration"] for record in records_of(run, "valid")] == [1, 2, 3, 4, 6]
+
+
 REFUSED = {
     "--data-path {chat}": "--data-path and --chat-data exclude each other",
     "--mock-data": "--mock-data and --chat-data exclude each other",
