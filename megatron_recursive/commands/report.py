@@ -22,7 +22,7 @@ MAKERS = {  # kind of record -> the command that makes it, of MODEL in FOLDER
     "health": "health --model MODEL --output FOLDER/health.json",
     "layers": "layers --model MODEL --output FOLDER/layers.json",
     "samples": "report FOLDER --measure --prompt TEXT",
-    "scores": "evaluate --model recursive --model_args pretrained=MODEL --tasks hellaswag --output_path FOLDER/scores",
+    "scores": "evaluate --model MODEL --tasks hellaswag --output FOLDER/scores",
 }
 
 

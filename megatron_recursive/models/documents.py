@@ -38,11 +38,12 @@ class Documents(PackedSeqParams):
             return None
         begins_BS = torch.ones_like(ids_BS, dtype=torch.bool)
         begins_BS[:, 1:] = ids_BS[:, 1:] != ids_BS[:, :-1]
-        starts_D = begins_BS.flatten().nonzero().squeeze(1)
+        starts_D = begins_BS.flatten().cpu().nonzero().squeeze(1)  # the only wait: lengths are needed here too
         if len(starts_D) == len(ids_BS):
             return None
         bounds = torch.cat([starts_D, starts_D.new_tensor([ids_BS.numel()])]).int()
-        return cls("documents", bounds, bounds, max_seqlen_q=ids_BS.shape[1], max_seqlen_kv=ids_BS.shape[1],
+        there = bounds.to(ids_BS.device, non_blocking=True)
+        return cls("documents", there, there, max_seqlen_q=ids_BS.shape[1], max_seqlen_kv=ids_BS.shape[1],
                    lengths=tuple(bounds.diff().tolist()))  # fmt: skip
 
     def places(self, batch: int) -> Tensor:
