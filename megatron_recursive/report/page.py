@@ -45,6 +45,8 @@ def _sections(subject: Subject) -> list[Part]:
     found, (rows, _, source) = subject.found, losses_by_depth(subject)
     exits = [{"exit": name, **point} for name, each in found.get("sweep", {}).get("exits", {}).items()
              for point in each["points"]]  # fmt: skip
+    if "sequence_length" in found.get("sweep", {}):
+        source += f" in samples of {found['sweep']['sequence_length']:,}, as long as the FLOPs below are for"
     sections = [_section(f"Depths, from {source}", [], [
         _table("By depth", rows, "depth passes loss perplexity accuracy flops_per_token"),
         _table("Leaving early, estimated", exits, "exit threshold mean_depth loss accuracy flops_per_token"),
