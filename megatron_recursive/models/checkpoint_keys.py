@@ -24,13 +24,13 @@ from megatron_recursive.plan.lora import MODULE as ADAPTERS
 
 NEW_IN_RECURSIVE_MODELS = tuple(each.key for each in EVERY)
 
-_reading: list[tuple[str, ...]] = []  # a stack of what stays fresh, by parts of keys; empty while nothing is read
+_reading: list[tuple[bool, bool]] = []  # a stack of what may be lacking, a recursion or adapters; empty: no reading
 
 
 @contextlib.contextmanager
 def reading_checkpoint(*, from_plain_gpt: bool = False, without_adapters: bool = False) -> Iterator[None]:
     """Sharded state made inside this context is for reading a checkpoint."""
-    _reading.append((*NEW_IN_RECURSIVE_MODELS * from_plain_gpt, *[f".{ADAPTERS}."] * without_adapters))
+    _reading.append((from_plain_gpt, without_adapters))
     try:
         yield
     finally:
@@ -43,9 +43,11 @@ def adapt_sharded_state_dict(sharded: dict[str, Any], prefix: str) -> dict[str, 
     moved = {k: v for k, v in sharded.items() if k.startswith(f"{prefix}output_norm.")}
     replace_prefix_for_sharding(moved, f"{prefix}output_norm.", f"{prefix}decoder.final_layernorm.")
     if _reading:
+        from_plain_gpt, without_adapters = _reading[-1]
         for key, value in sharded.items():
+            is_new = from_plain_gpt and key.removeprefix(prefix) in NEW_IN_RECURSIVE_MODELS
             if key.endswith("_extra_state") and isinstance(value, ShardedObject):
                 sharded[key] = LocalNonpersistentObject(value.data)
-            elif any(part in key for part in _reading[-1]):
+            elif is_new or (without_adapters and f".{ADAPTERS}." in key):
                 sharded[key] = LocalNonpersistentObject(value.data)
     return sharded

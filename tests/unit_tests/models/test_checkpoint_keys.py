@@ -11,7 +11,7 @@ ADDED = {"halting_head.weight", "halting_head.bias", "initial_output", "initial_
 def stored_keys() -> dict[str, list[str]]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-    from megatron_recursive.models.checkpoint_keys import reading_checkpoint
+    from megatron_recursive.models.checkpoint_keys import adapt_sharded_state_dict, reading_checkpoint
 
     start_parallel()
     plain = build_model(Case(recursion={"enable_recursive_refinement": False}))
@@ -26,6 +26,8 @@ def stored_keys() -> dict[str, list[str]]:
         found["reading"] = keys(recursive)
     with reading_checkpoint(from_plain_gpt=True):
         found["reading a plain GPT"] = keys(recursive)
+        of_the_base = {"decoder.vision_adapter.weight": "read"}
+        found["a name that ends alike"] = [*adapt_sharded_state_dict(of_the_base, "").values()]
     return {**found, "again": keys(recursive)}
 
 
@@ -37,3 +39,4 @@ def test_keys() -> None:
     weights = {key for key in found["recursive"] if not key.endswith("_extra_state")}
     assert set(found["reading"]) == weights
     assert set(found["reading a plain GPT"]) == weights - ADDED
+    assert found["a name that ends alike"] == ["read"]
