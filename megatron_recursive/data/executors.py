@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -49,7 +50,8 @@ class LocalExecutor(LocalPipelineExecutor):
         # forkserver, not fork: the caller may hold threads (torch, Rust), and a forked child can then wait for ever on
         # a lock. Not spawn: what the steps import is imported once, not by each worker.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*{type(step).__module__ for step in self.pipeline}])
+        imported = [(type(step).__module__, *getattr(step, "preload", ())) for step in self.pipeline]
+        context.set_forkserver_preload([*dict.fromkeys(itertools.chain(*imported))])
         reader, writer = context.Pipe(duplex=False)
         workers = min(self.workers, len(ranks))
         with ProcessPoolExecutor(workers, context, _start_worker, (dill.dumps(self), reader)) as pool:
