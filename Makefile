@@ -37,9 +37,10 @@ install-eval: $(STAMP_EVAL) ## Add the evaluation packages (lm-eval and others) 
 test: $(STAMP) ## Run the quick tests (MARKERS=..., PYTEST_ARGS=... to choose others)
 	@OMP_NUM_THREADS=1 $(ON_GPU) $(PYTHON) -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
 
-lint: $(STAMP) ## Check the style (ruff) and the types (mypy)
+lint: $(STAMP) ## Check the style (ruff), the types (mypy) and the code that the documents quote
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
+	@$(PYTHON) -m tests.quotes --check
 
 lock: | $(filter .uv/bin/uv,$(UV)) ## Compile requirements/*.in to *.txt again (LOCK_ARGS=--upgrade for new versions)
 	@for name in dev runtime eval; do \

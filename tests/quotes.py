@@ -1,12 +1,13 @@
 """Code that the documents quote: ``<!-- quote FILE:NAME -->`` stands above a copy of that function or class.
 
-``python -m tests.quotes`` renews the copies; a test holds them equal to the source.
+``python -m tests.quotes`` renews the copies, ``--check`` says which are old; a test holds them equal to the source.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -36,5 +37,8 @@ def renewed(document: str) -> str:
 
 
 if __name__ == "__main__":
-    for name in DOCUMENTS:
+    old = [name for name in DOCUMENTS if (ROOT / name).read_text() != renewed(name)]
+    if "--check" in sys.argv[1:] and old:
+        sys.exit(f"quoted code has changed in {', '.join(old)}; run python -m tests.quotes")
+    for name in old:
         (ROOT / name).write_text(renewed(name))

@@ -42,7 +42,7 @@ class ChatWriter(IndexedDatasetWriter):
 
     name = "Megatron indexed dataset of conversations"
     ends = ("bin", "supervised", "idx")
-    preload = ("transformers.models.auto.tokenization_auto",)  # it imports torch: two seconds, for each worker otherwise
+    preload = ("transformers.models.auto.tokenization_auto",)  # imports torch: two seconds a worker otherwise
 
     def __init__(self, reader: ConversationReader, tokenizer: StoredTokenizer) -> None:
         super().__init__(reader, tokenizer, append_eod=False)
