@@ -61,6 +61,11 @@ BAD = {
     "half a surrogate pair": {"messages": [GOOD["messages"][0], {"role": "assistant", "content": "\ud800"}]},
     "a turn 2 that is not UTF-8": {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "name": "\ud800"}]},
     "no JSON object": {"messages": ["Hi"]},
+    "has a turn 2 of weight 0.5, where 0 and 1 are known": {
+        "messages": [GOOD["messages"][0], {**GOOD["messages"][1], "weight": 0.5}]},
+    "has a list under 'system', which must be a string": {**GOOD, "system": ["Be kind."]},
+    "has a history that is no list of pairs of texts": {**ALPACA, "history": [["One?"]]},
+    "write it in one line": "{",
 }  # fmt: skip
 
 
@@ -138,6 +143,29 @@ def test_all_paths_of_a_tree(chatml: Path, tmp_path: Path) -> None:
     file = lines(tmp_path / "in.jsonl", TREE)
     preprocess([file], tmp_path / "x", chatml, options=Options(chat=ChatOptions(paths="all")))
     assert texts(tmp_path / "x", True) == ["best<|im_end|>yes<|im_end|>", "worse<|im_end|>"]
+
+
+def test_what_stands_beside_the_turns_is_not_lost(chatml: Path, tmp_path: Path) -> None:
+    """A system's text of its own, earlier exchanges, and what the author of the data has taken out of the loss."""
+    hi, hello = GOOD["messages"]
+    own = {**SHAREGPT, "system": "not this one"}
+    talk = [hi, {**hello, "weight": 0}, hi, {**hello, "content": "yes", "weight": 1}]
+    given = [{**GOOD, "system": "Be brief."}, own, {**ALPACA, "system": "", "history": [["One?", "1"]]},
+             {"messages": talk}, {"messages": [hi, hello, hi, {**hello, "train": False}]}]  # fmt: skip
+    columns = {key: [each.get(key) for each in given] for key in {key for each in given for key in each}}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    for kind in ("in.jsonl", "in.parquet"):
+        file = lines(tmp_path / kind, *given) if kind == "in.jsonl" else tmp_path / kind
+        prefix = tmp_path / kind[3:]
+        preprocess([file], prefix, chatml, options=Options(chat=ChatOptions()))
+        assert texts(prefix, True) == ["Hello 🙂<|im_end|>", "Hello.<|im_end|>So.<|im_end|>", "1<|im_end|>3<|im_end|>",
+                                       "yes<|im_end|>", "Hello 🙂<|im_end|>"]  # fmt: skip
+        first, second, third, *_ = texts(prefix)
+        assert first.startswith("<|im_start|>system\nBe brief.<|im_end|>") and "not this one" not in second
+        assert "user\nOne?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nAdd." in third
+    last = preprocess([file], tmp_path / "last", chatml, options=Options(chat=ChatOptions(train_on="last")))
+    assert last.documents == 4
+    assert last.statistics.dropped == {"samples left out, since nothing in them is supervised": 1}
 
 
 @pytest.mark.parametrize("why", BAD)
