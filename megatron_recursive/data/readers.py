@@ -301,6 +301,10 @@ def _read_array(span: Span, reject: Reject) -> Iterator[Record]:
             yield Record(value, span, line, span.size * (end - seen) // len(text))
         else:
             reject(UserError(f"{span.path}:{line} is not a JSON object; write each conversation as one"))
+    end = behind_space(text, at + 1)
+    if end < len(text):
+        line += text.count("\n", seen, end)
+        reject(UserError(f"{span.path}:{line} goes on behind its array, which is not read; write one array"))
 
 
 def behind_space(text: str, at: int) -> int:

@@ -38,13 +38,6 @@ def chat_lengths(prefix: str) -> Any:
     return lengths
 
 
-def end_of_turn(prefix: str) -> int:
-    """The token that the assistant ends with: what most of the first samples have supervised last."""
-    tokens, counted = IndexedDataset(prefix), IndexedDataset(supervised(prefix))
-    ends = (tokens.get(sample)[counted.get(sample) > 0][-1:] for sample in range(min(100, len(tokens))))
-    return int(np.bincount(np.concatenate([*ends])).argmax())
-
-
 class ChatRows:
     """Samples packed into rows of ``seq_length`` tokens, numbered through all epochs; a sample has one token more.
 

@@ -95,7 +95,7 @@ def _alpaca(record: dict[str, Any]) -> list[Message]:
 def _system(record: dict[str, Any]) -> list[Message]:
     """The turn of a system's text that stands beside the others."""
     text = _text(record, "system")
-    return [{"role": "system", "content": text}] if text else []
+    return [_message({"role": "system", "content": text}, 0)] if text else []
 
 
 def _text(record: dict[str, Any], key: str) -> str:

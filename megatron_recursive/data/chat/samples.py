@@ -22,6 +22,8 @@ def samples_of(
     """The samples of conversations, in order; what is left out or cut is counted in ``report``."""
     rendered: list[tuple[Conversation, str, list[Span]]] = []
     for conversation in conversations:
+        if any(template.special.search(message["content"]) for message in conversation.messages):
+            report.drop("conversations kept in whose words a special token is written out, which it then is")
         try:
             pieces = []
             for messages in windows(conversation.messages, options.max_turns, report):

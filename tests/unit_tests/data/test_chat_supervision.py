@@ -97,6 +97,7 @@ def test_supervised_are_the_words_and_the_end_token(
 ) -> None:
     encoder = encoder_of(name)
     assert said(encoder, messages) == expected
+    assert encoder[0].end_ids == encoder[1].encode(expected[0]).ids[-1:]
     assert said(encoder, messages, "last") == expected[-1:]
     (whole,) = said(encoder, messages, "all")
     text, _ = encoder[0].render(messages)
