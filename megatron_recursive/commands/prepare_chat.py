@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", required=True, metavar="DIR_OR_MODEL", help="Hugging Face folder or name")
     add = parser.add_argument_group("conversations").add_argument
     add("--format", choices=FORMATS,
-        help="sharegpt: conversations of from and value; alpaca: instruction, input, output; openassistant: messages "
-        "or trees of them; messages: messages of role and content (default: each record is recognised by its keys)")
+        help="sharegpt: conversations of from and value; alpaca: instruction, input, output, history; openassistant: "
+        "messages or trees of them; messages: messages of role and content (default: each record is recognised by its "
+        "keys); a system beside them opens them")
     add("--paths", choices=PATHS, default="best",
         help="of a tree of messages: the path of the best-ranked replies, or every path, each a conversation")
     add("--train-on", choices=TRAIN_ON, default="assistant",

@@ -301,6 +301,10 @@ def _read_array(span: Span, reject: Reject) -> Iterator[Record]:
             yield Record(value, span, line, span.size * (end - seen) // len(text))
         else:
             reject(UserError(f"{span.path}:{line} is not a JSON object; write each conversation as one"))
+    end = behind_space(text, at + 1)
+    if end < len(text):
+        line += text.count("\n", seen, end)
+        reject(UserError(f"{span.path}:{line} goes on behind its array, which is not read; write one array"))
 
 
 def behind_space(text: str, at: int) -> int:
@@ -332,6 +336,7 @@ def _record_of_line(raw: bytes, where: str, json_key: str) -> dict[str, Any]:
     # RecursionError: thousands of nested brackets, which json refuses in this way.
     except (ValueError, RecursionError) as error:
         mend = "write a document a line, as jq -c '.[]' does" if raw.lstrip()[:1] == b"[" else "mend or remove the line"
+        mend = "write it in one line, as jq -c . does" if raw.strip() == b"{" else mend
         raise UserError(f"{where} is not valid JSON ({error}); {mend}") from error
     if not isinstance(record, dict):
         form = f"{{{json.dumps(json_key)}: ...}}, a line each (jq -c '.[]' does it for an array)"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from megatron_recursive.data.chat.supervision import Template
 from megatron_recursive.errors import UserError
 
 Messages = list[dict[str, str]]  # {"role": "user" or "assistant", "content": ...}
@@ -43,24 +45,16 @@ class TokenizerText:
         return list(self.tokenizer(text)["input_ids"])
 
     def encode_chat(self, messages: Messages) -> list[int]:
-        return list(self.tokenizer(self._render(messages, True), add_special_tokens=False)["input_ids"])
-
-    def _render(self, messages: Messages, to_answer: bool) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise what they like
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"The tokenizer's chat template refuses the conversation ({reason}).") from error
-        return str(text)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    @property
+    @functools.cached_property
     def turn_end_ids(self) -> list[int]:
-        """The added token that the template puts behind an answer, where it puts one."""
-        if not self.has_chat_template:
-            return []
-        text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "WORDS"}], False)
-        ids = self.tokenizer(text.rpartition("WORDS")[2], add_special_tokens=False)["input_ids"]
-        return [each for each in ids[:1] if each in self.tokenizer.added_tokens_decoder]
+        return Template(self.tokenizer).end_ids if self.has_chat_template else []
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))

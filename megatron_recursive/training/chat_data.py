@@ -32,12 +32,13 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         "loss only on what the assistant says, each token alike. The tokenizer is the data's unless another is given.")
     add("--valid-chat-data", metavar="PREFIX",
         help="Conversations to evaluate on, all of --chat-data being trained on. Without it --split takes some away. "
-        "At most --eval-iters batches are read, and none twice in an evaluation.")
+        "Every evaluation reads the same rows, at most --eval-iters batches of them.")
     add("--train-epochs", type=int, metavar="N", action=_InPlaceOfIterations,
         help="In the place of a --train-iters before it: read each conversation of --chat-data N times, or each token "
         "of one --data-path (or --train-data-path) as far as it fills batches.")
     add("--keep-best", action="store_true",
-        help="Keep the checkpoint of the lowest held-out loss in the folder best below --save, whichever are deleted.")
+        help="Keep the checkpoint of the lowest held-out loss in the folder best below --save, whichever are deleted. "
+        "Evaluations of text each read other samples, unless --full-validation is given.")
     # fmt: on
 
 
@@ -128,9 +129,9 @@ def _rows(args: argparse.Namespace, split: Split, wanted: int) -> ChatRows | Non
     first, last = bounds[split.value : split.value + 2]
     if first == last:
         return None
-    multiple = 1 if trains else max(args.eval_iters, 1) * (args.eval_global_batch_size or _batch(args))
+    evaluation = None if trains else max(args.eval_iters, 1) * (args.eval_global_batch_size or _batch(args))
     return ChatRows(prefix, lengths, (first, last), args.seq_length, args.seed, split, wanted,
-                    epochs=args.train_epochs if trains else None, multiple=multiple)  # fmt: skip
+                    epochs=args.train_epochs if trains else None, evaluation=evaluation)  # fmt: skip
 
 
 def chat_datasets(args: argparse.Namespace, wanted: Sequence[int]) -> tuple[Any, Any, Any]:
@@ -138,6 +139,7 @@ def chat_datasets(args: argparse.Namespace, wanted: Sequence[int]) -> tuple[Any,
     train, valid, test = (_rows(args, split, rows) if rows else None for split, rows in zip(Split, wanted, strict=True))
     for split, rows in zip(Split, (train, valid, test), strict=True):
         if rows is not None and args.rank == 0:
-            what = f"{rows.rows} rows of {args.seq_length} tokens, {rows.fill:.1%} full"
+            part = f", the first {rows.period} of which are read" if rows.period < rows.rows else ""
+            what = f"{rows.rows} rows of {args.seq_length} tokens, {rows.fill:.1%} full{part}"
             console.say(f"> conversations ({split.name}): {what}")
     return train, valid, test

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_recursive.data.chat.dataset import end_of_turn
+from megatron_recursive.data.chat.supervision import Template
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
 from megatron_recursive.training import console, stagewise
@@ -81,21 +81,28 @@ def print_samples(
     from megatron.training import get_timers, get_tokenizer
 
     get_timers()("interval-time").stop()  # as around an evaluation: not a part of the time per iteration
-    end = end_of_turn(run.chat_data) if is_chat(run) else get_tokenizer().eod
+    ends = _end_ids(run, get_tokenizer())
     with stagewise.evaluating(run, chunks, optimizer) as model:
         for prompt, ids in zip(run.generation_prompt, prompts, strict=True):
             if model is None:
                 break
             room = min(len(ids) + run.generation_tokens, run.seq_length)
-            tokens = greedy(model, ids, room, run.vocab_size, end)
+            tokens = greedy(model, ids, room, run.vocab_size, ends)
             text = get_tokenizer().detokenize(tokens[len(ids) :])
             if run.rank == 0:
                 console.say(f"sample at iteration {iteration}: {prompt!r} -> {text!r}")
     get_timers()("interval-time", log_level=0).start(barrier=True)
 
 
-def greedy(model: RecursiveGPTModel, ids: list[int], length: int, vocab_size: int, end: int) -> list[int]:
-    """``ids`` and the most likely continuation, up to ``length`` tokens or the token ``end``.
+def _end_ids(run: argparse.Namespace, tokenizer: Any) -> list[int]:
+    """What ends a sample; of conversations the end of a turn too."""
+    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+    turns = Template(inner).end_ids if is_chat(run) and getattr(inner, "chat_template", None) else []
+    return [tokenizer.eod, *turns]
+
+
+def greedy(model: RecursiveGPTModel, ids: list[int], length: int, vocab_size: int, ends: list[int]) -> list[int]:
+    """``ids`` and the most likely continuation, up to ``length`` tokens or one of the tokens ``ends``.
 
     Collective over the tensor- and pipeline-parallel ranks of the model, which must all give the same arguments.
     """
@@ -103,7 +110,7 @@ def greedy(model: RecursiveGPTModel, ids: list[int], length: int, vocab_size: in
     while len(tokens) < length:
         token = _next_token(model, tokens, vocab_size)
         tokens.append(token)
-        if token == end:
+        if token in ends:
             break
     return tokens
 

@@ -1,4 +1,4 @@
-"""What a pass does before anything is learned, said at the start: whether passes are copies of what they read."""
+"""What is said at the start: whether passes are copies of what they read, and tokens that nothing tells apart."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from megatron_recursive.data.chat.dataset import some_ids
 from megatron_recursive.losses.telemetry import token_cosine, turn
 from megatron_recursive.plan import DecoderPass
 from megatron_recursive.training import console, stagewise
+from megatron_recursive.training.chat_data import is_chat
 
 TOKENS = 256  # at most; drawn uniformly from the vocabulary, so that they differ
 NEAR_IDENTITY = 0.1  # a pass that turns what it reads by less is a copy of it
@@ -24,6 +26,8 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
     other. Not of weights that were trained: their scales are no choice any more.
     """
     with stagewise.evaluating(run, chunks, optimizer) as model:
+        if model is not None and model.pre_process and run.lora_rank is not None and is_chat(run):
+            tell_equal_rows(model.embedding.word_embeddings, some_ids(run.chat_data))
         if model is None or model.plan.is_plain:
             return
         turns, cosine = _measure(model, run)
@@ -46,6 +50,20 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
         console.say(
             "WARNING: the tokens are near each other after the last pass; raise --embedding-multiplier "
             f"({run.embedding_multiplier:.3g} here), so that the input stands beside the states."
+        )
+
+
+def tell_equal_rows(table: Any, ids: Any) -> None:
+    """Warn of tokens of conversations with one and the same frozen row, as an import grows them."""
+    mine_N = torch.from_numpy(ids[(ids >= table.vocab_start_index) & (ids < table.vocab_end_index)].astype("int64"))
+    rows_NH = table.weight.detach()[mine_N - table.vocab_start_index].float().cpu()
+    _, group_N, counts = rows_NH.unique(dim=0, return_inverse=True, return_counts=True)
+    same = mine_N[counts[group_N] > 1].tolist()
+    if same:
+        console.say(
+            f"WARNING: the tokens {', '.join(map(str, same[:SHOWN]))} have the same embedding, which --lora-rank "
+            "freezes, so that the model neither tells them apart nor ends a turn by one of them; train all weights on "
+            "conversations first, or prepare them with a chat template whose tokens the model knows."
         )
 
 

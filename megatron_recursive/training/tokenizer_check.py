@@ -45,6 +45,9 @@ def check_data(args: argparse.Namespace) -> None:
                     f"{flag} {prefix} holds the token id {largest}, but this run's tokenizer makes a vocabulary of "
                     f"{rows}; give the tokenizer that the data was prepared with, or prepare it again."
                 )
+        elif made.kind == "chat" and not flag.endswith("chat-data"):
+            raise UserError(f"{flag} {prefix} holds conversations, of which it would count every token; give "
+                            f"--chat-data {prefix}.")  # fmt: skip
         elif made.vocab_size > rows:
             raise UserError(
                 f"{flag} {prefix} was prepared with a vocabulary of {made.vocab_size} (tokenizer {named}), "

@@ -38,34 +38,33 @@ def chat_lengths(prefix: str) -> Any:
     return lengths
 
 
-def end_of_turn(prefix: str) -> int:
-    """The token that the assistant ends with: what most of the first samples have supervised last."""
-    tokens, counted = IndexedDataset(prefix), IndexedDataset(supervised(prefix))
-    ends = (tokens.get(sample)[counted.get(sample) > 0][-1:] for sample in range(min(100, len(tokens))))
-    return int(np.bincount(np.concatenate([*ends])).argmax())
+def some_ids(prefix: str, samples: int = 100) -> Any:
+    """The token ids of the first samples, each once."""
+    tokens = IndexedDataset(prefix)
+    return np.unique(np.concatenate([tokens.get(sample) for sample in range(min(samples, len(tokens)))]))
 
 
 class ChatRows:
     """Samples packed into rows of ``seq_length`` tokens, numbered through all epochs; a sample has one token more.
 
     What stands at an index is a function of the data and the seed alone, so that samplers that count samples resume
-    where they were. An epoch of training has the same rows in an order of its own; a held-out one always the same.
+    where they were. An epoch of training has the same rows in an order of its own; every evaluation reads the same.
 
     Args:
         lengths: [N] of all samples; ``documents`` are the first and the behind-the-last of those that are read.
         epochs: behind so many all rows are empty (None: they go on for ever).
-        multiple: an epoch is filled up with empty rows to a multiple of this many.
+        evaluation: the rows that an evaluation reads, filled up with empty ones; None for those to train on.
     """
 
     def __init__(
         self, prefix: str, lengths: Any, documents: Sequence[int], seq_length: int, seed: int, split: Split,
-        samples: int, *, epochs: int | None = None, multiple: int = 1,
+        samples: int, *, epochs: int | None = None, evaluation: int | None = None,
     ) -> None:  # fmt: skip
         first, last = documents
         rows = pack(np.maximum(lengths[first:last] - 1, 0), seq_length, seed)
         self._samples = np.asarray([first + sample for row in rows for sample in row], np.int64)
         self._ends = np.cumsum([len(row) for row in rows])
-        self.rows, self.period = len(rows), -(-len(rows) // multiple) * multiple
+        self.rows, self.period = len(rows), evaluation or len(rows)
         self.fill = float((lengths[first:last] - 1).sum() / (len(rows) * seq_length))
         self.split, self.seq_length, self.seed, self.samples, self.epochs = split, seq_length, seed, samples, epochs
         self._tokens, self._supervised = IndexedDataset(prefix), IndexedDataset(supervised(prefix))

@@ -16,14 +16,15 @@ from megatron_recursive.errors import UserError
 
 Message = dict[str, Any]
 
-KEYS = ("conversations", "messages", "prompt", "instruction", "input", "output", "system")
+KEYS = ("conversations", "messages", "prompt", "instruction", "input", "output", "system", "history")
 ROLES = {
     **dict.fromkeys(("system",), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
-_KEPT = ("reasoning_content", "tool_calls", "tool_call_id", "name")  # what templates read beside the content
+# What templates read beside the content; and by which a turn is taken out of the loss.
+_KEPT = ("reasoning_content", "tool_calls", "tool_call_id", "name", "weight", "train")
 _FORMS = {"sharegpt": ("conversations",), "messages": ("messages",), "openassistant": ("prompt", "messages"),
           "alpaca": ("instruction",)}  # fmt: skip
 
@@ -69,7 +70,9 @@ def conversations_of(record: dict[str, Any], options: ChatOptions) -> Iterator[l
         for path in _paths(record[found], every=options.paths == "all"):
             yield _checked([_message(turn, number) for number, turn in enumerate(path, 1)])
     elif found is not None and isinstance(record[found], list):
-        yield _checked([_message(turn, number) for number, turn in enumerate(record[found], 1)])
+        messages = [_message(turn, number) for number, turn in enumerate(record[found], 1)]
+        has_own = bool(messages) and messages[0]["role"] == "system"
+        yield _checked([*([] if has_own else _system(record)), *messages])
     elif "parent_id" in record:
         raise NotAConversation("is a single message of a tree; give the file of the trees, or of whole conversations")
     else:
@@ -79,15 +82,27 @@ def conversations_of(record: dict[str, Any], options: ChatOptions) -> Iterator[l
 
 
 def _alpaca(record: dict[str, Any]) -> list[Message]:
-    """The user says the instruction, an empty line, and the input if there is one."""
-    texts = {}
-    for key in ("system", "instruction", "input", "output"):
-        texts[key] = record.get(key) or ""
-        if not isinstance(texts[key], str):
-            raise NotAConversation(f"has a {type(texts[key]).__name__} under {key!r}, which must be a string")
-    asked = "\n\n".join(filter(None, (texts["instruction"], texts["input"])))
-    said = [("system", texts["system"])] * bool(texts["system"]) + [("user", asked), ("assistant", texts["output"])]
-    return [_message({"role": role, "content": text}, number) for number, (role, text) in enumerate(said, 1)]
+    """Behind earlier exchanges the user says the instruction, an empty line, and the input if there is one."""
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise NotAConversation("has a history that is no list of pairs of texts")
+    asked = "\n\n".join(filter(None, (_text(record, "instruction"), _text(record, "input"))))
+    said = [*itertools.chain.from_iterable(history), asked, _text(record, "output")]
+    turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
+    return [_message(turn, number) for number, turn in enumerate((*_system(record), *turns), 1)]
+
+
+def _system(record: dict[str, Any]) -> list[Message]:
+    """The turn of a system's text that stands beside the others."""
+    text = _text(record, "system")
+    return [_message({"role": "system", "content": text}, 0)] if text else []
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    text = record.get(key) or ""
+    if not isinstance(text, str):
+        raise NotAConversation(f"has a {type(text).__name__} under {key!r}, which must be a string")
+    return text
 
 
 def _message(turn: Any, number: int) -> Message:
@@ -105,11 +120,18 @@ def _message(turn: Any, number: int) -> Message:
         raise NotAConversation(f"has a turn {number} whose text is {what}")
     if not text.strip() and role != "system" and "tool_calls" not in kept:
         raise NotAConversation(f"has an empty turn {number}")
+    if kept.get("weight", 1) not in (0, 1):
+        raise NotAConversation(f"has a turn {number} of weight {kept['weight']}, where 0 and 1 are known")
     try:
         json.dumps([text, kept], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise NotAConversation(f"has a turn {number} that is not UTF-8, or half a surrogate pair") from error
     return {"role": ROLES[role.lower()], "content": text, **kept}
+
+
+def is_muted(message: Message) -> bool:
+    """Whether whoever made the data has taken a turn out of the loss."""
+    return message.get("weight", 1) == 0 or message.get("train") is False
 
 
 def _checked(messages: list[Message]) -> list[Message]:

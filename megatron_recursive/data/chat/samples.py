@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_recursive.data.chat.formats import Conversation, Message, NotAConversation
+from megatron_recursive.data.chat.formats import Conversation, Message, NotAConversation, is_muted
 from megatron_recursive.data.chat.options import ChatOptions
 from megatron_recursive.data.chat.supervision import Span, Template
 from megatron_recursive.data.readers import Reject
@@ -22,13 +22,19 @@ def samples_of(
     """The samples of conversations, in order; what is left out or cut is counted in ``report``."""
     rendered: list[tuple[Conversation, str, list[Span]]] = []
     for conversation in conversations:
+        if any(template.special.search(message["content"]) for message in conversation.messages):
+            report.drop("conversations kept in whose words a special token is written out, which it then is")
         try:
             pieces = []
             for messages in windows(conversation.messages, options.max_turns, report):
                 text, spans = template.render(messages)
-                turns = sum(message["role"] == "assistant" for message in messages)
-                if len(spans) != turns and (options.train_on == "last" or not spans):
-                    raise NotAConversation(f"has {turns} answers, where the chat template marks {len(spans)}")
+                answers = [message for message in messages if message["role"] == "assistant"]
+                chooses = options.train_on == "last" or any(map(is_muted, answers))
+                if len(spans) != len(answers) and (chooses or not spans):
+                    raise NotAConversation(f"has {len(answers)} answers, where the chat template marks {len(spans)}")
+                if chooses:
+                    first = len(spans) - 1 if options.train_on == "last" else 0
+                    spans = [spans[n] for n in range(first, len(spans)) if not is_muted(answers[n])]
                 pieces.append((conversation, text, spans))
             rendered += pieces
         except NotAConversation as error:
@@ -36,7 +42,7 @@ def samples_of(
     encodings = rust.encode_batch([text for _, text, _ in rendered], add_special_tokens=False)
     for (conversation, text, spans), encoding in zip(rendered, encodings, strict=True):
         try:
-            sample = encoding.ids, supervised(encoding, text, spans, options.train_on, template.added)
+            sample = encoding.ids, supervised(encoding, text, spans, options.train_on == "all", template.added)
         except NotAConversation as error:
             reject(conversation.refusal(error))
             continue
@@ -49,16 +55,16 @@ def samples_of(
                 report.drop("samples left out, since nothing in them is supervised")
 
 
-def supervised(encoding: Any, text: str, spans: Sequence[Span], train_on: str, added: re.Pattern[str]) -> bytes:
-    """For each token 1 where the loss counts it.
+def supervised(encoding: Any, text: str, spans: Sequence[Span], whole: bool, added: re.Pattern[str]) -> bytes:
+    """For each token 1 where the loss counts it; ``whole``: everywhere.
 
     Raises:
         NotAConversation: a turn begins or ends within a token.
     """
-    if train_on == "all":
+    if whole:
         return b"\1" * len(encoding.ids)
     mask = bytearray(len(encoding.ids))
-    for start, end in spans[-1:] if train_on == "last" else spans:
+    for start, end in spans:
         first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
         if first is None or last is None or encoding.token_to_chars(first)[0] != start:
             raise NotAConversation("has a token that belongs to the prompt and to the answer")

@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from megatron_recursive.data.chat.formats import Message, NotAConversation
 from megatron_recursive.data.readers import behind_space
 from megatron_recursive.data.tokenizer import load_tokenizer
+from megatron_recursive.errors import UserError
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -29,19 +30,32 @@ _PROBE = "Pq7"
 
 
 class Template:
-    """A tokenizer's chat template; :meth:`render` gives a text and where the assistant speaks in it."""
+    """A tokenizer's chat template; :meth:`render` gives a text and where the assistant speaks in it.
+
+    ``end_ids``: the added tokens that end an answer; none where the template puts none, or has it not supervised.
+
+    Raises:
+        UserError: the tokenizer has no template that is its default.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.text = tokenizer.get_chat_template()
+        try:
+            self.text = tokenizer.get_chat_template()
+        except ValueError as error:
+            names = ", ".join(sorted(tokenizer.chat_template or {})) or "none"
+            what = f"the tokenizer has no default chat template (it has: {names})"
+            raise UserError(f"{what}; call one of its own default") from error
         self.generation = _GENERATION.search(self.text) is not None
         self._render = functools.partial(render_jinja_template, chat_template=self.text, **tokenizer.special_tokens_map)
-        added = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self.added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+        added = tokenizer.added_tokens_decoder
+        self.added = _any_of([*added.values()])
+        self.special = _any_of([token for token in added.values() if token.special])
         self.end_tokens: set[str] = set()
         self.has_system = self._shows_system()
         with suppress(NotAConversation):  # else every conversation is refused, with a sentence
             text, spans = self.render([{"role": role, "content": _PROBE} for role in ("user", "assistant") * 2])
             self.end_tokens = {text[start:end].rpartition(_PROBE)[2].strip() for start, end in spans}
+        self.end_ids = [number for number, token in added.items() if str(token) in self.end_tokens]
 
     def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
         """The text, and the characters of each turn of the assistant's: its words and its end token.
@@ -113,6 +127,11 @@ class Template:
         bare = _marked({"role": "assistant", "content": ""}, mark, number)
         whole = self._call([[*marked[:number], bare, *marked[number + 1 :]]])[0][0]
         return whole.partition(f"{mark}{number - 1}{mark}")[2].partition(f"{mark}{number}{mark}")[0]
+
+
+def _any_of(tokens: list[Any]) -> re.Pattern[str]:
+    longest_first = sorted(map(str, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _marked(message: Message, mark: str, number: int) -> Message:

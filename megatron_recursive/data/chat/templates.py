@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import command
+from megatron_recursive.data.chat.supervision import Template
 from megatron_recursive.data.preparation import digest, vocabulary_digest
 from megatron_recursive.data.tokenizer import (
     StoredTokenizer,
@@ -58,9 +59,13 @@ def store_chat_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokeniz
     stored = load_tokenizer(folder / FOLDER)
     if stored.backend_tokenizer.to_str() != rust.to_str():
         raise UserError(f"{choice} loads otherwise than its files say; save it with save_pretrained and name that")
+    template = Template(stored)
+    if template.generation and not template.end_ids:
+        print("WARNING: the chat template leaves the token that ends a turn out of {% generation %}, so that no model "
+              "learns to end one; put it in front of {% endgeneration %}", file=sys.stderr)  # fmt: skip
     known, vocabulary = id_range(stored), stored.get_vocab()
     name = str(given.absolute()) if choice.path and given.exists() else str(choice)
-    identity = digest([rust.to_str(), stored.get_chat_template(), stored.special_tokens_map])[:16]
+    identity = digest([rust.to_str(), template.text, stored.special_tokens_map])[:16]
     file = folder / FOLDER / "tokenizer.json"
     return StoredTokenizer(file, stored.eos_token_id, known, identity, vocabulary_digest(vocabulary, known), name)
 

@@ -331,7 +331,7 @@ class _Import:
             self.tokenizer.save_pretrained(target)
         keep_class(self.tokenizer, target)
         ids = token_ids(target, stated)
-        if self.tokenizer_folder is not None and self.tokenizer.chat_template is not None:
+        if self.tokenizer_folder is not None:
             ids["eos_token_id"] = also_turn_ends(ids["eos_token_id"], self.tokenizer)
         write_settings(target, ids)
         return True

@@ -31,6 +31,7 @@ from megatron_recursive.hf.convert.safetensors_files import NAMES, SHARD_BYTES, 
 from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.hf.convert.tokenizer_files import (
     TOKEN_IDS,
+    also_turn_ends,
     copy_tokenizer,
     difference,
     keep_class,
@@ -208,6 +209,8 @@ def write_model(
         if found is not None:
             keep_class(before, folder)
         ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
+        if before is not None and model.args.get("chat_data"):
+            ids["eos_token_id"] = also_turn_ends(ids["eos_token_id"], before)
         write_settings(folder, ids, without=GENERATION_ENTRIES if model.plan.is_plain else ())
         _write_config(model, folder, ids)
         if before is not None and difference(before, tokenizer_of(folder)) and model.family is not OWN:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,10 @@ def also_turn_ends(ends: int | list[int] | None, tokenizer: Any) -> list[int] | 
     """End ids with those that close an answer by the chat template: a donor without one knows its documents' alone."""
     from megatron_recursive.data.chat.supervision import Template
 
-    known, turns = tokenizer.get_vocab(), sorted(Template(tokenizer).end_tokens)
     several = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return [*dict.fromkeys([*several, *(known[each] for each in turns if each in known)])] or None
+    with suppress(UserError):  # without a template that is its default
+        several = [*several, *Template(tokenizer).end_ids]
+    return [*dict.fromkeys(several)] or None
 
 
 def write_settings(folder: Path, ids: Mapping[str, Any], without: Collection[str] = ()) -> None:

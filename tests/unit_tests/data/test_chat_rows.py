@@ -54,22 +54,24 @@ def test_rows_hold_every_sample_once_an_epoch_and_keep_them_apart(tmp_path: Path
     assert 0.8 < rows.fill <= 1
 
 
-def test_held_out_rows_come_in_evaluations_filled_up(tmp_path: Path) -> None:
+def test_every_evaluation_reads_the_same_held_out_rows(tmp_path: Path) -> None:
+    """All of them, filled up, or the first of them: else the lowest loss is that of the easiest rows."""
     from megatron.core.datasets.utils import Split
 
     write_chat(tmp_path / "chat", LENGTHS)
-    rows = rows_of(tmp_path / "chat", split=Split.valid, documents=(6, 12), multiple=8)
+    some = rows_of(tmp_path / "chat", split=Split.valid, documents=(0, 12), evaluation=4)
+    assert some.rows > 4 and [some.samples_at(n) for n in range(4)] == [some.samples_at(n) for n in range(4, 8)]
+    rows = rows_of(tmp_path / "chat", split=Split.valid, documents=(6, 12), evaluation=8)
     first, second = ([rows.samples_at(at + index) for index in range(8)] for at in (0, 8))
     assert first == second and sorted(sum(first, [])) == list(range(6, 12))
     assert first[rows.rows :] == [[]] * (8 - rows.rows)
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
-    from megatron_recursive.data.chat.dataset import chat_lengths, end_of_turn
+    from megatron_recursive.data.chat.dataset import chat_lengths
     from megatron_recursive.errors import UserError
 
     write_chat(tmp_path / "chat", LENGTHS)
-    assert end_of_turn(str(tmp_path / "chat")) == END
     write_chat(tmp_path / "other", LENGTHS[::-1])
     for suffix in (".bin", ".idx"):
         (tmp_path / f"other_supervised{suffix}").replace(tmp_path / f"chat_supervised{suffix}")

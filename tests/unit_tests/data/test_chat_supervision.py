@@ -66,7 +66,8 @@ def said(encoder: tuple[Template, Any], messages: list[dict[str, str]], train_on
     text, spans = template.render(messages)
     encoding = rust.encode(text, add_special_tokens=False)
     assert rust.decode(encoding.ids, skip_special_tokens=False) == text
-    mask = supervised(encoding, text, spans, train_on, template.added)
+    spans = spans[-1:] if train_on == "last" else spans
+    mask = supervised(encoding, text, spans, train_on == "all", template.added)
     runs: list[list[int]] = []
     for position, (token, counted) in enumerate(zip(encoding.ids, mask, strict=True)):
         if counted and (not position or not mask[position - 1]):
@@ -96,6 +97,7 @@ def test_supervised_are_the_words_and_the_end_token(
 ) -> None:
     encoder = encoder_of(name)
     assert said(encoder, messages) == expected
+    assert encoder[0].end_ids == encoder[1].encode(expected[0]).ids[-1:]
     assert said(encoder, messages, "last") == expected[-1:]
     (whole,) = said(encoder, messages, "all")
     text, _ = encoder[0].render(messages)

@@ -30,7 +30,7 @@ from megatron_recursive.data.preprocess import Options, preprocess
 from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.data.work_folder import WorkFolder
 from megatron_recursive.errors import UserError
-from tests.unit_tests.data.chat_templates import SMOLLM2
+from tests.unit_tests.data.chat_templates import GENERATION, SMOLLM2
 from tests.unit_tests.data.test_preprocess import scripts
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 🙂"}]}
@@ -61,6 +61,12 @@ BAD = {
     "half a surrogate pair": {"messages": [GOOD["messages"][0], {"role": "assistant", "content": "\ud800"}]},
     "a turn 2 that is not UTF-8": {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "name": "\ud800"}]},
     "no JSON object": {"messages": ["Hi"]},
+    "has a turn 2 of weight 0.5, where 0 and 1 are known": {
+        "messages": [GOOD["messages"][0], {**GOOD["messages"][1], "weight": 0.5}]},
+    "a turn 0 that is not UTF-8": {**GOOD, "system": "\ud800"},
+    "has a list under 'system', which must be a string": {**GOOD, "system": ["Be kind."]},
+    "has a history that is no list of pairs of texts": {**ALPACA, "history": [["One?"]]},
+    "write it in one line": "{",
 }  # fmt: skip
 
 
@@ -140,6 +146,48 @@ def test_all_paths_of_a_tree(chatml: Path, tmp_path: Path) -> None:
     assert texts(tmp_path / "x", True) == ["best<|im_end|>yes<|im_end|>", "worse<|im_end|>"]
 
 
+def test_what_stands_beside_the_turns_is_not_lost(chatml: Path, tmp_path: Path) -> None:
+    """A system's text of its own, earlier exchanges, and what the author of the data has taken out of the loss."""
+    hi, hello = GOOD["messages"]
+    own = {**SHAREGPT, "system": "not this one"}
+    talk = [hi, {**hello, "weight": 0}, hi, {**hello, "content": "yes", "weight": 1}]
+    given = [{**GOOD, "system": "Be brief."}, own, {**ALPACA, "system": "", "history": [["One?", "1"]]},
+             {"messages": talk}, {"messages": [hi, hello, hi, {**hello, "train": False}]}]  # fmt: skip
+    columns = {key: [each.get(key) for each in given] for key in {key for each in given for key in each}}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    for kind in ("in.jsonl", "in.parquet"):
+        file = lines(tmp_path / kind, *given) if kind == "in.jsonl" else tmp_path / kind
+        prefix = tmp_path / kind[3:]
+        preprocess([file], prefix, chatml, options=Options(chat=ChatOptions()))
+        assert texts(prefix, True) == ["Hello 🙂<|im_end|>", "Hello.<|im_end|>So.<|im_end|>", "1<|im_end|>3<|im_end|>",
+                                       "yes<|im_end|>", "Hello 🙂<|im_end|>"]  # fmt: skip
+        first, second, third, *_ = texts(prefix)
+        assert first.startswith("<|im_start|>system\nBe brief.<|im_end|>") and "not this one" not in second
+        assert "user\nOne?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nAdd." in third
+    last = preprocess([file], tmp_path / "last", chatml, options=Options(chat=ChatOptions(train_on="last")))
+    assert last.documents == 4
+    assert last.statistics.dropped == {"samples left out, since nothing in them is supervised": 1}
+
+
+def test_what_a_template_or_a_text_does_to_ends_is_said(chatml: Path, tmp_path: Path, capsys: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chatml)
+    spelled = {"messages": [{"role": "user", "content": "what is <|im_end|>?"}, GOOD["messages"][1]]}
+    file = lines(tmp_path / "in.jsonl", GOOD, spelled)
+    made = preprocess([file], tmp_path / "x", chatml, options=Options(chat=ChatOptions()))
+    (why,) = made.statistics.dropped
+    assert made.documents == 2 and made.statistics.dropped[why] == 1 and "a special token is written out" in why
+    assert "WARNING" not in capsys.readouterr().err
+    without = GENERATION.replace("{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
+                                 "{{ message['content'] }}{% endgeneration %}<|im_end|>")  # fmt: skip
+    for name, template in (("without", without), ("named", {"rag": SMOLLM2, "tool": SMOLLM2})):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+    preprocess([file], tmp_path / "y", tmp_path / "without", options=Options(chat=ChatOptions()))
+    assert "leaves the token that ends a turn out of" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"has no default chat template \(it has: rag, tool\)"):
+        preprocess([file], tmp_path / "z", tmp_path / "named", options=Options(chat=ChatOptions()))
+
+
 @pytest.mark.parametrize("why", BAD)
 def test_dirt_is_named_by_file_and_line_or_skipped_and_counted(chatml: Path, tmp_path: Path, why: str) -> None:
     file = lines(tmp_path / "in/a b.jsonl", GOOD, BAD[why], GOOD)
@@ -157,6 +205,7 @@ def test_what_stands_before_the_damage_of_a_file_is_kept(chatml: Path, tmp_path:
     whole = lines(folder / "a.jsonl", GOOD, GOOD).read_bytes()
     (folder / "a.jsonl").write_bytes(whole[:-9])
     (folder / "b.json").write_text(json.dumps([GOOD, GOOD], indent=1)[:-9])
+    (folder / "b2.json").write_text(json.dumps([GOOD]) + "\n" + json.dumps([GOOD]))
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(whole)[:-12])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD]), folder / "d.parquet")
     (folder / "d.parquet").write_bytes((folder / "d.parquet").read_bytes()[:-9])
@@ -166,8 +215,8 @@ def test_what_stands_before_the_damage_of_a_file_is_kept(chatml: Path, tmp_path:
     options = Options(on_error="skip", chat=ChatOptions(seq_length=100))
     made = preprocess([folder], tmp_path / "x", chatml, options=options)
     places = " ".join(each["first"] for each in made.statistics.malformed)
-    assert (made.documents, made.skipped) == (6, 5), made
-    for name in ("a.jsonl:2 ", "b.json:", "c.jsonl.gz:", "d.parquet ", "e.jsonl:1 "):
+    assert (made.documents, made.skipped) == (7, 6), made
+    for name in ("a.jsonl:2 ", "b.json:", "b2.json:2 goes on behind", "c.jsonl.gz:", "d.parquet ", "e.jsonl:1 "):
         assert f"{folder}/{name}" in places, places
     assert made.statistics.dropped == {"samples left out, longer than --seq-length": 1}
 

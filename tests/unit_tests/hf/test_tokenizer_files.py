@@ -15,6 +15,7 @@ from megatron_recursive.errors import UserError
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.donors import VOCAB, save_donor
 from tests.unit_tests.inference.folders import write_tokenizer
+from tests.unit_tests.training.runs import train
 
 DIGITS_BY_THREE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -72,6 +73,12 @@ def _resized(donor: Path, place: Path, tokenizer: str | None = None) -> list[str
     import_model(str(donor), str(place / "ckpt"), options, heard.append)
     export_model(str(place / "ckpt"), str(place / "hf"), say=heard.append)
     return heard
+
+
+def _export(checkpoint: Path, target: Path) -> None:
+    from megatron_recursive.hf.convert.export import export_model
+
+    export_model(str(checkpoint), str(target), say=lambda _: None)
 
 
 def _there_and_back(donor: Path, place: Path, tokenizer: str | None = None, **recursion: Any) -> list[str]:
@@ -172,6 +179,31 @@ def test_an_embedding_grows_to_the_ids_of_the_tokenizer(tmp_path: Path) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert after[name].shape == (257, 60) and torch.equal(after[name][:VOCAB], before[name])
         torch.testing.assert_close(after[name][VOCAB:], before[name].mean(0).expand(6, -1))
+
+
+@pytest.mark.grid
+def test_a_model_that_was_trained_on_conversations_ends_where_its_turns_do(tmp_path: Path) -> None:
+    """Its donor, a base model, knows the template and the end of documents alone."""
+    from megatron_recursive.data.chat.options import ChatOptions
+    from megatron_recursive.data.preprocess import Options, preprocess
+
+    donor = save_donor("olmo2", tmp_path / "donor", eos_token_id=0, pad_token_id=0)
+    tokenizer = write_tokenizer(donor)
+    tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|turn|>{% endfor %}<assistant>"
+    tokenizer.save_pretrained(donor)
+    run_distributed(_resized, 1, donor, tmp_path, timeout=200)
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == 0
+    turns = [{"instruction": "a", "output": "b"}] * 4
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    preprocess([tmp_path / "in.jsonl"], tmp_path / "data", donor, options=Options(chat=ChatOptions()))
+    flags = "--train-epochs 1 --split 1,0,0 --eval-iters 0 --seq-length 32 --finetune --num-workers 0".split()
+    argv = [f"@{tmp_path / 'ckpt/megatron_args.txt'}", "--chat-data", tmp_path / "data", *flags, "--load",
+            tmp_path / "ckpt", "--save", tmp_path / "run"]  # fmt: skip
+    assert train(*argv, flags=(), recursion=()) is None
+    run_distributed(_export, 1, tmp_path / "run", tmp_path / "chat")
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((tmp_path / "chat" / name).read_text())["eos_token_id"] == [0, 257], name
 
 
 @pytest.mark.grid

@@ -327,10 +327,11 @@ def test_data_of_another_tokenizer(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "own", words)
     write_tokenizer(tmp_path / "grown", {**words, "new": 60})
     write_tokenizer(tmp_path / "other", {f"x{number}": number for number in range(60)})
-    for name, vocab_size in (("data", 60), ("large", 300)):
+    for name, vocab_size in (("data", 60), ("large", 300), ("chat", 60)):
         write_dataset(tmp_path / name, [50] * 20)
         digest, size = vocabulary_digest(words, vocab_size), (tmp_path / f"{name}.bin").stat().st_size
-        made = Preparation(vocab_size, digest, "own", "", documents=20, tokens=1000, skipped=0, bin_bytes=size)
+        made = Preparation(vocab_size, digest, "own", "", documents=20, tokens=1000, skipped=0, bin_bytes=size,
+                           kind="chat" if name == "chat" else "text")  # fmt: skip
         (tmp_path / f"{name}.idx.json").write_text(made.to_json())
     write_dataset(tmp_path / "unknown", [50, 101] * 10)
 
@@ -343,6 +344,7 @@ def test_data_of_another_tokenizer(tmp_path: Path) -> None:
     check([
         (flags("large", "own"), "--data-path " + str(tmp_path / "large") + " was prepared with a vocabulary of 300"),
         (flags("data", "other"), "was prepared with another tokenizer (own)"),
+        (flags("chat", "own"), "holds conversations, of which it would count every token; give --chat-data "),
         (flags("unknown", "own"), "holds the token id 100, but this run's tokenizer makes a vocabulary of 60"),
         (flags("large", "own", "--allow-other-tokenizer"), "was prepared with a vocabulary of 300"),
     ])  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,25 @@ def test_checkpoints_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> 
         train("--load", base, *FULL, *LORA))  # fmt: skip
     longer = ["--train-iters", "4", "--override-opt_param-scheduler"]
     assert train(*save_to(tmp_path), "--use-checkpoint-args", *longer) is None
+
+
+def _says_of_equal_rows(first: int) -> str:
+    from argparse import Namespace
+
+    import numpy as np
+
+    from megatron_recursive.training.start_check import tell_equal_rows
+
+    heard, weight = io.StringIO(), torch.eye(8, 6)  # the last two rows are zero
+    with contextlib.redirect_stdout(heard):
+        tell_equal_rows(Namespace(weight=weight, vocab_start_index=first, vocab_end_index=first + 8), np.arange(2, 18))
+    return heard.getvalue()
+
+
+def test_frozen_tokens_that_nothing_tells_apart_are_told() -> None:
+    (said,) = run_distributed(_says_of_equal_rows, 1, 5)
+    assert said.startswith("WARNING: the tokens 11, 12 have the same embedding, which --lora-rank freezes, so")
+    assert run_distributed(_says_of_equal_rows, 1, 12) == [""]
 
 
 def _import(donor: Path, out: Path) -> None:

@@ -76,16 +76,21 @@ def _of_a_user() -> tuple[list[list[int]], list[int]]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_recursive.training.samples import encode_prompts
+    from megatron_recursive.training.samples import _end_ids, encode_prompts
 
-    words = {word: number for number, word in enumerate(["?", "user", "assistant", ":", "hello", "there"])}
+    words = {word: number for number, word in enumerate(["?", "user", "assistant", ":", "hello", "there", "<over>"])}
     inner = Tokenizer(models.WordLevel(words, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner)
-    fast.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}assistant :"
-    run = Namespace(generation_prompt=["hello there"], chat_data="prefix", seq_length=16, padded_vocab_size=6)
-    tokenizer = Namespace(_tokenizer=Namespace(tokenizer=fast))
-    return encode_prompts(run, tokenizer), [words[word] for word in "user : hello there assistant :".split()]
+    fast.add_tokens(["<over>"], special_tokens=True)
+    fast.chat_template = (
+        "{% for m in messages %}{{ m.role }} : {{ m.content }}<over> {% endfor %}"
+        "{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+    run = Namespace(generation_prompt=["hello there"], chat_data="prefix", seq_length=16, padded_vocab_size=7)
+    tokenizer = Namespace(_tokenizer=Namespace(tokenizer=fast), eod=0)
+    assert _end_ids(run, tokenizer) == [0, words["<over>"]]  # whatever stands behind it in the data
+    return encode_prompts(run, tokenizer), [words[word] for word in "user : hello there <over> assistant :".split()]
 
 
 def test_with_conversations_a_prompt_is_what_a_user_says() -> None:
