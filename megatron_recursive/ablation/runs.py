@@ -55,7 +55,8 @@ class PlannedRun:
         return final and {
             "arm": self.arm.name, "lr": self.rate, "seed": self.seed, "folder": str(self.folder),
             "command": shlex.join([PROGRAM, *self.words]), "iterations": self.iterations, "tokens": final.get("tokens"),
-            "commit": json.loads(saved.read_text())["commit"] if saved.is_file() else None, "FLOPs": self.flops,
+            "commit": json.loads(saved.read_text())["commit"] if saved.is_file() else None,
+            "FLOPs": final.get("FLOPs", self.flops),  # where steps differ, what they came to
             "seconds": final.get("elapsed"), "loss": final["lm loss"],
             "blocks": [*blocks_of(final).values()],
             "token cosine": final.get("token cosine"), "alarms": [r["alarm"] for r in run.of("alarm")],
@@ -143,9 +144,16 @@ def _flags(arm: Arm, rate: float, seed: int, iterations: int) -> list[str]:
 
 
 def facts_of(ablation: Ablation) -> dict[str, dict[str, Any]]:
-    """Arm -> what training says of it; a UserError names an arm whose flags it refuses."""
-    first = {arm.name: _flags(arm, arm.rates[0], ablation.seeds[0], ablation.iterations) for arm in ablation.arms}
-    asked = {arm.name: {"processes": arm.processes, "flags": first[arm.name]} for arm in ablation.arms}
+    """Arm -> what training says of it, at its own iterations; a UserError names an arm whose flags it refuses."""
+    facts = _described(ablation, {arm: ablation.iterations for arm in ablation.arms})
+    study = Study(ablation, facts)
+    others = {arm: count for arm in ablation.arms if (count := study.iterations(arm)) != ablation.iterations}
+    return facts | (_described(ablation, others) if others else {})  # what a step costs may go by iterations
+
+
+def _described(ablation: Ablation, iterations: Mapping[Arm, int]) -> dict[str, dict[str, Any]]:
+    asked = {arm.name: {"processes": arm.processes, "flags": _flags(arm, arm.rates[0], ablation.seeds[0], count)}
+             for arm, count in iterations.items()}  # fmt: skip
     said = subprocess.run(DESCRIBE, input=json.dumps(asked), capture_output=True, text=True)
     if said.returncode:
         raise RuntimeError(f"{DESCRIBE[-1]} failed:\n{said.stderr}")

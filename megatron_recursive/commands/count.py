@@ -49,8 +49,7 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
 
     model = asked.open_model(args)
     arch, steps = model.arch, asked.steps_as_it_is(model, knobs_in(vars(args)))
-    plan = steps.own_plan(steps.iterations)
-    served = plan.with_blocks(plan.depth * steps.config.num_supervision_steps)  # as it is evaluated and exported
+    plan, served = steps.own_plan(steps.iterations), steps.served_plan()
     args.gpus = args.gpus or args.tp * args.pp
     args.bf16 = args.bf16 or model.dtype == "bfloat16"
     asked.complete_job(args, model.values)

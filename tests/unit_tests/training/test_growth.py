@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_recursive.plots.runs import read_runs
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.unit_tests.training.runs import (
@@ -91,6 +92,8 @@ def test_two_stages_go_on_before_and_behind_the_growth(
             assert record[name] == pytest.approx(expected[step][name], rel=1e-5), (step, name)
     for ours, theirs in zip(said(tmp_path, "valid", start), said(grown(family), "valid", start), strict=True):
         assert ours["lm loss"] == pytest.approx(theirs["lm loss"], rel=1e-5)
+    (read,) = read_runs([tmp_path])
+    assert read.plan is not None and read.plan.depth == FAMILIES[family][3], "that of its last evaluation"
 
 
 @pytest.mark.grid
