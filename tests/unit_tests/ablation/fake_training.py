@@ -1,7 +1,7 @@
 """Stands in for both programs that an ablation starts: tells what an arm costs, and trains in no time.
 
-A run's held-out loss is lowest at --best-rate. From --cheap-until on a step costs twice as much. With --killed-once its first start ends by a signal on its way, with
---sleep it waits there; above --diverges-above it fails.
+A run's held-out loss is lowest at --best-rate. From --cheap-until on a step costs twice as much. With --killed-once its
+first start ends by a signal on its way, with --sleep it waits there; above --diverges-above it fails.
 """
 
 import argparse
