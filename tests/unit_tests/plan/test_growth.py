@@ -32,6 +32,12 @@ def test_it_becomes_the_model_of_the_other_depth(knobs: dict[str, Any], then: di
     assert mine.growth.config_after(154) is mine.config
 
 
+def test_it_grows_behind_the_fraction_that_was_written() -> None:
+    """The float 0.29 * 100 is below 29."""
+    grows = [Growth(RecursionConfig(grow_depth_at=f"{part}:4"), 100).at for part in (".29", "0.57", "0.58", "0.77")]
+    assert grows == [29, 57, 58, 77]
+
+
 def test_the_rate_rises_anew_over_its_iterations() -> None:
     growth = Growth(RecursionConfig(grow_depth_at=".5:4", grow_rewarm_iters=4), 20)
     assert [growth.rate_factor(step) for step in (0, 9, 10, 11, 13, 19)] == [1, 1, 0.25, 0.5, 1, 1]
