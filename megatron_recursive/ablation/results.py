@@ -46,11 +46,10 @@ def _arm(study: Study, arm: Arm) -> dict[str, Any]:
     losses, cosines = [r["loss"] for r in done], [r["token cosine"] for r in done if r["token cosine"] is not None]
     edges = {arm.rates[0]: "lower", arm.rates[-1]: "higher"} if len(arm.rates) > 1 else {}
     read = statistics.fmean(r["tokens"] for r in done) if done else iterations * facts["tokens read per iteration"]
-    spent = statistics.fmean(r["FLOPs"] for r in done) if done else study.run(arm, arm.rates[0], 0).flops
     return {
         "arm": arm.name,
         **{key: facts[key] for key in ("plain", "layers", "width", "passes", "parameters held", "stacks")},
-        "iterations": iterations, "tokens": round(read), "FLOPs": spent,
+        "iterations": iterations, "tokens": round(read), "FLOPs": study.run(arm, arm.rates[0], 0).flops,
         "lr": rate, "edge": f"best at the edge: add a {edges[rate]} rate" if rate in edges else None,
         "by lr": {f"{run.rate:g}": study.results[run]["loss"] for run in study.grid(arm) if run in study.results},
         "losses": losses, "mean": statistics.fmean(losses) if losses else None,

@@ -55,8 +55,7 @@ class PlannedRun:
         return final and {
             "arm": self.arm.name, "lr": self.rate, "seed": self.seed, "folder": str(self.folder),
             "command": shlex.join([PROGRAM, *self.words]), "iterations": self.iterations, "tokens": final.get("tokens"),
-            "commit": json.loads(saved.read_text())["commit"] if saved.is_file() else None,
-            "FLOPs": final.get("FLOPs", self.flops),  # where steps differ, what they came to
+            "commit": json.loads(saved.read_text())["commit"] if saved.is_file() else None, "FLOPs": self.flops,
             "seconds": final.get("elapsed"), "loss": final["lm loss"],
             "blocks": [*blocks_of(final).values()],
             "token cosine": final.get("token cosine"), "alarms": [r["alarm"] for r in run.of("alarm")],

@@ -27,8 +27,6 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.training.describe import describe
 from tests.distributed import REPOSITORY, _is_running, run_distributed
-from tests.unit_tests.plots.records import start, train, valid
-from tests.unit_tests.plots.records import write as write_records
 
 FAKE = str(Path(__file__).with_name("fake_training.py"))
 CONFIG = """
@@ -76,6 +74,10 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
     ("--eval-iters 5", "--seed=5", "flags must not hold --seed, which follows from seeds"),
     ("--blocks 3", "--blocks '3", "No closing quotation"),
     ("--blocks 3", "--nproc-per-node x", "--nproc-per-node: invalid int value"),
+    ("own layers: --num-layers=2", "own: --x\n  own: --y", ".yaml:6: own stands there twice"),
+    ("seeds: [3, 1]", "seeds: [3, 1]\noutput: 3", "output must be a folder's name, but is 3"),
+    ("iterations: 10", "iterations: [10, 20]", "iterations must be one number, but are [10, 20]"),
+    ("--blocks 3", "--nproc-per-node 0", "arms.recursion, deep: --nproc-per-node must be at least 1, but is 0"),
     ("arms:", "arms: [", ".yaml:5: expected ','"),
     (CONFIG, "- 3", "it must hold keys and values"),
     ("--eval-iters 5", "--eval-iters=0", "arms.recursion, deep: give --eval-iters"),
@@ -139,16 +141,6 @@ def test_an_arm_whose_cost_goes_by_iterations_is_counted_at_its_own(
     late = read_config(write(tmp_path, text.replace("--cheap-until 100", "--cheap-until 999 --num-layers 4")), "out")
     with pytest.raises(UserError, match="arms.recursion, deep: --cheap-until ends behind"):
         runs.facts_of(late)
-
-
-def test_flops_of_a_run_are_those_that_it_has_counted(tmp_path: Path) -> None:
-    """Of drawn depths each seed has its own."""
-    study = study_of(tmp_path)
-    run = study.grid(study.ablation.arms[0])[0]
-    for counted, expected in (({"FLOPs": 4e6}, 4e6), ({}, run.flops)):
-        write_records(run.folder / "metrics.jsonl", start(), train(1, 5.0), valid(run.iterations, 3.0, **counted))
-        result = run.result()
-        assert result is not None and result["FLOPs"] == expected
 
 
 def test_the_rate_is_chosen_when_the_grid_has_ended_by_itself(tmp_path: Path) -> None:
