@@ -103,6 +103,9 @@ def _load(
         if plans.growth.at is not None:
             for model in unwrap_model(given["ddp_model"]):
                 model.plan = plans.own_plan(iteration)
+            if scheduler is not None:
+                scheduler.begun = iteration
+                scheduler.step(0)
         return iteration, flops
     except (Exception, CheckpointException) as error:
         if folder is None:

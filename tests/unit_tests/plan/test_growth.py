@@ -32,6 +32,12 @@ def test_it_becomes_the_model_of_the_other_depth(knobs: dict[str, Any], then: di
     assert mine.growth.config_after(154) is mine.config
 
 
+def test_supervision_steps_of_a_grown_model_run_in_a_row() -> None:
+    mine = plans(num_refinement_blocks=2, num_supervision_steps=3, grow_depth_at="0.5:4", iterations=100)
+    assert mine.served_plan().depth == 12 and mine.served_plan(50).depth == 6 and mine.own_plan(50).depth == 2
+    assert "exported at 3 times that of its last step" in mine.describe()
+
+
 def test_it_grows_behind_the_fraction_that_was_written() -> None:
     """The float 0.29 * 100 is below 29."""
     grows = [Growth(RecursionConfig(grow_depth_at=f"{part}:4"), 100).at for part in (".29", "0.57", "0.58", "0.77")]

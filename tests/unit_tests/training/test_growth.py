@@ -130,6 +130,15 @@ def test_the_learning_rate_may_rise_anew(tmp_path: Path) -> None:
     assert rates == pytest.approx(expected)  # --lr-warmup-iters 1, --lr-decay-iters 9
 
 
+def test_it_rises_behind_the_growth_where_the_schedule_has_begun_anew(tmp_path: Path) -> None:
+    """Growth goes by iterations, of which --no-load-optim loses none, though Megatron's schedule then starts at 0."""
+    how = ["--grow-rewarm-iters", "3"]
+    assert run(tmp_path, "looped", *how, "--exit-interval", "2") is None
+    assert run(tmp_path, "looped", *how, "--no-load-optim", "--lr-decay-style", "constant") is None
+    rates = {step: record["learning rate"] for step, record in metrics_of(tmp_path).items() if step > 2}
+    assert rates == pytest.approx({3: 1e-2, 4: 1e-2 / 3, 5: 2e-2 / 3, 6: 1e-2, 7: 1e-2, 8: 1e-2})
+
+
 LLAMA = ["--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "rope"]
 CHAINS = {  # plans whose passes are a chain of layers
     "looped": ["--recursion-family", "looped", "--state-norm", "none", "--halt-loss-weight", "0",
