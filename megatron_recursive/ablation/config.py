@@ -60,8 +60,16 @@ def read_config(file: str | Path, output: str | None = None) -> Ablation:
     """The ablation of a file. A UserError says what cannot be read or is wrong."""
     import yaml
 
+    class Loader(yaml.SafeLoader):  # which keeps the last of two keys that are one
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            for at, (key, _) in enumerate(node.value):
+                if key.value in keys[:at]:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        return _read(yaml.safe_load(Path(file).read_text(encoding="utf-8")), output)
+        return _read(yaml.load(Path(file).read_text(encoding="utf-8"), Loader), output)
     except OSError as error:
         raise UserError(f"Cannot read {file} ({error.strerror}); name an ablation's YAML file.") from error
     except (yaml.YAMLError, ValueError, UserError) as error:
@@ -72,6 +80,8 @@ def read_config(file: str | Path, output: str | None = None) -> Ablation:
 
 def _read(values: Any, output: str | None) -> Ablation:
     _check_keys(values, ("flags", "equal", *NEEDED), "")
+    if not isinstance(values.get("output", ""), str):
+        raise UserError(f"output must be a folder's name, but is {values['output']}")
     values["output"] = output or values.get("output")
     for key in NEEDED:
         if not values.get(key):
@@ -82,8 +92,10 @@ def _read(values: Any, output: str | None) -> Ablation:
     kind, reference = next(iter(equal.items())) if isinstance(equal, dict) and equal else (equal, arms[0].name)
     _check_keys({str(kind): None}, ("tokens", "flops"), "equal: ")
     _check_keys({str(reference): None}, [arm.name for arm in arms], f"equal: {kind}: ")
-    seeds, (iterations, *_) = (_numbers(values[key], key, int) for key in ("seeds", "iterations"))
-    return Ablation(Path(values["output"]), arms, seeds, iterations, kind, str(reference))
+    seeds, iterations = (_numbers(values[key], key, int) for key in ("seeds", "iterations"))
+    if len(iterations) > 1:
+        raise UserError(f"iterations must be one number, but are {values['iterations']}")
+    return Ablation(Path(values["output"]), arms, seeds, iterations[0], kind, str(reference))
 
 
 def _arm(name: str, given: Any, common: dict[str, Any]) -> Arm:
@@ -94,6 +106,8 @@ def _arm(name: str, given: Any, common: dict[str, Any]) -> Arm:
     launcher = CommandParser(lambda _: None, add_help=False)
     launcher.add_argument("--nproc-per-node", type=int, default=1)
     known, flags = launcher.parse_known_args([*_words(common.get("flags"), "flags"), *_words(given, f"arms.{name}")])
+    if known.nproc_per_node < 1:
+        raise UserError(f"arms.{name}: --nproc-per-node must be at least 1, but is {known.nproc_per_node}")
     return Arm(name, tuple(flags), tuple(sorted(_numbers(rates, "learning_rates", float))), known.nproc_per_node)
 
 

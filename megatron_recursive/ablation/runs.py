@@ -143,9 +143,16 @@ def _flags(arm: Arm, rate: float, seed: int, iterations: int) -> list[str]:
 
 
 def facts_of(ablation: Ablation) -> dict[str, dict[str, Any]]:
-    """Arm -> what training says of it; a UserError names an arm whose flags it refuses."""
-    first = {arm.name: _flags(arm, arm.rates[0], ablation.seeds[0], ablation.iterations) for arm in ablation.arms}
-    asked = {arm.name: {"processes": arm.processes, "flags": first[arm.name]} for arm in ablation.arms}
+    """Arm -> what training says of it, at its own iterations; a UserError names an arm whose flags it refuses."""
+    facts = _described(ablation, {arm: ablation.iterations for arm in ablation.arms})
+    study = Study(ablation, facts)
+    others = {arm: count for arm in ablation.arms if (count := study.iterations(arm)) != ablation.iterations}
+    return facts | (_described(ablation, others) if others else {})  # what a step costs may go by iterations
+
+
+def _described(ablation: Ablation, iterations: Mapping[Arm, int]) -> dict[str, dict[str, Any]]:
+    asked = {arm.name: {"processes": arm.processes, "flags": _flags(arm, arm.rates[0], ablation.seeds[0], count)}
+             for arm, count in iterations.items()}  # fmt: skip
     said = subprocess.run(DESCRIBE, input=json.dumps(asked), capture_output=True, text=True)
     if said.returncode:
         raise RuntimeError(f"{DESCRIBE[-1]} failed:\n{said.stderr}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_recursive.accounting.params import ModelShape
 from megatron_recursive.plan import RecursionPlan
@@ -14,11 +14,13 @@ from megatron_recursive.plan.added_parameters import combining_flops
 class FlopsPerToken:
     """Floating-point operations per token of one training step (a multiply-add counts 2).
 
-    A backward pass costs twice its forward pass; recomputation is not counted, as in Megatron. ``teacher``: the forward
-    of one that a model is distilled from.
+    A backward pass costs twice its forward pass, and through frozen weights, which have no gradient, once;
+    recomputation is not counted, as in Megatron. ``graded_forward``: of the passes with gradient. ``teacher``: the
+    forward of one that a model is distilled from.
     """
 
     passes_forward: float
+    graded_forward: float
     passes_backward: float
     head_forward: float
     head_backward: float
@@ -39,12 +41,12 @@ class FlopsPerToken:
     @property
     def grad_free_passes(self) -> float:
         """Of passes without gradient: 2 N for their N parameters, and their attention."""
-        return self.passes_forward - self.passes_backward / 2
+        return self.passes_forward - self.graded_forward
 
     @property
     def graded_passes(self) -> float:
         """Of passes with gradient: 6 N, and their attention."""
-        return 1.5 * self.passes_backward
+        return self.graded_forward + self.passes_backward
 
 
 def layer_forward_flops(shape: ModelShape, *, causal: bool = True) -> float:
@@ -66,31 +68,38 @@ def inference_flops(shape: ModelShape, plan: RecursionPlan) -> float:
     return flops_per_token(shape, plan).passes_forward + vocabulary_flops(shape)
 
 
-def flops_per_token(shape: ModelShape, plan: RecursionPlan, *, causal: bool = True) -> FlopsPerToken:
+def flops_per_token(
+    shape: ModelShape, plan: RecursionPlan, *, causal: bool = True, frozen: bool = False
+) -> FlopsPerToken:
     """FLOPs per token of a training step under a plan, at the shape's sequence length.
 
     The vocabulary projection runs after every block whose output is supervised or teaches the halting head;
-    it has a backward pass where the language-model loss is taken.
+    it has a backward pass where the language-model loss is taken. ``frozen``: what is trained are adapters beside the
+    weights (LoRA), which are not counted.
     """
     layer = layer_forward_flops(shape, causal=causal)
+    weights = layer_forward_flops(replace(shape, seq_length=0))
     layers = {p: count for p, (count,) in zip(plan.passes, plan.layers_by_pass([shape.num_layers]), strict=True)}
     vocabulary = vocabulary_flops(shape)
     projected = sum(map(plan.is_projected, plan.passes))
     supervised = sum(p.supervised_weight > 0 for p in plan.passes)
     cost = {p: count * layer + combining_flops(p, shape.hidden_size) for p, count in layers.items()}
+    graded = sum(cost[p] for p in plan.grad_passes)
+    of_weights = graded - sum(layers[p] * (layer - weights) for p in plan.grad_passes)
     return FlopsPerToken(
         passes_forward=sum(cost.values()),
-        passes_backward=2 * sum(cost[p] for p in plan.grad_passes),
+        graded_forward=graded,
+        passes_backward=2 * graded - frozen * of_weights,
         head_forward=projected * vocabulary,
-        head_backward=2 * supervised * vocabulary,
+        head_backward=(1 if frozen else 2) * supervised * vocabulary,
     )
 
 
 def mean_flops_per_token(
-    shape: ModelShape, plans: Mapping[RecursionPlan, float], teacher: float = 0.0
+    shape: ModelShape, plans: Mapping[RecursionPlan, float], teacher: float = 0.0, *, frozen: bool = False
 ) -> FlopsPerToken:
     """Over training steps of several plans, with how many there are of each; ``teacher``: FLOPs of its forward."""
-    counted = [(flops_per_token(shape, plan), number) for plan, number in plans.items()]
+    counted = [(flops_per_token(shape, plan, frozen=frozen), number) for plan, number in plans.items()]
     steps = sum(plans.values())
     means = {f.name: sum(getattr(x, f.name) * number for x, number in counted) / steps for f in fields(FlopsPerToken)}
     return FlopsPerToken(**{**means, "teacher": teacher})

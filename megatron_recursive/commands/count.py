@@ -49,8 +49,7 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
 
     model = asked.open_model(args)
     arch, steps = model.arch, asked.steps_as_it_is(model, knobs_in(vars(args)))
-    plan = steps.own_plan(steps.iterations)
-    served = plan.with_blocks(plan.depth * steps.config.num_supervision_steps)  # as it is evaluated and exported
+    plan, served = steps.own_plan(steps.iterations), steps.served_plan()
     args.gpus = args.gpus or args.tp * args.pp
     args.bf16 = args.bf16 or model.dtype == "bfloat16"
     asked.complete_job(args, model.values)
@@ -68,7 +67,8 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
             "passes": plan.num_passes, "passes_with_gradient": len(plan.grad_passes), "dtype": model.dtype,
             "steps": steps.describe(), "plan": json.loads(plan.to_json()),
         },
-        "parameters": parameters_of(shape, plan), "flops_per_token": flops_of(shape, steps.counts(), served),
+        "parameters": parameters_of(shape, plan),
+        "flops_per_token": flops_of(shape, steps.counts(), served, frozen=bool(model.values.get("lora_rank"))),
         "cache_bytes_per_token": cache,
         "memory": {
             **{name: getattr(found, name) for name in ("tensor", "pipeline", "data", "micro_batches")},
@@ -89,23 +89,26 @@ def parameters_of(shape: ModelShape, plan: RecursionPlan) -> dict[str, dict[str,
     }  # fmt: skip
 
 
-def flops_of(shape: ModelShape, plans: Mapping[RecursionPlan, float], plan: RecursionPlan) -> dict[str, Any]:
+def flops_of(
+    shape: ModelShape, plans: Mapping[RecursionPlan, float], plan: RecursionPlan, *, frozen: bool
+) -> dict[str, Any]:
     """Of a training step, the mean over those of a run by their plans; and of inference at the model's own.
 
     ``attention``: of these, what grows with the sequence: the scores, of which the causal half is counted.
     """
-    flops, flat = mean_flops_per_token(shape, plans), mean_flops_per_token(replace(shape, seq_length=0), plans)
+    flops, flat = (mean_flops_per_token(replace(shape, seq_length=length), plans, frozen=frozen)
+                   for length in (shape.seq_length, 0))  # fmt: skip
     columns = ("forward", "backward", "attention")
     parts = {
         "grad_free_passes": (flops.grad_free_passes, 0.0, flops.grad_free_passes - flat.grad_free_passes),
-        "graded_passes": (flops.passes_backward / 2, flops.passes_backward, flops.graded_passes - flat.graded_passes),
+        "graded_passes": (flops.graded_forward, flops.passes_backward, flops.graded_passes - flat.graded_passes),
         "vocabulary": (flops.head_forward, flops.head_backward, 0.0),
         "total": (flops.forward, flops.backward, flops.total - flat.total),
     }
     plain = RecursionPlan.plain()
     return {
         **{part: dict(zip(columns, values, strict=True)) for part, values in parts.items()},
-        "training": flops.total, "plain_training": accounting.flops_per_token(shape, plain).total,
+        "training": flops.total, "plain_training": accounting.flops_per_token(shape, plain, frozen=frozen).total,
         "inference": accounting.inference_flops(shape, plan),
         "plain_inference": accounting.inference_flops(shape, plain),
     }  # fmt: skip

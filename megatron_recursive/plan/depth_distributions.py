@@ -64,7 +64,7 @@ def depth_at(probabilities: tuple[float, ...], place: float) -> int:
 def grown(value: float, shape: str, part: float) -> float:
     """What a curriculum has come to after a part of its length: whole numbers from 1 up to a value."""
     reached = min(part, 1.0) if shape == "linear" else 1.0 - math.sqrt(1.0 - min(part, 1.0))
-    return min(value, max(1, math.ceil(value * reached)))
+    return min(value, max(1, math.ceil(value * reached - 1e-9)))  # 25 * 0.28 is a float above 7
 
 
 def check_depths(config: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from fractions import Fraction
 from typing import Any
 
 from megatron_recursive.errors import UserError
@@ -37,9 +38,9 @@ def check_growth(config: Any) -> None:
             raise UserError(f"{given} and {flag_of(name)} both set the depth of steps; leave one of them out.")
 
 
-def _growth(config: Any) -> tuple[float, int]:
+def _growth(config: Any) -> tuple[Fraction, int]:
     fraction, depth = str(config.grow_depth_at).split(":")
-    return float(fraction), int(depth)
+    return Fraction(fraction), int(depth)  # as it is written: the float 0.29 * 100 is below 29
 
 
 class Growth:

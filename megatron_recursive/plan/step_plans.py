@@ -62,12 +62,20 @@ class StepPlans:
         )
 
     def own_plan(self, trained: int) -> RecursionPlan:
-        """The plan of the model that has been trained for so many iterations: what it is evaluated and exported at."""
+        """The plan of the model that has been trained for so many iterations: of one of its supervision steps."""
         config = self.growth.config_after(trained)
         if config is self.config:
             return self.plan
         plan = self._grown(config)
         return plan.heads_only() if self.plan.trains_heads_only else plan
+
+    def served_plan(self, trained: int | None = None) -> RecursionPlan:
+        """As :meth:`own_plan` (None: of the whole run), the supervision steps of a batch in a row: what evaluations and
+        exports run.
+        """
+        plan = self.own_plan(self.iterations if trained is None else trained)
+        steps = self.config.num_supervision_steps
+        return plan if steps == 1 else plan.with_blocks(plan.depth * steps)
 
     def plan_at(self, iteration: int) -> RecursionPlan:
         """The plan of a training step, counted from 0 (as Megatron's ``curr_iteration``)."""
@@ -124,8 +132,10 @@ class StepPlans:
         if not self._depth_changes:
             return "".join(ramp)
         if self.growth.at is not None:
+            steps = self.config.num_supervision_steps
             grows = (f"depth of a training step: {self.plan.depth}, behind iteration {self.growth.at} "
-                     f"{self.growth.depth}; evaluated and exported at that of its last step")  # fmt: skip
+                     f"{self.growth.depth}; evaluated and exported at {f'{steps} times ' * (steps > 1)}that of its last "
+                     "step")  # fmt: skip
             return " | ".join([grows, *ramp])
         config, mean, cap = self.config, f"mean {self.expected_depth():.4g}", self.cap
         said = {"fixed": f"{self.mean:g}", "uniform": f"uniform, {mean}, at most {cap}",

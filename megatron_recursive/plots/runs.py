@@ -40,7 +40,12 @@ class Run:
 
     @property
     def plan(self) -> RecursionPlan | None:
-        return RecursionPlan.from_json(self.about["plan"]) if "plan" in self.about else None
+        """At the depth of its last evaluation, which growth and supervision steps change."""
+        if "plan" not in self.about:
+            return None
+        plan = RecursionPlan.from_json(self.about["plan"])
+        depths = [r["recurrence"] for r in self.of("held-out") if "recurrence" in r]
+        return plan.with_blocks(depths[-1]) if depths else plan
 
 
 def read_runs(given: Sequence[str | Path]) -> list[Run]:

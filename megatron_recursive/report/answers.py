@@ -23,8 +23,11 @@ def losses_by_depth(subject: Subject) -> tuple[list[dict[str, Any]], dict[str, A
     """Depths with their loss, which of them is the trained one, and where they are from."""
     figures, swept = subject.figures, subject.found.get("sweep")
     losses = figures.get("depths") or dict(enumerate(figures.get("blocks", ()), start=1))
-    rows = [{"depth": int(depth), "loss": loss} for depth, loss in losses.items()]
     trained = subject.plan.depth if subject.plan else len(figures.get("blocks", ()))
+    by_depth = {int(depth): loss for depth, loss in losses.items()}
+    if by_depth and figures.get("held out") is not None:
+        by_depth.setdefault(trained, figures["held out"])
+    rows = [{"depth": depth, "loss": by_depth[depth]} for depth in sorted(by_depth)]
     source = "the last held-out evaluation of the training"
     if swept:
         text = swept["text"] if isinstance(swept["text"], str) else " ".join(swept["text"])

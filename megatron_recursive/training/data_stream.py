@@ -101,7 +101,9 @@ def samples_of_run(args: argparse.Namespace, config: GPTDatasetConfig) -> Stream
             raise UserError(f"--data-stream: the tokenizer {stored.name} has no end-of-document token; set one.")
         stream = TokenStream(args.data_stream, stored, args.data_stream_key, args.seed)
     first, token, position = args.consumed_train_samples, 0, args.data_stream_position
-    if position is not None and position["stream"] == stream.identity and position["sample"] <= first:
+    # Of carried steps a batch that was under way is read again.
+    read = -1 if position is None or position["stream"] != stream.identity else position["sample"]
+    if 0 <= read < first + args.global_batch_size:
         token = position["token"] + (first - position["sample"]) * position["seq_length"]
         stream.go_on_from(tuple(position["mark"]))
     elif first and args.rank == 0:

@@ -41,12 +41,12 @@ def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
                     "tokens read per iteration":
                     args.global_batch_size * args.seq_length / recursion.num_supervision_steps}  # fmt: skip
             config = model_config_from_args(args, recursion)
-            plan, shape = config.plan, model_shape(config, args.seq_length)
+            plan, shape = config.step_plans(args).served_plan(), model_shape(config, args.seq_length)
             stacks = {n: (held, run // held) for n, (held, run) in parameters_by_stack(shape, plan).items() if held}
             if plan.maps:  # what joins state and input
                 size = sum(each.size(shape.hidden_size) for word in plan.maps for each in COMBINING[word])
                 stacks["injection"] = size, sum(each.combine in plan.maps for each in plan.passes)
-            facts[name] = run_description(args, config) | more | {"stacks": stacks}
+            facts[name] = run_description(args, config) | more | {"stacks": stacks, "passes": plan.num_passes}
             facts[name]["plain"] = not recursion.enable_recursive_refinement
         except UserError as error:
             facts[name] = {"error": str(error)}

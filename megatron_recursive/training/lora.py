@@ -56,8 +56,15 @@ def refuse_lora(args: argparse.Namespace) -> None:
                         "give --transformer-impl local without --spec.")  # fmt: skip
     if args.train_only is not None:
         raise UserError(f"--lora-rank and --train-only {args.train_only} each train weights alone; leave one out.")
+    for name in ("adapter_lr_factor", "head_lr_factor"):
+        if getattr(args, name) != 1:
+            raise UserError(f"{flag_of(name)} {getattr(args, name):g} says nothing beside --lora-rank, which freezes "
+                            "what a recursion adds; leave it out.")  # fmt: skip
     if not args.lora_per_pass:
         return
+    if args.throttle:
+        raise UserError("--throttle divides by the passes that share weights, but with --lora-per-pass each pass has "
+                        "its own; leave either out.")  # fmt: skip
     if not args.enable_recursive_refinement:
         raise UserError("--lora-per-pass needs a recursion, since a plain model has one pass; leave it out.")
     for name, fixed in CHANGES_PASSES.items():

@@ -95,6 +95,8 @@ class MetricsLog:
             if metrics and run.rank == run.world_size - 1:
                 record = {"kind": kind, "iteration": iteration, "time": time.time(),
                           "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
+                if (served := self.plans.served_plan(iteration)) is not self.plans.plan:
+                    record["recurrence"] = served.depth
                 if self._counts_flops and hasattr(run, "flops_spent"):
                     record["FLOPs"] = run.flops_spent
                 if len(sets) > 1:

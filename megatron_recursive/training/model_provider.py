@@ -181,4 +181,5 @@ def training_flops(
 ) -> FlopsPerToken:
     """Per token, the mean over training steps of these plans, with how many there are of each."""
     teacher = 0.0 if config.distillation is None else config.distillation.costs(seq_length)[1]
-    return mean_flops_per_token(model_shape(config, seq_length), plans, teacher)
+    transformer: Any = config.transformer
+    return mean_flops_per_token(model_shape(config, seq_length), plans, teacher, frozen=transformer.lora is not None)

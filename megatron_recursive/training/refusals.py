@@ -229,8 +229,6 @@ def _refuse_batches(args: argparse.Namespace, step: int) -> None:
         raise UserError(f"{given} and --global-batch-size exclude each other; give either.")
     if args.train_samples is None:
         raise UserError(f"{given} needs --train-samples, since iterations take more and more samples; give their sum.")
-    if args.grow_rewarm_iters:
-        raise UserError(f"{given} changes what an iteration takes, which --grow-rewarm-iters counts; leave it out.")
     odd = [batch for batch in scheduled_batches(args) if batch % step or not batch]
     if odd:
         raise UserError(

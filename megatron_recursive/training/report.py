@@ -59,7 +59,7 @@ def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) 
         return ""
     size = f"{carried_bytes(args, config) / 1e6:,.1f} MB"
     until = ", or until a sample halts" if config.recursion.carry_halted else ""
-    passes = config.plan.with_blocks(steps * config.plan.depth).num_passes
+    passes = config.step_plans(args).served_plan().num_passes
     return (
         f"\nsupervision: {steps} steps on each batch{until}, on carried states ({', '.join(names)}: {size} "
         f"on a rank of the first stage); an evaluation runs them in a row, {passes} passes"

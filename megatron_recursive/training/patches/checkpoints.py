@@ -95,13 +95,18 @@ def _load(
             groups_of_the_checkpoint({} if from_plain_gpt else common, optimizer, scheduler, run),
             read_where_stored(averages, stored=bool(common) and vars(common["args"]).get("ema_decay") is not None),
         ):
-            iteration, *more = call()
+            iteration, flops = call()
+            if run.finetune or from_plain_gpt:
+                flops = 0  # which Megatron 0.19 takes over, other than iteration and samples
             if getattr(run, DONOR, None) in NO_VALUE_BIAS and run.add_qkv_bias:
                 hold_value_biases(given["ddp_model"])
         if plans.growth.at is not None:
             for model in unwrap_model(given["ddp_model"]):
                 model.plan = plans.own_plan(iteration)
-        return (iteration, *more)
+            if scheduler is not None:
+                scheduler.begun = iteration
+                scheduler.step(0)
+        return iteration, flops
     except (Exception, CheckpointException) as error:
         if folder is None:
             raise

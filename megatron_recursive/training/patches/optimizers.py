@@ -44,9 +44,10 @@ def install(args: argparse.Namespace, growth: Growth) -> list[WeightAverage]:
     def schedule(call: Callable[[], Any], given: dict[str, Any]) -> Any:
         scheduler = call()
         scheduled = scheduler.get_lr
+        scheduler.begun = 0  # iterations, of the checkpoint that is read
 
-        def rate(group: dict[str, Any]) -> float:  # the scheduler counts samples
-            factor: float = growth.rate_factor(scheduler.num_steps // args.global_batch_size)
+        def rate(group: dict[str, Any]) -> float:  # of the next iteration; the scheduler counts samples, and not all
+            factor: float = growth.rate_factor(getattr(args, "curr_iteration", scheduler.begun - 1) + 1)
             return factor * scheduled(group)
 
         if growth.config.grow_rewarm_iters:

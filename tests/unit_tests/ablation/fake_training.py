@@ -1,7 +1,7 @@
 """Stands in for both programs that an ablation starts: tells what an arm costs, and trains in no time.
 
-A run's held-out loss is lowest at --best-rate. With --killed-once its first start ends by a signal on its way, with
---sleep it waits there; above --diverges-above it fails.
+A run's held-out loss is lowest at --best-rate. From --cheap-until on a step costs twice as much. With --killed-once its
+first start ends by a signal on its way, with --sleep it waits there; above --diverges-above it fails.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from tests.unit_tests.plots.records import start, train, valid
 parser = argparse.ArgumentParser()
 for flag, kind in (("--lr", float), ("--seed", int), ("--train-iters", int), ("--save", Path), ("--num-layers", int),
                    ("--best-rate", float), ("--diverges-above", float), ("--blocks", int),
-                   ("--hidden-size", int)):  # fmt: skip
+                   ("--hidden-size", int), ("--cheap-until", int)):  # fmt: skip
     parser.add_argument(flag, type=kind)
 parser.add_argument("--killed-once", action="store_true")
 parser.add_argument("--sleep", action="store_true")
@@ -27,10 +27,12 @@ def facts(flags: list[str]) -> dict:
     args, _ = parser.parse_known_args(flags)
     if args.num_layers is None:
         return {"error": "--num-layers missing."}
-    blocks = args.blocks or 0
+    if args.cheap_until and args.cheap_until > args.train_iters:
+        return {"error": "--cheap-until ends behind the training."}
+    blocks, dear = args.blocks or 0, 2 - args.cheap_until / args.train_iters if args.cheap_until else 1
     return {
         "tokens per iteration": 64, "tokens read per iteration": 64,
-        "FLOPs per token": 1e3 * args.num_layers * (blocks * 3 or 1), "passes": 9,
+        "FLOPs per token": 1e3 * args.num_layers * (blocks * 3 or 1) * dear, "passes": 9,
         "plain": not blocks, "layers": args.num_layers, "width": args.hidden_size or 8, "parameters held": 99,
         "stacks": {"core": (90, blocks or 1)},
         "evaluation iterations": 0 if "--eval-iters=0" in flags else 5,

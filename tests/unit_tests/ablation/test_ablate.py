@@ -23,6 +23,7 @@ from megatron_recursive.ablation.config import SCHEMA, read_config
 from megatron_recursive.ablation.runs import Study
 from megatron_recursive.accounting import ModelShape, count_parameters, flops_per_token
 from megatron_recursive.commands import main
+from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.training.describe import describe
 from tests.distributed import REPOSITORY, _is_running, run_distributed
@@ -73,6 +74,10 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
     ("--eval-iters 5", "--seed=5", "flags must not hold --seed, which follows from seeds"),
     ("--blocks 3", "--blocks '3", "No closing quotation"),
     ("--blocks 3", "--nproc-per-node x", "--nproc-per-node: invalid int value"),
+    ("own layers: --num-layers=2", "own: --x\n  own: --y", ".yaml:6: own stands there twice"),
+    ("seeds: [3, 1]", "seeds: [3, 1]\noutput: 3", "output must be a folder's name, but is 3"),
+    ("iterations: 10", "iterations: [10, 20]", "iterations must be one number, but are [10, 20]"),
+    ("--blocks 3", "--nproc-per-node 0", "arms.recursion, deep: --nproc-per-node must be at least 1, but is 0"),
     ("arms:", "arms: [", ".yaml:5: expected ','"),
     (CONFIG, "- 3", "it must hold keys and values"),
     ("--eval-iters 5", "--eval-iters=0", "arms.recursion, deep: give --eval-iters"),
@@ -120,6 +125,22 @@ def test_all_arms_spend_what_the_reference_spends(equal: str, expected: tuple[in
     if "flops" in equal:
         assert first.flops == pytest.approx(second.flops, rel=1e-3)
     assert f"--train-iters {expected[0]} " in " ".join(first.words)
+
+
+def test_an_arm_whose_cost_goes_by_iterations_is_counted_at_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(runs, "DESCRIBE", [sys.executable, FAKE])
+    text = CONFIG.replace("--blocks 3", "--cheap-until 100")
+    text = text.replace("iterations: 10", "iterations: 1000\nequal: {flops: own layers}")
+    ablation = read_config(write(tmp_path, text), "out")
+    study = Study(ablation, runs.facts_of(ablation))
+    first, second = (study.grid(arm)[0] for arm in ablation.arms)
+    assert first.iterations == pytest.approx(550, rel=0.01) and first.flops == pytest.approx(second.flops, rel=0.01)
+    late = read_config(write(tmp_path, text.replace("--cheap-until 100", "--cheap-until 999 --num-layers 4")), "out")
+    with pytest.raises(UserError, match="arms.recursion, deep: --cheap-until ends behind"):
+        runs.facts_of(late)
 
 
 def test_the_rate_is_chosen_when_the_grid_has_ended_by_itself(tmp_path: Path) -> None:
@@ -351,6 +372,7 @@ def test_what_training_says_of_an_arm() -> None:
     core = ["--num-refinement-blocks", "2", "--num-latent-refinements", "1"]
     flags = {"core": core, "wrong": ["--hidden-size", "33"], "off": ["--disable-recursive-refinement"]}
     flags["carried"] = [*core, "--num-supervision-steps", "4"]
+    flags["grown"] = [*core, "--grow-depth-at", "0.5:3"]
     flags["loops"] = [*"--recursion-family recurrent --num-layers 3 --num-coda-layers 1 --num-recurrences 4".split(),
                       "--injection", "concat"]  # fmt: skip
     asked = {name: {"processes": 2, "flags": [*common, *each]} for name, each in flags.items()}
@@ -367,6 +389,8 @@ def test_what_training_says_of_an_arm() -> None:
     assert layer == count_parameters(shape, plan).layers and facts["core"]["stacks"] == {"core": (layer, 4)}
     stacks = {"core": (2 * layer, 4), "coda": (layer, 1), "injection": (2 * 32 * 32, 4)}
     assert facts["loops"]["stacks"] == stacks, "what phi counts"
+    assert [facts[name]["passes"] for name in ("carried", "grown")] == [16, 6], "of what the held-out loss is of"
+    assert facts["grown"]["stacks"] == {"core": (layer, 6)}
     assert list(facts["wrong"]) == ["error"] and "33" in facts["wrong"]["error"]
 
 

@@ -25,6 +25,7 @@ CASES: dict[str, Case] = {
     "full": Case(recursion=FULL),
     "halting-last": Case(recursion={"halt_supervision": "last", "num_refinement_blocks": 3}),
     "no-halting": Case(recursion={"halt_loss_weight": 0.0}),
+    "frozen": Case(FULL, None, LLAMA_LIKE.transformer, LLAMA_LIKE.model),
     "disabled": OPTIONS["disabled"],
     "llama-like-detach": LLAMA_LIKE,
     "llama-like-full": Case(FULL, None, LLAMA_LIKE.transformer, LLAMA_LIKE.model),
@@ -51,6 +52,9 @@ def counted_by_torch() -> dict[str, tuple[int, int, int]]:
     counts = {}
     for name, case in CASES.items():
         model, batch = build_model(case), make_batches(case, 0)[0]
+        if name == "frozen":  # what low-rank adapters leave of a backward: gradients of inputs
+            model.requires_grad_(False)
+            model.embedding.requires_grad_(True)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             grad_free = [0]
 
@@ -81,7 +85,8 @@ def counted() -> dict[str, tuple[int, int, int]]:
 def test_flops_of_a_step(name: str) -> None:
     """1%: the halting head (2 H of a token's FLOPs) and the rotary tables are not counted."""
     case, tokens = CASES[name], MICRO_BATCH * SEQ
-    flops = flops_per_token(shape_of(case), build_plan(case.resolved_recursion()), causal=False)
+    plan, frozen = build_plan(case.resolved_recursion()), name == "frozen"
+    flops = flops_per_token(shape_of(case), plan, causal=False, frozen=frozen)
     forward, total, grad_free = counted()[name]
     assert flops.forward == pytest.approx(forward / tokens, rel=0.01)
     assert flops.total == pytest.approx(total / tokens, rel=0.01)

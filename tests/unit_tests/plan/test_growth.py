@@ -32,6 +32,18 @@ def test_it_becomes_the_model_of_the_other_depth(knobs: dict[str, Any], then: di
     assert mine.growth.config_after(154) is mine.config
 
 
+def test_supervision_steps_of_a_grown_model_run_in_a_row() -> None:
+    mine = plans(num_refinement_blocks=2, num_supervision_steps=3, grow_depth_at="0.5:4", iterations=100)
+    assert mine.served_plan().depth == 12 and mine.served_plan(50).depth == 6 and mine.own_plan(50).depth == 2
+    assert "exported at 3 times that of its last step" in mine.describe()
+
+
+def test_it_grows_behind_the_fraction_that_was_written() -> None:
+    """The float 0.29 * 100 is below 29."""
+    grows = [Growth(RecursionConfig(grow_depth_at=f"{part}:4"), 100).at for part in (".29", "0.57", "0.58", "0.77")]
+    assert grows == [29, 57, 58, 77]
+
+
 def test_the_rate_rises_anew_over_its_iterations() -> None:
     growth = Growth(RecursionConfig(grow_depth_at=".5:4", grow_rewarm_iters=4), 20)
     assert [growth.rate_factor(step) for step in (0, 9, 10, 11, 13, 19)] == [1, 1, 0.25, 0.5, 1, 1]

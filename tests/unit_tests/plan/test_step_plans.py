@@ -12,7 +12,7 @@ import pytest
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, StepPlans, build_plan
-from megatron_recursive.plan.depth_distributions import mean_of, poisson_lognormal
+from megatron_recursive.plan.depth_distributions import grown, mean_of, poisson_lognormal
 
 DRAWN = {"recurrence_distribution": "poisson-lognormal"}
 RECURRENT = {"recursion_family": "recurrent", "num_prelude_layers": 1, "num_coda_layers": 1, "injection": "add"}
@@ -129,3 +129,9 @@ def test_a_step_without_gradient_for_all_weights_is_refused_before_it_is_drawn(k
 def test_carried_steps_are_evaluated_in_a_row() -> None:
     mine = plans(num_supervision_steps=4, recurrence_distribution="uniform")
     assert "evaluated and exported at 12" in mine.describe()
+
+
+def test_a_curriculum_takes_its_steps_where_whole_numbers_say() -> None:
+    """The float 25 * (28 / 100) is above 7."""
+    for length in (50, 75, 100):
+        assert all(grown(25, "linear", at / length) == max(1, -(-25 * at // length)) for at in range(length))

@@ -57,6 +57,8 @@ def health(loss: float, reset: float) -> dict[str, Any]:
     ({"health": health(2.9, 2.89)}, ("It does harm", "bad"), "Not measured"),
     ({"figures": {"blocks": [3.0, 2.5], "alarms": [], "iteration": 9}, "plan": "2 blocks"}, ("Yes", "good"),
      "0.500 nats a token"),
+    ({"figures": {"depths": {"1": 3.0, "8": 2.9}, "held out": 2.5, "iteration": 9}, "plan": "2 blocks"},
+     ("Yes", "good"), "0.500 nats a token"),  # --eval-depths without the model's own
     ({"figures": {"blocks": [3.0, 3.0], "iteration": 9}}, ("No", "bad"), "Nothing"),
     ({}, ("Not measured", "open"), "Not measured"),
     ({"plan": RecursionPlan.plain()}, ("There is none", "open"), "There is none"),

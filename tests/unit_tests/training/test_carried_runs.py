@@ -55,6 +55,15 @@ def _blocks_exported(folder: str) -> int:
     return open_checkpoint(folder).plan.num_blocks
 
 
+def test_readers_of_the_run_know_the_depth_that_was_evaluated(whole: Any) -> None:
+    from megatron_recursive.report.answers import losses_by_depth
+    from megatron_recursive.report.subjects import find_subjects
+
+    ((subject,), _) = find_subjects([str(whole[0])])
+    assert subject.plan is not None and subject.plan.depth == 2 * STEPS and subject.figures["passes"] == 4 * STEPS
+    assert losses_by_depth(subject)[1] == {"depth": 2 * STEPS, "loss": subject.figures["held out"]}
+
+
 def test_an_export_is_all_steps_in_a_row(whole: Any) -> None:
     assert run_distributed(_blocks_exported, 1, str(whole[0])) == [2 * STEPS]
 

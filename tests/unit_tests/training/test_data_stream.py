@@ -124,6 +124,16 @@ def test_every_rank_that_reads_sees_the_same(layout: list[str], corpus: Path, ca
     assert [[row[:-1] for row in rows] for rows in labels] == [[row[1:] for row in rows] for rows in calm]
 
 
+def test_a_batch_of_carried_steps_that_was_under_way_is_read_again(
+    corpus: Path, calm: list[list[list[int]]], tmp_path: Path
+) -> None:
+    flags = [*save_to(tmp_path, 4), "--num-supervision-steps", "4", "--eval-iters", "0"]
+    said, (read,) = run(corpus, *flags, "--train-iters", "6")
+    assert said is None and samples(read) == [calm[0]] * 4 + [calm[1]] * 2
+    said, (read,) = run(corpus, *flags, "--train-iters", "9", "--override-opt_param-scheduler")
+    assert said is None and samples(read) == [calm[1]] * 2 + [calm[2]]
+
+
 def test_other_data_are_read_from_their_beginning(corpus: Path, calm: list[list[list[int]]], tmp_path: Path) -> None:
     said, (read,) = run(corpus, "--data-stream", corpus / "others", "--load", corpus / "calm", "--train-iters", "7",
                         "--eval-iters", "0", "--override-opt_param-scheduler")  # fmt: skip

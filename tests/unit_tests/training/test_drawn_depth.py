@@ -86,3 +86,7 @@ def test_records_say_the_depth_and_what_it_cost(tmp_path: Path) -> None:
     copy_checkpoint(tmp_path, tmp_path / "resumed", 3)
     assert train(*save_to(tmp_path / "resumed", 6), *flags, recursion=looped) is None
     assert metrics_of(tmp_path / "resumed") == {n: r for n, r in metrics_of(tmp_path).items() if n > 3}
+    anew = ["--load", tmp_path, "--finetune", "--save", tmp_path / "anew", "--save-interval", "6"]
+    assert train(*anew, *flags, recursion=looped) is None
+    for number, record in metrics_of(tmp_path / "anew").items():
+        assert record["FLOPs"] == pytest.approx(sum(costs[:number])), "a start counts anew"

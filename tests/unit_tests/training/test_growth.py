@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_recursive.plots.runs import read_runs
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.unit_tests.training.runs import (
@@ -91,6 +92,8 @@ def test_two_stages_go_on_before_and_behind_the_growth(
             assert record[name] == pytest.approx(expected[step][name], rel=1e-5), (step, name)
     for ours, theirs in zip(said(tmp_path, "valid", start), said(grown(family), "valid", start), strict=True):
         assert ours["lm loss"] == pytest.approx(theirs["lm loss"], rel=1e-5)
+    (read,) = read_runs([tmp_path])
+    assert read.plan is not None and read.plan.depth == FAMILIES[family][3], "that of its last evaluation"
 
 
 @pytest.mark.grid
@@ -125,6 +128,15 @@ def test_the_learning_rate_may_rise_anew(tmp_path: Path) -> None:
     factors = {4: 1 / 3, 5: 2 / 3}  # Megatron's record of an iteration tells the rate of the next
     expected = {step: 1e-2 * (1 - (step - 1) / 8) * factors.get(step, 1.0) for step in range(1, LAST + 1)}
     assert rates == pytest.approx(expected)  # --lr-warmup-iters 1, --lr-decay-iters 9
+
+
+def test_it_rises_behind_the_growth_where_the_schedule_has_begun_anew(tmp_path: Path) -> None:
+    """Growth goes by iterations, of which --no-load-optim loses none, though Megatron's schedule then starts at 0."""
+    how = ["--grow-rewarm-iters", "3"]
+    assert run(tmp_path, "looped", *how, "--exit-interval", "2") is None
+    assert run(tmp_path, "looped", *how, "--no-load-optim", "--lr-decay-style", "constant") is None
+    rates = {step: record["learning rate"] for step, record in metrics_of(tmp_path).items() if step > 2}
+    assert rates == pytest.approx({3: 1e-2, 4: 1e-2 / 3, 5: 2e-2 / 3, 6: 1e-2, 7: 1e-2, 8: 1e-2})
 
 
 LLAMA = ["--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--position-embedding-type", "rope"]

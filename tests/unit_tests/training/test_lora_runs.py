@@ -10,10 +10,21 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_recursive.commands import parser_of
+from megatron_recursive.commands.count import count
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.unit_tests.hf.donors import save_donor
-from tests.unit_tests.training.runs import PLAIN, copy_checkpoint, losses_of, metrics_of, save_to, tensors_of, train
+from tests.unit_tests.training.runs import (
+    PLAIN,
+    copy_checkpoint,
+    losses_of,
+    metrics_of,
+    records_of,
+    save_to,
+    tensors_of,
+    train,
+)
 from tests.unit_tests.training.test_checkpoints import NO_DROPOUT, assert_tensors_equal
 
 LORA = ["--lora-rank", "2", "--lora-alpha", "8"]
@@ -45,6 +56,10 @@ def test_a_frozen_base_trains_and_resumes_exactly(kind: str, base: Path, tmp_pat
     assert train(*start(base, whole), *flags) is None
     before, after, stored = weights_of(base / "iter_0000002"), weights_of(whole / "iter_0000006"), tensors_of(
         whole / "iter_0000006")  # fmt: skip
+    (all_weights,), (frozen,) = (records_of(folder, "run") for folder in (base, whole))
+    assert 0.5 < frozen["FLOPs per token"] / all_weights["FLOPs per token"] < 0.75, "no gradients of frozen weights"
+    counted = count(parser_of("count").parse_args(["--model", str(whole)]))
+    assert counted["flops_per_token"]["training"] == pytest.approx(frozen["FLOPs per token"])
     added = after.keys() - before.keys()
     assert added and all(".lora." in key for key in added)
     assert all(torch.equal(after[key], before[key]) for key in before)  # the base, bit by bit
