@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ import torch
 from torch.nn import Parameter
 
 from tests.distributed import REPOSITORY, run_command, run_distributed
+from tests.unit_tests.training.runs import in_worker
 
 GPU_SH, FETCH = REPOSITORY / "benchmarks" / "gpu.sh", REPOSITORY / "tools" / "fetch_wheels.sh"
 TINY = ["--device", "cpu", "--tiny"]
@@ -32,7 +35,7 @@ def models_in_worker() -> dict[str, Any]:
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
     models = importlib.import_module("gpu_parts.models")
     models.prepare()
-    found = {name: getattr(models, name)(True) for name in ("attention", "speed", "memory")}
+    found = {name: getattr(models, name)(True) for name in ("speed", "memory")}
     before, arm = held_bytes(), models.Arm(models.TINY["tiny"], {})
     arm.step()
     found["arm"] = held_bytes() - before
@@ -50,21 +53,12 @@ def held_bytes() -> int:
 @pytest.mark.grid
 def test_the_models_of_the_benchmark_run() -> None:
     found = run_distributed(models_in_worker, 1, timeout=120)[0]
-    assert set(found["attention"]["torch_would_take"].values()) == {"FLASH_ATTENTION"}
     speeds = found["speed"]["models"]
     assert set(speeds) == {"tiny plain", "tiny recursive"}
     assert all(model["tokens_per_second"] > 0 and model["of_matmul"] > 0 for model in speeds.values())
     counted = {name: model["counted_bytes"] for name, model in found["memory"]["models"].items()}
     assert counted["recomputed"] < counted["detached"] < counted["full"]
     assert found["left"] < 0.05 * found["arm"]  # the next model's peak would hold it
-
-
-@pytest.mark.grid
-def test_a_part_writes_its_result_and_prints_it(tmp_path: Path) -> None:
-    code, record, err = rehearse(*TINY, "--parts", "environment", "--out", tmp_path)
-    assert code == 0 and "environment: ok" in err
-    assert json.loads((tmp_path / "cpu.json").read_text()) == record
-    assert record["parts"]["environment"]["torch"] and record["device"] == "cpu"
 
 
 @pytest.fixture
@@ -84,14 +78,47 @@ def test_a_part_that_hangs_or_fails_leaves_the_others(driver: Any, tmp_path: Pat
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(1500)
-def test_the_whole_command_rehearses_on_a_cpu(tmp_path: Path) -> None:
-    code, record, err = rehearse(*TINY, "--patience", 8, "--out", tmp_path, timeout=1400)
-    assert code == 0, [part for part in record["parts"].values() if not part["ok"]]
+def test_the_command_rehearses_on_a_cpu(tmp_path: Path) -> None:
+    """A part of each kind: by itself, on models of its own, and with a child for each device."""
+    code, record, err = rehearse(*TINY, "--patience", 8, "--parts", "environment", "attention", "parity",
+                                 "--out", tmp_path, timeout=600)  # fmt: skip
     parts = record["parts"]
+    assert code == 0 and "parity: ok" in err, [part for part in parts.values() if not part["ok"]]
+    assert json.loads((tmp_path / "cpu.json").read_text()) == record
+    assert parts["environment"]["torch"] and record["device"] == "cpu"
+    assert set(parts["attention"]["torch_would_take"].values()) == {"FLASH_ATTENTION"}
     assert parts["parity"]["worst_relative_error"] == 0.0 and parts["parity"]["tensors"] > 20
-    assert parts["control"]["losses"] == parts["control"]["losses_on_cpu"]
+
+
+def command_in_worker(words: list[str]) -> str:
+    from megatron_recursive.commands import main
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        main(words)
+    return said.getvalue()
+
+
+def run_in_worker(module: str, *words: object) -> str:
+    """For ``Context.run``: the same command where Megatron is imported already."""
+    argv = [*map(str, words)]
+    if module == "megatron_recursive":
+        return run_distributed(command_in_worker, 1, argv, timeout=120)[0]
+    assert module == "megatron_recursive.pretrain"
+    assert run_distributed(in_worker, 1, argv, timeout=120) == [None]
+    return ""
+
+
+@pytest.mark.grid
+def test_the_parts_that_are_commands_run(driver: Any, tmp_path: Path) -> None:
+    parts = {}
+    for part in (driver.training, driver.control, driver.profile, driver.generate, driver.convert, driver.speed_engine):
+        context = driver.Context("cpu", True, tmp_path / part.__name__)
+        context.run = run_in_worker
+        parts[part.__name__] = part(context)
+    assert parts["control"]["losses"] == parts["control"]["losses_on_cpu"] and parts["control"]["ok"]
     assert parts["training"]["last_loss"] < parts["training"]["first_loss"]
+    assert all(each["said"]["text"] for each in parts["generate"].values())
     assert "config.json" in parts["convert"]["files"] and parts["profile"]["trace_bytes"] > 0
     assert "skipped" in parts["speed_engine"]
 

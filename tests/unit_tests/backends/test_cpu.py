@@ -79,6 +79,21 @@ result["seeded"] = torch.equal(first, torch.rand(3))
 """
 
 
+GROUPS = """
+import os, time
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+groups = [torch.distributed.new_group([0], backend="gloo") for _ in range(3)]
+for group in groups:
+    torch.distributed.all_reduce(torch.ones(1), group=group)
+for _ in range(100):  # a thread names itself once it runs
+    time.sleep(0.05)
+    tasks = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+    if "gloo_tcp_loop" in tasks and tasks.count("pt_gloo_runloop") >= 8:
+        break
+result["gloo threads"] = {"polling": tasks.count("gloo_tcp_loop"), "working": tasks.count("pt_gloo_runloop")}
+"""
+
+
 def answers(code: str) -> dict[str, Any]:
     """Run code that leaves what it found in ``result``, in a process without any GPU."""
     program = PRELUDE + textwrap.dedent(code) + "\nprint(json.dumps(result))"
@@ -90,7 +105,7 @@ def answers(code: str) -> dict[str, Any]:
 
 @cache
 def installed() -> dict[str, Any]:
-    return answers(INSTALL + DEVICES + RANDOM)
+    return answers(INSTALL + DEVICES + RANDOM + GROUPS)
 
 
 def test_import_changes_nothing_and_install_changes_it_once() -> None:
@@ -126,19 +141,4 @@ def test_with_a_cuda_device_nothing_is_installed() -> None:
 
 
 def test_groups_share_the_thread_that_polls_their_sockets() -> None:
-    found = answers("""
-import os, time
-from megatron_recursive.backends import cpu
-cpu.install()
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-groups = [torch.distributed.new_group([0], backend="gloo") for _ in range(3)]
-for group in groups:
-    torch.distributed.all_reduce(torch.ones(1), group=group)
-for _ in range(100):  # a thread names itself once it runs
-    time.sleep(0.05)
-    tasks = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
-    if "gloo_tcp_loop" in tasks and tasks.count("pt_gloo_runloop") >= 8:
-        break
-result = {"polling": tasks.count("gloo_tcp_loop"), "working": tasks.count("pt_gloo_runloop")}
-""")
-    assert found == {"polling": 1, "working": 8}
+    assert installed()["gloo threads"] == {"polling": 1, "working": 8}

@@ -43,7 +43,7 @@ CASES = {
 TP_PP = Layout(tp=2, pp=2, sequence_parallel=True, phases="two")
 LAYOUTS: dict[str, tuple[int, Layout, list[str]]] = {
     "tp2-sp": (2, Layout(tp=2, sequence_parallel=True), ["per pass, recurrent"]),
-    "tp2-pp2-sp": (4, TP_PP, [*CASES]),
+    "tp2-pp2-sp": (4, TP_PP, ["shared", "shared, detached, output norms", "per pass, hierarchical, replayed"]),
     "tp2-dp2": (4, Layout(tp=2, ddp=OVERLAP), ["shared", "per pass"]),
     "pp2-dp2": (4, Layout(pp=2, ddp={"overlap_grad_reduce": True, "bucket_size": 500}), ["per pass, recurrent"]),
     "dp2": (2, Layout(ddp=OVERLAP), ["shared"]),

@@ -21,8 +21,8 @@ CASES = {
     for name in ("muon", "adam_atan2", "ellis_adam")
 }  # fmt: skip
 LAYOUTS = {
-    "TP 2": (2, Layout(tp=2, sequence_parallel=True)), "PP 2": (2, Layout(pp=2)),
-    "TP 2, PP 2": (4, Layout(tp=2, pp=2)), "DP 2": (2, Layout(ddp={"overlap_grad_reduce": True, "bucket_size": 2000})),
+    "PP 2": (2, Layout(pp=2)), "TP 2, PP 2": (4, Layout(tp=2, sequence_parallel=True, pp=2)),
+    "DP 2": (2, Layout(ddp={"overlap_grad_reduce": True, "bucket_size": 2000})),
 }  # fmt: skip
 
 

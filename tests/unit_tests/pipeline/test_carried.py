@@ -36,9 +36,12 @@ LAYOUTS = {
     "pp2, passes replayed": (2, Layout(pp=2, recompute_passes=True)),
     "pp2, coda behind": (2, Layout(pp=2, stages={"num_layers_in_first_pipeline_stage": 2})),
 }
+# Tensor parallelism meets where states start (zeros or samples), not what runs between: each start on either layout.
 PAIRS = [(layout, case) for layout in LAYOUTS for case in CASES
-         if ("behind" in layout) == ("behind" in case)]  # fmt: skip
-QUICK = [("tp2 pp2 sp, two phases", "core"), ("pp2 dp2, overlapped", "sampled")]
+         if ("behind" in layout) == ("behind" in case) and "tp2" not in layout]
+PAIRS += [("tp2 pp2 sp, two phases", "full"), ("tp2 pp2 sp, two phases", "prelude, coda"),
+          ("tp2 sp", "core"), ("tp2 sp", "sampled")]  # fmt: skip
+QUICK = [("tp2 sp", "sampled"), ("pp2 dp2, overlapped", "sampled")]
 FRESH = (False, True)  # the second sample of each micro-batch starts anew at the last step
 
 

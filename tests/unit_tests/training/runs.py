@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import REPOSITORY, run_distributed
+from tests.distributed import REPOSITORY, _reset_megatron, run_distributed
 from tests.quick_start import FEW, start_quickly
 
 SCRIPT = REPOSITORY / "examples" / "recursive_gpt" / "pretrain_recursive_gpt.py"
@@ -68,6 +68,23 @@ def train(
     """Train the tiny model; later flags win. Returns None, or the sentence of a refusal."""
     words = [*flags, *recursion, *map(str, argv)]
     return run_distributed(in_worker, world_size, words, mock_documents=mock_documents, timeout=120)[0]
+
+
+def refusals(
+    commands: Sequence[Sequence[str | Path]], recursion: Sequence[str] = RECURSION, flags: Sequence[str] = FLAGS,
+    world_size: int = 1,
+) -> list[str]:  # fmt: skip
+    """The sentences that :func:`train` would return for runs that end in one, all of them in one job."""
+    words = [[*flags, *recursion, *map(str, each)] for each in commands]
+    return [str(said) for said in run_distributed(_one_by_one, world_size, words, timeout=120)[0]]
+
+
+def _one_by_one(commands: list[list[str]]) -> list[str | None]:
+    said = []
+    for argv in commands:
+        said.append(in_worker(argv))
+        _reset_megatron()
+    return said
 
 
 def save_to(folder: Path, every: int = 3) -> list[str]:

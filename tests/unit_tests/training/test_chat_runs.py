@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.chat_data import write_chat
-from tests.unit_tests.training.runs import FLAGS, metrics_of, records_of, save_to, tensors_of, train
+from tests.unit_tests.training.runs import FLAGS, metrics_of, records_of, refusals, save_to, tensors_of, train
 
 LENGTHS = [5, 9, 3, 17, 4, 8, 11, 4, 16, 7, 6, 13, 12, 10, 5, 5, 9, 17, 3, 14]
 HELD_OUT = [9, 4, 12, 8, 15]
@@ -103,15 +103,17 @@ REFUSED = {
 
 def test_what_contradicts_is_refused(tmp_path: Path, chat: dict[str, int]) -> None:
     both = ["--chat-data", str(tmp_path / "chat"), "--train-epochs", "1", "--make-vocab-size-divisible-by", "1"]
-    for flags, expected in REFUSED.items():
+    commands = []
+    for flags in REFUSED:
         filled = flags.format(chat=tmp_path / "chat", folder=tmp_path).split()
-        split = [] if "--split" in filled else ["--split", "80,20,0"]
-        said = train(*both, *split, *filled, flags=ON_CHAT)
-        assert said is not None and expected in said and said.endswith(".") and said.count(". ") == 0, (flags, said)
-    said = train("--valid-chat-data", tmp_path / "held", flags=[*ON_CHAT, "--train-iters", "3", "--mock-data"])
-    assert said == "--valid-chat-data needs --chat-data, the conversations to train on."
-    said = train("--train-epochs", "2", "--mock-data", flags=ON_CHAT)
-    assert said == "--train-epochs needs --chat-data, or --data-path with one prefix on this machine."
+        commands.append([*both, *([] if "--split" in filled else ["--split", "80,20,0"]), *filled])
+    commands += [["--train-iters", "3", "--mock-data", "--valid-chat-data", tmp_path / "held"],
+                 ["--train-epochs", "2", "--mock-data"]]  # fmt: skip
+    *sentences, held, epochs = refusals(commands, flags=ON_CHAT)
+    for (flags, expected), said in zip(REFUSED.items(), sentences, strict=True):
+        assert expected in said and said.endswith(".") and said.count(". ") == 0, (flags, said)
+    assert held == "--valid-chat-data needs --chat-data, the conversations to train on."
+    assert epochs == "--train-epochs needs --chat-data, or --data-path with one prefix on this machine."
 
 
 @pytest.mark.grid

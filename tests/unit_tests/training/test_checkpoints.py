@@ -23,6 +23,7 @@ from tests.unit_tests.training.runs import (
     losses_of,
     metrics_of,
     records_of,
+    refusals,
     save_to,
     stock_gpt_in_worker,
     tensors_of,
@@ -169,14 +170,15 @@ OTHER_RECURSIONS = [
 
 def test_a_checkpoint_of_another_recursion_is_refused_by_flag(recursive: Path, plain: Path, stock: Path) -> None:
     before = files_of(recursive)
-    for flags, expected in OTHER_RECURSIONS:
-        source = ["--load", recursive] if "SELF" not in flags else []
-        said = train(*source, *[str(recursive) if flag == "SELF" else flag for flag in flags])
-        assert said is not None and all(part in said for part in expected), (flags, said)
+    own = [[*(["--load", recursive] if "SELF" not in flags else []),
+            *(recursive if flag == "SELF" else flag for flag in flags)] for flags, _ in OTHER_RECURSIONS]  # fmt: skip
+    *sentences, of_plain, of_stock = refusals([*own, ["--load", plain], ["--load", stock]])
+    for (flags, expected), said in zip(OTHER_RECURSIONS, sentences, strict=True):
+        assert all(part in said for part in expected), (flags, said)
         assert said.endswith(".") and "\n" not in said
     assert files_of(recursive) == before
-    assert "--enable-recursive-refinement off (this run: on)" in str(train("--load", plain))
-    assert "start from it with --init-from-gpt" in str(train("--load", stock))
+    assert "--enable-recursive-refinement off (this run: on)" in of_plain
+    assert "start from it with --init-from-gpt" in of_stock
 
 
 def test_what_binds_nothing_is_a_note_and_depth_can_be_overridden(recursive: Path, tmp_path: Path) -> None:
@@ -200,8 +202,8 @@ OTHER_SCHEDULES = [
 
 def test_another_schedule_is_told_by_flag_and_what_settles_it(recursive: Path) -> None:
     before = files_of(recursive)
-    for flags, expected in OTHER_SCHEDULES:
-        said = str(train(*save_to(recursive), *flags))
+    sentences = refusals([[*save_to(recursive), *flags] for flags, _ in OTHER_SCHEDULES])
+    for (_, expected), said in zip(OTHER_SCHEDULES, sentences, strict=True):
         assert f"was trained on another schedule, with {expected}; give its values" in said, said
         assert "this run's with --override-opt_param-scheduler" in said and "beside" not in said
         assert "the checkpoint's with --use-checkpoint-opt_param-scheduler" in said

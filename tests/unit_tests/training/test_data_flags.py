@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.quick_start import start_quickly
-from tests.unit_tests.training.runs import FLAGS, RECURSION, SCRIPT, losses_of, records_of, save_to, train
+from tests.unit_tests.training.runs import FLAGS, RECURSION, SCRIPT, losses_of, records_of, refusals, save_to, train
 
 EOD, SEQ = 126, 16  # the NullTokenizer's last id of 127
 DOCUMENT = 8  # tokens, the EOD included: two documents fill a sample
@@ -315,12 +315,11 @@ def second_documents_twice(argv: list[str], layout: tuple[int, int], told: bool)
 
 
 POSITIONS = {"rope": ["--position-embedding-type", "rope"], "learned": []}
-LAYOUTS = {"alone": (1, 1), "TP 2": (2, 1), "PP 3": (1, 3), "TP 2, PP 2": (2, 2)}
-PAIRS = [("alone", "rope"), ("alone", "learned"), ("TP 2", "rope"), ("PP 3", "rope"), ("PP 3", "learned"),
-         ("TP 2, PP 2", "rope")]  # fmt: skip
+LAYOUTS = {"alone": (1, 1), "PP 3": (1, 3), "TP 2, PP 2": (2, 2)}
+PAIRS = [("alone", "rope"), ("alone", "learned"), ("PP 3", "rope"), ("PP 3", "learned"), ("TP 2, PP 2", "rope")]
 
 
-@pytest.mark.parametrize(("name", "positions"), grid(PAIRS, quick=[("TP 2, PP 2", "rope"), ("PP 3", "learned")]))
+@pytest.mark.parametrize(("name", "positions"), grid(PAIRS, quick=[("alone", "rope"), ("PP 3", "learned")]))
 def test_no_second_document_sees_the_first(data: Path, name: str, positions: str) -> None:
     """Bit for bit, in every pass, on every stage; without the flags the same change is seen."""
     layout = LAYOUTS[name]
@@ -391,6 +390,5 @@ REFUSED = {
 
 
 def test_what_cannot_work_is_refused() -> None:
-    for flags, expected in REFUSED.items():
-        said = train(*flags.split())
-        assert said is not None and expected in said and said.endswith("."), (flags, said)
+    for (flags, expected), said in zip(REFUSED.items(), refusals([flags.split() for flags in REFUSED]), strict=True):
+        assert expected in said and said.endswith("."), (flags, said)

@@ -46,7 +46,10 @@ def alone(plan: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("plan", "layout"), grid([(plan, layout) for plan in PLANS for layout in LAYOUTS], QUICK))
+@pytest.mark.parametrize(("plan", "layout"), grid([
+    *((plan, layout) for plan in PLANS for layout in ("PP 2 x DP 2", "DP 2, full recompute")),
+    ("prelude and coda", "TP 2 x PP 2, SP"),
+], QUICK))  # fmt: skip
 def test_every_layout_trains_as_one_process(plan: str, layout: str, tmp_path: Path) -> None:
     ranks, flags = LAYOUTS[layout]
     start = ["--load", alone(plan), "--ckpt-step", "1", "--metrics-file", tmp_path / "metrics.jsonl", "--no-load-rng"]
