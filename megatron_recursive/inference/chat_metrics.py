@@ -67,7 +67,11 @@ def read_samples(text: Text, data: str) -> Iterator[Sample]:
     from megatron_recursive.data.work_folder import PartReport
 
     template, rust = chat_encoder(text.tokenizer)
-    for file in find_files([data]):
+    try:
+        files = find_files([data])
+    except UserError as error:
+        raise UserError(str(error).replace("--input", "--data")) from error
+    for file in files:
         for conversation in iter_conversations(whole(file), ChatOptions(), refuse):
             yield from samples_of([conversation], template, rust, ChatOptions(), PartReport(), refuse)
 

@@ -22,7 +22,6 @@ class Text(Protocol):
     @property
     def turn_end_ids(self) -> list[int]:
         """Tokens that end what the assistant says in a chat."""
-        ...
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_recursive.data.chat.dataset import some_ids
 from megatron_recursive.losses.telemetry import token_cosine, turn
 from megatron_recursive.plan import DecoderPass
 from megatron_recursive.training import console, stagewise
@@ -27,7 +27,9 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
     """
     with stagewise.evaluating(run, chunks, optimizer) as model:
         if model is not None and model.pre_process and run.lora_rank is not None and is_chat(run):
-            tell_equal_rows(model.embedding.word_embeddings, some_ids(run.chat_data))
+            tokens = IndexedDataset(run.chat_data)
+            first = [torch.from_numpy(tokens.get(sample).astype("int64")) for sample in range(min(100, len(tokens)))]
+            tell_equal_rows(model.embedding.word_embeddings, torch.cat(first).unique())
         if model is None or model.plan.is_plain:
             return
         turns, cosine = _measure(model, run)
@@ -53,9 +55,9 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
         )
 
 
-def tell_equal_rows(table: Any, ids: Any) -> None:
+def tell_equal_rows(table: Any, ids_N: torch.Tensor) -> None:
     """Warn of tokens of conversations with one and the same frozen row, as an import grows them."""
-    mine_N = torch.from_numpy(ids[(ids >= table.vocab_start_index) & (ids < table.vocab_end_index)].astype("int64"))
+    mine_N = ids_N[(ids_N >= table.vocab_start_index) & (ids_N < table.vocab_end_index)]
     rows_NH = table.weight.detach()[mine_N - table.vocab_start_index].float().cpu()
     _, group_N, counts = rows_NH.unique(dim=0, return_inverse=True, return_counts=True)
     same = mine_N[counts[group_N] > 1].tolist()

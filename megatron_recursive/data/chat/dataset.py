@@ -38,12 +38,6 @@ def chat_lengths(prefix: str) -> Any:
     return lengths
 
 
-def some_ids(prefix: str, samples: int = 100) -> Any:
-    """The token ids of the first samples, each once."""
-    tokens = IndexedDataset(prefix)
-    return np.unique(np.concatenate([tokens.get(sample) for sample in range(min(samples, len(tokens)))]))
-
-
 class ChatRows:
     """Samples packed into rows of ``seq_length`` tokens, numbered through all epochs; a sample has one token more.
 

@@ -71,8 +71,7 @@ def conversations_of(record: dict[str, Any], options: ChatOptions) -> Iterator[l
             yield _checked([_message(turn, number) for number, turn in enumerate(path, 1)])
     elif found is not None and isinstance(record[found], list):
         messages = [_message(turn, number) for number, turn in enumerate(record[found], 1)]
-        has_own = bool(messages) and messages[0]["role"] == "system"
-        yield _checked([*([] if has_own else _system(record)), *messages])
+        yield _checked(messages if messages and messages[0]["role"] == "system" else [*_system(record), *messages])
     elif "parent_id" in record:
         raise NotAConversation("is a single message of a tree; give the file of the trees, or of whole conversations")
     else:
@@ -127,11 +126,6 @@ def _message(turn: Any, number: int) -> Message:
     except UnicodeEncodeError as error:
         raise NotAConversation(f"has a turn {number} that is not UTF-8, or half a surrogate pair") from error
     return {"role": ROLES[role.lower()], "content": text, **kept}
-
-
-def is_muted(message: Message) -> bool:
-    """Whether whoever made the data has taken a turn out of the loss."""
-    return message.get("weight", 1) == 0 or message.get("train") is False
 
 
 def _checked(messages: list[Message]) -> list[Message]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_recursive.data.chat.formats import Conversation, Message, NotAConversation, is_muted
+from megatron_recursive.data.chat.formats import Conversation, Message, NotAConversation
 from megatron_recursive.data.chat.options import ChatOptions
 from megatron_recursive.data.chat.supervision import Span, Template
 from megatron_recursive.data.readers import Reject
@@ -28,13 +28,13 @@ def samples_of(
             pieces = []
             for messages in windows(conversation.messages, options.max_turns, report):
                 text, spans = template.render(messages)
-                answers = [message for message in messages if message["role"] == "assistant"]
-                chooses = options.train_on == "last" or any(map(is_muted, answers))
-                if len(spans) != len(answers) and (chooses or not spans):
-                    raise NotAConversation(f"has {len(answers)} answers, where the chat template marks {len(spans)}")
-                if chooses:
-                    first = len(spans) - 1 if options.train_on == "last" else 0
-                    spans = [spans[n] for n in range(first, len(spans)) if not is_muted(answers[n])]
+                counts = [message.get("weight", 1) != 0 and message.get("train") is not False
+                          for message in messages if message["role"] == "assistant"]  # fmt: skip
+                counts[:-1] = [options.train_on != "last" and each for each in counts[:-1]]
+                if len(spans) != len(counts) and not (spans and all(counts)):
+                    raise NotAConversation(f"has {len(counts)} answers, where the chat template marks {len(spans)}")
+                if not all(counts):
+                    spans = [span for span, each in zip(spans, counts, strict=True) if each]
                 pieces.append((conversation, text, spans))
             rendered += pieces
         except NotAConversation as error:

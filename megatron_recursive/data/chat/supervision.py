@@ -42,9 +42,8 @@ class Template:
         try:
             self.text = tokenizer.get_chat_template()
         except ValueError as error:
-            names = ", ".join(sorted(tokenizer.chat_template or {})) or "none"
-            what = f"the tokenizer has no default chat template (it has: {names})"
-            raise UserError(f"{what}; call one of its own default") from error
+            names = ", ".join(sorted(tokenizer.chat_template or {}))
+            raise UserError(f"the tokenizer has no default chat template (only: {names}); call one default") from error
         self.generation = _GENERATION.search(self.text) is not None
         self._render = functools.partial(render_jinja_template, chat_template=self.text, **tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder
@@ -130,8 +129,7 @@ class Template:
 
 
 def _any_of(tokens: list[Any]) -> re.Pattern[str]:
-    longest_first = sorted(map(str, tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return re.compile("|".join(map(re.escape, sorted(map(str, tokens), key=len, reverse=True))) or r"(?!)")
 
 
 def _marked(message: Message, mark: str, number: int) -> Message:

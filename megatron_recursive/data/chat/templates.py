@@ -59,8 +59,7 @@ def store_chat_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokeniz
     stored = load_tokenizer(folder / FOLDER)
     if stored.backend_tokenizer.to_str() != rust.to_str():
         raise UserError(f"{choice} loads otherwise than its files say; save it with save_pretrained and name that")
-    template = Template(stored)
-    if template.generation and not template.end_ids:
+    if (template := Template(stored)).generation and not template.end_ids:
         print("WARNING: the chat template leaves the token that ends a turn out of {% generation %}, so that no model "
               "learns to end one; put it in front of {% endgeneration %}", file=sys.stderr)  # fmt: skip
     known, vocabulary = id_range(stored), stored.get_vocab()

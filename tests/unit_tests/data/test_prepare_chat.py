@@ -184,7 +184,7 @@ def test_what_a_template_or_a_text_does_to_ends_is_said(chatml: Path, tmp_path: 
         tokenizer.save_pretrained(tmp_path / name)
     preprocess([file], tmp_path / "y", tmp_path / "without", options=Options(chat=ChatOptions()))
     assert "leaves the token that ends a turn out of" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"has no default chat template \(it has: rag, tool\)"):
+    with pytest.raises(UserError, match=r"has no default chat template \(only: rag, tool\)"):
         preprocess([file], tmp_path / "z", tmp_path / "named", options=Options(chat=ChatOptions()))
 
 

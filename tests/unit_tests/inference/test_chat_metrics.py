@@ -113,7 +113,7 @@ def test_refusals(folder: Path, chats: Path, tmp_path: Path, capsys: Any) -> Non
                                   (folder, long, "no conversation that fits"), (folder, bad, "bad.jsonl:1"),
                                   (folder, tmp_path / "data", "the token id 999"),
                                   (folder, tmp_path / "half", "half_supervised"),
-                                  (folder, tmp_path / "none.jsonl", "none.jsonl")):  # fmt: skip
+                                  (folder, tmp_path / "none.jsonl", "--data .*none.jsonl does not exist")):  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             measured(model, data, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()

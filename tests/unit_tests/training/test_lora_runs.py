@@ -104,13 +104,12 @@ def test_checkpoints_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> 
 def _says_of_equal_rows(first: int) -> str:
     from argparse import Namespace
 
-    import numpy as np
-
     from megatron_recursive.training.start_check import tell_equal_rows
 
     heard, weight = io.StringIO(), torch.eye(8, 6)  # the last two rows are zero
+    table = Namespace(weight=weight, vocab_start_index=first, vocab_end_index=first + 8)
     with contextlib.redirect_stdout(heard):
-        tell_equal_rows(Namespace(weight=weight, vocab_start_index=first, vocab_end_index=first + 8), np.arange(2, 18))
+        tell_equal_rows(table, torch.arange(2, 18))
     return heard.getvalue()
 
 
