@@ -133,10 +133,9 @@ class StepPlans:
         if not self._depth_changes:
             return "".join(ramp)
         if self.growth.at is not None:
-            steps = self.config.num_supervision_steps
+            times = f"{self.config.num_supervision_steps} times " * (self.config.num_supervision_steps > 1)
             grows = (f"depth of a training step: {self.plan.depth}, behind iteration {self.growth.at} "
-                     f"{self.growth.depth}; evaluated and exported at {f'{steps} times ' * (steps > 1)}that of its last "
-                     "step")  # fmt: skip
+                     f"{self.growth.depth}; evaluated and exported at {times}that of its last step")  # fmt: skip
             return " | ".join([grows, *ramp])
         config, mean, cap = self.config, f"mean {self.expected_depth():.4g}", self.cap
         said = {"fixed": f"{self.mean:g}", "uniform": f"uniform, {mean}, at most {cap}",
