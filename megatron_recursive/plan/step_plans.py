@@ -19,6 +19,7 @@ from megatron_recursive.plan.growth import Growth
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import RecursionPlan
 
+DEEPEST = 600  # that is drawn: of a rate above 700 a float holds no probability of 0
 STEPS = 2_000  # of a run that is not known, of which the mean is counted
 
 
@@ -132,10 +133,9 @@ class StepPlans:
         if not self._depth_changes:
             return "".join(ramp)
         if self.growth.at is not None:
-            steps = self.config.num_supervision_steps
-            several = f"{steps} times " * (steps > 1)
+            times = f"{self.config.num_supervision_steps} times " * (self.config.num_supervision_steps > 1)
             grows = (f"depth of a training step: {self.plan.depth}, behind iteration {self.growth.at} "
-                     f"{self.growth.depth}; evaluated and exported at {several}that of its last step")  # fmt: skip
+                     f"{self.growth.depth}; evaluated and exported at {times}that of its last step")  # fmt: skip
             return " | ".join([grows, *ramp])
         config, mean, cap = self.config, f"mean {self.expected_depth():.4g}", self.cap
         said = {"fixed": f"{self.mean:g}", "uniform": f"uniform, {mean}, at most {cap}",
@@ -189,6 +189,9 @@ class StepPlans:
             )
         if not self._depth_changes:
             return
+        if kind != "fixed" and cap > DEEPEST:
+            raise UserError(f"--recurrence-distribution {kind} would draw depths of up to {cap}; give --max-recurrence "
+                            f"{DEEPEST} or less.")  # fmt: skip
         if config.backprop_depth and self.growth.at is None:  # a step that starves weights is refused before the first
             with_depth(self.plan, cap, 1 if config.backprop_curriculum else config.backprop_depth)
         if self.plan.depth == 1 and cap > 1 and self.growth.at is None:

@@ -21,7 +21,7 @@ _UNITS = {
 }
 _STYLES = tuple(zip(("#2166ac", "#d6604d", "#1b7837", "#8c510a", "#762a83", "#4d4d4d", "#01a0a0", "#c51b7d"),
                     "osD^vPX*", strict=True))  # fmt: skip
-_NO_SCORES = {"kind", "iteration", "time", "tokens", "FLOPs", "flops", "elapsed"}
+_NO_SCORES = {"kind", "iteration", "time", "tokens", "FLOPs", "flops", "elapsed", "recurrence"}
 _GREY: dict[str, Any] = {"color": "#444444"}
 
 Points = tuple[list[float], list[float]]

@@ -41,7 +41,7 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
         f"at the start passes turn what they read by {shown} (0: copies, 1.41: a right angle); token cosine after the "
         f"last {cosine:.2f}"
     )
-    if run.finetune or run.init_from_gpt is not None:
+    if run.iteration or run.finetune or run.init_from_gpt is not None:
         return
     if max(turns) < NEAR_IDENTITY:
         console.say(

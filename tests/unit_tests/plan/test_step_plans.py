@@ -108,6 +108,7 @@ def test_curricula_grow_depth_and_gradient() -> None:
     ({"recurrence_distribution": "uniform", "mean_recurrence": 2.25}, "from 0.5 to 4; give a mean whose double is"),
     ({"recurrence_distribution": "uniform", "max_recurrence": 6}, "from 0 to 6; give a mean"),
     ({"recurrence_distribution": "uniform", "max_recurrence": 2}, "from 4 to 2; give a mean"),
+    ({**DRAWN, **RECURRENT, "mean_recurrence": 1e6, "backprop_depth": 2}, "depths of up to 4000000; give --max-recurr"),
     ({"mean_recurrence": 3.0}, "--mean-recurrence says nothing without --recurrence-distribution"),
     ({"recurrence_distribution": "uniform", "uncalibrated_recurrence": True}, "--uncalibrated-recurrence says nothing"),
     ({"recurrence_curriculum_fraction": 0.5}, "says nothing without --recurrence-curriculum"),

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_recursive.plan import RecursionConfig, build_plan
 from tests.distributed import run_distributed
-from tests.unit_tests.training.runs import FLAGS, RECURSION
+from tests.unit_tests.training.runs import FLAGS, RECURSION, save_to
 from tests.unit_tests.training.test_run_output import shown_in_worker
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_runs.json").read_text())
@@ -76,10 +76,16 @@ WIDE = ["--hidden-size", "128", "--train-iters", "1"]
 
 
 @pytest.mark.parametrize(("flags", "copies"), [([], False), (["--init-method-std", "0.02"], True)])
-def test_a_start_says_whether_passes_are_copies(flags: list[str], copies: bool) -> None:
+def test_a_start_says_whether_passes_are_copies(flags: list[str], copies: bool, tmp_path: Path) -> None:
+    flags = [*flags, *save_to(tmp_path, 1)]
     stages = ["--pipeline-model-parallel-size", "2", "--log-style", "compact"]
     (first, _), _ = run_distributed(shown_in_worker, 2, [*FLAGS, *RECURSION, *WIDE, *stages, *flags], timeout=120)
     (measured,) = (line for line in first.splitlines() if line.startswith("at the start passes turn"))
     turns = [float(word) for word in measured.split(" by ")[1].split(" (")[0].split()]
     assert len(turns) == 4 and (max(turns) < 0.1) == copies and (min(turns) > 0.1) != copies
     assert ("WARNING: all passes are near the identity" in first) == copies
+    if copies:  # which is no choice any more
+        again = [*FLAGS, *RECURSION, *WIDE, *flags, "--train-iters", "2", "--log-style", "compact",
+                 "--override-opt_param-scheduler"]
+        ((resumed, _),) = run_distributed(shown_in_worker, 1, again, timeout=120)
+        assert "iterations 2 to 2" in resumed and "WARNING" not in resumed
