@@ -44,8 +44,8 @@ class Run:
         if "plan" not in self.about:
             return None
         plan = RecursionPlan.from_json(self.about["plan"])
-        depths = [r["recurrence"] for r in self.of("held-out") if "recurrence" in r]
-        return plan.with_blocks(depths[-1]) if depths else plan
+        last = (self.of("held-out") or [{}])[-1]
+        return plan.with_blocks(last["recurrence"]) if "recurrence" in last else plan
 
 
 def read_runs(given: Sequence[str | Path]) -> list[Run]:

@@ -43,3 +43,10 @@ def test_runs_are_found_in_folders_and_named_by_what_tells_them_apart(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="name the --save folder of a run"):
         read_runs([tmp_path / "empty"])
+
+
+def test_a_run_s_plan_has_the_depth_of_its_last_evaluation(tmp_path):
+    grown, other = valid(1, 3.0, recurrence=4), valid(2, 3.0)
+    for records, depth in (([], 3), ([grown], 4), ([grown, other], 3)):  # the last start may have left growth out
+        (run,) = read_runs([write(tmp_path / "metrics.jsonl", start(blocks=3), train(1, 4.0), *records)])
+        assert run.plan is not None and run.plan.depth == depth
