@@ -45,10 +45,10 @@ print(json.dumps({"import": imported, "export": peak() - before,
 
 
 @pytest.fixture
-def large_model(tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    """A random Llama of about 0.5 GB in bf16, written a tensor at a time."""
-    shape = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 24, "num_key_value_heads": 8,
-             "num_hidden_layers": 10, "vocab_size": 8192, "max_position_embeddings": 128, "head_dim": 64}  # fmt: skip
+def gigabyte_model(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A random Llama of about 1 GB in bf16, written a tensor at a time."""
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8,
+             "num_hidden_layers": 10, "vocab_size": 16384, "max_position_embeddings": 128, "head_dim": 64}  # fmt: skip
     family = FAMILIES["llama"]
     arch = read_config(family, config_object(family, shape, "here"), "here")
     folder = tmp_path / "hf"
@@ -69,9 +69,9 @@ def large_model(tmp_path: Path) -> Iterator[tuple[Path, int]]:
 
 
 @pytest.mark.heavy
-def test_memory_stays_below_one_point_three_times_the_weights(large_model: tuple[Path, int]) -> None:
-    folder, nbytes = large_model
-    assert nbytes > 0.5e9
+def test_memory_stays_below_one_point_three_times_the_weights(gigabyte_model: tuple[Path, int]) -> None:
+    folder, nbytes = gigabyte_model
+    assert nbytes > 0.95e9
     arguments = [str(folder), str(folder.parent / "ckpt"), str(folder.parent / "back")]
     result = run_command([sys.executable, "-c", MEASURE, *arguments], timeout=500)
     assert result.returncode == 0, result.stderr[-2000:]
