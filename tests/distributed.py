@@ -15,6 +15,7 @@ import importlib
 import io
 import os
 import pickle
+import queue
 import random
 import resource
 import signal
@@ -28,9 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, Pipe, wait
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -566,11 +565,9 @@ def _import_megatron() -> None:
     parallel_state = importlib.import_module("megatron.core.parallel_state")
     importlib.import_module("megatron.core.tensor_parallel.random")
     _UNSET.extend(name for name, value in vars(parallel_state).items() if value is None)
-    # At its first save Megatron would spawn this helper, which imports everything anew: six seconds for each worker.
-    helper = SyncManager(ctx=get_context("fork"))
-    helper.start(_die_with, (os.getpid(),))
+    # As training/patches/checkpoints.py has it, for jobs that save by themselves.
     saving: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    saving._results_queue = helper.Queue()
+    saving._results_queue = queue.Queue()
     gc.freeze()  # the modules' objects need no look by the collections after every job
 
 

@@ -190,11 +190,8 @@ def _fork(question: dict[str, Any]) -> int:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(question["port"]),
         }  # fmt: skip
         sys.argv = [str(SCRIPT), *question["argv"]]
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
-
         from megatron_recursive.training.pretrain import main
 
-        filesystem_async.get_write_results_queue("fork")  # at its first save Megatron would spawn it: six seconds
         main()
         sys.stdout.flush()
         os._exit(0)

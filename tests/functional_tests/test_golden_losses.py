@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import run_distributed
+from tests.grids import grid
 from tests.quick_start import ALL
 from tests.unit_tests.training.runs import in_worker
 
@@ -39,7 +40,7 @@ def losses_of(flags: str, folder: Path) -> list[dict[str, float]]:
     return [{key: record[key] for key in KEYS} for record in records if record["kind"] == "train"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", grid(RUNS, quick=["detached"]))
 def test_ten_steps_give_the_golden_losses(name: str, tmp_path: Path) -> None:
     expected = json.loads(GOLDEN.read_text())[name]
     steps = losses_of(RUNS[name], tmp_path)

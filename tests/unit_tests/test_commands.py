@@ -18,6 +18,7 @@ from megatron_recursive.command_line import CommandParser, HelpFormatter, comman
 from megatron_recursive.commands import COMMANDS, corpus, main, parser_of
 from megatron_recursive.commands.pretrain import LAUNCHER_FLAGS
 from tests.distributed import REPOSITORY
+from tests.grids import grid
 
 EVERY = [*((name,) for name in COMMANDS), *(("convert", action) for action in ("import", "export", "verify")),
          *(("task", action) for action in ("hops", "addition", "evaluate"))]  # fmt: skip
@@ -248,7 +249,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "rank_program.py"
 
 
-@pytest.mark.parametrize(("end", "code"), [("sys.exit(2)", 2), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
+@pytest.mark.parametrize(("end", "code"), grid([("sys.exit(2)", 2), ("os.kill(os.getpid(), signal.SIGKILL)", 137)],
+                                               quick=[("sys.exit(2)", 2)]))
 def test_the_launcher_ends_with_the_rank_s_own_words_and_code(
     program: Path, end: str, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,9 @@ Before any weight is read, the first wrapper checks the checkpoint (``training/c
 that one is being read (``models/checkpoint_keys.py``). The second leaves run.json beside it
 (``training/run_record.py``) and tells the reader. Both turn what goes wrong into one sentence that names the last good
 checkpoint. Megatron writes its tracker file in place, so that a kill at the wrong moment would leave it empty; here it
-is written beside and renamed.
+is written beside and renamed. And at its first save each rank would spawn a process for the queue that the results of
+writers go through, which imports everything anew: six seconds and half a gigabyte. The writers of a synchronous save
+are threads, for which a queue of this process does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import queue
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -57,8 +60,11 @@ def install(
     args: argparse.Namespace, config: RecursiveGPTModelConfig, progress: Progress, averages: Sequence[WeightAverage]
 ) -> None:
     """Wrap the ``load_checkpoint`` and ``save_checkpoint`` that ``pretrain`` calls, and the writing of the tracker."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import checkpointing, training
 
+    if not args.async_save:
+        filesystem_async._results_queue = queue.Queue()
     asked, parameters = args.verify_integrity, count_parameters(model_shape(config, args.seq_length), config.plan).held
     choose_format(args, parameters)
     if asked is None:  # the same answer on every rank, before there is a file to measure

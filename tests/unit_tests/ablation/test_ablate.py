@@ -27,6 +27,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.training.describe import describe
 from tests.distributed import REPOSITORY, _is_running, run_distributed
+from tests.grids import grid
 
 FAKE = str(Path(__file__).with_name("fake_training.py"))
 CONFIG = """
@@ -311,7 +312,7 @@ def command(folder: Path, text: str, terminal: int) -> subprocess.Popen[bytes]:
                             stderr=terminal)  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", grid([signal.SIGINT, signal.SIGKILL], quick=[signal.SIGINT]))
 def test_no_run_outlives_the_ablation(number: signal.Signals, ablate: Any, tmp_path: Path) -> None:
     text = CONFIG.replace("--blocks 3", "--blocks 3 --sleep").replace("[1e-3, 4e-3, 0.002]", "[2e-3]")
     master, terminal = pty.openpty()

@@ -1,6 +1,6 @@
 """The CPU backend: nothing happens on import, everything on install, and nothing at all where CUDA exists.
 
-Other processes are asked, because an installed backend cannot be taken back.
+Another process is asked, because an installed backend cannot be taken back.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from functools import cache
 from typing import Any
 
@@ -32,6 +31,10 @@ INSTALL = """
 before = surface()
 from megatron_recursive.backends import cpu
 result = {"imported": surface() == before, "installed before": cpu.is_installed()}
+original, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+with_cuda = surface()
+result["with CUDA"] = [cpu.install(), surface() == with_cuda, cpu.is_installed(), list(lines)]
+torch.cuda.is_available = original
 result["first"] = cpu.install()
 once = surface()
 result["all changed"] = all(a != b for a, b in zip(before, once))
@@ -94,18 +97,14 @@ result["gloo threads"] = {"polling": tasks.count("gloo_tcp_loop"), "working": ta
 """
 
 
-def answers(code: str) -> dict[str, Any]:
-    """Run code that leaves what it found in ``result``, in a process without any GPU."""
-    program = PRELUDE + textwrap.dedent(code) + "\nprint(json.dumps(result))"
+@cache
+def installed() -> dict[str, Any]:
+    """What the code above leaves in ``result``, in a process without any GPU."""
+    program = PRELUDE + INSTALL + DEVICES + RANDOM + GROUPS + "\nprint(json.dumps(result))"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "RANK": "0"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
-
-
-@cache
-def installed() -> dict[str, Any]:
-    return answers(INSTALL + DEVICES + RANDOM + GROUPS)
 
 
 def test_import_changes_nothing_and_install_changes_it_once() -> None:
@@ -130,14 +129,7 @@ def test_the_random_state_is_the_cpus() -> None:
 
 
 def test_with_a_cuda_device_nothing_is_installed() -> None:
-    found = answers("""
-        torch.cuda.is_available = lambda: True
-        before = surface()
-        from megatron_recursive.backends import cpu
-        result = {"installed": cpu.install(), "unchanged": surface() == before, "says": cpu.is_installed()}
-        result["lines"] = lines
-    """)
-    assert found == {"installed": False, "unchanged": True, "says": False, "lines": []}
+    assert installed()["with CUDA"] == [False, True, False, []]
 
 
 def test_groups_share_the_thread_that_polls_their_sockets() -> None:

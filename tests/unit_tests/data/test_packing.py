@@ -23,6 +23,7 @@ def test_every_sample_lies_in_one_bin_and_no_two_bins_of_a_window_could_be_one(d
     assert bins == pack(np.array(lengths, np.int32), capacity, seed)
 
 
+@pytest.mark.grid
 def test_realistic_lengths_fill_bins_and_a_million_samples_take_seconds():
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(6, 0.9, 1_000_000).astype(int) + 1, 1, 4096)  # median 400, some windows are full

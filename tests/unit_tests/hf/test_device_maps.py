@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from megatron_recursive.hf.model.modeling_recursive_gpt import RecursiveGPTForCausalLM
+from tests.grids import grid
 from tests.unit_tests.hf.recursive_models import VOCAB, make_config, make_model, make_tokens
 
 UNTIED = {"tie_word_embeddings": False}
@@ -42,7 +43,7 @@ def spread(model: Any, places: dict[str, int]) -> None:
     add_hook_to_module(model, AlignDevicesHook(0, io_same_device=True, skip_keys=model._skip_keys_device_placement))
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", grid(MAPS, quick=["norm behind the layers", "head first"]))
 def test_layers_spread_over_two_devices(name: str) -> None:
     """Mismatched devices raise under FakeTensorMode, as they do on GPUs."""
     places, recursion, shape = MAPS[name]

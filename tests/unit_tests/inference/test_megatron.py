@@ -164,6 +164,10 @@ def _generate(argv: list[str], typed: str = "") -> tuple[str, str]:
     return heard.getvalue(), refused
 
 
+def _refusals(commands: list[list[str]]) -> list[str]:
+    return [_generate(argv)[1] for argv in commands]
+
+
 def test_the_tool_reads_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     def generate(model: Path, *flags: str) -> tuple[list[dict[str, Any]], str]:
         argv = ["--model", str(model), "--json", "--max-tokens", "4", *flags]
@@ -182,9 +186,12 @@ def test_the_tool_reads_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     ((said, _),) = run_distributed(_generate, 1, argv, "5 6 7\n/reset\n/depth 3\n5 6 7\n/depth 2\n/reset\n5 6 7\n")
     first, deeper, again = said.splitlines()
     assert first == again == result["text"] != deeper
-    for prompt, sentence in (("a", "must hold token ids"), ("127", "must hold token ids"), ("1 " * 16, "16 tokens")):
-        assert sentence in generate(checkpoint, "--prompt", prompt)[1]
-    assert "--device-map spreads" in generate(checkpoint, "--prompt", "5", "--device-map", "auto")[1]
+    refused = {"a": "must hold token ids", "127": "must hold token ids", "1 " * 16: "16 tokens"}
+    common = ["--model", str(checkpoint), "--prompt"]
+    (sentences,) = run_distributed(_refusals, 1, [*([*common, prompt] for prompt in refused),
+                                                  [*common, "5", "--device-map", "auto"]])  # fmt: skip
+    for sentence, said in zip([*refused.values(), "--device-map spreads"], sentences, strict=True):
+        assert sentence in said
 
     shutil.copytree(checkpoint, tmp_path / "broken")
     next((tmp_path / "broken" / "iter_0000006").glob("*.distcp")).write_bytes(b"")

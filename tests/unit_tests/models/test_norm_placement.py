@@ -339,7 +339,7 @@ def observe_disabled(case: Case, layout: Layout) -> tuple[bool, bool]:
     return torch.equal(*losses), same
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", grid(TRAINED, quick=["olmo2-full-gradient"]))
 def test_disabled_recursion_is_megatrons_gpt_with_these_norms(case: str) -> None:
     layout = Layout(tp=2, sequence_parallel=True)
     assert run_distributed(observe_disabled, 2, TRAINED[case], layout) == [(True, True)] * 2

@@ -63,7 +63,7 @@ LAYOUTS: dict[str, tuple[int, Layout]] = {
 # Under sequence parallelism every case, since it shards what tensor parallelism does not. Data parallelism sees of a
 # model its gradients, when they come, and its counts.
 ASKED: dict[str, list[str]] = {
-    "tp2": ["detach", "trunc-normal-none-untied", "agrees-with-last", "llama-like", "qk-norm", "documents"],
+    "tp2": ["trunc-normal-none-untied", "agrees-with-last", "qk-norm"],
     "tp2-sp": [*CASES],
     "dp2": ["full", "halting-last", "agrees-with-last", "per-token-loss"],
     "dp2-overlap-grad-reduce": ["detach", "trunc-normal-none-untied", "recompute"],

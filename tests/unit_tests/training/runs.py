@@ -71,15 +71,15 @@ def train(
 
 
 def refusals(
-    commands: Sequence[Sequence[str | Path]], recursion: Sequence[str] = RECURSION, flags: Sequence[str] = FLAGS,
-    world_size: int = 1,
-) -> list[str]:  # fmt: skip
+    commands: Sequence[Sequence[str | Path]], recursion: Sequence[str] = RECURSION, flags: Sequence[str] = FLAGS
+) -> list[str]:
     """The sentences that :func:`train` would return for runs that end in one, all of them in one job."""
     words = [[*flags, *recursion, *map(str, each)] for each in commands]
-    return [str(said) for said in run_distributed(_one_by_one, world_size, words, timeout=120)[0]]
+    return [str(said) for said in run_distributed(one_by_one, 1, words, timeout=120)[0]]
 
 
-def _one_by_one(commands: list[list[str]]) -> list[str | None]:
+def one_by_one(commands: list[list[str]]) -> list[str | None]:
+    """:func:`in_worker` for each, from Megatron's state after its import."""
     said = []
     for argv in commands:
         said.append(in_worker(argv))

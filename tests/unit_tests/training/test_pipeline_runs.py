@@ -16,7 +16,7 @@ import pytest
 
 from tests.distributed import REPOSITORY, run_distributed
 from tests.grids import grid
-from tests.unit_tests.training.runs import FLAGS, SCRIPT, copy_checkpoint, in_worker, metrics_of, save_to, train
+from tests.unit_tests.training.runs import FLAGS, SCRIPT, copy_checkpoint, metrics_of, one_by_one, save_to, train
 
 RECURSION = ["--num-refinement-blocks", "2", "--num-latent-refinements", "2"]
 LAST = 7  # iteration
@@ -100,10 +100,9 @@ REFUSED = {
 
 
 def test_what_the_ring_cannot_do_is_refused_before_any_rank_waits() -> None:
-    for flags, said in REFUSED.items():
-        argv = [*FLAGS, *RECURSION, "--pipeline-model-parallel-size", "2", *flags.split()]
-        sentences = run_distributed(in_worker, 2, argv, timeout=60)
-        for sentence in sentences:
+    argvs = [[*FLAGS, *RECURSION, "--pipeline-model-parallel-size", "2", *flags.split()] for flags in REFUSED]
+    for sentences in run_distributed(one_by_one, 2, argvs, timeout=120):
+        for (flags, said), sentence in zip(REFUSED.items(), sentences, strict=True):
             assert sentence is not None and said in sentence and sentence.endswith("."), (flags, sentence)
 
 

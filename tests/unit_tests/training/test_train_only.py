@@ -9,7 +9,7 @@ import pytest
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.unit_tests.hf.donors import save_donor
-from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, save_to, tensors_of, train
+from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, refusals, save_to, tensors_of, train
 
 BALANCED = ["--halt-bias", "0"]  # random weights are hardly ever right, of which the usual bias is too sure already
 ONLY = ["--train-only", "heads"]
@@ -55,11 +55,12 @@ def test_heads_train_on_from_a_trained_model_and_resume(layout: str, whole: Path
 
 
 def test_what_has_no_heads_or_another_optimizer_is_refused(whole: Path, tmp_path: Path) -> None:
-    for knobs in (["--halt-loss-weight", "0"], ["--recursion-family", "recurrent"]):
-        assert "--train-only heads trains the heads that a recursion adds" in str(train(*ONLY, recursion=knobs))
-    said = str(train("--load", whole, *ONLY, "--enable-deep-supervision"))
-    assert said.startswith("--enable-deep-supervision says nothing under --train-only heads")
-    said = str(train(*save_to(whole), *ONLY, "--train-iters", "3"))
+    knobs = (["--halt-loss-weight", "0"], ["--recursion-family", "recurrent"])
+    for said in refusals([[*ONLY, *each] for each in knobs], recursion=()):
+        assert "--train-only heads trains the heads that a recursion adds" in said
+    deep, said = refusals([["--load", whole, *ONLY, "--enable-deep-supervision"],
+                           [*save_to(whole), *ONLY, "--train-iters", "3"]])  # fmt: skip
+    assert deep.startswith("--enable-deep-supervision says nothing under --train-only heads")
     assert "was trained with --train-only heads off (this run: on)" in said and "with --finetune, or" in said
     assert train("--load", whole, *ONLY, "--no-load-optim", "--save", tmp_path, "--save-interval", "9", "--train-iters",
                  "4", "--override-opt_param-scheduler") is None  # fmt: skip

@@ -16,6 +16,7 @@ def _facts() -> dict[str, Any]:
     """What the patches rely on, read from the installed Megatron."""
     import megatron.core
     from megatron.core.dist_checkpointing import validation
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import gpt_model
@@ -57,6 +58,11 @@ def _facts() -> dict[str, Any]:
         "consumed": inspect.getsource(training.train).count("args.consumed_train_samples += iteration_sequences"),
         "trace": "f\"{args.tensorboard_dir}/../torch_profile\"" in inspect.getsource(training.train),
         "tracker": "maybe_msc.open(tracker_filename, 'w')" in inspect.getsource(checkpointing.save_checkpoint),
+        "results": "if _results_queue is None:" in inspect.getsource(filesystem_async.get_write_results_queue)
+        and "global_results_queue.put(" in inspect.getsource(
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread)
+        and "self.results_queue.get_nowait()" in inspect.getsource(
+            filesystem_async.FileSystemWriterAsync.retrieve_write_results),
         "split": "legacy_default_split_value = '969, 30, 1'" in inspect.getsource(arguments.validate_args),
         "schedule": list(OptimizerParamScheduler.state_dict(SimpleNamespace(**dict.fromkeys(  # type: ignore[arg-type]
             (*MADE_OF, "num_steps"))))),
@@ -100,7 +106,7 @@ def test_what_is_patched_is_still_where_it_was() -> None:
     assert facts["report_theoretical_memory"] == ["args", "num_microbatches", "verbose"]
     assert facts["preprocess returns"] and facts["trace"] and facts["raised"]
     assert facts["flagged forward"] and facts["not started"]
-    assert facts["tracker"] and facts["step"] and facts["split"]
+    assert facts["tracker"] and facts["results"] and facts["step"] and facts["split"]
     assert len(facts["moments"]) == 2 and facts["profiler"]
     assert facts["passing"] == "non_persistent" and facts["batches"] == [(0, 4), (100, 8)]
     assert facts["first line"] == 5  # parameter, reset, line, its comment, timers: what another value of it changes
