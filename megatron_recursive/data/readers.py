@@ -336,7 +336,6 @@ def _record_of_line(raw: bytes, where: str, json_key: str) -> dict[str, Any]:
     # RecursionError: thousands of nested brackets, which json refuses in this way.
     except (ValueError, RecursionError) as error:
         mend = "write a document a line, as jq -c '.[]' does" if raw.lstrip()[:1] == b"[" else "mend or remove the line"
-        mend = "write it in one line, as jq -c . does" if raw.strip() == b"{" else mend
         raise UserError(f"{where} is not valid JSON ({error}); {mend}") from error
     if not isinstance(record, dict):
         form = f"{{{json.dumps(json_key)}: ...}}, a line each (jq -c '.[]' does it for an array)"

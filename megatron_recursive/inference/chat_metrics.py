@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from megatron_recursive.command_line import command
+from megatron_recursive.data.joining import SUPERVISED
 from megatron_recursive.data.preparation import read_preparation, vocabulary_digest
 from megatron_recursive.errors import UserError
 from megatron_recursive.inference.generation import Settings, generate, room_for, text_after
@@ -44,7 +45,7 @@ def measure(loaded: Loaded, data: str, settings: Settings, most: int, batch_size
 def read_samples(text: Text, data: str) -> Iterator[Sample]:
     """The conversations of a file, by the tokenizer's template, or those that prepare-chat has written."""
     if Path(f"{data}.idx").is_file():
-        from megatron_recursive.data.chat.dataset import IndexedDataset, chat_lengths, supervised
+        from megatron_recursive.data.chat.dataset import IndexedDataset, chat_lengths
 
         chat_lengths(data)
         made = read_preparation(data)
@@ -52,7 +53,7 @@ def read_samples(text: Text, data: str) -> Iterator[Sample]:
             if vocabulary_digest(text.tokenizer.get_vocab(), made.vocab_size) != made.vocabulary:
                 raise UserError(f"--data {data} was prepared with another tokenizer than the "
                                 "model's; prepare it with the model's, or give --tokenizer DIR.")  # fmt: skip
-        pairs = zip(IndexedDataset(data), IndexedDataset(supervised(data)), strict=True)
+        pairs = zip(IndexedDataset(data), IndexedDataset(f"{data}{SUPERVISED}"), strict=True)
         yield from ((ids.tolist(), counted.tobytes()) for ids, counted in pairs)
         return
     if not isinstance(text, TokenizerText) or not text.has_chat_template:

@@ -139,7 +139,6 @@ def chat_datasets(args: argparse.Namespace, wanted: Sequence[int]) -> tuple[Any,
     train, valid, test = (_rows(args, split, rows) if rows else None for split, rows in zip(Split, wanted, strict=True))
     for split, rows in zip(Split, (train, valid, test), strict=True):
         if rows is not None and args.rank == 0:
-            part = f", the first {rows.period} of which are read" if rows.period < rows.rows else ""
-            what = f"{rows.rows} rows of {args.seq_length} tokens, {rows.fill:.1%} full{part}"
+            what = f"{rows.rows} rows of {args.seq_length} tokens, {rows.fill:.1%} full"
             console.say(f"> conversations ({split.name}): {what}")
     return train, valid, test

@@ -96,9 +96,8 @@ def print_samples(
 
 def _end_ids(run: argparse.Namespace, tokenizer: Any) -> list[int]:
     """What ends a sample; of conversations the end of a turn too."""
-    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-    turns = Template(inner).end_ids if is_chat(run) and getattr(inner, "chat_template", None) else []
-    return [tokenizer.eod, *turns]
+    has_template = is_chat(run) and any(run.generation_prompt)
+    return [tokenizer.eod, *(Template(tokenizer._tokenizer.tokenizer).end_ids if has_template else [])]
 
 
 def greedy(model: RecursiveGPTModel, ids: list[int], length: int, vocab_size: int, ends: list[int]) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_recursive.data.indexed import largest_sampled_id
+from megatron_recursive.data.joining import TOKENIZER
 from megatron_recursive.data.preparation import read_preparation, vocabulary_digest
 from megatron_recursive.errors import UserError
 from megatron_recursive.training.refusals import prefixes_of
@@ -58,6 +59,16 @@ def check_data(args: argparse.Namespace) -> None:
                 f"{flag} {prefix} was prepared with another tokenizer ({named}) than this run's, to which its "
                 f"token ids mean something else; give that one, prepare the data again, {GO_ON}."
             )
+        elif vocabulary is not None and made.kind == "chat" and _is_written_otherwise(prefix):
+            raise UserError(f"{flag} {prefix} was written by another chat template than this run's tokenizer has; give "
+                            f"--tokenizer-model {prefix}{TOKENIZER}, {GO_ON}.")  # fmt: skip
+
+
+def _is_written_otherwise(prefix: str) -> bool:
+    """Whether conversations were written by another template than that of a transformers tokenizer."""
+    file = Path(f"{prefix}{TOKENIZER}/chat_template.jinja")
+    own = getattr(getattr(getattr(get_tokenizer(), "_tokenizer", None), "tokenizer", None), "chat_template", None)
+    return file.is_file() and not isinstance(own, dict) and file.read_text("utf-8") != own
 
 
 def check_checkpoint(folder: Path, saved: Mapping[str, Any], args: argparse.Namespace) -> None:

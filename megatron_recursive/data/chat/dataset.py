@@ -19,22 +19,17 @@ from megatron_recursive.data.joining import SUPERVISED
 from megatron_recursive.errors import UserError
 
 
-def supervised(prefix: str) -> str:
-    """The prefix of what is to be predicted."""
-    return f"{prefix}{SUPERVISED}"
-
-
 def chat_lengths(prefix: str) -> Any:
     """The tokens of each sample [N].
 
     Raises:
         UserError: a file is missing or half written, or the two do not belong together.
     """
-    for each in (prefix, supervised(prefix)):
+    for each in (prefix, f"{prefix}{SUPERVISED}"):
         check_indexed_dataset(each, "prepare-chat")
     lengths = all_lengths(prefix)
-    if not np.array_equal(lengths, all_lengths(supervised(prefix))):
-        raise UserError(f"{supervised(prefix)}.idx has other lengths than {prefix}.idx; prepare the data again")
+    if not np.array_equal(lengths, all_lengths(f"{prefix}{SUPERVISED}")):
+        raise UserError(f"{prefix}{SUPERVISED}.idx has other lengths than {prefix}.idx; prepare the data again")
     return lengths
 
 
@@ -61,7 +56,7 @@ class ChatRows:
         self.rows, self.period = len(rows), evaluation or len(rows)
         self.fill = float((lengths[first:last] - 1).sum() / (len(rows) * seq_length))
         self.split, self.seq_length, self.seed, self.samples, self.epochs = split, seq_length, seed, samples, epochs
-        self._tokens, self._supervised = IndexedDataset(prefix), IndexedDataset(supervised(prefix))
+        self._tokens, self._supervised = IndexedDataset(prefix), IndexedDataset(f"{prefix}{SUPERVISED}")
         self._order: tuple[int, Any] = -1, None
 
     def __len__(self) -> int:

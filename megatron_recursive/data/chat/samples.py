@@ -22,8 +22,6 @@ def samples_of(
     """The samples of conversations, in order; what is left out or cut is counted in ``report``."""
     rendered: list[tuple[Conversation, str, list[Span]]] = []
     for conversation in conversations:
-        if any(template.special.search(message["content"]) for message in conversation.messages):
-            report.drop("conversations kept in whose words a special token is written out, which it then is")
         try:
             pieces = []
             for messages in windows(conversation.messages, options.max_turns, report):
@@ -37,6 +35,8 @@ def samples_of(
                     spans = [span for span, each in zip(spans, counts, strict=True) if each]
                 pieces.append((conversation, text, spans))
             rendered += pieces
+            if any(template.special.search(message["content"]) for message in conversation.messages):
+                report.drop("conversations kept in whose words a special token is written out, which it then is")
         except NotAConversation as error:
             reject(conversation.refusal(error))
     encodings = rust.encode_batch([text for _, text, _ in rendered], add_special_tokens=False)

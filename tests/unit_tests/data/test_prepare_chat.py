@@ -66,7 +66,6 @@ BAD = {
     "a turn 0 that is not UTF-8": {**GOOD, "system": "\ud800"},
     "has a list under 'system', which must be a string": {**GOOD, "system": ["Be kind."]},
     "has a history that is no list of pairs of texts": {**ALPACA, "history": [["One?"]]},
-    "write it in one line": "{",
 }  # fmt: skip
 
 

@@ -329,12 +329,14 @@ def test_data_of_another_tokenizer(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "own", words)
     write_tokenizer(tmp_path / "grown", {**words, "new": 60})
     write_tokenizer(tmp_path / "other", {f"x{number}": number for number in range(60)})
-    for name, vocab_size in (("data", 60), ("large", 300), ("chat", 60)):
+    for name, vocab_size in (("data", 60), ("large", 300), ("chat", 60), ("chat_supervised", 60)):
         write_dataset(tmp_path / name, [50] * 20)
         digest, size = vocabulary_digest(words, vocab_size), (tmp_path / f"{name}.bin").stat().st_size
         made = Preparation(vocab_size, digest, "own", "", documents=20, tokens=1000, skipped=0, bin_bytes=size,
                            kind="chat" if name == "chat" else "text")  # fmt: skip
         (tmp_path / f"{name}.idx.json").write_text(made.to_json())
+    (tmp_path / "chat_tokenizer").mkdir()
+    (tmp_path / "chat_tokenizer/chat_template.jinja").write_text("{{ messages[0].content }}")
     write_dataset(tmp_path / "unknown", [50, 101] * 10)
 
     def flags(data: str, tokenizer: str, *more: str) -> list[str]:
@@ -343,7 +345,10 @@ def test_data_of_another_tokenizer(tmp_path: Path) -> None:
         kept = [*DATA[:at], *DATA[at + 2 :], "--make-vocab-size-divisible-by", "4"]
         return [*kept, *files, "--data-path", str(tmp_path / data), *more]
 
+    chat = [*flags("data", "own")[:-2], "--chat-data", str(tmp_path / "chat"), "--seq-length", "50",
+            "--max-position-embeddings", "50"]  # fmt: skip
     check([
+        (chat, "was written by another chat template than this run's tokenizer has; give --tokenizer-model"),
         (flags("large", "own"), "--data-path " + str(tmp_path / "large") + " was prepared with a vocabulary of 300"),
         (flags("data", "other"), "was prepared with another tokenizer (own)"),
         (flags("chat", "own"), "holds conversations, of which it would count every token; give --chat-data "),
