@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import command
-from megatron_recursive.data.chat.supervision import Template
 from megatron_recursive.data.preparation import digest, vocabulary_digest
 from megatron_recursive.data.tokenizer import (
     StoredTokenizer,
@@ -43,8 +42,9 @@ def store_chat_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokeniz
     Raises:
         UserError: there is no such tokenizer, or none that transformers loads as a fast one from a folder.
     """
-    choice.check()
-    tokenizer, rust = open_tokenizer(choice)
+    from megatron_recursive.data.chat.supervision import Template  # imports transformers
+
+    tokenizer, rust = open_tokenizer(choice.check())
     rust.no_truncation()
     rust.no_padding()
     if tokenizer.chat_template is None:
