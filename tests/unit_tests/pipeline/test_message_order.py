@@ -51,6 +51,7 @@ def received_too_late() -> None:
         dist.recv(torch.empty(1), 1, other)
 
 
+@pytest.mark.grid  # the harness alone, and it waits for time-outs
 def test_pairs_pass_and_late_receives_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "GRACE", 1.0)
     assert run_distributed(exchanged, 2, rendezvous=20.0) == [[1.0] * 3, [0.0] * 3]
