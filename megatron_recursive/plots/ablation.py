@@ -15,9 +15,11 @@ def plot_ablation(figures: dict[str, Any], output: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 1.6 + 0.5 * max(len(arms), 4)), layout="constrained")
     for place, arm in enumerate(arms):
         style: dict[str, Any] = {"color": f"C{place % 10}"}
-        left.plot(arm["losses"], [place] * len(arm["losses"]), "o", alpha=0.6, **style)
+        marker = "os^D"[place // 10 % 4]
+        left.plot(arm["losses"], [place] * len(arm["losses"]), marker, alpha=0.6, **style)
         left.plot([math.nan if arm["mean"] is None else arm["mean"]], [place], "|", ms=24, mew=2, **style)
-        right.plot([float(rate) for rate in arm["by lr"]], list(arm["by lr"].values()), "o-", label=arm["arm"], **style)
+        rates, losses = [float(rate) for rate in arm["by lr"]], list(arm["by lr"].values())
+        right.plot(rates, losses, f"{marker}-", label=arm["arm"], **style)
     left.set_yticks(range(len(arms)), [f"{arm['arm']}\n{arm['FLOPs']:.2g} FLOPs" for arm in arms], fontsize="small")
     left.set(ylim=(len(arms) - 0.5, -0.5), xlabel="held-out loss at the best rate, nats per token (bar: mean)")
     right.set(xscale="log", xlabel="learning rate", ylabel="held-out loss, first seed")
