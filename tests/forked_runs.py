@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import REPOSITORY, _die_with, _worker_environment
+from tests.distributed import REPOSITORY, _worker_environment
+from tests.distributed_worker import die_with
 from tests.quick_start import ALL, start_quickly
 
 SCRIPT = REPOSITORY / "examples" / "recursive_gpt" / "pretrain_recursive_gpt.py"
@@ -179,7 +180,7 @@ def _fork(question: dict[str, Any]) -> int:
         return pid
     try:
         os.setpgid(0, 0)
-        _die_with(server)
+        die_with(server)
         log = os.open(question["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (log, 1), (log, 2)):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import REPOSITORY, _reset_megatron, run_distributed
+from tests.distributed import REPOSITORY, run_distributed
+from tests.distributed_worker import reset_megatron
 from tests.quick_start import FEW, start_quickly
 
 SCRIPT = REPOSITORY / "examples" / "recursive_gpt" / "pretrain_recursive_gpt.py"
@@ -83,7 +84,7 @@ def one_by_one(commands: list[list[str]]) -> list[str | None]:
     said = []
     for argv in commands:
         said.append(in_worker(argv))
-        _reset_megatron()
+        reset_megatron()
     return said
 
 
