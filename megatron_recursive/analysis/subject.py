@@ -85,10 +85,7 @@ def _documents(inputs: Sequence[str], json_key: str, hub: HubChoice | None) -> I
         documents = cpython_documents()
         yield from (each.text for each in random.Random(0).sample(documents, len(documents)))
         return
-    try:
-        yield from (each.text for each in iter_documents(find_files(inputs, hub), json_key))
-    except UserError as error:  # the readers know the flag by the name that most commands give it
-        raise UserError(str(error).replace("--input", "--text")) from error
+    yield from (each.text for each in iter_documents(find_files(inputs, hub, flag="--text"), json_key))
 
 
 def fingerprint(given: str) -> list[tuple[str, int, int]]:

@@ -43,15 +43,25 @@ class SourceFile:
     modified: int = 0
 
 
-def find_files(inputs: Sequence[str | Path | SourceFile], hub: HubChoice | None = None) -> list[SourceFile]:
+def find_files(
+    inputs: Sequence[str | Path | SourceFile], hub: HubChoice | None = None, *, flag: str = "--input"
+) -> list[SourceFile]:
     """Expand folders (recursively, in name order), patterns and URLs into the files below them that can be read.
 
-    ``hf://NAME[@REVISION][/GLOB]`` is the data set NAME of the Hugging Face hub; other URLs are fsspec's.
+    ``hf://NAME[@REVISION][/GLOB]`` is the data set NAME of the Hugging Face hub; other URLs are fsspec's. ``flag`` is
+    what the user knows the inputs by.
 
     Raises:
         UserError: a path is missing, a file is of another kind, a folder holds none that can be read, or a data set has
             several configurations or splits of which ``hub`` chooses none.
     """
+    try:
+        return _find(inputs, hub)
+    except UserError as error:
+        raise UserError(str(error).replace("--input", flag)) from error
+
+
+def _find(inputs: Sequence[str | Path | SourceFile], hub: HubChoice | None) -> list[SourceFile]:
     files: list[SourceFile] = []
     if hub is not None and not any(str(given).startswith("hf://") for given in inputs):
         raise UserError("--hf-config and --hf-split are for an --input hf://NAME; leave them out")

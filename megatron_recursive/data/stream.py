@@ -35,10 +35,7 @@ class TokenStream:
     """
 
     def __init__(self, folder: str, tokenizer: StoredTokenizer, json_key: str = "text", seed: int = 0) -> None:
-        try:
-            files = find_files([folder])
-        except UserError as error:
-            raise UserError(str(error).replace("--input", "--data-stream")) from error
+        files = find_files([folder], flag="--data-stream")
         for file in files:
             if not file.path.endswith(".parquet"):
                 raise UserError(f"--data-stream {folder} holds {file.path}, which is no .parquet; leave it out")

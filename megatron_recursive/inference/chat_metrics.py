@@ -68,11 +68,7 @@ def read_samples(text: Text, data: str) -> Iterator[Sample]:
     from megatron_recursive.data.work_folder import PartReport
 
     template, rust = chat_encoder(text.tokenizer)
-    try:
-        files = find_files([data])
-    except UserError as error:
-        raise UserError(str(error).replace("--input", "--data")) from error
-    for file in files:
+    for file in find_files([data], flag="--data"):
         for conversation in iter_conversations(whole(file), ChatOptions(), refuse):
             yield from samples_of([conversation], template, rust, ChatOptions(), PartReport(), refuse)
 

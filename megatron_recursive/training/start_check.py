@@ -23,7 +23,8 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
     """Measure one forward of the model as it stands, and print how far each pass turns the sum that it reads.
 
     Every rank calls it; rank 0 prints, and warns where the passes are copies of what they read or the tokens of each
-    other. Not of weights that were trained: their scales are no choice any more.
+    other. Not of weights that were trained: their scales are no choice any more. Of frozen embeddings each
+    tensor-parallel rank looks at its own rows.
     """
     with stagewise.evaluating(run, chunks, optimizer) as model:
         if model is not None and model.pre_process and run.lora_rank is not None and is_chat(run):
