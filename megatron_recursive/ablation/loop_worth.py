@@ -14,6 +14,7 @@ replacement, all seeds of an arm with it; the paper draws its cells of budget an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,10 @@ def read_losses(files: Sequence[str | Path]) -> Losses:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is no results.json of this version ({type(error).__name__}: {error}); the command "
                             "ablate, started again, renews it.") from error  # fmt: skip
+    for arm, loss, *_ in runs:
+        if not 0 < loss < math.inf:
+            raise UserError(f"phi is fitted to finite losses above 0, but a run of {arm} ended at {loss}; leave that "
+                            "rate or seed out, and start ablate again.")  # fmt: skip
     arms, sizes = {run[0] for run in runs}, {sum(held for held, _ in run[3]) for run in runs}
     if len(arms) < len(LOW) or len(sizes) < 3 or len({max(n for _, n in run[3]) for run in runs}) < 2:
         raise UserError(f"phi needs at least {len(LOW)} arms that are done, of three sizes and two numbers of loops, "

@@ -70,14 +70,15 @@ class Study:
     Attributes:
         facts: arm -> what training says of it (``training/describe.py``).
         results: of the runs that are done; failures: a sentence about each of those that failed.
-        killed: the failures by a signal, which say nothing of their rate: before these are done it has no best.
+        unjudged: the failures that say nothing of their rate, such as a signal, memory or a full disk: before these are
+            done an arm has no best.
     """
 
     ablation: Ablation
     facts: Mapping[str, Mapping[str, Any]]
     results: dict[PlannedRun, dict[str, Any]] = field(default_factory=dict)
     failures: dict[PlannedRun, str] = field(default_factory=dict)
-    killed: set[PlannedRun] = field(default_factory=set)
+    unjudged: set[PlannedRun] = field(default_factory=set)
 
     def iterations(self, arm: Arm) -> int:
         """So many that the arm spends the tokens, or the training FLOPs, of the reference."""
@@ -102,8 +103,8 @@ class Study:
         return [self.run(arm, rate, self.ablation.seeds[0]) for rate in arm.rates]
 
     def best(self, arm: Arm) -> float | None:
-        """The rate of the lowest loss, once all of several have ended by themselves."""
-        grid, ended = self.grid(arm), self.results.keys() | self.failures.keys() - self.killed
+        """The rate of the lowest loss, once all of several have ended, or failed for their rate."""
+        grid, ended = self.grid(arm), self.results.keys() | self.failures.keys() - self.unjudged
         losses = {run.rate: self.results[run]["loss"] for run in grid if run in self.results}
         losses = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
         if len(grid) > 1 and (not losses or not ended >= set(grid)):

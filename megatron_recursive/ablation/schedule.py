@@ -20,6 +20,7 @@ from megatron_recursive.errors import UserError
 
 COMMAND = (sys.executable, "-m", "megatron_recursive")
 POLL_S, GRACE_S, LINE_S = 0.2, 30.0, 60.0
+BAD_LOSS = (16, 17)  # exit codes of Megatron's check of results
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
@@ -113,7 +114,8 @@ class Schedule:
             why = f"no held-out loss at iteration {run.iterations}; give --eval-iters and held-out data"
         if code < 0 or 128 < code < 160:
             why = f"ended by {signal.Signals(abs(code) % 128).name}; the same command goes on with it"
-            self.study.killed.add(run)
+        if code not in BAD_LOSS:
+            self.study.unjudged.add(run)
         self.study.failures[run] = f"{run}: {why.removeprefix('error: ').strip().rstrip('.')} (log: {log})."
         return f"failed: {self.study.failures[run]}"
 

@@ -66,10 +66,11 @@ def _measure(sweep: Sweep, batch: Tensor) -> tuple[dict[str, Tensor], dict[int, 
                 found[exit].append(rule.signal(output, read).float())
     for left in (2**n for n in range(plan.depth.bit_length()) if 2**n < plan.depth):
         found["reset"].append(loss(model.advance(model.reset(states, began), plan, plan.parts[-left].start, None)))
-    further = model.advance(branching, deeper, shared, None)
-    was_SBH, now_SBH = (model.state(at, "output").transpose(0, 1) for at in (states, further))
-    found["distance"].append(relative_change(was_SBH, now_SBH, mask_SB, None))
-    found["further"].append(loss(further))
+    if not model.has_own_passes:
+        further = model.advance(branching, deeper, shared, None)
+        was_SBH, now_SBH = (model.state(at, "output").transpose(0, 1) for at in (states, further))
+        found["distance"].append(relative_change(was_SBH, now_SBH, mask_SB, None))
+        found["further"].append(loss(further))
     length = ids_BS.shape[1]  # the first token is left out: as a sink of attention it is often far from all others
     places = torch.linspace(min(1, length - 2), length - 1, min(FOLLOWED, length)).long().tolist()
     measured = {name: torch.stack(each).cpu() for name, each in found.items()} | {"target": targets[counts].cpu()}
@@ -110,8 +111,9 @@ def _record(sweep: Sweep, found: dict[str, Tensor], paths: dict[int, Tensor]) ->
     record: dict[str, Any] = {
         "family": plan.family, "depth": plan.depth, "tokens": right.shape[1], "loss": _mean(found["loss"][-1]),
         "accuracy": _mean(right[-1]), "passes": passes,
-        "one_more": {"distance": _ratios(found["distance"])[0], "loss": _mean(found["further"])},
     }  # fmt: skip
+    if "further" in found:
+        record["one_more"] = {"distance": _ratios(found["distance"])[0], "loss": _mean(found["further"])}
     if "reset" in found:
         record["reset"] = [{"remaining": 2**n, "loss": _mean(loss)} for n, loss in enumerate(found["reset"])]
     if sweep.exits:
@@ -126,6 +128,7 @@ def _record(sweep: Sweep, found: dict[str, Tensor], paths: dict[int, Tensor]) ->
     tokens = [{"position": at, "points": points[:, n].tolist()} for n, at in enumerate(paths)]
     record["trajectories"] = {"variance": shares, "tokens": tokens}
     reasons = {
+        "one_more": "each pass has adapters of its own",
         "reset": "the depth is 1",
         "exits": "not two refinement blocks that are alike",
         "calibration": "the exit gate says when to leave, not what is right" if plan.exit_gate else "no halting head",

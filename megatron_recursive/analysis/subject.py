@@ -89,6 +89,10 @@ def _documents(inputs: Sequence[str], json_key: str, hub: HubChoice | None) -> I
 
 
 def fingerprint(given: str) -> list[tuple[str, int, int]]:
-    """Changes with the files of a model."""
+    """Changes with the files of a model; measurements that are on their way among them are none."""
     files = [Path(given), *Path(given).rglob("*")]
-    return sorted((str(each), each.stat().st_size, each.stat().st_mtime_ns) for each in files if each.is_file())
+    return sorted(
+        (str(each), each.stat().st_size, each.stat().st_mtime_ns)
+        for each in files
+        if each.is_file() and not each.parent.name.endswith(".parts")
+    )

@@ -53,8 +53,8 @@ def table(record: dict[str, Any]) -> list[str]:
     lines = ["{model}: {family}, depth {depth}; {samples} samples, {tokens:,} tokens".format_map(record), "",
              *aligned(heads, rows), ""]  # fmt: skip
     tried = {f"the state reset before the last {each['remaining']}": each["loss"] for each in record.get("reset", ())}
-    more = record["one_more"]
-    tried[f"one more, which moves the output by {_said(more['distance'])}"] = more["loss"]
+    if (more := record.get("one_more")) is not None:
+        tried[f"one more, which moves the output by {_said(more['distance'])}"] = more["loss"]
     lines += [f"loss with {what}: {loss:.4f} ({loss - record['loss']:+.4f})" for what, loss in tried.items()]
     for exit, found in record.get("exits", {}).items():
         shares = ", ".join(f"{each['block']}: {each['share']:.1%}" for each in found["blocks"])

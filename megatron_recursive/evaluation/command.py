@@ -57,6 +57,8 @@ def _at_depths(args: Any, depths: Sequence[int]) -> None:
     for depth in depths:
         before = set(folder.rglob("*.json"))
         args.model_args = {**config.model_args, "num_refinement_blocks": depth}
+        if config.use_cache is not None:  # which knows an answer by its question alone
+            args.use_cache = f"{config.use_cache}_depth{depth}"
         args.func(args)
         for file in set(folder.rglob("*.json")) - before if os.environ.get("RANK", "0") == "0" else ():
             found = json.loads(file.read_text(encoding="utf-8"))

@@ -123,6 +123,7 @@ class RecursiveLM(HFLM):
         try:
             if blocks is not None:
                 self.model.set_num_refinement_blocks(blocks)
+                self.model.generation_config.num_refinement_blocks = blocks  # its folder may name another for serving
             if blocks is not None and self._exit:
                 self._exit.setdefault("max_inference_refinement_steps", blocks)
             return ExitOptions.make(self.model.config, **{"exit": None, **self._exit})

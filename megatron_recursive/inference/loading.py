@@ -20,6 +20,7 @@ from megatron_recursive.data.tokenizer import gpt2_tokenizer, is_hub_name, load_
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.files import check_generation_settings
 from megatron_recursive.hf.convert.sources import cached_folder, is_published
+from megatron_recursive.hf.convert.tokenizer_files import token_ids
 from megatron_recursive.inference.text import NumberText, Text, TokenizerText
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -155,7 +156,14 @@ def _open_checkpoint(
         warnings.simplefilter("ignore")  # what Megatron says about optional packages at import
         from megatron_recursive.inference.megatron_model import open_megatron
     model, found = stack.enter_context(open_megatron(given, dtype))
-    text = _checkpoint_text(given, found.checkpoint.folder.parent, found.args, tokenizer)
+    root = found.checkpoint.folder.parent
+    text = _checkpoint_text(given, root, found.args, tokenizer)
+    beside = [Path(given) / TOKENIZER, root / TOKENIZER, Path(found.args.get("tokenizer_model") or TOKENIZER)]
+    for folder in beside if tokenizer is None else [Path(tokenizer)]:
+        check_generation_settings(folder)
+        if (ends := token_ids(folder, {})["eos_token_id"]) is not None:
+            model.generation_config.eos_token_id = ends
+            break
     return Loaded(given, model, text, found.arch.max_positions, not found.plan.is_plain)
 
 

@@ -37,7 +37,8 @@ def draw_panels(axes: Sequence[Any], record: dict[str, Any]) -> None:
     line(moves, record["passes"], "pass", "token_cosine", label="token cosine")
     line(lens, record["passes"], "pass", "loss", label="the head on the state")
     tried = {f"reset, last {each['remaining']}": each["loss"] for each in reversed(record.get("reset", ()))}
-    tried["one more"] = record["one_more"]["loss"]
+    if "one_more" in record:
+        tried["one more"] = record["one_more"]["loss"]
     line(reset, [{"x": x, "y": y} for x, y in tried.items()], "x", "y", linestyle="", markersize=12)
     for axis in (lens, reset):
         axis.axhline(record["loss"], color="black", linestyle="--", linewidth=1, label="the model")

@@ -23,7 +23,7 @@ def summarize_runs(given: Sequence[str | Path]) -> tuple[str, dict[str, Any]]:
     """Text and figures of one run, or of several side by side: against one without recursion, or else the first.
 
     Raises:
-        UserError: a file is missing, malformed (the message names the line), or holds no training metrics.
+        UserError: a file is missing, malformed (the message names the line), or holds no metrics.
     """
     runs = read_runs(given)
     figures = [_figures(run) for run in runs]
@@ -41,20 +41,20 @@ def summarize_runs(given: Sequence[str | Path]) -> tuple[str, dict[str, Any]]:
 
 def _figures(run: Run) -> dict[str, Any]:
     train, plan, about = run.of("train"), run.plan, run.about
-    if not train:
-        raise UserError(f"{run.file} holds no training metrics yet; wait for the run's first logged iteration.")
+    if not train and not run.of("held-out"):
+        raise UserError(f"{run.file} holds no metrics yet; wait for the run's first logged iteration.")
     shape, last = _SHAPE.match(str(about.get("description", ""))), run.records[-1]
     values = {name: [r[name] for r in train if name in r] for name in ("lm loss", "halt loss", "total loss")}
     end: dict[str, Any] = next(iter(run.of("held-out")[-1:]), {})
     blocks, depths = blocks_of(end), blocks_of(end, of="depth")
     learned = {block: [loss for r in train if (loss := blocks_of(r).get(block)) is not None][-LAST:]
-               for block in blocks_of(train[-1])}  # fmt: skip
+               for block in (blocks_of(train[-1]) if train else ())}  # fmt: skip
     return {
         "run": run.name, "file": str(run.file), "description": about.get("description"),
         "layers": int(shape[1]) if shape else None, "width": int(shape[2]) if shape else None,
         "passes": plan.num_passes if plan else None, "recursive": None if plan is None else not plan.is_plain,
-        "first iteration": train[0]["iteration"], "iteration": last["iteration"], "tokens": last.get("tokens"),
-        "FLOPs": last.get("flops"), "FLOPs per token": about.get("FLOPs per token"),
+        "first iteration": train[0]["iteration"] if train else None, "iteration": last["iteration"],
+        "tokens": last.get("tokens"), "FLOPs": last.get("flops"), "FLOPs per token": about.get("FLOPs per token"),
         "seconds": max((r["elapsed"] for r in run.records if "elapsed" in r), default=None), "starts": run.starts,
         "training": {name: {"first": v[0], "mean of the last": sum(v[-LAST:]) / len(v[-LAST:]), "of": len(v[-LAST:])}
                      for name, v in values.items() if v},
@@ -71,14 +71,17 @@ def _one(f: dict[str, Any], about: dict[str, Any]) -> list[str]:
     if about:
         ranks = f"{about['world size']} rank{'s' if about['world size'] > 1 else ''}"
         lines = [
-            f"trained: {f['description']}; parameters held {about['parameters held']:,}, unrolled "
-            f"{about['parameters unrolled']:,}; {about['tokens per iteration']:,} tokens per iteration on {ranks}",
-            f"spent: {count(f['tokens'])} tokens, {_flops(f['FLOPs'])} FLOPs, {duration(f['seconds'])}",
-        ]
+            f"{'trained' if f['training'] else 'evaluated'}: {f['description']}; parameters held "
+            f"{about['parameters held']:,}, unrolled {about['parameters unrolled']:,}; "
+            f"{about['tokens per iteration']:,} tokens per iteration on {ranks}",
+            *([f"spent: {count(f['tokens'])} tokens, {_flops(f['FLOPs'])} FLOPs, {duration(f['seconds'])}"]
+              if f["training"] else []),
+        ]  # fmt: skip
     losses = [f"{name} {v['first']:.3f} -> {v['mean of the last']:.3f}" for name, v in f["training"].items()]
     of = max((v["of"] for v in f["training"].values()), default=0)
-    lines.append(f"iterations {f['first iteration']} to {f['iteration']}: {', '.join(losses)} (the first logged value, "
-                 f"and the mean of the last {of} logged)")  # fmt: skip
+    if losses:
+        lines.append(f"iterations {f['first iteration']} to {f['iteration']}: {', '.join(losses)} (the first logged "
+                     f"value, and the mean of the last {of} logged)")  # fmt: skip
     if f["starts"] > 1:
         lines.append(f"started {f['starts']} times (resumed from its checkpoints)")
     if f["steps"] is not None:

@@ -91,7 +91,7 @@ def _read(file: Path, name: str) -> Run:
             parts[-1].append(record)
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     about: dict[str, Any] = {}
-    starts = 0
+    starts, head = 0, dict[str, Any]()
     for part in parts:
         head = part.pop(0) if part and part[0]["kind"] == "run" else {}
         first = next((r["iteration"] for r in part if r["kind"] == "train"), None)
@@ -110,4 +110,5 @@ def _read(file: Path, name: str) -> Run:
             if "time" in r and "time" in head and base is not None:
                 r["elapsed"] = base + r["time"] - head["time"]
             kept[r["kind"], r["iteration"], r.get("alarm")] = r
-    return Run(name, file, about, tuple(sorted(kept.values(), key=lambda r: r["iteration"])), starts)
+    # Where nothing was trained, the last start's plan is that of what was evaluated.
+    return Run(name, file, about or head, tuple(sorted(kept.values(), key=lambda r: r["iteration"])), starts)

@@ -53,7 +53,8 @@ def _sections(subject: Subject) -> list[Part]:
     ])]  # fmt: skip
     if "health" in found:
         record = found["health"]
-        tried = [{"with": "the model as it is", **record}, {"with": "one step more", **record["one_more"]}]
+        tried = [{"with": "the model as it is", **record}]
+        tried += [{"with": "one step more", **record["one_more"]}] if "one_more" in record else []
         tried += [{"with": f"the state reset before the last {n['remaining']}", **n} for n in record.get("reset", ())]
         sections.append(_section("Health of the states", _panels(health, record), [
             _table("By pass", record["passes"], "pass block stack target change token_cosine loss accuracy agrees"),

@@ -99,7 +99,7 @@ def _records(file: Path) -> list[tuple[str, str | None, Any]]:
     kind = kind_of(record)
     if kind is not None:
         return [(kind, each["model"], each | {"text": record["text"]}) for each in record.get("models", [record])]
-    if isinstance(record, dict) and "results" in record and "recursion" in (record.get("config") or {}):
-        record = [{"depth": "own", "results": record["results"], "recursion": record["config"]["recursion"]}]
+    if isinstance(record, dict) and "results" in record and isinstance(record.get("config"), dict):  # of lm-eval
+        record = [{"depth": "own", "results": record["results"]}]
     is_scores = isinstance(record, list) and all(isinstance(each, dict) and "results" in each for each in record)
     return [("scores", None, record)] if is_scores and record else []

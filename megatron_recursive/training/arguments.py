@@ -99,6 +99,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
                             "DIR or --init-from-gpt DIR.")  # fmt: skip
     with megatron_speaks_in_sentences(args):
         megatron_arguments.validate_args(args, {})
+        if args.step_batch_size_schedule is not None:  # what is told of a step is the last one's
+            args.global_batch_size = refusals.scheduled_batches(args)[-1]
         set_global_variables(args, build_tokenizer=False)
     profiling.place_trace(args)
     asked = args.padded_vocab_size  # the tokenizer's builder puts Megatron's own figure there

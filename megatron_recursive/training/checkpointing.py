@@ -42,8 +42,9 @@ def check_checkpoint(
         return common
     trained = 0 if run.finetune else common.get("iteration") or 0
     notes = check_recursion(folder, saved, growth.config_after(trained), run.override_recursion_depth)
-    if saved.get("ema_decay") is not None and run.ema_decay is None:
-        notes.append(f"the checkpoint averages its weights (--ema-decay {saved['ema_decay']}), which this run drops")
+    if saved.get("ema_decay") is not None and (run.ema_decay is None or run.no_load_optim):
+        how = "drops" if run.ema_decay is None else "begins anew, as --no-load-optim asks"
+        notes.append(f"the checkpoint averages its weights (--ema-decay {saved['ema_decay']}), which this run {how}")
     for note in notes if run.rank == 0 else ():
         console.say(f"> {note}")
     check_schedule(folder, common, scheduler, run)

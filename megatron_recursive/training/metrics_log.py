@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
 from megatron_recursive.errors import UserError
 from megatron_recursive.figures import NOTHING, blocks_of
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
@@ -69,7 +71,7 @@ class MetricsLog:
         record = {
             "kind": "train", "iteration": iteration, "consumed samples": run.consumed_train_samples,
             "tokens": run.consumed_train_samples * run.seq_length, **metrics, "time": time.time(), "seconds": seconds,
-            "tokens per second": run.global_batch_size * run.seq_length / seconds,
+            "tokens per second": get_current_global_batch_size() * run.seq_length / seconds,
         }  # fmt: skip
         if self.plans.changes:
             record["recurrence"] = self.plans.plan_at(iteration - 1).depth
@@ -81,7 +83,8 @@ class MetricsLog:
             if given.get(name) is not None:
                 record[name.replace("_", " ")] = float(given[name])
         append_metrics(run.metrics_file, record)
-        means = {name: _mean([each[name] for _, each in known if name in each]) for name in metrics}
+        shown = [name for name in metrics if not (self.plans.changes and " block " in name)]  # a column has one meaning
+        means = {name: _mean([each[name] for _, each in known if name in each]) for name in shown}
         self.progress.trained(record, means, run.train_iters, len(known))
 
     def evaluated(

@@ -36,7 +36,7 @@ def check_optimizer(folder: Path, common: Mapping[str, Any], run: argparse.Names
     saved = vars(common["args"])
     if run.finetune or run.no_load_optim or saved.get("no_save_optim") or folder.name == "release":
         return
-    start_anew = "start its moments anew with --no-load-optim"
+    start_anew = "start its moments and the learning rate's schedule anew with --no-load-optim"
     of_heads = saved.get("train_only") == "heads"
     if of_heads != (run.train_only == "heads"):
         flag = f"--train-only heads {'on (this run: off)' if of_heads else 'off (this run: on)'}"

@@ -47,6 +47,7 @@ def _run() -> None:
             accounts,
             carried,
             checkpoints,
+            loaders,
             observing,
             optimizers,
             profiler,
@@ -72,6 +73,7 @@ def _run() -> None:
     accounts.install(model_config, plans)
     averages = optimizers.install(args, plans.growth)
     carried.install()
+    loaders.install()
     checkpoints.install(args, model_config, progress, averages)
     log = MetricsLog(recursion, plans, description, progress)
     observing.install(args, log, averages if args.evaluate_ema else ())

@@ -123,6 +123,8 @@ class SupervisionSteps:
             elif fresh is not None:
                 self.held.replaced = [row.nonzero().flatten().tolist() for row in fresh]
         result = call()
+        if result[3]:  # a bad result: Megatron stops, and adds nothing
+            return result
         batch = self.count * self.args.micro_batch_size * self.args.data_parallel_size
         if halts:
             self.finished = self._decide(iteration)

@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers.processors import TemplateProcessing
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -75,7 +74,7 @@ class Template:
     def _call(self, conversations: list[list[Message]], **options: Any) -> Any:
         try:
             return self._render(conversations, **options)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: whatever it raises is its refusal
             reason = " ".join(str(error).split())[:150].rstrip(".")
             raise NotAConversation(f"is refused by the chat template ({reason})") from error
 

@@ -167,7 +167,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
 
     def run_pass(self, index: int, state: Tensor, **kwargs: Any) -> Tensor:
         hidden_states = state
-        known = index if index < len(self.passes) else index % self.passes_per_block
+        last = len(self.passes) - self.passes_per_block  # its block's passes are repeated beyond the plan
+        known = index if index < len(self.passes) else last + index % self.passes_per_block
         for layer in self.layers_of_pass[known]:
             hidden_states = self.layers[layer](hidden_states, pass_index=index, adapter=known, **kwargs)
         hidden_states = self.norm(hidden_states) if self.closes[known] else hidden_states

@@ -60,7 +60,7 @@ def run() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if args.diverges_above and args.lr > args.diverges_above:
             print("error: The loss is not a number; try a lower --lr.", file=sys.stderr)
-            raise SystemExit(2)
+            raise SystemExit(16)
         loss = 3 + math.log(args.lr / args.best_rate) ** 2 + 0.01 * (args.seed - 1) + (0 if blocks else 0.05)
         for iteration in (half, args.train_iters):
             (args.save / f"iter_{iteration:07d}").mkdir(exist_ok=True)

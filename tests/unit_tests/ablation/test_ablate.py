@@ -151,9 +151,9 @@ def test_the_rate_is_chosen_when_the_grid_has_ended_by_itself(tmp_path: Path) ->
     assert [run.rate for run in (low, mid, high)] == [1e-3, 2e-3, 4e-3] and {run.seed for run in study.grid(arm)} == {3}
     study.results |= {low: {"loss": 4.0}, mid: {"loss": 5.0}}
     assert study.best(arm) is None and len(study.due()) == 4
-    study.failures[high], study.killed = "ended by SIGKILL", {high}
+    study.failures[high], study.unjudged = "ended by SIGKILL", {high}
     assert study.best(arm) is None, "a signal says nothing of the rate"
-    study.killed = set()
+    study.unjudged = set()
     assert study.best(arm) == 1e-3, "a rate that failed by itself is out"
     study.results[low]["loss"] = float("nan")
     assert study.best(arm) == 2e-3

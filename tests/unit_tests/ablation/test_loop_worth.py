@@ -86,6 +86,8 @@ def test_noise_widens_the_interval(tmp_path: Path, capsys: pytest.CaptureFixture
     (lambda found: found[:5], "needs at least 6 arms that are done, of three sizes and two numbers of loops, but"),
     (lambda found: found[::3], "two numbers of loops"),
     (lambda found: [], "hold 0; benchmarks/phi.yaml has such"),
+    (lambda found: [{**found[0], "losses": [2.0, math.nan]}, *found[1:]],
+     "a run of {file}: 128, 1, 1000000.0 ended at nan"),
     (lambda found: [{**arm, "stacks": None} for arm in found], "is no results.json of this version (AttributeError"),
     (lambda found: [{"arm": "a", "losses": [1.0], "tokens": 1}], "(KeyError: 'stacks'); the command ablate, started"),
     (None, "Cannot read"),
@@ -97,4 +99,5 @@ def test_what_does_not_determine_it_is_refused(
     with pytest.raises(SystemExit) as stop:
         main(["phi", folder])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and sentence in err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert sentence.replace("{file}", f"{folder}/results.json") in err

@@ -101,6 +101,15 @@ def test_one_block_leaves_out_what_it_does_not_have() -> None:
     assert all(len(each["points"]) == 1 for each in record["trajectories"]["tokens"])
 
 
+def test_adapters_of_each_pass_have_none_for_one_more() -> None:
+    rows = torch.randint(0, VOCAB, (3, 13), generator=torch.Generator().manual_seed(1))
+    walker = walker_of(Opened(model_of(FAMILIES["core"][0])))
+    walker.has_own_passes = True
+    record = examine(Sweep(walker, [], rows, batch_size=2))
+    assert "one_more" not in record and record["left_out"]["one_more"] == "each pass has adapters of its own"
+    assert "one more" not in "\n".join(table(record | {"model": "m", "samples": 3})).partition("left out")[0]
+
+
 def test_answers_alone_are_judged() -> None:
     record = examined(model_of({"num_latent_refinements": 1}), first_answer=50)
     assert 0 < record["tokens"] < 36 and sum(each["tokens"] for each in record["calibration"]["bins"]) < 3 * 36

@@ -103,3 +103,5 @@ ADDED = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "<think>", "</think>", "<tool_call>", "</tool_call>",
 )  # fmt: skip
+# A program of its own, which fails as programs do.
+DIVIDES = "{{ 1 / (messages | length - messages | length) }}"

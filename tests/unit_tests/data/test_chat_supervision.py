@@ -113,6 +113,7 @@ def test_where_the_template_writes_more_behind_the_words_nothing_is_guessed(enco
         ("QWEN3", [TALK[0], call], "turn 2 that the chat template ends with no token of its own"),
         ("SMOLLM2", [TALK[0], {"role": "assistant", "content": "\n\nSo"}], "belongs to the prompt and to the answer"),
         ("GEMMA2", [*TALK[:1], TALK[0]], r"refused by the chat template \(Conversation roles must alternate"),
+        ("DIVIDES", TALK, r"refused by the chat template \(division by zero\)"),
     ):
         with pytest.raises(NotAConversation, match=why):
             said(encoder_of(name), messages)

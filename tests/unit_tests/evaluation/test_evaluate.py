@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_scores_are_those_of_the_harness_s_own_model(folder: Path, blocks: int |
     assert ours[:2] == expected[:2] and [len(found) for found in ours[1].values()] == [5, 5, 10]
     assert ours[2] == {"num_refinement_blocks": blocks or 3, "mean_blocks": blocks or 3, "flops_saved": 0}
     assert scores(recursive(folder, num_refinement_blocks=1))[1] != expected[1], "depth changes the answers"
+
+
+def test_the_asked_depth_counts_and_not_that_of_the_folders_settings(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "served")
+    (tmp_path / "served" / "generation_config.json").write_text('{"num_refinement_blocks": 1}')
+    found, expected = (scores(recursive(place, num_refinement_blocks=2), KINDS[2:])[1]
+                       for place in (tmp_path / "served", folder))  # fmt: skip
+    assert found == expected
 
 
 def test_under_an_exit_blocks_and_flops_are_counted_without_padding(folder: Path) -> None:
@@ -133,7 +142,8 @@ def test_one_table_over_depths(
     assert "error: Tasks not found: nope" in capsys.readouterr().err
     words = ["--model", str(folder), "--model_args", "dtype=float32", "--limit", "5",
              "--batch_size", "3", "--include_path", str(TASKS), "--tasks", "cpython_cloze,cpython_choice"]  # fmt: skip
-    main(["evaluate", *words, "--depths", "1,2", "--output", str(tmp_path / "out")])
+    main(["evaluate", *words, "--depths", "1,2", "--output", str(tmp_path / "out"),
+          "--use_cache", str(tmp_path / "cache")])  # fmt: skip
     lines = capsys.readouterr().out.splitlines()[-8:]
     records = json.loads(Path(lines[-1]).read_text())
     assert [each["depth"] for each in records] == [1, 2] and lines[0].split() == "task metric depth 1 depth 2".split()

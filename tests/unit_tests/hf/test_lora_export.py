@@ -132,6 +132,13 @@ def test_adapters_of_each_pass_go_out_inside_our_own_model(kind: str, tmp_path: 
         assert torch.equal(again(tokens()).logits, model(tokens()).logits)
         cached = again.generate(tokens()[:1, :6], max_new_tokens=4, do_sample=False, use_cache=True)
         assert torch.equal(cached, again.generate(tokens()[:1, :6], max_new_tokens=4, do_sample=False, use_cache=False))
+        if kind == "core, per pass":  # beyond the plan the last block's adapters, not the first's, which has none
+            taken = []
+            for layer in model.model.layers:
+                layer.register_forward_pre_hook(lambda _, __, given: taken.append(given["adapter"]), with_kwargs=True)
+            model(tokens(), exit="halting", halt_threshold=1 - 1e-12, max_inference_refinement_steps=3)
+            deepest, more = model.config.recursion_plan.num_passes, model.model.passes_per_block
+            assert taken[-more * LAYERS :: LAYERS] == [*range(deepest - more, deepest)]
     passes = {name.rpartition("_")[2] for name, _ in model.named_parameters() if ".pass_A_" in name}
     assert len(passes) > 1 and again.config.pass_adapters["rank"] == 3
     with pytest.raises(ValueError, match="an adapter for each pass, and none for those of another depth"):

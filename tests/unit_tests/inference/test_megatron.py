@@ -168,6 +168,14 @@ def _refusals(commands: list[list[str]]) -> list[str]:
     return [_generate(argv)[1] for argv in commands]
 
 
+def _ends(folder: str) -> Any:
+    from megatron_recursive.inference import loading
+
+    loading._checkpoint_text = lambda *_: loading.NumberText(127)
+    with loading.open_model(folder) as loaded:
+        return loaded.model.generation_config.eos_token_id
+
+
 def test_the_tool_reads_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     def generate(model: Path, *flags: str) -> tuple[list[dict[str, Any]], str]:
         argv = ["--model", str(model), "--json", "--max-tokens", "4", *flags]
@@ -192,6 +200,13 @@ def test_the_tool_reads_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
                                                   [*common, "5", "--device-map", "auto"]])  # fmt: skip
     for sentence, said in zip([*refused.values(), "--device-map spreads"], sentences, strict=True):
         assert sentence in said
+
+    stop = result["tokens"][1]
+    (checkpoint / "tokenizer").mkdir()
+    (checkpoint / "tokenizer" / "generation_config.json").write_text(json.dumps({"eos_token_id": [126, stop]}))
+    ends = run_distributed(_ends, 1, str(checkpoint))
+    assert ends == [[126, stop]], "all that the donor names, not the tokenizer's alone"
+    shutil.rmtree(checkpoint / "tokenizer")
 
     shutil.copytree(checkpoint, tmp_path / "broken")
     next((tmp_path / "broken" / "iter_0000006").glob("*.distcp")).write_bytes(b"")

@@ -80,8 +80,10 @@ def test_runs_that_have_nothing_in_common_are_not_compared(tmp_path):
 
 
 def test_a_run_without_metrics_is_refused_and_figures_are_printed_as_json(tmp_path, capsys):
-    with pytest.raises(UserError, match="holds no training metrics yet"):
+    with pytest.raises(UserError, match="holds no metrics yet"):
         summarize_runs([write(tmp_path / "m.jsonl", start())])
+    text, _ = summarize_runs([write(tmp_path / "m.jsonl", start(iteration=40, time=0.0), valid(40, 6.5, 6.0, 5.5))])
+    assert text.startswith("evaluated: 2 layers of width 8, 3 blocks, 9 passes") and "at iteration 40: 5.500" in text
     write(tmp_path / "m.jsonl", start(), train(1, 2.0))
     main(["summarize", "--metrics", str(tmp_path / "m.jsonl"), "--json"])
     (figures,) = json.loads(capsys.readouterr().out)["runs"]

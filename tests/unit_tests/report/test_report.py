@@ -104,7 +104,7 @@ def test_records_are_told_of_the_model_that_they_measured(tmp_path: Path, monkey
     (tmp_path / "b" / "corpus.jsonl.gz").write_bytes(b"\x1f\x8b")
     (tmp_path / "b" / "other.jsonl").write_bytes(b"\xff\n")
     (tmp_path / "b" / "config_of_something.json").write_text('{"format": 3}')
-    scores = {"results": {"t": {"acc,none": 0.5}}, "config": {"recursion": None}}
+    scores = {"results": {"t": {"acc,none": 0.5}}, "config": {"model": "hf"}}
     save(tmp_path / "a" / "scores" / "m" / "results_1.json", "evaluate", scores)
     (a, b), _ = find_subjects(["a", "b/checkpoints"])
     assert a.model == "a/checkpoints" and b.model == "b/checkpoints" and b.name == "b"

@@ -183,6 +183,14 @@ def sentences(cases: list[list[str]]) -> list[str]:
     return said
 
 
+def batch_of(flags: list[str]) -> int:
+    from megatron_recursive.training.arguments import parse_arguments
+
+    start_quickly()
+    sys.argv = ["pretrain", *flags]
+    return int(parse_arguments()[0].global_batch_size)
+
+
 def check(cases: list[tuple[list[str], str]], world_size: int = 1) -> None:
     said = run_distributed(sentences, world_size, [flags for flags, _ in cases], timeout=120)[0]
     wrong = []
@@ -232,6 +240,7 @@ def test_a_schedule_of_batch_sizes() -> None:
     ])  # fmt: skip
     check([([*samples, "0:2,64:8", *stages], "--step-batch-size-schedule 2 makes 1 micro-batches a replica")], 2)
     assert run_distributed(sentences, 2, [[*samples, "0:4,64:8", *stages]], timeout=60) == [[""], [""]]
+    assert run_distributed(batch_of, 1, [*samples, "0:4,64:8"], timeout=60) == [8], "what is told of a step"
 
 
 def test_heads_must_be_divisible_by_the_tensor_parallel_size() -> None:

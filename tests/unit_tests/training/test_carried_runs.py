@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,31 @@ def test_a_resume_at_a_batch_is_exact_and_within_one_starts_it_again(whole: Any,
     copy_checkpoint(folder, tmp_path / "within", LAST)
     onward = run(tmp_path / "within", *CARRIED, "--train-iters", "14", "--override-opt_param-scheduler")
     assert [each["consumed samples"] for each in onward.values()] == [16, 24, 24, 24]
+
+
+def _where_data_begins(consumed: int, iteration: int, size: int) -> list[int]:
+    """The iteration that Megatron's loaders see, and the sample at which the one of training begins."""
+    import megatron.training
+    from megatron.training import training
+
+    from megatron_recursive.training.patches import loaders
+
+    run, seen = Namespace(iteration=iteration, train_iters=LAST, consumed_train_samples=consumed,
+                          num_supervision_steps=STEPS, dataloader_type="single"), list[int]()  # fmt: skip
+    megatron.training.get_args = lambda: run
+    training.build_train_valid_test_data_loaders = lambda provider: seen.append(run.iteration)
+    training.build_pretraining_data_loader = lambda dataset, consumed_samples: seen.append(consumed_samples)
+    loaders.install()
+    training.build_train_valid_test_data_loaders(None)
+    training.build_pretraining_data_loader(range(size), consumed)
+    assert run.iteration == iteration
+    return seen
+
+
+def test_a_stop_by_a_signal_within_the_first_batch_skips_none() -> None:
+    ended = (24, LAST, 24), [LAST, 23]  # which reads no more
+    for given, seen in (((0, 2, 24), [0, 0]), ((8, 5, 24), [5, 8]), ((24, 5, 24), [5, 24]), ended):
+        assert run_distributed(_where_data_begins, 1, *given) == [seen]
 
 
 def test_samples_that_halt_at_once_are_a_run_without_carried_states(tmp_path: Path) -> None:

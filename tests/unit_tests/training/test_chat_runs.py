@@ -41,6 +41,7 @@ def test_an_epoch_counts_the_supervised_tokens_and_evaluates_the_held_out_ones(
     assert run["calculate_per_token_loss"] and run["eval_iters"] == 1
     valid = records_of(tmp_path / "run", "valid")
     assert len(valid) == -(-run["train_iters"] // 3)
+    assert train(*flags, *save_to(tmp_path / "run"), flags=ON_CHAT) is None, "it is at its end: nothing is left to read"
     for record in valid:
         assert record["perplexity"] == pytest.approx(math.exp(record["lm loss"]))
         right = record["token accuracy"] * chat["held"]  # of all held-out tokens, each once

@@ -41,6 +41,8 @@ def _facts() -> dict[str, Any]:
             "evaluate": calls(training.evaluate_and_print_results, "evaluate"),
             "train": calls(training.pretrain, "train"),
             "train_step": calls(training.train, "train_step"),
+            "loaders": calls(training.build_train_valid_test_data_iterators, "build_train_valid_test_data_loaders"),
+            "loader": calls(training.build_train_valid_test_data_loaders, "build_pretraining_data_loader"),
             "second parser": calls(training.pretrain, "ft_integration.setup"),
             "get_megatron_optimizer": calls(training.setup_model_and_optimizer, "get_megatron_optimizer"),
             "scheduler": calls(training.setup_model_and_optimizer, "get_optimizer_param_scheduler")
@@ -55,6 +57,9 @@ def _facts() -> dict[str, Any]:
         "training_log": list(inspect.signature(training.training_log).parameters),
         "evaluate_and_print_results": list(inspect.signature(training.evaluate_and_print_results).parameters),
         "report_theoretical_memory": list(inspect.signature(training.report_theoretical_memory).parameters),
+        "old checkpoints": inspect.getsource(training.build_train_valid_test_data_loaders).count(
+            "if args.iteration > 0 and args.consumed_train_samples == 0:"
+        ),
         "consumed": inspect.getsource(training.train).count("args.consumed_train_samples += iteration_sequences"),
         "trace": "f\"{args.tensorboard_dir}/../torch_profile\"" in inspect.getsource(training.train),
         "tracker": "maybe_msc.open(tracker_filename, 'w')" in inspect.getsource(checkpointing.save_checkpoint),
@@ -105,6 +110,7 @@ def test_what_is_patched_is_still_where_it_was() -> None:
     assert {"prefix", "iteration"} <= set(facts["evaluate_and_print_results"])
     assert facts["report_theoretical_memory"] == ["args", "num_microbatches", "verbose"]
     assert facts["preprocess returns"] and facts["trace"] and facts["raised"]
+    assert facts["old checkpoints"] == 1
     assert facts["flagged forward"] and facts["not started"]
     assert facts["tracker"] and facts["results"] and facts["step"] and facts["split"]
     assert len(facts["moments"]) == 2 and facts["profiler"]
