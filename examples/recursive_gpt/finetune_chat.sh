@@ -19,12 +19,18 @@ recursive=$(cd "$here/../.." && pwd)/.venv/bin/megatron-recursive
 [ -x "$recursive" ] || recursive=megatron-recursive # installed elsewhere: by name
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=1
 
-[ -e "$SAVE/start/latest_checkpointed_iteration.txt" ] ||
+mkdir -p "$SAVE"
+made="$MODEL ${recursion[*]}"
+if [ ! -e "$SAVE/start/latest_checkpointed_iteration.txt" ]; then
   "$recursive" convert import --hf "$MODEL" --out "$SAVE/start" "${recursion[@]}"
+  echo "$made" > "$SAVE/start.txt"
+elif [ "$made" != "$(cat "$SAVE/start.txt" 2> /dev/null || echo "$made")" ]; then
+  echo "error: $SAVE goes on from $(cat "$SAVE/start.txt"); name another SAVE for $made." >&2
+  exit 2
+fi
 prepare() {
-  [ -e "$SAVE/data/$2.idx" ] ||
-    "$recursive" prepare-chat --input "$1" --output "$SAVE/data/$2" --tokenizer "$SAVE/start/tokenizer" \
-      --seq-length "$LENGTH" --overflow split --show 1
+  "$recursive" prepare-chat --input "$1" --output "$SAVE/data/$2" --tokenizer "$SAVE/start/tokenizer" \
+    --seq-length "$LENGTH" --overflow split --show 1
 }
 prepare "$CHAT" train
 held_out=(--split 80,20,0) # of the conversations, the last fifth

@@ -16,10 +16,16 @@ recursive=$(cd "$here/../.." && pwd)/.venv/bin/megatron-recursive
 [ -x "$recursive" ] || recursive=megatron-recursive # installed elsewhere: by name
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=1
 
-[ -e "$SAVE/start/latest_checkpointed_iteration.txt" ] ||
+mkdir -p "$SAVE"
+made="$MODEL ${recursion[*]}"
+if [ ! -e "$SAVE/start/latest_checkpointed_iteration.txt" ]; then
   "$recursive" convert import --hf "$MODEL" --out "$SAVE/start" "${recursion[@]}"
-[ -e "$SAVE/data/text.idx" ] ||
-  "$recursive" preprocess --input "$TEXT" --output "$SAVE/data/text" --tokenizer "$SAVE/start/tokenizer"
+  echo "$made" > "$SAVE/start.txt"
+elif [ "$made" != "$(cat "$SAVE/start.txt" 2> /dev/null || echo "$made")" ]; then
+  echo "error: $SAVE goes on from $(cat "$SAVE/start.txt"); name another SAVE for $made." >&2
+  exit 2
+fi
+"$recursive" preprocess --input "$TEXT" --output "$SAVE/data/text" --tokenizer "$SAVE/start/tokenizer"
 load=(--load "$SAVE") # goes on
 [ -s "$SAVE/latest_checkpointed_iteration.txt" ] || load=(--load "$SAVE/start" --finetune --exit-on-missing-checkpoint)
 

@@ -138,7 +138,8 @@ def preprocess(
         there += [Path(f"{prefix}{SUPERVISED}.{end}") for end in ("bin", "idx")]
         if texts := [file.path for file in files if unpacked_name(file.path).endswith(".txt")]:
             raise UserError(f"--input holds {texts[0]}, which is text and no conversations; name the other files alone")
-    if not overwrite and any(map(os.path.lexists, there)):
+    grown = [Path(f"{prefix}{TOKENIZER}")] if options.chat else []
+    if not overwrite and any(map(os.path.lexists, [*there, *grown])):
         with tempfile.TemporaryDirectory() as folder:
             asked = key(store(choice, Path(folder)))
         if work.key() != asked:  # the plan of an interrupted run that was to write these files: go on with it
@@ -186,17 +187,18 @@ def _already_there(prefix: str, there: list[Path], source: str) -> IndexedSummar
     """What an earlier run of the same command made; refuses files of another one, or damaged ones."""
     prefixes = [prefix] if len(there) > 1 else listed_parts(prefix)
     masks = [str(file.with_suffix("")) for file in there[2:]][:1]
+    grown = [Path(f"{prefix}{TOKENIZER}")] if masks else []
     made = [each for name in prefixes if (each := read_preparation(name)) is not None]
     other = any(each.source != source for each in made)
     if other or not made or len(made) < len(prefixes):
         how = "made of other documents, with another tokenizer or options" if other else "made otherwise"
-        names = " or ".join(file.name.removeprefix(Path(prefix).name) for file in there)
+        names = " or ".join(file.name.removeprefix(Path(prefix).name) for file in [*there, *grown])
         raise UserError(f"--output {prefix}: {names} is there already, {how}; name another, or add --overwrite")
     try:
         for name in prefixes + masks:
             check_indexed_dataset(name)
-        if masks and not Path(f"{prefix}{TOKENIZER}").is_dir():
-            raise UserError(f"the tokenizer's folder {prefix}{TOKENIZER} is gone; prepare the data again")
+        if grown and not grown[0].is_dir():
+            raise UserError(f"the tokenizer's folder {grown[0]} is gone; prepare the data again")
     except UserError as error:
         raise UserError(f"--output {prefix} was made by this command, but {error} (--overwrite)") from error
     print(f"{prefix} was made by this command already: nothing is done (--overwrite makes it anew)", file=sys.stderr)

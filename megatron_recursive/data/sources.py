@@ -24,7 +24,7 @@ KINDS = ".txt, .jsonl or .json (also .gz, .zst, .bz2) or .parquet"
 _NO_DOCUMENTS = (
     ".idx.json", "/tokenizer.json", "/tokenizer_config.json", "/special_tokens_map.json", "/vocab.json", "/config.json",
     "/dataset_info.json", "/dataset_infos.json", "/dataset_dict.json", "/state.json",
-    "/_mixture.json",
+    "/merges.txt", "/added_tokens.json", "/generation_config.json", "/_mixture.json",
 )  # fmt: skip
 
 TEXT_DOCUMENT_BYTES = 4 * 2**20
@@ -87,7 +87,8 @@ def unpacked_name(path: str) -> str:
 
 def _holds_documents(path: str) -> bool:
     """Whether a file of a folder is taken; one that is named is by its suffix alone."""
-    return path.endswith(SUFFIXES) and not f"/{path}".endswith(_NO_DOCUMENTS)
+    on_its_way = ".partial/" in path  # of preprocess, mix and the like
+    return path.endswith(SUFFIXES) and not on_its_way and not f"/{path}".endswith(_NO_DOCUMENTS)
 
 
 def _find_local(given: str) -> list[SourceFile]:

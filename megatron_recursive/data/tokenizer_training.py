@@ -56,6 +56,10 @@ def train_tokenizer(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; name a folder")
+    others = [] if kind == "bpe" else ["tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    if there := next((name for name in others if (output / name).exists()), None):
+        raise UserError(f"--output {output} holds a tokenizer of another kind ({there}), which would be read in place "
+                        "of this one; name a new folder")  # fmt: skip
     require_packages("orjson", *(["sentencepiece"] if kind == "sentencepiece" else []))
     texts = _Texts(find_files(inputs, hub), json_key, vocab_size)
     train = _train_bpe if kind == "bpe" else _train_sentencepiece

@@ -119,7 +119,8 @@ class WorkFolder:
         self.counts.unlink(missing_ok=True)
         if known != key:
             parts = plan()
-            for folder in (self.logs, self.parts, self.inserted):
+            # Beside the parts' logs lie those of a cluster's last task, which would be taken for done.
+            for folder in (*self.path.glob(f"{self.logs.name}*"), self.parts, self.inserted):
                 shutil.rmtree(folder, ignore_errors=True)
             self.parts.mkdir(parents=True)
             write_replacing(

@@ -276,5 +276,5 @@ _WITHOUT_COUNTERPART: tuple[tuple[str, Any], ...] = (
     ("quick_geglu", None), ("qk_l2_norm", None), ("rotary_interleaved", None), ("softmax_type", "vanilla"),
     ("apply_residual_connection_post_layernorm", None), ("hybrid_layer_pattern", None), ("qk_clip", None),
     ("heterogeneous_layers_config_path", None), ("no_rope_freq", None), ("use_mup", None),
-    ("experimental_attention_variant", None),
+    ("experimental_attention_variant", None), ("glu_linear_offset", None), ("activation_func_clamp_value", None),
 )  # fmt: skip

@@ -39,6 +39,11 @@ class GgufFile:
             known = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
         except (ValueError, KeyError, IndexError, StopIteration) as error:
             raise UserError(f"{path} is no GGUF file that can be read ({type(error).__name__}: {error}).") from error
+        scaling = reader.fields.get(f"{kind}.rope.scaling.type")
+        factors = [f"{kind}.rope.scaling.factor", f"{kind}.rope.scale_linear"]
+        if scaling.contents() != "none" if scaling is not None else any(each in reader.fields for each in factors):
+            raise UserError(f"{path} scales its rotary positions, which transformers does not read from GGUF; import "
+                            "the model's safetensors.")  # fmt: skip
         table = gguf.get_tensor_name_map(known, arch.num_layers)
         ours = {str(table.get_name(name, SUFFIXES)): name for name in names}
         # llama.cpp stores rows of queries and keys of this architecture in the order in which it rotates pairs.

@@ -241,6 +241,15 @@ def test_refusals(flags: list[str], message: str, chatml: Path, tmp_path: Path, 
     assert {file.name for file in Path().glob("x*")} <= {"x.partial"}
 
 
+def test_a_tokenizer_of_the_users_is_not_replaced(chatml: Path, tmp_path: Path) -> None:
+    file, own = lines(tmp_path / "in.jsonl", GOOD), tmp_path / "x_tokenizer"
+    own.mkdir()
+    (own / "mine").write_text("a")
+    with pytest.raises(UserError, match=".idx or .* or _tokenizer is there already, made otherwise"):
+        preprocess([file], tmp_path / "x", chatml, options=Options(chat=ChatOptions()))
+    assert (own / "mine").read_text() == "a"
+
+
 def test_cut_samples_are_counted_and_shown(chatml: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     file = lines(tmp_path / "in.jsonl", SHAREGPT, SHAREGPT)
     argv = ["prepare-chat", "--input", str(file), "--output", str(tmp_path / "x"), "--tokenizer", str(chatml),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_recursive.command_line import command
+from megatron_recursive.data.sources import find_files
 from megatron_recursive.data.tokenizer import TokenizerChoice, load_encoder, load_tokenizer, store_tokenizer
 from megatron_recursive.data.tokenizer_training import train_tokenizer
 from megatron_recursive.errors import UserError
@@ -46,6 +47,17 @@ def test_a_folder_that_exists_is_replaced(tmp_path, corpus):
     train_tokenizer([corpus], tmp_path / "tok", 310)
     assert len(load_tokenizer(tmp_path / "tok")) == 310
     assert (tmp_path / "tok" / "README.md").read_text() == "mine"
+    with pytest.raises(UserError, match="of another kind .tokenizer.json., which would be read in place of this one"):
+        train_tokenizer([corpus], tmp_path / "tok", 310, kind="sentencepiece")
+
+
+def test_a_folders_tokenizers_and_unfinished_work_are_no_documents(tmp_path, corpus):
+    train_tokenizer([corpus], tmp_path / "all" / "tok", 300)
+    for name in ("a.jsonl", "b/c.txt", "train.partial/plan.json", "train.partial/parts/00000.json"):
+        (tmp_path / "all" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "all" / name).write_text("{}")
+    found = [each.path.removeprefix(f"{tmp_path}/all/") for each in find_files([tmp_path / "all"])]
+    assert found == ["a.jsonl", "b/c.txt"]
 
 
 def test_refusals(tmp_path, corpus):

@@ -24,7 +24,7 @@ def _pairs(rows: Tensor, heads: int) -> Tensor:
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def write_gguf(kind: str, path: Path, **changes: Any) -> Any:
+def write_gguf(kind: str, path: Path, scaling: str | None = None, **changes: Any) -> Any:
     """A donor as llama.cpp stores it, matrices at 8 bits; the donor."""
     model = make_donor(kind, **SHAPE, **changes)
     config, arch = model.config, model.config.model_type
@@ -38,6 +38,9 @@ def write_gguf(kind: str, path: Path, **changes: Any) -> Any:
     writer.add_key_length(getattr(config, "head_dim", 16))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(4.0)
     writer.add_vocab_size(config.vocab_size)
     kinds = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[arch], config.num_hidden_layers)
@@ -74,6 +77,15 @@ def test_a_gguf_file_gives_what_transformers_reads_one_tensor_at_a_time(
         assert torch.equal(source.get(name), theirs[name].float()), name
         assert (source.get(name) - donor[name]).abs().max() < 0.01 * donor[name].abs().max(), name
     assert source.bytes_read() == 2 * source.nbytes and theirs.keys() - source.shapes.keys() <= {"lm_head.weight"}
+
+
+def test_scaled_positions_are_refused(tmp_path: Path) -> None:
+    """transformers 5.23 leaves them out of these architectures' configs, so that a proof compares two wrong models."""
+    write_gguf("qwen2", tmp_path / "model.gguf", scaling="yarn")
+    with pytest.raises(UserError, match="scales its rotary positions"):
+        open_source(str(tmp_path / "model.gguf"))
+    write_gguf("qwen2", tmp_path / "model.gguf", scaling="none")
+    open_source(str(tmp_path / "model.gguf"))
 
 
 def test_a_damaged_gguf_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
