@@ -461,6 +461,7 @@ def ring_forward_backward(
             p2p_communicator=communicator,
             **kwargs,
         )
+        step.zeros = None  # of a step that stands in cycles of references, which may not be collected for long
         if step.forward_only:
             communicator.finish()
         return reports

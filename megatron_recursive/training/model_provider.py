@@ -145,7 +145,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     # gpt_config_from_args drops it, and a Llama-3.2 checkpoint (factor 32) would silently run with 8.
     config.rope_scaling_factor = args.rope_scaling_factor
     backward = 2.0 + transformer.recompute_passes + (transformer.recompute_granularity == "full")
-    shape = model_shape(config, config.seq_length)
+    shape = model_shape(config, args.seq_length)  # not the positions that a model has
     split = layers_of_stages(transformer)
     transformer.pipeline_costs = partial(price_passes, shape=shape, layers_per_stage=split, backward_cost=backward)
     return config

@@ -60,7 +60,12 @@ def install(args: argparse.Namespace, log: MetricsLog, averages: Sequence[Weight
         return result
 
     def evaluate(call: Callable[[], Any], given: dict[str, Any]) -> Any:
+        run = get_args()
+        asked = run.eval_global_batch_size
+        if run.full_validation and run.multiple_validation_sets:  # whose iterations are batches of one sample a rank
+            run.eval_global_batch_size = run.eval_micro_batch_size * run.data_parallel_size
         result = call()
+        run.eval_global_batch_size = asked
         evaluated.append(result[0] or {})
         return result
 

@@ -60,7 +60,7 @@ FAMILIES: dict[str, str] = {
 # Single flags of mixed groups | why they are harmless.
 SINGLE: dict[str, str] = {
     "--help": "prints and ends",
-    """--no-initialization --use-cpu-initialization --embedding-init-method-std --init-model-with-meta-device
+    """--no-initialization --use-cpu-initialization --embedding-init-method-std
     --data-parallel-random-init --te-rng-tracker --disable-jit-fuser --deterministic-mode --batch-invariant-mode
     --disable-bf16-reduced-precision-matmul --enable-experimental""":
         "how a model is made or its kernels chosen, once",
@@ -137,6 +137,7 @@ REFUSED = """
 --pipeline-model-parallel-layout Et|tL
 --num-layers-per-virtual-pipeline-stage 1 --pipeline-model-parallel-size 2
 --num-virtual-stages-per-pipeline-rank 2 --pipeline-model-parallel-size 2
+--init-model-with-meta-device
 --num-experts 4
 --mtp-num-layers 1
 --multi-latent-attention

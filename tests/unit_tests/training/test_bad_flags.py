@@ -60,7 +60,7 @@ FEATURES = [
     ("--save-activations-interval 1", "files of activations"),
     ("--save-dgrads-interval 1", "files of activations"),
     ("--inprocess-restart", "--inprocess-restart"),
-    ("--full-validation --tensor-model-parallel-size 2", "--full-validation over tensor-parallel ranks"),
+    ("--full-validation --tensor-model-parallel-size 2", "--full-validation over tensor- or pipeline-parallel ranks"),
     ("--dataloader-type external", "--dataloader-type external"),
     ("--init-method-xavier-uniform", "use --init-method-std"),
     ("--pretrained-checkpoint x", "use --init-from-gpt"),
