@@ -60,7 +60,7 @@ def test_every_flag_exists() -> None:
     known |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # torchrun reads them in test_examples.py
     known |= {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time",
               "--requeue"}  # sbatch
-    known |= {"--trust-remote-code", "--continuous-batching"}  # transformers serve
+    known |= {"--trust-remote-code", "--continuous-batching", "--use_cache"}  # transformers serve, lm-eval
     for name, text in {**TEXTS, **SCRIPTS}.items():
         unknown = {flag for flag in FLAG.findall(text) if flag not in known}
         assert not unknown, f"{name} names {sorted(unknown)}"

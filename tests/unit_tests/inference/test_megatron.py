@@ -171,9 +171,10 @@ def _refusals(commands: list[list[str]]) -> list[str]:
 def _ends(folder: str) -> Any:
     from megatron_recursive.inference import loading
 
-    loading._checkpoint_text = lambda *_: loading.NumberText(127)
-    with loading.open_model(folder) as loaded:
-        return loaded.model.generation_config.eos_token_id
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_checkpoint_text", lambda *_: loading.NumberText(127))
+        with loading.open_model(folder) as loaded:
+            return loaded.model.generation_config.eos_token_id
 
 
 def test_the_tool_reads_checkpoints(checkpoint: Path, tmp_path: Path) -> None:

@@ -88,12 +88,14 @@ def _where_data_begins(consumed: int, iteration: int, size: int) -> list[int]:
 
     run, seen = Namespace(iteration=iteration, train_iters=LAST, consumed_train_samples=consumed,
                           num_supervision_steps=STEPS, dataloader_type="single"), list[int]()  # fmt: skip
-    megatron.training.get_args = lambda: run
-    training.build_train_valid_test_data_loaders = lambda provider: seen.append(run.iteration)
-    training.build_pretraining_data_loader = lambda dataset, consumed_samples: seen.append(consumed_samples)
-    loaders.install()
-    training.build_train_valid_test_data_loaders(None)
-    training.build_pretraining_data_loader(range(size), consumed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megatron.training, "get_args", lambda: run)
+        patch.setattr(training, "build_train_valid_test_data_loaders", lambda provider: seen.append(run.iteration))
+        patch.setattr(training, "build_pretraining_data_loader", lambda dataset, consumed_samples: seen.append(
+            consumed_samples))  # fmt: skip
+        loaders.install()
+        training.build_train_valid_test_data_loaders(None)
+        training.build_pretraining_data_loader(range(size), consumed)
     assert run.iteration == iteration
     return seen
 
