@@ -138,7 +138,8 @@ class TrainingKnobs:
 
     detach_between_refinements: bool = _knob(
         True, "Cut the states at every block start, so that only the last block carries gradient: less memory and "
-        "FLOPs, but on text a model of T = 2, n = 1 lost 0.5 nats or more by it. Off, gradients pass all blocks.",
+        "FLOPs, but models of T = 2, n = 1 lost what depth gives by it, on text and on hops. Off, gradients pass all "
+        "blocks.",
         off="--no-detach-between-refinements")
     enable_deep_supervision: bool = _knob(
         False, "Take the language-model loss after every block and not only after the last one: through all blocks, "
