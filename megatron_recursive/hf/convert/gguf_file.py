@@ -40,8 +40,8 @@ class GgufFile:
         except (ValueError, KeyError, IndexError, StopIteration) as error:
             raise UserError(f"{path} is no GGUF file that can be read ({type(error).__name__}: {error}).") from error
         scaling = reader.fields.get(f"{kind}.rope.scaling.type")
-        factors = [f"{kind}.rope.scaling.factor", f"{kind}.rope.scale_linear"]
-        if scaling.contents() != "none" if scaling is not None else any(each in reader.fields for each in factors):
+        is_scaled = f"{kind}.rope.scale_linear" in reader.fields  # of old files
+        if is_scaled or scaling is not None and scaling.contents() != "none":
             raise UserError(f"{path} scales its rotary positions, which transformers does not read from GGUF; import "
                             "the model's safetensors.")  # fmt: skip
         table = gguf.get_tensor_name_map(known, arch.num_layers)

@@ -69,10 +69,10 @@ def test_scores_are_those_of_the_harness_s_own_model(folder: Path, blocks: int |
 
 def test_the_asked_depth_counts_and_not_that_of_the_folders_settings(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "served")
-    (tmp_path / "served" / "generation_config.json").write_text('{"num_refinement_blocks": 1}')
+    (tmp_path / "served" / "generation_config.json").write_text('{"num_refinement_blocks": 3}')
     found, expected = (scores(recursive(place, num_refinement_blocks=2), KINDS[2:])[1]
                        for place in (tmp_path / "served", folder))  # fmt: skip
-    assert found == expected
+    assert found == expected != scores(recursive(folder, num_refinement_blocks=3), KINDS[2:])[1]
 
 
 def test_under_an_exit_blocks_and_flops_are_counted_without_padding(folder: Path) -> None:
