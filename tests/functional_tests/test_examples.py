@@ -220,6 +220,43 @@ CHAT_TEMPLATE = (
 )
 
 
+# Stands for megatron-recursive, which the scripts call by name where no .venv lies beside them.
+RECORDING = """#!/bin/sh
+echo "$1" >> "$SAVE.called"
+[ "$1" = convert ] && mkdir -p "$SAVE/start" && echo release > "$SAVE/start/latest_checkpointed_iteration.txt"
+exit 0
+"""
+
+
+@pytest.mark.parametrize("name", ["chat", "text"])
+def test_fine_tuning_goes_on_from_the_model_that_it_began_with(name: str, tmp_path: Path) -> None:
+    """The text is prepared by each start, which refuses another."""
+    for place, text in ((f"examples/recursive_gpt/finetune_{name}.sh", (FOLDER / f"finetune_{name}.sh").read_text()),
+                        ("bin/megatron-recursive", RECORDING)):  # fmt: skip
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text(text)
+        (tmp_path / place).chmod(0o755)
+    save, script = tmp_path / "run", tmp_path / "examples" / "recursive_gpt" / f"finetune_{name}.sh"
+
+    def start(model: str, **more: str) -> tuple[int, str, list[str]]:
+        given = {"MODEL": model, "SAVE": str(save), "TEXT": "text.jsonl", **more}
+        (tmp_path / "run.called").write_text("")
+        environment = {**given, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        result = run_command(["bash", script], env=environment, timeout=60)
+        return result.returncode, result.stderr, (tmp_path / "run.called").read_text().split()
+
+    prepare = {"chat": "prepare-chat", "text": "preprocess"}[name]
+    assert start("a") == (0, "", ["convert", prepare, "pretrain"])
+    assert start("a") == (0, "", [prepare, "pretrain"])
+    plain = "--disable-recursive-refinement"
+    for other, looped in (("b", {}), ("a", {"RECURSION": "--recursion-family looped"})):
+        now = f"{other} {looped.get('RECURSION', plain)}"
+        sentence = f"error: {save} goes on from a {plain}; name another SAVE for {now}.\n"
+        assert start(other, **looped) == (2, sentence, [])
+    (save / "start.txt").unlink()  # as an earlier version left it
+    assert start("b") == (0, "", [prepare, "pretrain"])
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["chat", "text"])
 def test_fine_tuning_from_a_hugging_face_folder(name: str, tmp_path: Path) -> None:

@@ -80,3 +80,27 @@ def test_all_places_state_the_same_figures(tmp_path: Path) -> None:
         tolerance = {"FLOPs": 2e-2 if name == "drawn depth" else 5e-4}
         for what, values in figures.items():
             assert values == pytest.approx([values[0]] * len(values), rel=tolerance.get(what, 1e-9)), (name, what)
+
+
+def _prices(*runs: str) -> list[Any]:
+    """Of the passes of each run, by which the ring's phases are chosen."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    from megatron_recursive.training.arguments import parse_arguments
+    from megatron_recursive.training.model_provider import model_config_from_args
+
+    found = []
+    for flags in runs:
+        sys.argv = ["pretrain", *MODEL, *TRAINING, *CASES["core"].split(), *flags.split()]
+        config = model_config_from_args(*parse_arguments())
+        found.append(config.transformer.pipeline_costs(config.plan))
+        destroy_global_vars()
+        destroy_num_microbatches_calculator()
+    return found
+
+
+def test_passes_are_priced_at_the_length_of_samples_and_not_at_the_positions_of_a_model() -> None:
+    more = "--max-position-embeddings 4096"
+    ((price, of_more, longer),) = run_distributed(_prices, 1, "", more, f"{more} --seq-length 64")
+    assert price == of_more != longer

@@ -149,10 +149,9 @@ def test_the_frontier_ends_at_full_depth(knobs: dict[str, Any], tmp_path: Path) 
     assert exits["output-change"]["points"][-1]["flops_per_token"] == full[4]["flops_per_token"]
 
 
-def test_a_killed_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of({"num_latent_refinements": 1})
-    whole, counted = run(sweep_of(model), tmp_path / "whole", "a"), []
-    measure = depth_sweep._measure
+def killed_at_the_second_batch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has an item for each batch that is measured."""
+    counted, measure = list[int](), depth_sweep._measure
 
     def dies(sweep: Sweep, batch: Tensor) -> dict[str, Tensor]:
         counted.append(1)
@@ -161,6 +160,12 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return measure(sweep, batch)
 
     monkeypatch.setattr(depth_sweep, "_measure", dies)
+    return counted
+
+
+def test_a_killed_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of({"num_latent_refinements": 1})
+    whole, counted = run(sweep_of(model), tmp_path / "whole", "a"), killed_at_the_second_batch(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(sweep_of(model), tmp_path, "a")
     found = run(sweep_of(model), tmp_path, "a")
@@ -205,6 +210,21 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert "trained depth 3; 3 samples, 96 tokens" in said and "10 passes for 22 run separately" in said
     assert "answers settle at depth" in said and "asked" in said and "halting" in said
+
+
+def test_a_killed_command_goes_on_where_its_output_lies_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_recursive(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("Once upon a time there was a held-out text.\n")
+    words = ["--model", str(folder), "--depths", "1", "--seq-length", "8", "--num-samples", "3", "--batch-size", "1",
+             "--text", str(tmp_path / "a.txt"), "--output", str(folder / "found.json")]  # fmt: skip
+    counted = killed_at_the_second_batch(monkeypatch)
+    with pytest.raises(SystemExit):
+        sweep(*words)
+    assert len(list((folder / "found.json.parts").iterdir())) == 1
+    sweep(*words)
+    assert len(counted) == 4, "the first batch is not measured again"
 
 
 @pytest.mark.parametrize(

@@ -388,6 +388,26 @@ def test_slurm_jobs_make_the_same_files(corpus, written, tmp_path, monkeypatch):
     assert contents(tmp_path / "x") == contents(written)
 
 
+def test_a_second_run_on_a_cluster_is_joined_too(corpus, tmp_path, monkeypatch):
+    scripts(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    text, work = tmp_path / "a.jsonl", WorkFolder(tmp_path / "x.partial")
+    for documents in (3, 5):
+        text.write_text("\n".join(LINES[:documents]))
+        preprocess([text], tmp_path / "x", corpus / "tok", executor="slurm", overwrite=True,
+                   executor_options={"partition": "cpu", "time": "1"})  # fmt: skip
+        jobs = [file for file in (tmp_path / "bin").glob("job*") if "datatrove-join/executor.pik" in file.read_text()]
+        assert jobs, documents
+        for job in (tmp_path / "bin").glob("job*"):
+            job.unlink()
+        with monkeypatch.context() as patch:
+            patch.setenv("SLURM_NODELIST", "node1")
+            patch.setenv("SLURM_ARRAY_TASK_ID", "0")
+            for folder in ("datatrove", "datatrove-join"):
+                dill.loads((work.path / folder / "executor.pik").read_bytes()).run()
+        assert read_preparation(tmp_path / "x").documents == documents
+
+
 def test_ray_is_configured(corpus, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="ray is not installed; install it with pip install ray"):
         preprocess([corpus / "train.jsonl"], tmp_path / "x", corpus / "tok", executor="ray")

@@ -65,6 +65,29 @@ def test_arguments_and_config_give_the_architecture_back(kind: str) -> None:
     assert family.model_type == DONORS[kind][0]
 
 
+def test_an_export_reads_or_refuses_every_argument_that_a_checkpoint_binds() -> None:
+    from megatron_recursive.training.architecture import ARCHITECTURE
+
+    read: set[str] = set()
+
+    class Noting(dict[str, Any]):
+        def get(self, name: str, default: Any = None) -> Any:
+            read.add(name)
+            return super().get(name, default)
+
+        def __getitem__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getitem__(name)
+
+    for kind in ("llama3, head_dim", "qwen3, yarn"):
+        Architecture.from_megatron(Noting(architecture(kind).to_megatron()), "here")
+    # Of a window, and of positions, that are refused; Megatron refuses the last one where it would count.
+    assert set(ARCHITECTURE) - read == {"window_attn_skip_freq", "mrope_section", "add_position_embedding"}
+    for name, value in (("glu_linear_offset", 1.0), ("activation_func_clamp_value", 7.0)):
+        with pytest.raises(UserError, match=f"here has {name} = {value}, which has no Hugging Face counterpart"):
+            Architecture.from_megatron({**architecture("qwen3").to_megatron(), name: value}, "here")
+
+
 def test_a_donors_config_also_spells_its_positions_as_transformers_4_does() -> None:
     """transformers 4 knows no ``rope_parameters``: it would take a base of 10000 and no scaling, and say nothing."""
     for kind, base, scaling in (("llama3, head_dim", 500000.0, "llama3"), ("llama1, biases", 10000.0, "linear"),

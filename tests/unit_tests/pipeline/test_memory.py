@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -180,6 +181,35 @@ def test_recompute_brings_memory_down() -> None:
     for rank in run_distributed(peaks, 2, list(kinds.values())):
         alive = {kind: found.alive for kind, found in zip(kinds, rank, strict=True)}
         assert alive["passes"] < 0.75 * alive["layers"] < 0.3 * alive["none"]
+
+
+def alive_behind_a_step(case: Case, layout: Layout) -> tuple[float, int]:
+    """Hidden tensors that a step leaves in cycles of references, and of how many phases it gave a zero gradient."""
+    from megatron_recursive.pipeline import ring_schedule
+
+    wrapped, answered = build_wrapped(case, layout), set[int]()
+    run_schedule(wrapped, case)
+    answer = ring_schedule.RingStep._answer
+
+    def noting(step: Any, received: Any, trip: Any) -> Any:
+        kept = answer(step, received, trip)
+        answered.update([id(step)] * (step.zeros is not None))
+        return kept
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch, HiddenTensors(parameters=wrapped.parameters()) as watch:
+            patch.setattr(ring_schedule.RingStep, "_answer", noting)
+            run_schedule(wrapped, case, 1)
+            return watch.alive(), len(answered)
+    finally:
+        gc.enable()
+
+
+def test_a_step_leaves_no_hidden_tensor_to_the_garbage_collector() -> None:
+    case = Case({"num_refinement_blocks": 2, **LAST}, micro_batches=2)
+    assert run_distributed(alive_behind_a_step, 2, case, Layout(pp=2, phases="one")) == [(0, 1)] * 2
 
 
 def alive_after_forward(case: Case, recompute_passes: bool) -> int:

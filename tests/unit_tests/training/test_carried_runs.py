@@ -106,6 +106,26 @@ def test_a_stop_by_a_signal_within_the_first_batch_skips_none() -> None:
         assert run_distributed(_where_data_begins, 1, *given) == [seen]
 
 
+def _consumed_by_a_step(exits: bool, halted: bool) -> int:
+    """Behind 24 samples, by a skipped step within a batch of 8; Megatron is about to add the batch, unless it exits."""
+    import torch
+
+    from megatron_recursive.training import supervision_steps
+
+    run = Namespace(num_supervision_steps=STEPS, carry_halted=halted, micro_batch_size=2, data_parallel_size=1,
+                    consumed_train_samples=24)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervision_steps, "get_num_microbatches", lambda: 4)
+        steps = supervision_steps.SupervisionSteps(run, torch.nn.Linear(1, 1), None)
+        steps.step(STEPS + 1, lambda: ({}, True, False, exits, 17 * exits, None, None, 0))
+    return run.consumed_train_samples
+
+
+def test_a_bad_loss_leaves_the_place_in_the_data() -> None:
+    for exits, halted, consumed in ((True, False, 24), (True, True, 24), (False, False, 24 - 8)):
+        assert run_distributed(_consumed_by_a_step, 1, exits, halted) == [consumed]
+
+
 def test_samples_that_halt_at_once_are_a_run_without_carried_states(tmp_path: Path) -> None:
     flags = ["--halt-bias", "5", "--halt-threshold", "0.01"]
     once, halting = run(tmp_path / "once", *flags), run(tmp_path / "halting", *HALTING, "--halt-exploration", "0")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -374,6 +376,41 @@ def test_full_validation_reads_one_set_whole_and_the_test_set_as_asked(data: Pat
     assert train(*save_to(tmp_path), "--eval-interval", "3", flags=flags) is None
     (*valid, _), (test,) = records_of(tmp_path, "valid"), records_of(tmp_path, "test")
     assert [record["iteration"] for record in valid] == [3] and test["iteration"] == 6 and "set" not in valid[0]
+
+
+def _micro_batches_of_evaluations(sets: bool, whole: bool) -> list[int]:
+    """Of each iteration of Megatron's ``evaluate``, over 3 replicas; and the batch size that it leaves."""
+    import megatron.training
+    from megatron.training import training
+
+    from megatron_recursive.training.patches import observing
+
+    seen = list[int]()
+    run = Namespace(full_validation=whole, multiple_validation_sets=sets, eval_global_batch_size=24,
+                    eval_micro_batch_size=2, data_parallel_size=3, gtp_weight_remat_size=1, cuda_graph_impl="none",
+                    moe_expert_rank_capacity_factor=None, seq_length=16, decoder_seq_length=None, eval_iters=9,
+                    empty_unused_memory_level=0, exit_duration_in_mins=None, consumed_valid_samples=0,
+                    generate_interval=None)  # fmt: skip
+    model = Namespace(eval=lambda: None, train=lambda: None, pg_collection=Namespace(pp=torch.distributed.group.WORLD))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (megatron.training, training):
+            patch.setattr(module, "get_args", lambda: run)
+        patch.setattr(training, "get_timers", MagicMock)
+        patch.setattr(training, "get_rerun_state_machine", MagicMock)
+        patch.setattr(training, "get_forward_backward_func", lambda **_: (
+            lambda num_microbatches, **_: seen.append(num_microbatches)))  # fmt: skip
+        for name in ("train", "training_log", "evaluate", "evaluate_and_print_results"):
+            patch.setattr(training, name, getattr(training, name))
+        observing.install(run, MagicMock())
+        training.evaluate(None, None, [model], None, Namespace(timers=None), eval_iters=2)
+    return [*seen, run.eval_global_batch_size]
+
+
+def test_full_validation_reads_each_set_once_and_not_once_per_micro_batch() -> None:
+    """Its iterations are batches of its loader, of one sample a replica; others are of --eval-global-batch-size."""
+    assert run_distributed(_micro_batches_of_evaluations, 1, True, True) == [[1, 1, 24]]
+    for sets, whole in ((False, True), (False, False)):  # the test set of --full-validation, and without it
+        assert run_distributed(_micro_batches_of_evaluations, 1, sets, whole) == [[4, 4, 24]]
 
 
 def test_a_blend_without_weights_that_is_too_short_is_refused(data: Path) -> None:

@@ -9,13 +9,14 @@ import os
 import re
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.figures import duration
+from megatron_recursive.figures import blocks_of, duration
 from megatron_recursive.training import console, ending, progress_lines
 from tests.distributed import run_command, run_distributed
 from tests.forked_runs import RunServer, wait_until
@@ -53,6 +54,39 @@ def test_of_many_blocks_the_first_and_the_last_are_shown() -> None:
     counts = [950, 1200, 99_960, 307_200, 999_600, 6.5e6, 1.3e9, 2e12]
     assert [progress_lines.count(n) for n in counts] == ["950", "1.2k", "100k", "307k", "1.0M", "6.5M", "1.3B", "2.0T"]
     assert [duration(s) for s in (43, 125, 11_400, 1_051_200)] == ["43s", "2m05s", "3h10m", "12d04h"]
+
+
+def rows_of_drawn_depths(file: str, distribution: str) -> tuple[list[str], list[int]]:
+    """What the compact style shows of nine iterations, and how many blocks each of them had."""
+    from megatron_recursive.plan import RecursionConfig, StepPlans, build_plan
+    from megatron_recursive.training import metrics_log
+    from megatron_recursive.training.progress import Progress
+
+    knobs = RecursionConfig(recursion_family="looped", num_refinement_blocks=4, recurrence_distribution=distribution)
+    config = knobs.resolved(embedding_init_std=0.02)
+    plans, said = StepPlans(config, build_plan(config), iterations=9), list[str]()
+    run = Namespace(rank=0, world_size=1, log_interval=1, train_iters=9, consumed_train_samples=4, seq_length=16,
+                    metrics_file=file, flops_spent=1.0)  # fmt: skip
+    depths = [plans.plan_at(step).depth for step in range(9)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_log, "get_current_global_batch_size", lambda: 4)
+        patch.setattr(console, "style", lambda: "compact")
+        patch.setattr(console, "say", said.append)
+        log = metrics_log.MetricsLog(config, plans, {}, Progress())
+        for iteration, depth in enumerate(depths, start=1):
+            log.trained(run, {"iteration": iteration, "loss_dict": metrics_of_blocks(depth)})
+    return said, depths
+
+
+def test_no_loss_stands_under_another_blocks_name(tmp_path: Path) -> None:
+    """Of steps of different depths, whose losses of blocks the file alone has."""
+    ((rows, depths),) = run_distributed(rows_of_drawn_depths, 1, str(tmp_path / "drawn.jsonl"), "uniform")
+    assert len(set(depths)) > 2 and len(rows) == 10 and {len(row) for row in rows} == {len(rows[0])}
+    assert "lm loss" in rows[0] and "block" not in rows[0]
+    records = [json.loads(line) for line in (tmp_path / "drawn.jsonl").read_text().splitlines()]
+    assert [len(blocks_of(record)) for record in records] == depths
+    ((rows, depths),) = run_distributed(rows_of_drawn_depths, 1, str(tmp_path / "same.jsonl"), "fixed")
+    assert set(depths) == {4} and "block 1  block 3  block 4" in rows[0] and len(rows[1]) == len(rows[0])
 
 
 VALIDATION = (
