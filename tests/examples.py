@@ -20,7 +20,7 @@ from tests.quick_start import start_quickly
 
 FOLDER = REPOSITORY / "examples" / "recursive_gpt"
 README = FOLDER / "README.md"
-SCRIPTS = ("small", "medium", "large", "ablation", "full_gradient", "one_gpu", "one_node", "multi_node", "slurm",
+SCRIPTS = ("small", "medium", "large", "ablation", "detached", "one_gpu", "one_node", "multi_node", "slurm",
            "retrofit_llama", "retrofit_tinyllama", "retrofit_olmo", "ouro", "parcae", "trm")  # fmt: skip
 TABLE = re.compile(r"(<!-- table: python -m tests\.examples -->\n).*?\n(?=\n|\Z)", re.DOTALL)
 GPT2_VOCABULARY = ["--vocab-size", "50257"]  # of the table; the tokenizer at hand is a tiny one

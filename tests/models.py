@@ -31,7 +31,8 @@ class Case:
     """What is trained.
 
     Attributes:
-        recursion: knobs that differ from the defaults of this file (T=2, n=2, embedding multiplier 1 / 0.15).
+        recursion: knobs that differ from the defaults of this file (T=2, n=2, cut between blocks, embedding multiplier
+            1 / 0.15).
         plan: a plan of one's own, instead of the one that the knobs give.
         transformer, model, norms: arguments of TransformerConfig, of the model and of NormLayout that differ.
         layers: changes the local block spec in place.
@@ -56,7 +57,8 @@ class Case:
     evaluate: bool = False
 
     def resolved_recursion(self) -> RecursionConfig:
-        knobs = {"num_refinement_blocks": 2, "num_latent_refinements": 2, **self.recursion}
+        default = {"num_refinement_blocks": 2, "num_latent_refinements": 2, "detach_between_refinements": True}
+        knobs = {**default, **self.recursion}
         family = knobs.get("recursion_family", "core")
         knobs = {name: value for name, value in knobs.items() if family in (families_of(name, value) or (family,))}
         return RecursionConfig(**knobs).resolved(embedding_init_std=EMBEDDING_STD)

@@ -222,7 +222,7 @@ def parity_child(tiny: bool, out: Path) -> None:
 
 
 def speed(tiny: bool, engine: bool = False) -> dict[str, Any]:
-    """Step time, tokens a second and MFU of plain and recursive models."""
+    """Step time, tokens a second and MFU of plain models and of recursive ones whose blocks are cut apart."""
     import torch
 
     from megatron_recursive.accounting import flops_per_token
@@ -231,7 +231,8 @@ def speed(tiny: bool, engine: bool = False) -> dict[str, Any]:
     peak = next((rate for name, rate in PEAK.items() if name in device), None)
     matmul = matmul_rate(256 if tiny else 8192)
     for name, size in (TINY if tiny else FULL).items():
-        for arm_name, knobs in (("plain", {"enable_recursive_refinement": False}), ("recursive", {})):
+        for arm_name, knobs in (("plain", {"enable_recursive_refinement": False}),
+                                ("recursive", {"detach_between_refinements": True})):  # fmt: skip
             try:
                 with contextlib.closing(Arm(size, knobs, engine=engine)) as arm:
                     seconds = arm.seconds(2 if tiny else 8)

@@ -19,8 +19,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=1
 mkdir -p "$SAVE"
 made="$MODEL ${recursion[*]}"
 if [ ! -e "$SAVE/start/latest_checkpointed_iteration.txt" ]; then
-  "$recursive" convert import --hf "$MODEL" --out "$SAVE/start" "${recursion[@]}"
   echo "$made" > "$SAVE/start.txt"
+  "$recursive" convert import --hf "$MODEL" --out "$SAVE/start" "${recursion[@]}"
 elif [ "$made" != "$(cat "$SAVE/start.txt" 2> /dev/null || echo "$made")" ]; then
   echo "error: $SAVE goes on from $(cat "$SAVE/start.txt"); name another SAVE for $made." >&2
   exit 2

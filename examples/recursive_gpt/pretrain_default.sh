@@ -36,7 +36,7 @@ train=(
   --num-layers 2 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --swiglu --disable-bias-linear
   --normalization RMSNorm --position-embedding-type rope --seq-length 128 --max-position-embeddings 128
   --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.088
-  --num-refinement-blocks 2 --num-latent-refinements 1 --no-detach-between-refinements
+  --num-refinement-blocks 2 --num-latent-refinements 1
   --train-data-path "$run/data/train" --valid-data-path "$run/data/valid"
   --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokenizer" --num-workers 0
   --pipeline-model-parallel-size "$stages"

@@ -14,7 +14,7 @@ torchrun --standalone --nproc_per_node 8 "$here/pretrain_recursive_gpt.py" \
   --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4 \
   --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 2048 --max-position-embeddings 2048 \
   --num-refinement-blocks 5 --num-latent-refinements 8 --halt-loss-weight 0.5 \
-  --micro-batch-size 2 --global-batch-size 128 --train-iters 500000 \
+  --micro-batch-size 1 --global-batch-size 128 --train-iters 500000 \
   --lr 1.5e-4 --min-lr 1.5e-5 --lr-decay-style cosine --lr-warmup-iters 2000 --clip-grad 1.0 --weight-decay 0.1 --bf16 \
   --data-path "$DATA" --split 949,50,1 --vocab-file "$VOCAB" --merge-file "$MERGES" \
   --log-interval 100 --eval-interval 1000 --eval-iters 10 \

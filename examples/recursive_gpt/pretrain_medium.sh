@@ -14,7 +14,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 
 torchrun --standalone --nproc_per_node "$GPUS" "$here/pretrain_recursive_gpt.py" \
   --num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 1024 --max-position-embeddings 1024 \
-  --num-refinement-blocks 3 --num-latent-refinements 6 --halt-loss-weight 1.0 --detach-between-refinements \
+  --num-refinement-blocks 3 --num-latent-refinements 6 --halt-loss-weight 1.0 \
   --micro-batch-size 4 --global-batch-size 32 --train-iters 100000 \
   --lr 1.5e-4 --min-lr 1.5e-5 --lr-decay-style cosine --lr-warmup-iters 2000 --clip-grad 1.0 --weight-decay 0.1 --bf16 \
   --data-path "$DATA" --split 949,50,1 --vocab-file "$VOCAB" --merge-file "$MERGES" \

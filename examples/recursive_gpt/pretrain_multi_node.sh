@@ -25,7 +25,7 @@ torchrun --nnodes "$NNODES" --nproc_per_node "$GPUS" \
   --group-query-attention --num-query-groups 8 --swiglu --disable-bias-linear --normalization RMSNorm \
   --position-embedding-type rope --untie-embeddings-and-output-weights \
   --hidden-dropout 0 --attention-dropout 0 --seq-length 4096 --max-position-embeddings 4096 \
-  --num-refinement-blocks 3 --num-latent-refinements 6 \
+  --num-refinement-blocks 3 --num-latent-refinements 6 --recompute-passes \
   --micro-batch-size 1 --global-batch-size 256 --train-iters 100000 \
   --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 2000 --adam-beta2 0.95 --clip-grad 1.0 \
   --weight-decay 0.1 --bf16 \

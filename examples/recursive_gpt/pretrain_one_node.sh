@@ -19,7 +19,7 @@ torchrun --standalone --nproc_per_node "$GPUS" "$here/pretrain_recursive_gpt.py"
   --position-embedding-type rope --untie-embeddings-and-output-weights \
   --hidden-dropout 0 --attention-dropout 0 --seq-length 2048 --max-position-embeddings 2048 \
   --num-refinement-blocks 3 --num-latent-refinements 6 \
-  --micro-batch-size 4 --global-batch-size 256 --train-iters 50000 \
+  --micro-batch-size 2 --global-batch-size 256 --train-iters 50000 \
   --lr 4e-4 --min-lr 4e-5 --lr-decay-style cosine --lr-warmup-iters 1000 --adam-beta2 0.95 --clip-grad 1.0 \
   --weight-decay 0.1 --bf16 \
   --data-path "$DATA" --split 949,50,1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" \

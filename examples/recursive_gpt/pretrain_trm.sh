@@ -17,7 +17,8 @@ torchrun --standalone --nproc_per_node "$GPUS" "$here/pretrain_recursive_gpt.py"
   --normalization RMSNorm --norm-placement post --output-norm-scope residual --norm-weights ones \
   --position-embedding-type rope --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 \
   --seq-length 512 --max-position-embeddings 512 \
-  --num-refinement-blocks 3 --num-latent-refinements 6 --state-init trunc-normal --state-norm none \
+  --num-refinement-blocks 3 --num-latent-refinements 6 --detach-between-refinements \
+  --state-init trunc-normal --state-norm none \
   --halt-loss-weight 0.5 --num-supervision-steps 16 --carry-halted \
   --micro-batch-size 32 --global-batch-size 768 --train-iters 50000 \
   --optimizer adam_atan2 --lr 1e-4 --lr-decay-style constant --lr-warmup-iters 2000 --adam-beta2 0.95 \

@@ -18,7 +18,7 @@ output: runs/ablations/recursion   # folder of runs and results; --output wins
 flags: >                           # pretraining flags of all runs: one text, or a list
   --num-layers 2 --hidden-size 128 --lr-warmup-iters 30 --eval-iters 50 ...
 arms:                              # name: its further flags, which win over the common ones
-  recursion: --no-detach-between-refinements
+  recursion: --num-refinement-blocks 2
   own layers: --disable-recursive-refinement
   deep:                            # with learning rates of its own
     flags: --num-layers 8 --disable-recursive-refinement --nproc-per-node 2

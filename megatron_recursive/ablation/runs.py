@@ -90,7 +90,7 @@ class Study:
     def run(self, arm: Arm, rate: float, seed: int) -> PlannedRun:
         iterations, facts = self.iterations(arm), self.facts[arm.name]
         flags, slug = _flags(arm, rate, seed, iterations), re.sub(r"\W+", "-", arm.name).strip("-").lower()
-        digest = hashlib.sha256(json.dumps([arm.name, arm.processes, flags]).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps([arm.name, arm.processes, flags, facts["plan"]]).encode()).hexdigest()[:8]
         folder = self.ablation.output / "runs" / slug / f"lr{rate:g}_seed{seed}_{digest}"
         words = ["pretrain", *(["--nproc-per-node", str(arm.processes)] if arm.processes > 1 else [])]
         # Two runs that wrote one cache would read each other's half files.

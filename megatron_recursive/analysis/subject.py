@@ -18,8 +18,8 @@ from megatron_recursive.data.readers import iter_documents
 from megatron_recursive.data.sources import find_files
 from megatron_recursive.data.tokenizer import load_tokenizer
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.gguf_file import gguf_tokenizer
 from megatron_recursive.hf.convert.sources import open_source
-from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
 from megatron_recursive.inference.loading import NEEDS_ITS_OWN, Loaded, open_model
 from megatron_recursive.inference.text import NumberText, Text, TokenizerText
 
@@ -39,7 +39,7 @@ def open_subject(
     model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
     model.load_state_dict({name: source.weight(name) for name in model.state_dict()})
     found = (load_tokenizer(tokenizer, NEEDS_ITS_OWN) if tokenizer is not None
-             else tokenizer_of(Path(given).parent, gguf_file=Path(given).name))  # fmt: skip
+             else gguf_tokenizer(Path(given)))  # fmt: skip
     if found is None:
         raise UserError(f"--model {given} has no tokenizer that loads here; give --tokenizer DIR.")
     model = model.to(of_this_process(device)).eval()

@@ -11,7 +11,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans, build_plan
 from megatron_recursive.plan.knobs import TRAINED, flag_of, knobs_in
-from megatron_recursive.plan.recursion_config import add_recursion_arguments, renewed, retrofit
+from megatron_recursive.plan.recursion_config import add_recursion_arguments, renewed, retrofit, stored_knobs
 
 if TYPE_CHECKING:
     from megatron_recursive.pipeline.layouts import Job
@@ -114,7 +114,7 @@ def open_model(args: argparse.Namespace) -> Model:
 
 def recursion_of(model: Model, knobs: dict[str, Any], *, trains: bool) -> RecursionConfig:
     """A model's recursion with the flags that are given; ``trains``: as a run has it that starts from the model."""
-    stated = knobs_in(model.values)
+    stated = stored_knobs(model.values)
     if model.source == "Hugging Face":
         stated = stated or retrofit(knobs, model.arch.num_layers)  # as convert import does
     elif model.source == "checkpoint" and not trains:

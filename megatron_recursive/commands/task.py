@@ -14,7 +14,7 @@ from megatron_recursive.errors import UserError
 
 SUMMARY = "Make a task that needs depth, as training data, and count right answers on it by block."
 
-_RECURSION = "--num-refinement-blocks 2 --num-latent-refinements 1 --no-detach-between-refinements"
+_RECURSION = "--num-refinement-blocks 2 --num-latent-refinements 1"
 _RECIPE = (
     "--num-layers 2 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 --swiglu --disable-bias-linear "
     "--normalization RMSNorm --position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 "

@@ -80,6 +80,6 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
                 cells = [each["results"][task][name] for each in records]
                 rows.append([task, metric if kept == "none" else f"{metric} ({kept})",
                              *(f"{cell:.4f}" if abs(cell) < 1e5 else f"{cell:.4g}" for cell in cells)])  # fmt: skip
-    rows.append(["blocks a token", "", *(f"{each['recursion']['mean_blocks']:.2f}" for each in records)])
-    rows.append(["FLOPs saved", "", *(f"{each['recursion']['flops_saved']:.1%}" for each in records)])
+    for name, key, style in (("blocks a token", "mean_blocks", ".2f"), ("FLOPs saved", "flops_saved", ".1%")):
+        rows.append([name, "", *("-" if (n := each["recursion"][key]) is None else f"{n:{style}}" for each in records)])
     return aligned(rows[0], rows[1:], left=2)

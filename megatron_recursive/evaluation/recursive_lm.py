@@ -185,5 +185,7 @@ class RecursiveLM(HFLM):
                 found |= self._exit | {key: value for key, value in sorted(spent.items()) if key.startswith("tokens")}
                 found["mean_blocks"] = spent["blocks"] / spent["tokens"]
                 found["flops_saved"] = 1.0 - spent["flops"] / spent["fixed_depth_flops"]
+            elif self._options is not None:  # all answers come from --use_cache, which knows no depths
+                found |= self._exit | {"mean_blocks": None, "flops_saved": None}
             info["recursion"] = found
         return info

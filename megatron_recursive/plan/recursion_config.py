@@ -224,6 +224,11 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         """Pick the knobs out of a mapping; absent ones take defaults."""
         return cls(**knobs_in(values))
 
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any]) -> RecursionConfig:
+        """The same of what a checkpoint or an export of any version holds."""
+        return cls(**stored_knobs(values))
+
     def differences(self, other: RecursionConfig) -> list[Difference]:
         """The kept knobs in which ``other`` differs. Once recursion is off, only that counts."""
         mine, theirs = self.to_dict(), other.to_dict()
@@ -246,6 +251,14 @@ class Difference:
     @property
     def is_depth(self) -> bool:
         return self.name in DEPTHS
+
+
+def stored_knobs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of a checkpoint or an export. Other families have stored a cut between blocks, once core's default."""
+    knobs = knobs_in(values)
+    if knobs.get("recursion_family", "core") != "core":
+        knobs.pop("detach_between_refinements", None)
+    return knobs
 
 
 def retrofit(given: Mapping[str, Any], layers: int) -> dict[str, Any]:

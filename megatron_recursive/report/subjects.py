@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plots.event_files import find_events
@@ -54,7 +55,7 @@ class Subject:
         home = self.folder.resolve()
         for file in sorted(files, key=lambda file: file.stat().st_mtime):
             for kind, model, record in _records(file) if file.stat().st_mtime >= trained else ():
-                named = model is not None and Path(model).exists()
+                named = model is not None and (Path(model).exists() or is_hub_name(model))
                 if Path(str(model) if named else file).resolve().is_relative_to(home):
                     self.found[kind] = record
 

@@ -10,7 +10,6 @@ import os
 import re
 import traceback
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any, NoReturn
 
 from megatron.training import arguments as megatron_arguments
@@ -21,7 +20,7 @@ from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.gradient_fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig, build_plan
-from megatron_recursive.plan.knobs import DEPTHS, ExitKnobs, TrainingKnobs, flag_of
+from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, initial_std
 from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
 from megatron_recursive.training.architecture import take_function
@@ -230,11 +229,9 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
     take_function(args, saved)
     take_adapters(args, saved)
     if not from_plain_gpt:
-        given = _given_knobs()
-        free = {*(knob.name for part in (TrainingKnobs, ExitKnobs) for knob in fields(part)),
-                *(DEPTHS if args.override_recursion_depth else ())}  # fmt: skip
-        for name, value in RecursionConfig.from_mapping(saved).to_dict().items():
-            if not (name in given and name in free):
+        given = _given_knobs()  # which are compared with the checkpoint's as without the flag
+        for name, value in RecursionConfig.from_stored(saved).to_dict().items():
+            if name not in given:
                 setattr(args, name, value)
 
 

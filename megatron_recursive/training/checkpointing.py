@@ -126,7 +126,7 @@ def check_recursion(
                 "--disable-recursive-refinement."
             )
         return []
-    changed = RecursionConfig.from_mapping(saved).differences(recursion)
+    changed = RecursionConfig.from_stored(saved).differences(recursion)
     binding = [d for d in changed if d.binds and not (d.is_depth and override_depth)]
     if binding:
         mend = "give the checkpoint's values"

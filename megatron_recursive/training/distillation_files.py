@@ -27,9 +27,10 @@ from megatron_recursive.training.supervision_steps import samples_read
 def prepare(args: argparse.Namespace, source: DistillationSource, datasets_provider: Callable[..., Any]) -> None:
     """Ask the teacher of every training sample. The folder gets its name when it is complete."""
     from megatron.training.initialize import initialize_megatron
-    from megatron.training.training import get_train_valid_test_num_samples
+    from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 
     initialize_megatron()
+    update_train_iters(args)
     wanted = get_train_valid_test_num_samples()
     (train, *_), samples, micro = datasets_provider(wanted), samples_read(args, wanted[0]), args.micro_batch_size
     group = parallel_state.get_tensor_model_parallel_group()

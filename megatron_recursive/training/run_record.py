@@ -26,7 +26,7 @@ PACKAGES = ("megatron-recursive", "torch", "megatron-core", "transformer-engine"
 ENVIRONMENT = ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN",
                "MEGATRON_RECURSIVE_DEVICE")  # fmt: skip
 # Where a run reads its start from and writes to; a reproduction has its own.
-PLACES = ("--load", "--ckpt-step", "--save", "--metrics-file", "--tensorboard-dir")
+PLACES = ("--load", "--ckpt-step", "--save", "--metrics-file", "--tensorboard-dir", "--non-persistent-global-ckpt-dir")
 REPRODUCED = "reproduced"
 
 

@@ -56,15 +56,15 @@ def plan_and_layout(fact: dict[str, Any]) -> tuple[int, ...]:
 
 
 EXPECTED = {
-    "small": (6, 512, 512, 10, 5, 1, 1, 1),
-    "medium": (12, 768, 1024, 21, 7, 1, 1, 1),
-    "large": (24, 1024, 2048, 45, 9, 2, 4, 1),
+    "small": (6, 512, 512, 10, 10, 1, 1, 1),
+    "medium": (12, 768, 1024, 21, 21, 1, 1, 1),
+    "large": (24, 1024, 2048, 45, 45, 2, 4, 1),
     "ablation": (12, 768, 1024, 1, 1, 1, 1, 1),
-    "full_gradient": (12, 768, 1024, 21, 21, 1, 1, 1),
-    "one_gpu": (12, 768, 2048, 21, 7, 1, 1, 1),
-    "one_node": (24, 1024, 2048, 21, 7, 2, 2, 2),
-    "multi_node": (24, 2048, 4096, 21, 7, 2, 4, 2),
-    "slurm": (24, 2048, 4096, 21, 7, 2, 4, 4),
+    "detached": (12, 768, 1024, 21, 7, 1, 1, 1),
+    "one_gpu": (12, 768, 2048, 21, 21, 1, 1, 1),
+    "one_node": (24, 1024, 2048, 21, 21, 2, 2, 2),
+    "multi_node": (24, 2048, 4096, 21, 21, 2, 4, 2),
+    "slurm": (24, 2048, 4096, 21, 21, 2, 4, 4),
     "retrofit_llama": (8, 2048, 1024, 34, 10, 1, 1, 8),
     "retrofit_tinyllama": (16, 2048, 1024, 18, 10, 1, 1, 8),
     "retrofit_olmo": (14, 2048, 1024, 34, 10, 1, 1, 8),
@@ -175,8 +175,8 @@ def test_the_first_commands_parse_as_they_stand(variables: dict[str, str]) -> No
     assert {name: fact for name, fact in facts.items() if isinstance(fact, str)} == {}
     passes = {name: (fact["passes"], fact["with gradient"]) for name, fact in facts.items()}
     assert passes == {
-        "one GPU": (21, 7), "eight GPUs": (45, 9), "ablation": (1, 1), "full gradient": (21, 21), "halting": (21, 7),
-        "less memory": (21, 7), "profile": (21, 7),
+        "one GPU": (21, 7), "eight GPUs": (45, 45), "ablation": (1, 1), "full gradient": (21, 21), "halting": (21, 21),
+        "less memory": (21, 21), "profile": (21, 21),
     }  # fmt: skip
 
 

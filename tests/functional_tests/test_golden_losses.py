@@ -27,8 +27,8 @@ COMMON = (
     "--log-interval 1 --num-workers 0 --num-latent-refinements 2 --hidden-dropout 0 --attention-dropout 0"
 )
 RUNS = {
-    "detached": "",
-    "full gradient, --state-norm none": "--no-detach-between-refinements --state-norm none --state-init trunc-normal",
+    "detached": "--detach-between-refinements",
+    "full gradient, --state-norm none": "--state-norm none --state-init trunc-normal",
 }
 
 

@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "hf": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "backends", "models", "data.chat", "data.preparation",
                                             "data.progress", "data.tokenizer", "plots.runs")),
-        "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
+        "torch", "tokenizers", "transformers", "accelerate", "safetensors", "huggingface_hub", "gguf", "megatron.core",
     ),
     "training": (
         *(f"{OURS}.{folder}" for folder in ("plan", "accounting", "backends", "data", "losses", "models", "optimizers",
@@ -57,7 +57,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "torch", "transformers", "kneed", "safetensors",
     ),
     "ablation": (f"{OURS}.plots", f"{OURS}.data.files", "numpy", "tqdm", "yaml"),
-    "report": (f"{OURS}.plan", f"{OURS}.plots", "jinja2"),
+    "report": (f"{OURS}.plan", f"{OURS}.plots", f"{OURS}.data.tokenizer", "jinja2"),
     "commands": (
         *(f"{OURS}.{module}" for module in ("plan", "accounting", "pipeline", "backends", "data", "hf", "inference",
                                             "plots", "ablation", "analysis", "evaluation", "launch", "report",

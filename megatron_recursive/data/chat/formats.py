@@ -16,7 +16,7 @@ from megatron_recursive.errors import UserError
 
 Message = dict[str, Any]
 
-KEYS = ("conversations", "messages", "prompt", "instruction", "input", "output", "system", "history")
+KEYS = ("conversations", "messages", "prompt", "instruction", "input", "output", "system", "history", "tools")
 ROLES = {
     **dict.fromkeys(("system",), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -62,6 +62,8 @@ def conversations_of(record: dict[str, Any], options: ChatOptions) -> Iterator[l
     Raises:
         NotAConversation: it is of no known form, or of another than is asked, or a turn of it is malformed.
     """
+    if record.get("tools"):
+        raise NotAConversation("has tools, whose definitions are not written here")
     keys = [key for form in ([options.form] if options.form else _FORMS) for key in _FORMS[form]]
     found = next((key for key in keys if record.get(key) is not None), None)
     if found == "instruction":

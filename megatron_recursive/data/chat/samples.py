@@ -21,6 +21,7 @@ def samples_of(
 ) -> Iterator[Sample]:  # fmt: skip
     """The samples of conversations, in order; what is left out or cut is counted in ``report``."""
     rendered: list[tuple[Conversation, str, list[Span]]] = []
+    whole = options.train_on == "all"
     for conversation in conversations:
         try:
             pieces = []
@@ -31,8 +32,8 @@ def samples_of(
                 counts[:-1] = [options.train_on != "last" and each for each in counts[:-1]]
                 if len(spans) != len(counts) and not (spans and all(counts)):
                     raise NotAConversation(f"has {len(counts)} answers, where the chat template marks {len(spans)}")
-                if not all(counts):
-                    spans = [span for span, each in zip(spans, counts, strict=True) if each]
+                if not all(counts) or whole:  # of the whole text, those that are taken out
+                    spans = [] if all(counts) else [s for s, each in zip(spans, counts, strict=True) if each != whole]
                 pieces.append((conversation, text, spans))
             rendered += pieces
             if any(template.special.search(message["content"]) for message in conversation.messages):
@@ -42,7 +43,7 @@ def samples_of(
     encodings = rust.encode_batch([text for _, text, _ in rendered], add_special_tokens=False)
     for (conversation, text, spans), encoding in zip(rendered, encodings, strict=True):
         try:
-            sample = encoding.ids, supervised(encoding, text, spans, options.train_on == "all", template.added)
+            sample = encoding.ids, supervised(encoding, text, spans, whole, template.added)
         except NotAConversation as error:
             reject(conversation.refusal(error))
             continue
@@ -56,13 +57,11 @@ def samples_of(
 
 
 def supervised(encoding: Any, text: str, spans: Sequence[Span], whole: bool, added: re.Pattern[str]) -> bytes:
-    """For each token 1 where the loss counts it; ``whole``: everywhere.
+    """For each token 1 where the loss counts it: in the spans, or with ``whole`` outside of them.
 
     Raises:
         NotAConversation: a turn begins or ends within a token.
     """
-    if whole:
-        return b"\1" * len(encoding.ids)
     mask = bytearray(len(encoding.ids))
     for start, end in spans:
         first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
@@ -75,7 +74,7 @@ def supervised(encoding: Any, text: str, spans: Sequence[Span], whole: bool, add
         if stop > end and (text[end:stop].strip() or not added.match(text, begin)):
             raise NotAConversation("has a token that belongs to the answer and to what follows")
         mask[first : last + 1] = b"\1" * (last + 1 - first)
-    return bytes(mask)
+    return bytes(1 - each for each in mask) if whole else bytes(mask)
 
 
 def windows(messages: list[Message], max_turns: int | None, report: PartReport) -> Iterator[list[Message]]:

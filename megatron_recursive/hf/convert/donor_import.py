@@ -22,6 +22,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert import proof
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.files import new_folder
+from megatron_recursive.hf.convert.gguf_file import gguf_tokenizer
 from megatron_recursive.hf.convert.hrm_text import PREFIXED
 from megatron_recursive.hf.convert.mappings import (
     OWN,
@@ -155,7 +156,8 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         prepare = ["preprocess", "--input", "DOCUMENTS", "--output", "DATA_PREFIX"]
         say(f"Prepare data for it with:\n{command(*prepare, '--tokenizer', str(target / TOKENIZER))}")
     else:
-        say(f"WARNING: {source.name} has no tokenizer; give the run one with --tokenizer-type and --tokenizer-model.")
+        say(f"WARNING: {source.name} has no tokenizer that can be taken from it; give the run one with "
+            "--tokenizer-type and --tokenizer-model.")  # fmt: skip
     say(f"{target}: the checkpoint. Train on, beside it, with:\n{training_command(target)}")
     return report
 
@@ -170,7 +172,7 @@ def _recursion(source: Source, given: Mapping[str, Any], layers: int) -> Recursi
         return RecursionConfig.from_mapping(renewed(theirs.to_dict(), given))
     recursion = RecursionConfig.from_mapping({**retrofit(given, layers), **given})
     if source.family.own_class:
-        knobs = RecursionConfig.from_mapping(source.config.recursion)
+        knobs = RecursionConfig.from_stored(source.config.recursion)
         own = knobs.resolved(embedding_init_std=1.0, from_plain_gpt=True)
         if not given and build_plan(own) != source.plan:
             raise UserError(f"{source.name} has a plan that its knobs do not give; import it with recursion flags.")
@@ -451,7 +453,7 @@ class _Import:
 def donor_tokenizer(source: Source) -> Any:
     """As transformers loads it beside the donor's config.json; None where it does not load."""
     if source.gguf is not None:
-        return tokenizer_of(source.gguf.parent, gguf_file=source.gguf.name)
+        return gguf_tokenizer(source.gguf)
     return None if source.folder is None else tokenizer_of(source.folder)
 
 

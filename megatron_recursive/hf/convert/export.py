@@ -126,7 +126,7 @@ def open_checkpoint(given: str, *, averaged: bool = False, checked: bool = True)
     if args.get("enable_recursive_refinement") is None:
         recursion = RecursionConfig(enable_recursive_refinement=False)
     else:
-        recursion = RecursionConfig.from_mapping(args)
+        recursion = RecursionConfig.from_stored(args)
     lora = LoRA.from_args(args)
     model = MegatronModel(checkpoint, args, arch, whole(recursion.resolved(embedding_init_std=arch.init_std)),
                           own_class=lora is not None and lora.per_pass, lora=lora)  # fmt: skip

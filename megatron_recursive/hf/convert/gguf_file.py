@@ -1,4 +1,4 @@
-"""A GGUF file's tensors under Hugging Face's names, dequantised to float32 one at a time."""
+"""A GGUF file's tensors under Hugging Face's names, dequantised to float32 one at a time, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from torch import Tensor
 from megatron_recursive.command_line import missing_package
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
+from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
 
 SUFFIXES = (".weight", ".bias")
+# What llama.cpp's names of byte-level splits mean, of those that transformers takes for GPT-2's: it, or it with each
+# digit apart.
+AS_GPT2 = ("gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "granite-docling")
+DIGITS_APART = ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b")
+# With these a text begins with BOS, unless the file says otherwise, and what is in the vocabulary needs no merges.
+AS_LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
 
 
 class GgufFile:
@@ -73,3 +80,39 @@ class GgufFile:
 def _halves(rows: Tensor, heads: int) -> Tensor:
     """Rows of each head from pairs that are rotated together to the first of each pair, then the second."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer in a file; None where transformers builds none, or one that would split text otherwise."""
+    tokenizer = tokenizer_of(path.parent, gguf_file=path.name)
+    if tokenizer is None:
+        return None
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    kind, split, begins = (field and field.contents() for field in (
+        fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre", "add_bos_token")))  # fmt: skip
+    return tokenizer if kind != "gpt2" else with_split(tokenizer, split, begins)
+
+
+def with_split(tokenizer: Any, split: str | None, begins: bool | None = None) -> Any:
+    """A byte-level tokenizer that reads text as ``tokenizer.ggml.pre`` says; None where that is not known here.
+
+    transformers takes the split of some names, and nothing else that the name implies in llama.cpp and the model's own
+    tokenizer. Files without a name are of before it was written, and of any split.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    if split in DIGITS_APART:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif split in AS_LLAMA3:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+        tokenizer.add_bos_token = begins is not False and tokenizer.bos_token_id is not None
+    elif split == "qwen2":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    elif split not in AS_GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
+        return None
+    return tokenizer

@@ -88,6 +88,6 @@ def open_donor(given: str) -> Donor:
 
     recursion = source.own_recursion or PLAIN
     if source.family.own_class and source.config.recursion:
-        recursion = RecursionConfig.from_mapping(source.config.recursion)
+        recursion = RecursionConfig.from_stored(source.config.recursion)
         recursion = recursion.resolved(embedding_init_std=1.0, from_plain_gpt=True)
     return Donor(source.arch, recursion, fetch, donor_tokenizer(source))

@@ -101,12 +101,21 @@ def test_a_mistake_is_one_sentence_with_file_and_key(
 # --- budgets and choices --------------------------------------------------------------------------------------------
 
 
-def study_of(folder: Path, text: str = CONFIG, carried: tuple[str, ...] = (), **facts: tuple[int, float]) -> Study:
+def study_of(
+    folder: Path, text: str = CONFIG, carried: tuple[str, ...] = (), plan: str = "", **facts: tuple[int, float]
+) -> Study:
     ablation = read_config(write(folder, text), str(folder / "out"))
     costs = facts or {arm.name: (64, 1e3) for arm in ablation.arms}
     given = dict(zip([arm.name for arm in ablation.arms], costs.values(), strict=True))
     return Study(ablation, {n: {"tokens per iteration": t, "tokens read per iteration": t / 4 if n in carried else t,
-                                "FLOPs per token": f} for n, (t, f) in given.items()})  # fmt: skip
+                                "FLOPs per token": f, "plan": plan} for n, (t, f) in given.items()})  # fmt: skip
+
+
+def test_equal_flags_of_another_plan_are_another_run(tmp_path: Path) -> None:
+    """A default that has changed: what an earlier version trained is not this version's."""
+    first, again, other = (study_of(tmp_path, plan=plan) for plan in ("cut", "cut", "whole"))
+    here, there, elsewhere = (study.grid(study.ablation.arms[0])[0].folder for study in (first, again, other))
+    assert here == there != elsewhere
 
 
 @pytest.mark.parametrize(("equal", "expected"), [

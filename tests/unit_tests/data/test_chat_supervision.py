@@ -66,7 +66,7 @@ def said(encoder: tuple[Template, Any], messages: list[dict[str, str]], train_on
     text, spans = template.render(messages)
     encoding = rust.encode(text, add_special_tokens=False)
     assert rust.decode(encoding.ids, skip_special_tokens=False) == text
-    spans = spans[-1:] if train_on == "last" else spans
+    spans = {"last": spans[-1:], "all": []}.get(train_on, spans)
     mask = supervised(encoding, text, spans, train_on == "all", template.added)
     runs: list[list[int]] = []
     for position, (token, counted) in enumerate(zip(encoding.ids, mask, strict=True)):

@@ -65,6 +65,7 @@ BAD = {
         "messages": [GOOD["messages"][0], {**GOOD["messages"][1], "weight": 0.5}]},
     "a turn 0 that is not UTF-8": {**GOOD, "system": "\ud800"},
     "has a list under 'system', which must be a string": {**GOOD, "system": ["Be kind."]},
+    "has tools, whose definitions are not written here": {**GOOD, "tools": [{"name": "search"}]},
     "has a history that is no list of pairs of texts": {**ALPACA, "history": [["One?"]]},
 }  # fmt: skip
 
@@ -166,6 +167,9 @@ def test_what_stands_beside_the_turns_is_not_lost(chatml: Path, tmp_path: Path) 
     last = preprocess([file], tmp_path / "last", chatml, options=Options(chat=ChatOptions(train_on="last")))
     assert last.documents == 4
     assert last.statistics.dropped == {"samples left out, since nothing in them is supervised": 1}
+    preprocess([file], tmp_path / "all", chatml, options=Options(chat=ChatOptions(train_on="all")))
+    counted = texts(tmp_path / "all", True)[3]
+    assert "user\nHi" in counted and counted.endswith("yes<|im_end|>\n") and "Hello" not in counted
 
 
 def test_what_a_template_or_a_text_does_to_ends_is_said(chatml: Path, tmp_path: Path, capsys: Any) -> None:

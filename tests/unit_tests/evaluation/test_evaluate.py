@@ -215,3 +215,10 @@ def test_two_processes_share_the_work(folder: Path) -> None:
         assert {name: pytest.approx(value, rel=1e-6) for name, value in values.items() if "," in name and
                 isinstance(value, float)}.items() <= found[task].items(), task
     assert told["tokens"] > alone["tokens"] * 0.99 and told["mean_blocks"] == pytest.approx(alone["mean_blocks"], 0.05)
+
+
+def test_what_cached_answers_cost_is_not_known() -> None:
+    from megatron_recursive.evaluation.command import table
+
+    unknown = {"depth": 4, "results": {}, "recursion": {"mean_blocks": None, "flops_saved": None}}
+    assert [line.split()[-1] for line in table([unknown])[-2:]] == ["-", "-"]

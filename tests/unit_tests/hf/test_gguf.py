@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.gguf_file import with_split
 from megatron_recursive.hf.convert.sources import open_source
 from tests.unit_tests.hf.donors import make_donor
 
@@ -92,3 +93,38 @@ def test_a_damaged_gguf_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(UserError, match=r"model\.gguf"):
         open_source(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("split", "pieces"),
+    [("smollm", ["Ġ", "2", "0", "Ġa"]), ("gpt-2", ["Ġ20", "Ġa"]), ("qwen2", ["Ġ20", "Ġa"]), ("poro-chat", None),
+     ("default", None), (None, None)],
+)  # fmt: skip
+def test_a_tokenizer_splits_text_as_its_file_says_or_is_not_taken(
+    split: str | None, pieces: list[str] | None
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found = with_split(PreTrainedTokenizerFast(tokenizer_object=backend), split)
+    by = None if found is None else found.backend_tokenizer.pre_tokenizer.pre_tokenize_str(" 20 a")
+    assert (by and [piece for piece, _ in by]) == pieces
+
+
+def test_a_name_of_a_split_says_more_than_the_split() -> None:
+    """As llama.cpp and the models' own tokenizers have it: BOS and whole words of Llama 3, NFC of Qwen 2."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"h": 0, "e": 1, "he": 2, "hello": 3, "l": 4, "o": 5, "<s>": 6, "lo": 7}
+
+    def made(split: str, begins: bool | None = None) -> Any:
+        backend = Tokenizer(models.BPE(vocab=words, merges=[("h", "e"), ("l", "o")]))
+        return with_split(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"), split, begins)
+
+    assert made("gpt-2")("hello")["input_ids"] == [2, 4, 7]
+    assert made("llama-bpe")("hello")["input_ids"] == [6, 3]
+    assert made("llama-bpe", begins=False)("hello")["input_ids"] == [3]
+    assert made("qwen2").backend_tokenizer.normalizer.normalize_str("e\u0301") == "\u00e9"

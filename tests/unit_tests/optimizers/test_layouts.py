@@ -102,7 +102,7 @@ def factors_of(knobs: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def test_the_throttle_counts_passes_with_gradient() -> None:
-    core = {"num_refinement_blocks": 3, "num_latent_refinements": 4}
+    core = {"num_refinement_blocks": 3, "num_latent_refinements": 4, "detach_between_refinements": True}
     recurrent = {"recursion_family": "recurrent", "num_recurrences": 6, "backprop_depth": 4,
                  "injection": "add", "num_prelude_layers": 1, "num_coda_layers": 1}  # fmt: skip
     adapted = {**recurrent, "injection": "concat"}

@@ -45,7 +45,7 @@ OTHER: dict[str, tuple[Any, list[Any]]] = {
     "exit_gate": (True, []),
     "halt_loss_weight": (0.25, [-0.1, math.nan, math.inf]),
     "halt_bias": (-2.0, [math.nan, -math.inf]),
-    "detach_between_refinements": (False, []),
+    "detach_between_refinements": (True, []),
     "enable_deep_supervision": (True, []),
     "deep_supervision_weight": (0.25, [0.0, -0.5, math.nan, math.inf]),
     "deep_supervision_schedule": ("linear_decay", ["cosine"]),
@@ -123,7 +123,7 @@ def test_a_senseless_value_is_refused_naming_the_flag(name: str, value: Any) -> 
 @pytest.mark.parametrize(
     ("name", "value", "family"),
     [("num_recurrences", 8, "core"), ("num_latent_refinements", 2, "looped"), ("injection", "add", "hierarchical"),
-     ("detach_between_refinements", False, "recurrent"),
+     ("detach_between_refinements", True, "recurrent"),
      ("state_norm", "core", "looped"), ("state_init", "sampled", "core"), ("state_init", "trunc-normal", "recurrent"),
      ("exit_entropy_weight", 0.2, "core"), ("exit_gate", True, "hierarchical"), ("halt_bias", -1.0, "recurrent"),
      ("halt_loss_weight", 0.5, "recurrent"), ("num_supervision_steps", 2, "looped"),
@@ -322,3 +322,14 @@ def test_a_model_trained_in_steps_is_evaluated_as_all_of_them_in_a_row(knobs: di
     assert all_steps == once.with_blocks(3 * once.depth) and all_steps.depth == 3 * once.depth
     assert [(p.target, p.reads) for p in all_steps.passes] == [(p.target, p.reads) for p in once.passes] * 3
     assert whole(config).num_supervision_steps == 1
+
+
+@pytest.mark.parametrize("family", ["recurrent", "looped", "hierarchical"])
+def test_a_cut_that_other_families_have_stored_is_passed_over(family: str) -> None:
+    """It was core's default, which every checkpoint and export of before holds."""
+    config = RecursionConfig(recursion_family=family, halt_loss_weight=0.0)
+    stored = {**config.to_dict(), "detach_between_refinements": True}
+    assert RecursionConfig.from_stored(stored) == config
+    assert RecursionConfig.from_stored({"detach_between_refinements": True}).detach_between_refinements
+    with pytest.raises(UserError, match="--detach-between-refinements belongs to"):
+        RecursionConfig.from_mapping(stored)

@@ -14,6 +14,8 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.plan import DecoderPass, RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import added_parameters, sampled_start, tokens_so_far
 
+CUT = {"detach_between_refinements": True}
+
 
 def make_plan(blocks: int = 2, latents: int = 2, **knobs: object) -> RecursionPlan:
     config = RecursionConfig(num_refinement_blocks=blocks, num_latent_refinements=latents, **knobs)  # type: ignore[arg-type]
@@ -21,8 +23,8 @@ def make_plan(blocks: int = 2, latents: int = 2, **knobs: object) -> RecursionPl
 
 
 def test_a_plan_written_out() -> None:
-    """Two latent passes and an output pass a block: the last block learns, and both are asked whether they halt."""
-    plan, all_states, own = make_plan(2, 2), ("output", "latent", "input"), ("output", "latent")
+    """Two latent passes and an output pass a block: cut, the last block learns; both are asked whether they halt."""
+    plan, all_states, own = make_plan(2, 2, **CUT), ("output", "latent", "input"), ("output", "latent")
     written = [
         (0, "latent", all_states, False, False, 0.0, 0.0),
         (0, "latent", all_states, False, False, 0.0, 0.0),
@@ -41,7 +43,7 @@ def test_a_plan_written_out() -> None:
 
 
 def test_full_gradient_cuts_nothing_and_halting_may_be_asked_once() -> None:
-    plan = make_plan(3, 1, detach_between_refinements=False, halt_supervision="last")
+    plan = make_plan(3, 1, halt_supervision="last")
     assert all(p.grad and not p.cuts_states for p in plan.passes) and plan.grad_passes[0].index == 0
     assert [p.halt_weight for p in plan.passes] == [0.0] * 5 + [1.0]
     assert all(plan.gradient_groups(tied_embeddings=False).values())
@@ -102,7 +104,7 @@ def test_garbage_is_no_plan(text: str) -> None:
 
 
 def replaced(place: int, **changes: object) -> tuple[DecoderPass, ...]:
-    passes = list(make_plan().passes)  # latent, latent, output; latent, latent, output (with gradient)
+    passes = list(make_plan(**CUT).passes)  # latent, latent, output; latent, latent, output (with gradient)
     passes[place] = dataclasses.replace(passes[place], **changes)  # type: ignore[arg-type]
     return tuple(passes)
 
@@ -134,14 +136,14 @@ def test_contradictions_are_refused(passes: tuple[DecoderPass, ...], message: st
 
 def test_an_embedding_without_gradient_is_refused_naming_group_and_flag() -> None:
     blind = tuple(
-        dataclasses.replace(p, reads=("output", "latent")) if p.block == 1 else p for p in make_plan().passes
+        dataclasses.replace(p, reads=("output", "latent")) if p.block == 1 else p for p in make_plan(**CUT).passes
     )
     with pytest.raises(UserError, match="'embedding'.*--num-latent-refinements"):
         RecursionPlan("core", blind)
 
 
 def test_description_folds_equal_passes() -> None:
-    lines = make_plan(2, 6).describe().splitlines()
+    lines = make_plan(2, 6, **CUT).describe().splitlines()
     assert len(lines) == 1 + 4
     assert lines[1].split()[:3] == ["1-6", "1", "latent"] and lines[4].split()[:3] == ["14", "2", "output"]
     assert "yes" in lines[4] and "yes" not in lines[1]
@@ -156,7 +158,7 @@ def test_the_plan_folder_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("weight", ["supervised_weight", "halt_weight"])
 def test_a_loss_inside_a_block_is_refused(weight: str) -> None:
-    passes = [dataclasses.replace(p, block=0) for p in make_plan(detach_between_refinements=False).passes]
+    passes = [dataclasses.replace(p, block=0) for p in make_plan().passes]
     passes[2] = dataclasses.replace(passes[2], **{"halt_weight": 0.0, weight: 1.0})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="Pass 2"):
         RecursionPlan("core", tuple(passes))

@@ -50,7 +50,7 @@ def sweep_of(name, losses):
 
 
 def test_a_plan_shows_where_each_pass_lies_what_it_reads_and_what_it_teaches(axes):
-    plan = build_plan(config_of(num_refinement_blocks=2, num_latent_refinements=2))
+    plan = build_plan(config_of(num_refinement_blocks=2, num_latent_refinements=2, detach_between_refinements=True))
     draw_plan(axes[0], plan)
     boxes = [box for bars in axes[0].containers for box in bars]
     assert [(round(box.get_x() + 0.36), round(box.get_y() + 0.28)) for box in boxes] == [

@@ -222,7 +222,7 @@ def test_what_megatrons_configs_refuse_is_a_sentence() -> None:
 
 def test_good_flags_are_not_refused() -> None:
     good = ["", "--bf16 --null-tokenizer-pad-id -1", "--hidden-dropout 0", "--vocab-size 200",
-            "--no-detach-between-refinements"]  # fmt: skip
+            "--detach-between-refinements"]  # fmt: skip
     assert run_distributed(sentences, 1, [[*FLAGS, *flags.split()] for flags in good], timeout=60) == [[""] * len(good)]
 
 

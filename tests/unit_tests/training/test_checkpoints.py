@@ -176,6 +176,7 @@ OTHER_RECURSIONS = [
     (["--state-init", "trunc-normal"], ["--state-init zeros (this run: trunc-normal)"]),
     (["--state-norm", "none", "--override-recursion-depth"], ["--state-norm final (this run: none)"]),
     (["--embedding-multiplier", "3"], ["--embedding-multiplier 5.65", "(this run: 3.0)"]),
+    (["--use-checkpoint-args", "--num-refinement-blocks", "3"], ["--num-refinement-blocks 2 (this run: 3)"]),
     (PLAIN, ["--enable-recursive-refinement on (this run: off)"]),
     (["--num-refinement-blocks", "3", "--state-norm", "none"], ["--num-refinement-blocks 2", "--state-norm final"]),
     (["--padded-vocab-size", "256"], ["--padded-vocab-size 256 is not the 128 of the checkpoint"]),
@@ -197,7 +198,7 @@ def test_a_checkpoint_of_another_recursion_is_refused_by_flag(recursive: Path, p
 
 
 def test_what_binds_nothing_is_a_note_and_depth_can_be_overridden(recursive: Path, tmp_path: Path) -> None:
-    free = ["--halt-loss-weight", "0.5", "--halt-threshold", "0.7", "--no-detach-between-refinements"]
+    free = ["--halt-loss-weight", "0.5", "--halt-threshold", "0.7", "--detach-between-refinements"]
     assert train("--load", recursive, *free, *LONGER) is None
     deeper = ["--num-refinement-blocks", "3", "--override-recursion-depth"]
     assert train("--load", recursive, *deeper, *LONGER, "--metrics-file", tmp_path / "metrics.jsonl") is None

@@ -20,7 +20,7 @@ HOW = ["--global-batch-size", "20", "--train-iters", str(STEPS), "--hidden-dropo
        "--use-distributed-optimizer"]  # fmt: skip
 DEEP = ["--num-refinement-blocks", "3", "--num-latent-refinements", "1", "--enable-deep-supervision",
         "--deep-supervision-schedule", "linear_decay", "--deep-supervision-warmup", *map(str, RAMP)]  # fmt: skip
-PLANS = {"apart": DEEP, "all blocks": [*DEEP, "--no-detach-between-refinements", "--halt-supervision", "last"]}
+PLANS = {"apart": [*DEEP, "--detach-between-refinements"], "all blocks": [*DEEP, "--halt-supervision", "last"]}
 PP2, DP = ["--pipeline-model-parallel-size", "2"], ["--overlap-grad-reduce"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "PP 2 x DP 2": (4, [*PP2, *DP, "--overlap-param-gather", "--ddp-bucket-size", "2000", "--pipeline-phases", "two",

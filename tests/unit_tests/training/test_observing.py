@@ -74,23 +74,24 @@ WIDE = ["--hidden-size", "64", "--seq-length", "64", "--max-position-embeddings"
         "--global-batch-size", "16", "--attention-dropout", "0", "--train-iters", "3"]  # fmt: skip
 MEMORY_RUNS = {
     "default": ([], 1),
-    "llama-like, full gradient": (
-        ["--no-detach-between-refinements", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear",
+    "llama-like": (
+        ["--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear",
          "--group-query-attention", "--num-query-groups", "2", "--position-embedding-type", "rope"], 1,
     ),
-    "no fusion, masks, no dropout": (
-        ["--hidden-dropout", "0", "--no-bias-gelu-fusion", "--reset-attention-mask", "--reset-position-ids"], 1,
+    "cut, no fusion, masks, no dropout": (
+        ["--detach-between-refinements", "--hidden-dropout", "0", "--no-bias-gelu-fusion", "--reset-attention-mask",
+         "--reset-position-ids"], 1,
     ),
     "replay": (
-        ["--no-detach-between-refinements", "--recompute-passes", "--recompute-granularity", "full",
-         "--recompute-method", "uniform", "--recompute-num-layers", "1", "--num-layers", "4"], 1,
+        ["--recompute-passes", "--recompute-granularity", "full", "--recompute-method", "uniform",
+         "--recompute-num-layers", "1", "--num-layers", "4"], 1,
     ),
     "bf16, PP 2, distributed optimizer": (
         ["--bf16", "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer", "--num-layers", "4"], 2,
     ),
     "uneven stages, two phases": (
         ["--pipeline-model-parallel-size", "2", "--num-layers", "4", "--decoder-first-pipeline-num-layers", "3",
-         "--pipeline-phases", "two"], 2,
+         "--pipeline-phases", "two", "--detach-between-refinements"], 2,
     ),
 }  # fmt: skip
 
