@@ -48,7 +48,9 @@ def threshold_for(exit: str, signal: Tensor, mean_depth: float, blocks: int) -> 
     extremes = (signal.cummin(0) if below else signal.cummax(0)).values.flatten().sort(descending=below).values
     stay = round((mean_depth - 1) * signal.shape[1])  # blocks after which a token does not leave, of all tokens
     finite = extremes[extremes.isfinite()]
-    beyond = float(torch.nextafter(finite.max(), torch.tensor(math.inf))) if len(finite) else 0.0
+    beyond = 0.0
+    if len(finite):  # with room: the model that leaves by it rounds otherwise
+        beyond = float(torch.nextafter(finite.max(), torch.tensor(math.inf)).maximum(finite.max() * (1 + 2.0**-12)))
     if below:  # stay those of at least the threshold
         return min(float(extremes[stay - 1]), beyond) if stay else beyond
     most = {"halting": 1 - 2.0**-24, "quantile": 1.0}[exit]  # what the argument may be
