@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The medium run with gradient through the last block's 7 passes instead of all 21: a third of their activations, and
-# not what learns best (section 3 of the guide). The same variables as pretrain_medium.sh; further flags go to
+# not what learns best (section 2 of the guide). The same variables as pretrain_medium.sh; further flags go to
 # pretrain_recursive_gpt.py.
 #
 #   DATA=... VOCAB=... MERGES=... bash examples/recursive_gpt/pretrain_detached.sh

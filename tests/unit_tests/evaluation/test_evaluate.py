@@ -84,6 +84,8 @@ def test_under_an_exit_blocks_and_flops_are_counted_without_padding(folder: Path
 
     lm = recursive(folder, **EARLY)
     assert (lm.loglikelihood([]), lm.spent) == ([], {})
+    asked = lm.get_model_info()["recursion"]
+    assert asked["exit"] == "halting" and asked["mean_blocks"] is asked["flops_saved"] is None, "all were cached"
     _, answers, told = scores(lm, ("cpython_count",))
     report = lm.model.last_exit_report
     assert report.decoded_tokens and lm.spent["tokens"] > report.tokens, "two batches"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from megatron_recursive.data.teacher_files import TeacherFiles
 from tests.grids import grid
-from tests.unit_tests.training.runs import copy_checkpoint, metrics_of, refusals, save_to, train
+from tests.unit_tests.training.runs import FLAGS, copy_checkpoint, metrics_of, refusals, save_to, train
 
 LAYOUTS = {
     "TP 2 with SP, PP 2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
@@ -63,7 +64,9 @@ def test_layouts_and_a_resume_are_one_run(
 @pytest.mark.grid
 def test_all_tokens_kept_are_the_teacher_itself(teacher: Path, tmp_path: Path) -> None:
     asked = ["--distill-from", teacher, *HOW[2:], "--distill-prepare", tmp_path / "all", "--distill-top-k", "500"]
-    assert train(*asked) is None
+    of_iterations = {"--train-iters", "--lr-decay-iters", "--lr-warmup-iters"}
+    words = [w for before, w in pairwise([None, *FLAGS]) if not {before, w} & of_iterations]
+    assert train(*asked, "--train-samples", "24", flags=words) is None  # as many as six iterations read
     read, computed = (distilled(tmp_path / name, at) for name, at in (("a", tmp_path / "all"), ("b", teacher)))
     for number, step in read.items():
         assert step["distillation loss"] == pytest.approx(computed[number]["distillation loss"], rel=2e-3)
