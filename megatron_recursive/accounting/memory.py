@@ -227,6 +227,8 @@ def stage_memory(
     live = tuple(live_passes) or (recorded,) * len(split)
     sizes = tensor_parallel_parameters(shape, plan, recording.tensor_parallel, split)
     hidden, (head, waiting) = hidden_bytes(shape, recording), head_bytes(shape, plan, recording)
+    if len(split) > 1 and len(plan.block_ends) > 1:
+        waiting = max(waiting, hidden)  # the state behind the last block, whose change the next one tells
     if teacher is not None:  # fp32 differences of probabilities
         head += 4 * shape.seq_length * recording.micro_batch * shape.vocab_size / recording.tensor_parallel
     stages = []

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -53,6 +54,8 @@ def install(*, on_purpose: bool = False) -> bool:
         return True
     if on_purpose:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        for package in ("transformer_engine", "apex"):  # Megatron takes their optimizers, which need a GPU, unasked
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]
     elif torch.cuda.is_available():
         return False
     # Megatron's fusions are decorated with torch.compile, which on the CPU costs seconds and a C++ compiler.

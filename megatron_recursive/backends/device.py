@@ -41,7 +41,13 @@ class Found:
 
 
 def look(asked: str = "auto", machine: Path = Path("/")) -> Found:
-    """Try this rank's device. ``machine`` is the root of the file system in which GPUs are looked for."""
+    """Try this rank's device. ``machine`` is the root of the file system in which GPUs are looked for.
+
+    Raises:
+        UserError: ``asked`` is none of :data:`CHOICES`. Of ``--device`` the parser says so, of the variable nobody.
+    """
+    if asked not in CHOICES:
+        raise UserError(f"{VARIABLE} is {asked!r}; set it to one of {', '.join(CHOICES)}, or not at all.")
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     found = Found(rank, socket.gethostname())
     if asked == "cpu":

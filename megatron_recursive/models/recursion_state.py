@@ -43,7 +43,12 @@ class RecursionState:
         if decoder_pass.cuts_states:
             for name in ("output", "latent"):
                 self.values[name] = self.values[name].detach()
-        first, *others = (self.values[name] for name in decoder_pass.reads)
+        read = [self.values[name] for name in decoder_pass.reads]
+        if torch.is_grad_enabled() and len({id(value) for value in read}) < len(read):
+            # An output that begins as the input: what the pass says of it is one gradient, as over stages.
+            once = {id(value): value.clone() for value in read}
+            read = [once[id(value)] for value in read]
+        first, *others = read
         if decoder_pass.combine == "sum":
             # A tensor of its own also where nothing is added: a ring frees states.
             total = first.contiguous().view_as(first)

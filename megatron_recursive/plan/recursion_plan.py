@@ -222,7 +222,7 @@ class RecursionPlan:
     @cached_property
     def block_ends(self) -> tuple[DecoderPass, ...]:
         """The last pass of every block: after it the output state can be read."""
-        return tuple(p for p in self.passes if p is self.passes[-1] or self.passes[p.index + 1].block != p.block)
+        return tuple(filter(self.is_block_end, self.passes))
 
     @property
     def starts_at_input(self) -> bool:
@@ -359,7 +359,8 @@ class RecursionPlan:
         return self.family == "plain"
 
     def is_block_end(self, decoder_pass: DecoderPass) -> bool:
-        return decoder_pass in self.block_ends
+        following = decoder_pass.index + 1
+        return following == len(self.passes) or self.passes[following].block != decoder_pass.block
 
     def is_projected(self, decoder_pass: DecoderPass) -> bool:
         """Whether training asks what the language-model head says of the pass."""

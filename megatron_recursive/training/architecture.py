@@ -17,11 +17,11 @@ SHAPES = (
 
 # Another function of equal weights, or a weight more: the value of a checkpoint that stores none.
 FUNCTION: dict[str, Any] = {
-    "swiglu": False, "squared_relu": False, "quick_geglu": False, "openai_gelu": False, "bias_gelu_fusion": True,
+    "swiglu": False, "squared_relu": False, "quick_geglu": False, "bias_gelu_fusion": True,
     "glu_linear_offset": 0.0, "activation_func_clamp_value": None, "add_bias_linear": True, "add_qkv_bias": False,
     "normalization": "LayerNorm", "layernorm_epsilon": 1e-5, "layernorm_zero_centered_gamma": False,
     "norm_placement": "pre", "output_norm_scope": "branch", "qk_layernorm": False, "qk_norm_scope": "head",
-    "norm_weights": "learned", "qk_l2_norm": False, "apply_residual_connection_post_layernorm": False,
+    "norm_weights": "learned", "qk_l2_norm": False,
     "attention_output_gate": False,
     "softmax_type": "vanilla", "window_size": None, "window_attn_skip_freq": None,
     "position_embedding_type": "learned_absolute", "add_position_embedding": True, "rotary_base": 10000,
@@ -55,7 +55,7 @@ COUNTS_WHERE: dict[str, Callable[[Arguments], Any]] = {
     "num_query_groups": lambda args: args.get("group_query_attention"),
     "max_position_embeddings": lambda args: args.get("position_embedding_type") == "learned_absolute",
     "bias_gelu_fusion": lambda args: _is_plain_gelu(args) and args.get("add_bias_linear", True),
-    "openai_gelu": _is_plain_gelu,
+    "add_qkv_bias": lambda args: not args.get("add_bias_linear", True),  # Megatron turns it on beside those
     "glu_linear_offset": lambda args: args.get("swiglu") or args.get("quick_geglu"),
     "window_attn_skip_freq": lambda args: args.get("window_size"),
     "mrope_section": lambda args: args.get("position_embedding_type") == "mrope",

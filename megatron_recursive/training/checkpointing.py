@@ -21,7 +21,7 @@ from megatron_recursive.plan.recursion_config import Difference
 from megatron_recursive.training import console
 from megatron_recursive.training.architecture import check_architecture
 from megatron_recursive.training.lora import check_adapters
-from megatron_recursive.training.optimizer_state import check_optimizer
+from megatron_recursive.training.optimizer_state import check_optimizer, kept_settings
 from megatron_recursive.training.schedule_check import check_schedule
 
 
@@ -45,6 +45,7 @@ def check_checkpoint(
     if saved.get("ema_decay") is not None and (run.ema_decay is None or run.no_load_optim):
         how = "drops" if run.ema_decay is None else "begins anew, as --no-load-optim asks"
         notes.append(f"the checkpoint averages its weights (--ema-decay {saved['ema_decay']}), which this run {how}")
+    notes += kept_settings(common, run)
     for note in notes if run.rank == 0 else ():
         console.say(f"> {note}")
     check_schedule(folder, common, scheduler, run)

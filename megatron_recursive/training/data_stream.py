@@ -101,10 +101,11 @@ def samples_of_run(args: argparse.Namespace, config: GPTDatasetConfig) -> Stream
             raise UserError(f"--data-stream: the tokenizer {stored.name} has no end-of-document token; set one.")
         stream = TokenStream(args.data_stream, stored, args.data_stream_key, args.seed)
     first, token, position = args.consumed_train_samples, 0, args.data_stream_position
-    # Of carried steps a batch that was under way is read again.
-    read = -1 if position is None or position["stream"] != stream.identity else position["sample"]
-    if 0 <= read < first + args.global_batch_size:
-        token = position["token"] + (first - position["sample"]) * position["seq_length"]
+    before = -1  # the token that the first sample begins with; an earlier one than the last that was read
+    if position is not None and position["stream"] == stream.identity:  # where carried steps start a batch again
+        before = position["token"] + (first - position["sample"]) * position["seq_length"]
+    if before >= 0:
+        token = before
         stream.go_on_from(tuple(position["mark"]))
     elif first and args.rank == 0:
         console.say(f"--data-stream {args.data_stream} is read from its beginning: the checkpoint is of other data")

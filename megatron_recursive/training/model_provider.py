@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -93,6 +94,8 @@ class RecursiveGPTModelBuilder(GPTModelBuilder):
         if config.distillation is not None and model.post_process:
             rows, dtype = config.vocab_size or 0, config.transformer.params_dtype
             model.distillation = config.distillation.loaded(rows, dtype, pg_collection.tp)
+        if config.transformer.use_cpu_initialization:  # Megatron 0.19.2 then leaves it where it was made
+            model.cuda(torch.cuda.current_device())
         return model
 
 

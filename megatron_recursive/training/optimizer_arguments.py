@@ -13,7 +13,7 @@ from megatron_recursive.optimizers.registry import OURS
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
 from megatron_recursive.plan.knobs import flag_of
 
-MEGATRONS = ("adam", "sgd")  # which its distributed optimizer, fp16 and CPU offloading know
+MEGATRONS = ("adam", "sgd")  # which fp16 and CPU offloading know
 KNOWN = (*MEGATRONS, "muon", *OURS)
 NEEDS = {"core": "layers that are applied more than once", "adapter": "an adapter", "head": "a head or gate"}
 
@@ -50,6 +50,8 @@ def refuse_optimizers(args: argparse.Namespace) -> None:
         if not 0 <= getattr(args, f"{role}_lr_factor") < math.inf:
             raise UserError(f"--{role}-lr-factor is {getattr(args, f'{role}_lr_factor')}; give a number of 0 or more.")
     _refuse_average(args)
+    if args.optimizer == "sgd" and args.use_distributed_optimizer:
+        raise UserError("--optimizer sgd does not go with --use-distributed-optimizer; leave that out, or use adam.")
     if args.optimizer in MEGATRONS:
         return
     for flag, given in (("--use-distributed-optimizer", args.use_distributed_optimizer), ("--fp16", args.fp16),

@@ -34,9 +34,11 @@ def choose_format(args: argparse.Namespace, parameters: int) -> None:
 def check_optimizer(folder: Path, common: Mapping[str, Any], run: argparse.Namespace) -> None:
     """Refuse an optimizer's state of another kind, or in the buffers of another layout, before anything is read."""
     saved = vars(common["args"])
-    if run.finetune or run.no_load_optim or saved.get("no_save_optim") or folder.name == "release":
+    if run.finetune or run.no_load_optim or folder.name == "release":
         return
     start_anew = "start its moments and the learning rate's schedule anew with --no-load-optim"
+    if saved.get("no_save_optim"):
+        raise UserError(f"The checkpoint {folder} holds no optimizer's state (--no-save-optim); {start_anew}.")
     of_heads = saved.get("train_only") == "heads"
     if of_heads != (run.train_only == "heads"):
         flag = f"--train-only heads {'on (this run: off)' if of_heads else 'off (this run: on)'}"
@@ -47,6 +49,9 @@ def check_optimizer(folder: Path, common: Mapping[str, Any], run: argparse.Names
     for flag, theirs, mine in (
         ("--optimizer", saved.get("optimizer", "adam"), run.optimizer),
         ("--use-distributed-optimizer", *(_on(a.get("use_distributed_optimizer")) for a in (saved, vars(run)))),
+        *((flag_of(name), _on(saved.get(name)), _on(getattr(run, name)))  # only the distributed one has fp32 always
+          for name in ("bf16", "fp16") if not run.use_distributed_optimizer),
+        ("--decoupled-lr", *(_on(a.get("decoupled_lr") is not None) for a in (saved, vars(run)))),
         ("learning-rate factors (--core-lr-factor, --adapter-lr-factor, --head-lr-factor, --throttle)",
          _factors(saved.get("rate_factors")), _factors(run.rate_factors)),
     ):  # fmt: skip
@@ -64,6 +69,18 @@ def check_optimizer(folder: Path, common: Mapping[str, Any], run: argparse.Names
             f"that layout with --dist-ckpt-optim-fully-reshardable up to a save, which any layout reads, or "
             f"{start_anew}."
         )
+
+
+def kept_settings(common: Mapping[str, Any], run: argparse.Namespace) -> list[str]:
+    """Notes on what Megatron takes from the checkpoint's parameter groups, whatever this run says."""
+    if run.finetune or run.no_load_optim:
+        return []
+    saved = vars(common["args"])
+    names = ("sgd_momentum",) if run.optimizer == "sgd" else ("adam_beta1", "adam_beta2", "adam_eps")
+    return [
+        f"{flag_of(name)} stays at the checkpoint's {saved[name]:g} (this run: {getattr(run, name):g}), which only "
+        "--no-load-optim changes" for name in names if saved.get(name, getattr(run, name)) != getattr(run, name)
+    ]  # fmt: skip
 
 
 def _on(flag: object) -> str:

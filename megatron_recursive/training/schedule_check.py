@@ -32,6 +32,7 @@ MADE_OF: dict[str, tuple[str, ...]] = {
 # Filled in by Megatron from another argument, unless given.
 FOLLOWS = {"lr_decay_iters": "train_iters", "lr_decay_samples": "train_samples",
            "start_weight_decay": "weight_decay", "end_weight_decay": "weight_decay"}  # fmt: skip
+DECOUPLED = ("decoupled_lr", "decoupled_min_lr")  # of the embedding and the output layer: no part of the scheduler
 
 
 def refuse_schedule_values(args: argparse.Namespace) -> None:
@@ -65,9 +66,13 @@ def check_schedule(folder: Path, common: Mapping[str, Any], scheduler: Any, run:
         return
     mine = scheduler.state_dict()
     differing = [key for key in MADE_OF if key in saved and saved[key] != mine[key]]
-    if not differing:
-        return
     theirs, flags = vars(common["args"]), dict[str, str]()
+    if run.decoupled_lr is not None and theirs.get("decoupled_lr") is not None:  # one without it has another state
+        for name in DECOUPLED:
+            if theirs.get(name) != getattr(run, name):
+                flags[name] = f"{flag_of(name)} {_tell(theirs.get(name))} (this run: {_tell(getattr(run, name))})"
+    if not differing and not flags:
+        return
     for key in differing:
         for name in MADE_OF[key]:
             old, new = (saved[key], mine[key]) if len(MADE_OF[key]) == 1 else (theirs.get(name), getattr(run, name))
@@ -96,19 +101,30 @@ def groups_of_the_checkpoint(
     if not saved or not {"max_lr", "min_lr"} <= set(saved):
         yield
         return
-    mine = {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
-    _exchange(optimizer, mine, saved)
+    mine = _rates(scheduler.max_lr, scheduler.min_lr, vars(run))
+    theirs = _rates(saved["max_lr"], saved["min_lr"], vars(common["args"]))
+    _exchange(optimizer, mine, theirs)
     yield
     if run.override_opt_param_scheduler:
-        _exchange(optimizer, saved, mine)
+        _exchange(optimizer, theirs, mine)
     scheduler.step(0)  # it sets rates and weight decay, the latter so far from before the load
 
 
-def _exchange(optimizer: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _rates(max_lr: float, min_lr: float, args: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Those of the model, and behind them those of ``--decoupled-lr``, as parameter groups have them."""
+    rates, (largest, smallest) = [{"max_lr": max_lr, "min_lr": min_lr}], (args.get(name) for name in DECOUPLED)
+    if largest is not None:
+        rates.append({"max_lr": largest, "min_lr": min_lr if smallest is None else smallest})
+    return rates
+
+
+def _exchange(optimizer: Any, old: list[dict[str, float]], new: list[dict[str, float]]) -> None:
     for group in optimizer.param_groups:
         factor = group.get("lr_mult", 1.0)  # of a part of the model (optimizers/parameter_groups.py)
-        keys = [key for key in ("max_lr", "min_lr") if group.get(key) == factor * old[key]]
-        group.update({key: factor * new[key] for key in keys})
+        for before, after in zip(old, new, strict=False):
+            if all(group.get(key) == factor * rate for key, rate in before.items()):
+                group.update({key: factor * rate for key, rate in after.items()})
+                break
 
 
 def _tell(value: Any) -> str:

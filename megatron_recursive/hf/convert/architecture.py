@@ -153,9 +153,8 @@ class Architecture:
             "norm_weights": self.norm_weights,
             "attention_output_gate": self.attention_gate,
             "swiglu": self.gated,
-            "openai_gelu": self.activation == "gelu_pytorch_tanh",
             "squared_relu": self.activation == "relu2",
-            "bias_gelu_fusion": False,
+            "bias_gelu_fusion": self.activation == "gelu_pytorch_tanh",  # Megatron's one by tanh
             "add_bias_linear": self.linear_bias,
             "add_qkv_bias": self.qkv_bias and not self.linear_bias,
             "qk_layernorm": self.qk_norm is not None,
@@ -189,7 +188,7 @@ class Architecture:
             ("init-method-std", "init_method_std"),
         )  # fmt: skip
         switches = (
-            ("swiglu", self.gated), ("openai-gelu", args["openai_gelu"]), ("squared-relu", args["squared_relu"]),
+            ("swiglu", self.gated), ("squared-relu", args["squared_relu"]),
             ("disable-bias-linear", not self.linear_bias), ("add-qkv-bias", args["add_qkv_bias"]),
             ("no-bias-gelu-fusion", self.activation == "gelu"), ("apply-layernorm-1p", self.norm_one_centered),
             ("group-query-attention", args["group_query_attention"]), ("attention-output-gate", self.attention_gate),
@@ -229,7 +228,7 @@ class Architecture:
             if args.get(name) not in (None, False, 0, harmless):
                 raise UserError(f"{where} has {name} = {args[name]}, which has no Hugging Face counterpart here.")
         heads, linear_bias, gated = args["num_attention_heads"], args.get("add_bias_linear", True), args.get("swiglu")
-        tanh = args.get("openai_gelu") or (args.get("bias_gelu_fusion") and linear_bias)
+        tanh = args.get("bias_gelu_fusion") and linear_bias  # --openai-gelu is read by nobody
         plain = "relu2" if args.get("squared_relu") else "gelu_pytorch_tanh" if tanh else "gelu"
         positions = args.get("position_embedding_type", "learned_absolute")
         if positions not in ("rope", "learned_absolute", "none", "yarn"):

@@ -50,6 +50,9 @@ def read_config(family: Family, config: Any, where: str) -> Architecture:
         raise UserError(f"{where} has hidden_act {config.hidden_act}; a {family.model_type} model must have silu.")
     _refuse_sliding_window(config, where)
     values.update(_read_biases(config, where))
+    if values["activation"] == "gelu_pytorch_tanh" and not values["linear_bias"]:
+        raise UserError(f"{where} has hidden_act {config.hidden_act} without biases; Megatron approximates GELU by "
+                        "tanh only beside biases of linear layers.")  # fmt: skip
     values.update(family.fixed)
     if family.recursion is not None:
         values.update(family.recursion.shape(config))

@@ -102,13 +102,13 @@ class MegatronModel:
         factors = keys_beside(item, self.lora, self.plan, self.arch) if merges and self.lora else {}
         return [item.name, *(key for pair in factors.values() for key in pair)]
 
-    def merged(self, tensors: list[Tensor]) -> Tensor:
-        """The tensors of :meth:`sources` as one, summed in fp64."""
+    def merged(self, tensors: list[Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensors of :meth:`sources` as one, summed in fp64; in the weight's dtype, or another."""
         weight, *factors = tensors
         if self.lora is None or not factors:
             return weight
         down, up = (each.double() for each in factors)
-        return (weight.double() + self.lora.scale * (up @ down)).to(weight.dtype)
+        return (weight.double() + self.lora.scale * (up @ down)).to(dtype or weight.dtype)
 
 
 def open_checkpoint(given: str, *, averaged: bool = False, checked: bool = True) -> MegatronModel:
@@ -373,14 +373,35 @@ def _write_weights(
     return sums, logits
 
 
+def _unrounded(model: MegatronModel, read: proof.Fetch, dtype: torch.dtype) -> proof.Fetch:
+    """``read``, with the sums themselves, of weights and adapters, for what a 16-bit file holds their rounding of."""
+    sums = {name: (item, place) for item in model.items() if len(model.sources(item)) > 1
+            for place, name in enumerate(item.hf)}  # fmt: skip
+    stored = checkpoint_fetch(model.checkpoint)
+
+    def fetch(name: str) -> Tensor:
+        written = read(name)
+        if name not in sums or written.dtype.itemsize >= 4:
+            return written
+        item, place = sums[name]
+        exact = model.merged([stored(each) for each in model.sources(item)], dtype=torch.float64)
+        part = item.transform.split(exact, model.arch)[place]
+        if not torch.equal(part.to(written.dtype), written):
+            raise UserError(f"The proof failed: {name} is not the sum of its weight and adapters, rounded once.")
+        return part.to(dtype)
+
+    return fetch
+
+
 def _prove(
     model: MegatronModel, folder: Path, report: Report, sums: Sums, logits: Tensor | None, text: proof.Text,
     dtype: torch.dtype | None,
 ) -> None:  # fmt: skip
     """Everything reads back as written, and the folder's own model, plan and all, gives the checkpoint's logits."""
     source = open_source(str(folder))
-    read = remembering(sums.checked(source.get), room_for_passes(model.plan.num_passes),
-                       (EMBEDDING,) if source.arch.tied else ())  # fmt: skip
+    checked = sums.checked(source.get)
+    summed = _unrounded(model, checked, torch.float32 if dtype is None else dtype)
+    read = remembering(summed, room_for_passes(model.plan.num_passes), (EMBEDDING,) if source.arch.tied else ())
     if logits is not None and dtype is not None:
         source.get = read
         theirs = proof.hf_logits(source.family, source.config, source.weight, text, dtype)

@@ -53,6 +53,7 @@ from megatron_recursive.training.progress import Progress
 from megatron_recursive.training.schedule_check import groups_of_the_checkpoint
 from megatron_recursive.training.value_biases import hold_value_biases
 
+OTHER_DEVICE = ("RNG state is wrong size", "CPUGeneratorImplState")  # what torch says of another device's random state
 STATE_BYTES = 20  # a parameter with its fp32 copy, Adam's moments and --ema-decay's average, at most
 
 
@@ -116,6 +117,11 @@ def _load(
     except (Exception, CheckpointException) as error:
         if folder is None:
             raise
+        if any(words in str(error) for words in OTHER_DEVICE):
+            raise UserError(
+                f"The checkpoint {folder} holds the random states of another kind of device, CPU or GPU; add "
+                "--no-load-rng to go on with others."
+            ) from error
         raise UserError(
             f"The checkpoint {folder} cannot be loaded into this model ({reason_of(error)}); "
             f"check that the architecture flags are those it was trained with and that no file is damaged; "

@@ -4,6 +4,7 @@
 groups to which it has no hook. The wrapper adds ours (``optimizers/parameter_groups.py``), and under ``--ema-decay``
 puts an average beside what was built (``optimizers/weight_average.py``). Nor has the scheduler that it gets from
 ``get_optimizer_param_scheduler`` one for the rate of a model that has grown (``plan/growth.py``).
+SGD gets what fills its state before a checkpoint is read, which Megatron gives to all optimizers but that one.
 ``ft_integration.setup`` reads the command line a second time with Megatron's own parser, which knows no
 ``--optimizer`` of ours: it is called where it has work.
 """
@@ -14,6 +15,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.utils import unwrap_model
 
 from megatron_recursive.optimizers import registry
@@ -38,6 +40,9 @@ def install(args: argparse.Namespace, growth: Growth) -> list[WeightAverage]:
         ours = group_overrides(unwrap_model(given["model_chunks"]), given["config"], args.rate_factors)
         given["config_overrides"] = {**(given["config_overrides"] or {}), **ours}
         optimizer = call()
+        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if type(each.optimizer).__name__ in ("SGD", "FusedSGD") and each.init_state_fn is None:
+                each.init_state_fn = _momenta
         averages[:] = [] if args.ema_decay is None else averages_of(optimizer, args.ema_decay)
         return optimizer
 
@@ -58,3 +63,10 @@ def install(args: argparse.Namespace, growth: Growth) -> list[WeightAverage]:
     wrap(training, "get_optimizer_param_scheduler", schedule)
     wrap(ft_integration, "setup", lambda call, given: call() if args.enable_ft_package else None)
     return averages
+
+
+def _momenta(optimizer: torch.optim.SGD, config: Any = None) -> None:
+    """A state for each parameter, as a step leaves it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))

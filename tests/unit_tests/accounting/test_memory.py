@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_recursive.accounting import ModelShape, Recording, StageMemory, StateBytes, stage_memory
+from megatron_recursive.accounting.memory import hidden_bytes
 from megatron_recursive.plan import build_plan
 from tests.distributed import run_distributed
 from tests.grids import chosen, grid
@@ -355,3 +356,13 @@ def test_passes_cost_activations_and_no_weights() -> None:
     detached = build_plan(Case({"num_refinement_blocks": 4}).resolved_recursion())
     (memory,) = stage_memory(shape, detached, recording, state)
     assert memory.decoder == few[0].decoder / 2
+
+
+@pytest.mark.parametrize(("halting", "states"), [("all", 3), ("last", 1)])
+def test_a_micro_batch_that_waits_has_a_state_on_the_last_stage(halting: str, states: int) -> None:
+    """What a block changed is told of the one before, whether or not a halting head learns there."""
+    knobs = {**FULL, "num_refinement_blocks": 4, "halt_supervision": halting}
+    plan, shape = build_plan(Case(knobs).resolved_recursion()), shape_of(Case(knobs))
+    record = Recording(micro_batch=2)
+    few, many = (stage_memory(shape, plan, record, StateBytes(), layers_per_stage=[1, 1], window=w) for w in (8, 16))
+    assert many[1].heads - few[1].heads == 8 * states * hidden_bytes(shape, record)

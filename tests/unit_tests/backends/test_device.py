@@ -54,6 +54,11 @@ def test_a_gpu_that_torch_does_not_see_is_found(tmp_path: Path, kind: str, name:
     assert look("cuda", tmp_path).trouble
 
 
+def test_a_word_of_the_variable_that_is_none_is_not_taken_for_auto() -> None:
+    with pytest.raises(UserError, match="MEGATRON_RECURSIVE_DEVICE is 'gpu'; set it to one of auto, cuda, cpu"):
+        look("gpu")
+
+
 def test_a_gpu_that_does_not_work_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sentence() -> str:
         with pytest.raises(UserError) as error:

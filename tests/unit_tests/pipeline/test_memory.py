@@ -153,7 +153,7 @@ def test_replayed_passes_keep_one_hidden_tensor_each(stages: int, batches: int, 
 def window_peaks(stages: int) -> dict[tuple[bool, int], Peak]:
     """By precision and number of micro-batches, in windows of two a stage; all halting states are kept."""
     layout, found = Layout(pp=stages, phases="two", window=2 * stages, recompute_passes=True), {}
-    for bf16, batches in ((False, 2 * stages), (False, 4 * stages), (True, 4 * stages)):
+    for bf16, batches in ((False, 2 * stages), (False, 8 * stages), (True, 8 * stages)):
         transformer = {**FOUR_LAYERS, "bf16": bf16}
         case = Case({"num_refinement_blocks": 3}, transformer=transformer, micro_batches=batches)
         found[bf16, batches] = peak(case, layout)

@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "state_init": "sampled", "state_norm": "core-end"}},
     "gate": {"recursion": {"recursion_family": "looped", "num_refinement_blocks": 3, "exit_gate": True}},
     "hierarchical": {"recursion": {"recursion_family": "hierarchical", "latent_backprop_depth": "1"}},
+    "from the input": {"recursion": {"recursion_family": "recurrent", "num_recurrences": 3, "injection": "add"}},
     "boundary gate": {"recursion": {
         "recursion_family": "recurrent", "num_recurrences": 3, "backprop_depth": 2, "injection": "add",
         "recurrence_step": "mean", "boundary": "gate"}},

@@ -53,6 +53,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "mamba_", "use_mamba", "is_hybrid", "heterogeneous_", "quant_recipe",
     ),
     "has no flag": ("softmax_scale",),
+    "read by no layer": ("apply_residual_connection_post_layernorm",),
 }  # fmt: skip
 
 
@@ -135,3 +136,19 @@ def test_what_has_no_meaning_beside_the_rest_is_not_compared(tmp_path: Path) -> 
     assert told({**shapes, "window_size": [8, 0]}, window_size=(8, 0)) == ""
     assert "--disable-bias-linear on (this run: off)" in told({**shapes, "add_bias_linear": False})
     assert "--norm-epsilon 0.1 (this run: 1e-05)" in told({**shapes, "layernorm_epsilon": 0.1})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_import_of_what_was_exported_goes_on_under_its_flags(rotary: Path, fused: bool) -> None:
+    """The default's fused GELU is the one by tanh; beside linear biases Megatron turns those of q, k and v on."""
+    from megatron_recursive.hf.convert.architecture import Architecture
+    from megatron_recursive.training.architecture import check_architecture
+    from megatron_recursive.training.checkpointing import saved_arguments
+
+    trained = {**saved_arguments(rotary / "iter_0000001"), "bias_gelu_fusion": fused}
+    assert trained["add_qkv_bias"] and trained["add_bias_linear"]
+    arch = Architecture.from_megatron(trained, "it")
+    assert arch.activation == ("gelu_pytorch_tanh" if fused else "gelu")
+    assert ("--no-bias-gelu-fusion" in arch.megatron_flags()) is not fused
+    check_architecture(rotary, arch.to_megatron(), argparse.Namespace(**trained))
+    assert arch.to_megatron()["bias_gelu_fusion"] is fused  # which --use-checkpoint-args takes

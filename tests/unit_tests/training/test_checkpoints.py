@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 import shutil
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from megatron_recursive.training.checkpointing import common_state
+from megatron_recursive.training.optimizer_state import kept_settings
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.unit_tests.training.runs import (
@@ -243,6 +246,86 @@ def test_either_schedule_goes_on_where_a_flag_chooses_it(recursive: Path, tmp_pa
         rates = {i: factor * metrics_of(recursive)[i]["learning rate"] for i in (4, 5, 6)}
         assert {i: metrics_of(place)[i]["learning rate"] for i in (4, 5, 6)} == pytest.approx(rates)
     assert losses_of(tmp_path / "theirs") == {i: losses_of(recursive)[i] for i in (4, 5, 6)}
+
+
+@pytest.mark.grid
+def test_the_rate_of_embeddings_goes_on_or_is_changed_by_its_flag(tmp_path: Path) -> None:
+    """--decoupled-lr is no part of Megatron's scheduler, and its parameter groups go by it."""
+    source, flags = tmp_path / "source", ["--decoupled-lr", "5e-3", "--decoupled-min-lr", "1e-3"]
+    assert train(*save_to(source), *flags) is None
+    rates, other = {}, ["--decoupled-lr", "2e-3", "--decoupled-min-lr", "2e-3"]
+    for name, words in (("same", flags), ("mine", [*other, "--override-opt_param-scheduler"]),
+                        ("theirs", [*other, "--use-checkpoint-opt_param-scheduler"])):  # fmt: skip
+        copy_checkpoint(source, tmp_path / name, 3)
+        assert train(*save_to(tmp_path / name, every=6), *words) is None
+        common = common_state(tmp_path / name / "iter_0000006")
+        rates[name] = {(group["max_lr"], group["min_lr"]) for group in common["optimizer"]["param_groups"]}
+    expected = {i: losses_of(source)[i] for i in (4, 5, 6)}
+    assert losses_of(tmp_path / "same") == losses_of(tmp_path / "theirs") == expected
+    assert rates == {"same": {(1e-2, 0.0), (5e-3, 1e-3)}, "theirs": {(1e-2, 0.0), (5e-3, 1e-3)},
+                     "mine": {(1e-2, 0.0), (2e-3, 2e-3)}}  # fmt: skip
+    said = str(train("--load", source, *other))
+    assert "another schedule, with --decoupled-lr 0.005 (this run: 0.002), --decoupled-min-lr 0.001 (this run:" in said
+    assert "with --decoupled-lr on (this run: off)" in str(train("--load", source))
+
+
+def test_an_optimizer_of_another_precision_or_none_is_told(recursive: Path, tmp_path: Path) -> None:
+    assert train(*save_to(tmp_path), "--no-save-optim", "--train-iters", "3") is None
+    none, other = refusals([["--load", tmp_path], ["--load", recursive, "--bf16"]])
+    assert "holds no optimizer's state (--no-save-optim); start its moments" in none and "--no-load-optim" in none
+    assert "of another optimizer, with --bf16 off (this run: on); give it as it was" in other
+
+
+def test_what_megatron_takes_from_the_checkpoint_is_told(recursive: Path) -> None:
+    common = common_state(recursive / "iter_0000003")
+    run = argparse.Namespace(**{**vars(common["args"]), "adam_beta2": 0.95, "no_load_optim": None})
+    told = ["--adam-beta2 stays at the checkpoint's 0.999 (this run: 0.95), which only --no-load-optim changes"]
+    assert kept_settings(common, run) == told
+
+
+def with_states_of_a_gpu(argv: list[str]) -> str | None:
+    import torch
+    from megatron.training import checkpointing
+
+    collect, of_cpu = checkpointing.get_rng_state, torch.cuda.get_rng_state
+
+    def as_on_a_gpu(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
+        try:
+            return collect(*args, **kwargs)
+        finally:
+            torch.cuda.get_rng_state = of_cpu
+
+    checkpointing.get_rng_state = as_on_a_gpu
+    try:
+        return in_worker(argv)
+    finally:
+        checkpointing.get_rng_state = collect
+
+
+def test_random_states_of_another_device_are_told_from_damage(tmp_path: Path) -> None:
+    argv = [*map(str, save_to(tmp_path)), "--exit-interval", "3"]
+    assert run_distributed(with_states_of_a_gpu, 1, [*FLAGS, *RECURSION, *argv]) == [None]
+    said = str(train(*save_to(tmp_path)))
+    assert "holds the random states of another kind of device, CPU or GPU; add --no-load-rng to go on" in said
+    assert train(*save_to(tmp_path), "--no-load-rng") is None
+
+
+def moved(argv: list[str]) -> tuple[str | None, int]:
+    """The sentence of a refusal, and how many models were put on the device of the run."""
+    from megatron_recursive.models.recursive_gpt_model import RecursiveGPTModel
+
+    seen = []
+    RecursiveGPTModel.cuda = lambda self, device: seen.append(self) or self  # type: ignore[method-assign]
+    try:
+        return in_worker(argv), len(seen)
+    finally:
+        del RecursiveGPTModel.cuda
+
+
+def test_weights_that_were_made_on_the_cpu_go_to_the_device() -> None:
+    argv = [*FLAGS, *RECURSION, "--train-iters", "1", "--use-cpu-initialization"]
+    assert run_distributed(moved, 1, argv) == [(None, 1)]
 
 
 def test_moments_are_kept_under_another_rate(recursive: Path, tmp_path: Path) -> None:

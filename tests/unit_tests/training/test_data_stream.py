@@ -17,7 +17,7 @@ from megatron_recursive.training.checkpointing import saved_arguments
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.unit_tests.data.test_stream import TEXTS, write
-from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, losses_of, records_of, save_to
+from tests.unit_tests.training.runs import FLAGS, RECURSION, copy_checkpoint, in_worker, losses_of, records_of, save_to
 
 SEQ, BATCH = 16, 4
 NO_TEXT = {"--mock-data": 1, "--tokenizer-type": 2, "--vocab-size": 2, "--split": 2}
@@ -132,6 +132,16 @@ def test_a_batch_of_carried_steps_that_was_under_way_is_read_again(
     assert said is None and samples(read) == [calm[0]] * 4 + [calm[1]] * 2
     said, (read,) = run(corpus, *flags, "--train-iters", "9", "--override-opt_param-scheduler")
     assert said is None and samples(read) == [calm[1]] * 2 + [calm[2]]
+
+
+@pytest.mark.parametrize("iteration", [1, 2])
+def test_an_overridden_iteration_reads_on_behind_it(
+    iteration: int, corpus: Path, calm: list[list[list[int]]], tmp_path: Path
+) -> None:
+    copy_checkpoint(corpus / "calm", tmp_path, 3)
+    flags = ["--override-ckpt-iteration", iteration, "--train-iters", "4", "--override-opt_param-scheduler"]
+    said, (read,) = run(corpus, "--load", tmp_path, *flags, "--eval-iters", "0")
+    assert said is None and samples(read) == calm[iteration:4]
 
 
 def test_other_data_are_read_from_their_beginning(corpus: Path, calm: list[list[list[int]]], tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ OPTIMIZERS = {
     "adam_atan2": ["--optimizer", "adam_atan2", "--adam-beta2", "0.95"],
     "ellis_adam": ["--optimizer", "ellis_adam", "--adam-beta2", "0.95", "--weight-decay", "1e-4",
                    "--core-lr-factor", "0.5"],
+    "sgd": ["--optimizer", "sgd", "--lr", "0.3"],
 }  # fmt: skip
-QUICK = [("muon", "TP 2")]
+QUICK = [("muon", "TP 2"), ("sgd", "one")]
 _SAVED: dict[str, Path] = {}
 
 
@@ -72,6 +73,8 @@ def test_another_optimizer_or_other_factors_do_not_go_on(
     said = str(train(*ellis, "--core-lr-factor", "1"))
     assert "--throttle) layers x 0.5 (this run: none); give it as it was" in said
     assert train(*load, "--no-load-optim", "--exit-interval", "4") is None
+    said = str(train("--optimizer", "sgd", "--use-distributed-optimizer"))
+    assert said.startswith("--optimizer sgd does not go with --use-distributed-optimizer; leave that out")
     assert train(*ellis, "--lr", "5e-3", "--override-opt_param-scheduler", "--exit-interval", "4") is None
 
 
