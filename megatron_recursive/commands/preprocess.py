@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # fmt: off
     add = parser.add_argument_group("required: input, output, and a tokenizer in one of two ways").add_argument
-    add_input_and_output(add, ".txt files (one document each), .jsonl or .json files (one a line)")
+    add_input_and_output(add, ".txt files (one document each; of more than 4 MiB one every 4 MiB, cut at line ends), "
+                              ".jsonl or .json files (one a line)")
     add("--tokenizer", metavar="DIR_OR_MODEL",
         help="Hugging Face folder or name, folder of vocab.json and merges.txt, or SentencePiece .model")
     add("--vocab-file", metavar="FILE", help="GPT-2's vocab.json, instead of --tokenizer")

@@ -6,13 +6,24 @@ written again under its path would be read by the old order: new documents never
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_recursive.data.preparation import SUFFIX, digest, read_preparation
+from megatron_recursive.data.sources import find_files
+
 HEADER = 34  # bytes of an .idx before the lengths, the last 16 of them two counts: sequences and documents
+DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path",
+              "per_split_data_args_path", "chat_data", "valid_chat_data", "data_stream")  # fmt: skip
 
 
 class ContentKeyedGPTDataset(GPTDataset):
@@ -23,11 +34,37 @@ class ContentKeyedGPTDataset(GPTDataset):
     """
 
     def __init__(self, indexed_dataset: IndexedDataset, dataset_path: str | None, *args: Any, **kwargs: Any) -> None:
-        super().__init__(indexed_dataset, f"{dataset_path} {_lengths_digest(indexed_dataset)}", *args, **kwargs)
+        lengths = _lengths_digest(indexed_dataset.index.bin_buffer)
+        super().__init__(indexed_dataset, f"{dataset_path} {lengths}", *args, **kwargs)
 
 
-def _lengths_digest(dataset: IndexedDataset) -> str:
+def _lengths_digest(index: Any) -> str:
     """SHA-256 of the header and the lengths, from the ``.idx`` itself: counts may be given by the user (fast load)."""
-    index = dataset.index.bin_buffer
     sequences = int.from_bytes(index[HEADER - 16 : HEADER - 8], "little")
     return hashlib.sha256(index[: HEADER + 4 * sequences]).hexdigest()
+
+
+def data_of_run(args: argparse.Namespace) -> tuple[str, float]:
+    """The digest of what a run's data flags name ("" where they name nothing), and when that was last written."""
+    found = {name: [*_pieces(value)] for name in DATA_FLAGS if (value := getattr(args, name, None))}
+    pieces = [piece for each in found.values() for piece in each]
+    said = digest({name: [what for what, _ in each] for name, each in found.items()}) if found else ""
+    return said, max((when for _, when in pieces), default=0.0)
+
+
+def _pieces(given: str | list[str]) -> Iterator[tuple[Any, float]]:
+    """Each word's identity and time: a dataset's, a folder's of files, or the word itself, such as a weight."""
+    for word in [given] if isinstance(given, str) else given:
+        index, record = Path(f"{word}.idx"), Path(f"{word}{SUFFIX}")
+        if index.is_file():
+            made = read_preparation(word)
+            when = max(file.stat().st_mtime for file in (index, record) if file.is_file())
+            held = [os.path.getsize(index), _lengths_digest(numpy.memmap(index, numpy.uint8, "r"))]
+            yield [made.source, made.tokens] if made is not None else held, when
+        elif Path(word).is_dir():
+            for file in find_files([word], flag="--data-stream"):
+                yield [Path(file.path).name, file.size], file.modified / 1e9
+        elif Path(word).is_file():  # a list of datasets (--data-args-path)
+            yield from _pieces(re.findall(r'[^\s"\[\]{},]+', Path(word).read_text(encoding="utf-8")))
+        else:
+            yield word, 0.0

@@ -24,6 +24,7 @@ from megatron_recursive.data.preparation import digest, read_preparation
 from megatron_recursive.data.progress import Progress, read_counts
 from megatron_recursive.data.readers import iter_documents, refuse
 from megatron_recursive.data.sources import (
+    TEXT_DOCUMENT_BYTES,
     SourceFile,
     default_part_bytes,
     find_files,
@@ -126,6 +127,10 @@ def preprocess(
     files = find_files(inputs, hub)
     for revision in revisions(file.path for file in files):
         print(f"reading {revision}", file=sys.stderr, flush=True)
+    long = [f for f in files if f.path.lower().endswith(".txt") and f.size > TEXT_DOCUMENT_BYTES and not options.chat]
+    if long:
+        print(f"{long[0].path}{f' and {len(long) - 1} more' if long[1:] else ''}: text of more than 4 MiB becomes "
+              "several documents, cut every 4 MiB at a line end", file=sys.stderr, flush=True)  # fmt: skip
     work = WorkFolder(Path(f"{prefix}.partial"))
     part_bytes = options.part_bytes or default_part_bytes(files)
     store = store_chat_tokenizer if options.chat else store_tokenizer

@@ -54,7 +54,7 @@ def read_span(span: Span, json_key: str = "text", reject: Reject = refuse) -> It
     Raises:
         UserError: the file cannot be read, or is damaged.
     """
-    if span.path.endswith(".parquet"):
+    if span.path.lower().endswith(".parquet"):
         pairs = read_rows(span, json_key, reject)
     elif unpacked_name(span.path).endswith(".txt"):
         pairs = _read_text(span, reject)
@@ -158,6 +158,7 @@ def _lines_before(span: Span) -> int:
 
 
 def _unpacked(stream: BinaryIO, path: str) -> BinaryIO | None:
+    path = path.lower()
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
     if path.endswith(".bz2"):
@@ -231,7 +232,7 @@ class Record:
     @property
     def place(self) -> str:
         """File and line. (To count the lines before a span takes time.)"""
-        if self.span.path.endswith(".parquet"):
+        if self.span.path.lower().endswith(".parquet"):
             return f"{self.span.path}: row {self.number}"
         return f"{self.span.path}:{_lines_before(self.span) + self.number}"
 
@@ -244,7 +245,7 @@ def read_records(span: Span, keys: Sequence[str], reject: Reject) -> Iterator[Re
     Raises:
         UserError: the file cannot be read.
     """
-    if span.path.endswith(".parquet"):
+    if span.path.lower().endswith(".parquet"):
         try:
             for row, cells, size in read_table(span, lambda names: [name for name in names if name in keys]):
                 yield Record({key: each for key, each in cells.items() if each is not None}, span, row, size)

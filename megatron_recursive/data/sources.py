@@ -81,14 +81,15 @@ def _find(inputs: Sequence[str | Path | SourceFile], hub: HubChoice | None) -> l
 
 
 def unpacked_name(path: str) -> str:
-    """The path without the ending that says how the file is compressed."""
+    """The path in lower case, without the ending that says how the file is compressed."""
+    path = path.lower()
     return next((path.removesuffix(end) for end in COMPRESSIONS if path.endswith(end)), path)
 
 
 def _holds_documents(path: str) -> bool:
     """Whether a file of a folder is taken; one that is named is by its suffix alone."""
     on_its_way = ".partial/" in path  # of preprocess, mix and the like
-    return path.endswith(SUFFIXES) and not on_its_way and not f"/{path}".endswith(_NO_DOCUMENTS)
+    return path.lower().endswith(SUFFIXES) and not on_its_way and not f"/{path}".endswith(_NO_DOCUMENTS)
 
 
 def _find_local(given: str) -> list[SourceFile]:
@@ -100,7 +101,7 @@ def _find_local(given: str) -> list[SourceFile]:
         raise UserError(f"--input {given} does not exist; name a {KINDS} file, or a folder of them")
     if path.is_dir():
         paths = sorted(each for each in path.rglob("*") if _holds_documents(str(each)) and each.is_file())
-    elif path.name.endswith(SUFFIXES):
+    elif path.name.lower().endswith(SUFFIXES):
         paths = [path]
     else:
         raise UserError(f"--input {given} is no {KINDS} file; convert or rename it")
@@ -111,7 +112,7 @@ def _find_remote(given: str) -> list[SourceFile]:
     from datatrove.io import get_datafolder
 
     try:
-        if given.endswith(SUFFIXES):
+        if given.lower().endswith(SUFFIXES):
             parent, _, name = given.rpartition("/")
             folder, names = get_datafolder(parent), [name]
         else:
@@ -154,7 +155,7 @@ def plan_parts(files: Sequence[SourceFile], part_bytes: int, uncut: str = ".parq
     Raises:
         UserError: a .parquet file cannot be read.
     """
-    footers = [file for file in files if file.path.endswith(".parquet") and file.size > 2 * part_bytes]
+    footers = [file for file in files if file.path.lower().endswith(".parquet") and file.size > 2 * part_bytes]
     with ThreadPoolExecutor(_FOOTER_THREADS) as threads:  # over a network each takes a moment of waiting
         sizes = dict(zip(footers, threads.map(_row_groups, footers), strict=True))
     parts: list[list[Span]] = []
@@ -177,10 +178,10 @@ def _row_groups(file: SourceFile) -> tuple[int, ...]:
 def _cut(file: SourceFile, part_bytes: int, row_groups: Sequence[int] | None, uncut: str) -> Iterator[Span]:
     if row_groups is not None:
         yield from _cut_table(file, part_bytes, row_groups)
-    elif file.path.endswith((*COMPRESSIONS, ".parquet", uncut)) or file.size <= 2 * part_bytes:
+    elif file.path.lower().endswith((*COMPRESSIONS, ".parquet", uncut)) or file.size <= 2 * part_bytes:
         yield whole(file)
     else:
-        if file.path.endswith(".txt"):  # whole documents
+        if file.path.lower().endswith(".txt"):  # whole documents
             part_bytes = -(-part_bytes // TEXT_DOCUMENT_BYTES) * TEXT_DOCUMENT_BYTES
         for start in range(0, file.size, part_bytes):
             stop = min(start + part_bytes, file.size)
@@ -198,4 +199,4 @@ def _cut_table(file: SourceFile, part_bytes: int, row_groups: Sequence[int]) -> 
 
 def whole(file: SourceFile) -> Span:
     """The span of a file that is read by one process; of a .parquet, all row groups."""
-    return Span(file.path, 0, None if file.path.endswith(".parquet") else file.size, file.size)
+    return Span(file.path, 0, None if file.path.lower().endswith(".parquet") else file.size, file.size)

@@ -37,7 +37,7 @@ class TokenStream:
     def __init__(self, folder: str, tokenizer: StoredTokenizer, json_key: str = "text", seed: int = 0) -> None:
         files = find_files([folder], flag="--data-stream")
         for file in files:
-            if not file.path.endswith(".parquet"):
+            if not file.path.lower().endswith(".parquet"):
                 raise UserError(f"--data-stream {folder} holds {file.path}, which is no .parquet; leave it out")
         with ThreadPoolExecutor(_FOOTERS) as threads:
             sizes = list(threads.map(row_group_sizes, [file.path for file in files]))

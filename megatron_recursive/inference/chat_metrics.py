@@ -135,7 +135,7 @@ def _answered(loaded: Loaded, samples: Sequence[Sample], settings: Settings, bat
     }  # fmt: skip
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words among all of all texts (Li et al. 2016, arXiv 1510.03055)."""
+def distinct(texts: Sequence[str], n: int) -> float | None:
+    """Different n-grams of words among all of all texts (Li et al. 2016, arXiv 1510.03055); None of none."""
     grams = [tuple(words[at : at + n]) for words in map(str.split, texts) for at in range(len(words) - n + 1)]
-    return len({*grams}) / len(grams) if grams else 0.0
+    return len({*grams}) / len(grams) if grams else None

@@ -61,7 +61,7 @@ class Conversation:
             self.settings.check(self.loaded)
             return f"Depth {value}."
         if order == "save" and value:
-            file = Path(value)
+            file = Path(re.sub(r"^(['\"])(.+)\1$", r"\2", value))
             if self.messages == self.opening:
                 raise UserError("Nothing was said yet; save after an answer.")
             if file.exists() and file not in self.saved:

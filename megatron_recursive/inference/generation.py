@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,7 +78,8 @@ class Settings:
         try:
             ExitOptions.make(loaded.model.config, **self.exit_arguments)
         except ValueError as error:
-            raise UserError(f"--exit {self.exit}: {str(error).rstrip('.')}.") from error
+            said = re.sub("|".join(_EXIT_KNOBS), lambda name: _flag(name[0]), str(error).rstrip("."))
+            raise UserError(f"--exit {self.exit}: {said}.") from error
 
 
 _EXIT_KNOBS = ("halt_threshold", "exit_threshold", "exit_stable_blocks", "max_inference_refinement_steps")

@@ -279,7 +279,10 @@ def retrofit(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 def renewed(theirs: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs of a source, with those that are given in place of its own; of fewer blocks the windows of the last."""
+    """The knobs of a source, with those that are given in place of its own; of fewer blocks the windows of the last,
+    and without recursion no factor on the embedding."""
+    if not given.get("enable_recursive_refinement", True):
+        theirs = {**theirs, "embedding_multiplier": None}
     windows = str(theirs.get("latent_backprop_depth", "")).split(",")[-given.get("num_refinement_blocks", 0) :]
     return {**theirs, **({"latent_backprop_depth": ",".join(windows)} if any(windows) else {}), **given}
 

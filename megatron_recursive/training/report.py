@@ -10,9 +10,15 @@ from megatron_recursive.accounting import FlopsPerToken, count_parameters
 from megatron_recursive.models.layer_specs import layers_of_stages
 from megatron_recursive.pipeline.balance import said_of_balance
 from megatron_recursive.pipeline.planner import said_of_phases
+from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.training import console
 from megatron_recursive.training.memory_report import carried_bytes
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape, training_flops
+
+# The flags of a recursion that are no knobs, and their defaults.
+OF_RUNS = {"recompute_passes": False, "pipeline_phases": "auto", "pipeline_window": 0,
+           "override_recursion_depth": False}  # fmt: skip
 
 
 def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> dict[str, Any]:
@@ -31,7 +37,7 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> dict[
         said = said_of_phases(costs, batches, args.pipeline_phases, args.pipeline_window)
         balance = said_of_balance(plan, shape, layers_of_stages(config.transformer))
         phases = f"\npipeline: {'; '.join(filter(None, (said, balance)))}"
-    phases += _said_of_carried(args, config)
+    phases += _said_of_carried(args, config) + _said_of_idle(args, config)
     steps, mean = (f"\n{plans.describe()}", ", the mean of all steps") if plans.changes else ("", "")
     path = console.log_path()
     if path is not None:
@@ -50,6 +56,17 @@ def announce(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> dict[
         f"{phases}{steps}{teacher}"
     )
     return description
+
+
+def _said_of_idle(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> str:
+    """The flags that were given to a recursion which is off, in an ablation say."""
+    if config.recursion.enable_recursive_refinement:
+        return ""
+    off = RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0)
+    names = [name for name, value in vars(off).items() if getattr(config.recursion, name) != value]
+    names += [name for name, value in OF_RUNS.items() if getattr(args, name) != value]
+    said = ", ".join(map(flag_of, names))
+    return f"\nrecursion is off: {said} {'do' if len(names) > 1 else 'does'} nothing" if names else ""
 
 
 def _said_of_carried(args: argparse.Namespace, config: RecursiveGPTModelConfig) -> str:

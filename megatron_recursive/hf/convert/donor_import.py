@@ -139,7 +139,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         report.facts.update(donor_facts(source.folder or source.gguf or Path(source.name)))
         notes = job.prove_tokenizer(folder)
         checkpoint = TorchDistCheckpoint(folder / RELEASE)
-        notes += job.prove(checkpoint, report)
+        notes += job.prove(checkpoint, report) + source.lost_with_recursion(plan)
         notes += [PREFIXED] if getattr(source.config, "prefix_lm", False) else []
         report.facts["bytes_read"] = source.bytes_read() + checkpoint.bytes_read
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")

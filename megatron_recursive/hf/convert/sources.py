@@ -75,6 +75,12 @@ class Source:
             return build_plan(self.own_recursion)
         return getattr(self.config, "recursion_plan", None) or RecursionPlan.plain()
 
+    def lost_with_recursion(self, plan: RecursionPlan) -> list[str]:
+        """What is to be warned of where the plan has none and that of the source has a factor on the embedding."""
+        factor = self.plan.embedding_multiplier
+        return [f"without recursion the embedding is not multiplied by {factor:g} any more, so that the plain model "
+                f"differs from the first pass of {self.name}."] if plan.is_plain and factor != 1 else []  # fmt: skip
+
     def extra_rows(self) -> tuple[Row, ...]:
         """Rows of what recursion added to a model of ours."""
         if getattr(self.config, "pass_adapters", None):

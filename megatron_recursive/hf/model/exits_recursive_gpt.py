@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 EXITS = ("halting", "quantile", "output-change", "kl", "argmax")
-EXIT_ARGUMENTS = ("exit", "halt_threshold", "exit_threshold", "exit_stable_blocks", "max_inference_refinement_steps")
+THRESHOLDS = ("halt_threshold", "exit_threshold", "exit_stable_blocks")  # an exit reads one: threshold_of
+EXIT_ARGUMENTS = ("exit", *THRESHOLDS, "max_inference_refinement_steps")
 GENERATION_ENTRIES = (*EXIT_ARGUMENTS, "num_refinement_blocks")  # what a generation config may hold besides
 LEAVE_BELOW = ("output-change", "kl")  # their threshold; the others leave at it and above
 _THRESHOLDS = {"quantile": 0.5, "output-change": 0.03, "kl": 1e-3}
@@ -83,6 +84,10 @@ class ExitOptions:
             raise ValueError("exit=halting needs a halting head, which this model was trained without.")
         if exit == "quantile" and not plan.exit_gate:
             raise ValueError("exit=quantile needs an exit gate, which this model was trained without.")
+        own = threshold_of(exit)
+        for name, value in zip(THRESHOLDS, (halt_threshold, exit_threshold, exit_stable_blocks), strict=True):
+            if value is not None and name != own:
+                raise ValueError(f"exit={exit} does not read {name}; give {own}, or leave it out.")
         knobs, trained = config.recursion, len(blocks)
         threshold = knobs.get("halt_threshold", 0.5) if halt_threshold is None else halt_threshold
         if not 0.0 < threshold < 1.0:

@@ -14,7 +14,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from .cache_recursive_gpt import RecursiveCache
-from .exits_recursive_gpt import EXIT_ARGUMENTS, GENERATION_ENTRIES, ExitReport, ExitRule
+from .exits_recursive_gpt import EXIT_ARGUMENTS, GENERATION_ENTRIES, THRESHOLDS, ExitReport, ExitRule, threshold_of
 from .recursion_plan import RecursionPlan
 
 
@@ -115,8 +115,10 @@ class RecursiveGenerationMixin(GenerationMixin):
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        for name in EXIT_ARGUMENTS:  # entries of a generation config that forward() takes
-            if getattr(generation_config, name, None) is not None:
+        chosen = model_kwargs.get("exit") or getattr(generation_config, "exit", None)
+        idle = {*THRESHOLDS} - {threshold_of(chosen or "")}
+        for name in EXIT_ARGUMENTS:  # entries of a generation config that forward() takes: those that the exit reads
+            if name not in idle and getattr(generation_config, name, None) is not None:
                 model_kwargs.setdefault(name, getattr(generation_config, name))
         if model_kwargs.get("exit") is not None:
             generation_config.disable_compile = True  # what is computed depends on the data

@@ -28,6 +28,7 @@ from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.training.describe import describe
 from tests.distributed import REPOSITORY, _is_running, run_distributed
 from tests.grids import grid
+from tests.unit_tests.training.test_data_cache import write as write_data
 
 FAKE = str(Path(__file__).with_name("fake_training.py"))
 CONFIG = """
@@ -102,13 +103,15 @@ def test_a_mistake_is_one_sentence_with_file_and_key(
 
 
 def study_of(
-    folder: Path, text: str = CONFIG, carried: tuple[str, ...] = (), plan: str = "", **facts: tuple[int, float]
-) -> Study:
+    folder: Path, text: str = CONFIG, carried: tuple[str, ...] = (), plan: str = "",
+    data: tuple[str, float] = ("", 0.0), **facts: tuple[int, float],
+) -> Study:  # fmt: skip
     ablation = read_config(write(folder, text), str(folder / "out"))
     costs = facts or {arm.name: (64, 1e3) for arm in ablation.arms}
     given = dict(zip([arm.name for arm in ablation.arms], costs.values(), strict=True))
     return Study(ablation, {n: {"tokens per iteration": t, "tokens read per iteration": t / 4 if n in carried else t,
-                                "FLOPs per token": f, "plan": plan} for n, (t, f) in given.items()})  # fmt: skip
+                                "FLOPs per token": f, "plan": plan, "data": data[0],
+                                "data written": data[1]} for n, (t, f) in given.items()})  # fmt: skip
 
 
 def test_equal_flags_of_another_plan_are_another_run(tmp_path: Path) -> None:
@@ -116,6 +119,22 @@ def test_equal_flags_of_another_plan_are_another_run(tmp_path: Path) -> None:
     first, again, other = (study_of(tmp_path, plan=plan) for plan in ("cut", "cut", "whole"))
     here, there, elsewhere = (study.grid(study.ablation.arms[0])[0].folder for study in (first, again, other))
     assert here == there != elsewhere
+
+
+def test_equal_flags_of_other_data_are_another_run(tmp_path: Path) -> None:
+    """What was trained before data were hashed counts where the data are older than it."""
+
+    def folder(data: str, written: float) -> Path:
+        study = study_of(tmp_path, data=(data, written))
+        return study.grid(study.ablation.arms[0])[0].folder
+
+    former, now = folder("", 0.0), time.time()
+    assert len({former, folder("a", 0.0), folder("b", 0.0)}) == 3
+    former.mkdir(parents=True)
+    (former / "metrics.jsonl").touch()
+    assert folder("a", now - 60) == former != folder("a", now + 60)
+    folder("a", now + 60).mkdir()
+    assert folder("a", now - 60) != former
 
 
 @pytest.mark.parametrize(("equal", "expected"), [
@@ -377,7 +396,7 @@ equal: flops
 """
 
 
-def test_what_training_says_of_an_arm() -> None:
+def test_what_training_says_of_an_arm(tmp_path: Path) -> None:
     common = [*REAL.split("flags: >")[1].split("arms:")[0].split(), "--lr", "1e-2", "--train-iters", "4"]
     core = ["--num-refinement-blocks", "2", "--num-latent-refinements", "1"]
     flags = {"core": core, "wrong": ["--hidden-size", "33"], "off": ["--disable-recursive-refinement"]}
@@ -386,6 +405,9 @@ def test_what_training_says_of_an_arm() -> None:
     flags["loops"] = [*"--recursion-family recurrent --num-layers 3 --num-coda-layers 1 --num-recurrences 4".split(),
                       "--injection", "concat"]  # fmt: skip
     asked = {name: {"processes": 2, "flags": [*common, *each]} for name, each in flags.items()}
+    write_data(tmp_path / "data", 20, 0)
+    on_data = [each for each in common if each != "--mock-data"]
+    asked["on data"] = {"processes": 2, "flags": [*on_data, *core, "--data-path", str(tmp_path / "data")]}
     (facts,) = run_distributed(describe, 1, asked)
     shape = ModelShape(1, 32, 128, 4, 4, 8, 128, 16)
     for name, knobs in (("core", {"num_refinement_blocks": 2, "num_latent_refinements": 1}),
@@ -398,6 +420,8 @@ def test_what_training_says_of_an_arm() -> None:
     layer = facts["off"]["stacks"]["core"][0]
     assert layer == count_parameters(shape, plan).layers and facts["core"]["stacks"] == {"core": (layer, 4)}
     stacks = {"core": (2 * layer, 4), "coda": (layer, 1), "injection": (2 * 32 * 32, 4)}
+    assert facts["core"]["data"] == "" and facts["core"]["data written"] == 0
+    assert facts["on data"]["data"] and facts["on data"]["data written"] == (tmp_path / "data.idx").stat().st_mtime
     assert facts["loops"]["stacks"] == stacks, "what phi counts"
     assert [facts[name]["passes"] for name in ("carried", "grown")] == [16, 6], "of what the held-out loss is of"
     assert facts["grown"]["stacks"] == {"core": (layer, 6)}

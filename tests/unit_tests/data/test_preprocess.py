@@ -153,6 +153,14 @@ def test_a_mistake_leaves_an_earlier_dataset_alone(corpus, written, tmp_path):
     assert names(tmp_path) == ["bad.jsonl", "train.bin", "train.idx"]
 
 
+def test_a_long_text_is_said_to_become_several_documents(corpus, tmp_path, capsys, monkeypatch):
+    for module in ("preprocess", "readers", "sources"):
+        monkeypatch.setattr(f"megatron_recursive.data.{module}.TEXT_DOCUMENT_BYTES", 10)
+    (tmp_path / "a.txt").write_text("red green\n" * 2)
+    assert preprocess([tmp_path / "a.txt"], tmp_path / "x", corpus / "tok", workers=1).documents == 2
+    assert f"{tmp_path}/a.txt: text of more than 4 MiB becomes several documents" in capsys.readouterr().err
+
+
 def test_what_is_there_is_only_overwritten_on_request(corpus, tmp_path, capsys):
     """The same command again is done already; another one is refused, and so are files of another program."""
     (tmp_path / "a.jsonl").write_text("\n".join(LINES[:20]))

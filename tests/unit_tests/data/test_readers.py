@@ -43,6 +43,14 @@ def test_folders_are_read_in_name_order_and_blank_documents_left_out(tmp_path):
     assert texts(tmp_path / "sub", tmp_path / "a.txt") == ["below", "whole\n\nfile\n"]
 
 
+def test_capitals_in_an_ending_make_no_difference(tmp_path):
+    (tmp_path / "A.JSONL").write_bytes(jsonl("one"))
+    (tmp_path / "B.Txt.GZ").write_bytes(gzip.compress(b"two"))
+    write_parquet(tmp_path / "C.PARQUET", ["three"])
+    assert texts(tmp_path) == texts(*sorted(tmp_path.iterdir())) == ["one", "two", "three"]
+    assert texts_by_parts(1, tmp_path)[1] == ["one", "two", "three"]
+
+
 def test_all_formats_give_the_same_documents(tmp_path):
     documents = [f"document {n} ü" for n in range(10)]
     raw = jsonl(*documents)

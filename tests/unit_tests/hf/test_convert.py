@@ -78,6 +78,21 @@ def _option_there_and_back(name: str, folder: Path) -> tuple[float, float, bool]
     return first["max_logit_error"], second["max_logit_error"], same
 
 
+def _without_recursion(folder: Path) -> tuple[list[str], float]:
+    from megatron_recursive.hf.convert.donor_import import ImportOptions, import_model
+    from tests.unit_tests.hf.recursive_models import make_model
+
+    model, said = make_model(2, 1), list[str]()
+    model.save_pretrained(folder / "hf")
+    import_model(str(folder / "hf"), str(folder / "ckpt"), ImportOptions(recursion=DISABLED), said.append)
+    return [line for line in said if "WARNING: without" in line], model.config.recursion_plan.embedding_multiplier
+
+
+def test_a_model_of_ours_without_its_recursion_loses_the_factor_on_its_embedding(tmp_path: Path) -> None:
+    (((warning,), factor),) = run_distributed(_without_recursion, 1, tmp_path)
+    assert factor > 1 and f"the embedding is not multiplied by {factor:g} any more" in warning
+
+
 def _shapes() -> list[str]:
     from tests.unit_tests.hf.recursive_models import SHAPES
 

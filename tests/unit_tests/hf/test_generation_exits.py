@@ -304,6 +304,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"exit": "halting", "halt_threshold": 1.0}, "halt_threshold must lie strictly between 0 and 1, but is 1.0."),
     ({}, {"exit": "kl", "exit_threshold": -1.0}, "exit_threshold must be at least 0, but is -1.0."),
     ({}, {"exit": "argmax", "exit_stable_blocks": 1}, "exit_stable_blocks must be at least 2, but is 1."),
+    ({}, {"exit": "argmax", "halt_threshold": 0.9}, "exit=argmax does not read halt_threshold; give exit_stable_"),
+    ({}, {"exit": "kl", "exit_stable_blocks": 9}, "exit=kl does not read exit_stable_blocks; give exit_threshold, or"),
     ({}, {"exit": "halting", "max_inference_refinement_steps": 0}, "must be at least 1, but is 0."),
     ({"recursion": {"halt_loss_weight": 0.0}}, {"exit": "halting"}, "needs a halting head"),
     ({"recursion": {"enable_recursive_refinement": False}}, {"exit": "kl"}, "needs a plan of refinement blocks"),

@@ -124,6 +124,7 @@ def test_exit_entries_of_a_generation_config_survive(written_by: str, tmp_path: 
     assert {name: getattr(loaded.generation_config, name, None) for name in EXIT_ARGUMENTS} == EXIT
     loaded.generate(make_tokens(1, 4), max_new_tokens=2)
     assert loaded.last_exit_report is not None and max(loaded.last_exit_report.histogram) <= 2
+    loaded.generate(make_tokens(1, 4), max_new_tokens=2, exit="kl")  # of the entries an exit takes what it reads
     loaded.save_pretrained(tmp_path / "again")
     again = RecursiveGPTForCausalLM.from_pretrained(tmp_path / "again").generation_config
     assert {name: getattr(again, name, None) for name in EXIT_ARGUMENTS} == EXIT

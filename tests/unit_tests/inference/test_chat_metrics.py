@@ -95,7 +95,8 @@ def test_an_exit_and_json(folder: Path, chats: Path, tmp_path: Path, capsys: Any
 
 
 def test_what_the_answers_are_measured_by() -> None:
-    assert distinct(["a b a", "b a"], 1) == 0.4 and distinct(["a b a", "b a"], 2) == 2 / 3 and distinct(["a"], 2) == 0
+    assert distinct(["a b a", "b a"], 1) == 0.4 and distinct(["a b a", "b a"], 2) == 2 / 3
+    assert distinct(["a", ""], 2) is None, "of no pair of words there is no share"
     ids, mask = [*range(10)], bytes([0, 1, 1, 0, 0, 1, 1, 0, 1, 1])  # the first answer has lost its prompt
     assert turns_of([(ids, mask)], [6]) == [([0, 1, 2, 3, 4], [5]), ([0, 1, 2, 3, 4, 5, 6, 7], [8, 9])]
 

@@ -51,15 +51,16 @@ def greedy(folder: Path, text: str, blocks: int = 3) -> list[int]:
 
 def test_commands(folder: Path, tmp_path: Path, talk: Any) -> None:
     (tmp_path / "other").write_text("of somebody")
-    file, other = tmp_path / "chat.jsonl", tmp_path / "other"
-    lines = [f"/save {file}", "hi", f"/save {file}", "", "yo", f"/save {file}", "/reset", "/depth 1", "hi", "/temp 0.7",
-             "/temp", "/temp -1", f"/save {other}", "/depth x", "/depth 0", "/nope", "/etc/x y", "/quit",
-             "never"]  # fmt: skip
+    file, other, blank = (tmp_path / name for name in ("chat.jsonl", "other", "of a day.jsonl"))
+    lines = [f"/save {file}", "hi", f"/save {file}", "", "yo", f"/save {file}", f'/save "{blank}"', "/reset",
+             "/depth 1", "hi", "/temp 0.7", "/temp", "/temp -1", f"/save {other}", "/depth x", "/depth 0", "/nope",
+             "/etc/x y", "/quit", "never"]  # fmt: skip
     said, beside = talk(folder, "\n".join(lines), "--system", "s")
     with open_model(str(folder)) as loaded:
         answers = [loaded.text.decode(greedy(folder, "<system>s<user>hi<assistant>", blocks)) for blocks in (3, 1)]
     assert len(said) == 4 and [said[0], said[2]] == answers and answers[0] != answers[1]
     (line,) = file.read_text(encoding="utf-8").splitlines()
+    assert blank.read_bytes() == file.read_bytes()
     roles, contents = zip(*((each["role"], each["content"]) for each in json.loads(line)["messages"]), strict=True)
     assert roles == ("system", *("user", "assistant") * 2) and contents == ("s", "hi", said[0], "yo", said[1])
     assert other.read_text() == "of somebody" and f"{other} exists already; name another file." in beside

@@ -190,6 +190,16 @@ def test_the_plan_names_what_carried_states_need() -> None:
     assert grown == [size, size // 4], "the last stage holds the outputs until the end of a step"
 
 
+def test_what_a_recursion_that_is_off_leaves_unread_is_named() -> None:
+    idle = "--recompute-passes --num-refinement-blocks 7 --state-norm none --halt-bias 0 --pipeline-phases two".split()
+    (said,) = run_distributed(_said, 1, [*FLAGS, "--disable-recursive-refinement", *idle])
+    (line,) = (line for line in said.splitlines() if "recursion is off" in line)
+    assert line.startswith("recursion is off: --") and line.endswith(" do nothing")
+    assert {*line[18:-11].split(", ")} == {each for each in idle if each.startswith("--")}
+    (said,) = run_distributed(_said, 1, [*FLAGS, "--disable-recursive-refinement"])
+    assert "recursion is off" not in said
+
+
 def _held() -> list[list[int]]:
     import torch
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.data.preparation import Preparation
 from tests.distributed import run_distributed
 from tests.unit_tests.training.runs import FLAGS, RECURSION
 from tests.unit_tests.training.test_data_flags import DOCUMENT, EOD, parse
@@ -53,3 +56,33 @@ def test_data_written_again_under_the_same_prefix_is_read_anew(tmp_path: Path) -
             assert first != 40 or each["tokens"] == set(range(40, 48))
         assert found[1]["samples"] > found[0]["samples"]
         assert found[4]["caches"] == found[3]["caches"]  # equal lengths: the same order of documents, whatever they say
+
+
+def test_what_an_ablation_knows_data_by(tmp_path: Path) -> None:
+    """Weights, a dataset's record or else its lengths, and a stream's files; nothing where no flag names data."""
+    from megatron_recursive.data.content_keyed import data_of_run
+
+    def said(**flags: Any) -> str:
+        return data_of_run(argparse.Namespace(**flags))[0]
+
+    prefix, stream = str(tmp_path / "data"), tmp_path / "stream"
+    write(tmp_path / "data", 2, 0)
+    (tmp_path / "list").write_text(f"0.3 {prefix}\n")
+    stream.mkdir()
+    asked: list[dict[str, Any]] = [
+        {"data_path": ["0.3", prefix]}, {"data_path": ["0.7", prefix]}, {"valid_chat_data": prefix},
+        {"data_args_path": str(tmp_path / "list")}, {"data_stream": str(stream)},
+    ]  # fmt: skip
+    found = []
+    for length in (3, 4, 5):
+        write(tmp_path / "data", 2, 0, length)
+        made = Preparation(9, "v", "t", f"source of {length}", 2, 2 * length, 0, 4 * length)
+        if length == 5:
+            (tmp_path / "data.idx.json").write_text(made.to_json())
+        (stream / "0.parquet").write_bytes(bytes(length))
+        found += [said(**each) for each in asked]
+    write(tmp_path / "data", 2, 0, 5)
+    (tmp_path / "data.idx.json").write_text(replace(made, source="another").to_json())
+    found.append(said(**asked[0]))
+    assert len({*found}) == len(found) == 16 and said(data_path=None, mock_data=True) == ""
+    assert data_of_run(argparse.Namespace(**asked[0]))[1] == (tmp_path / "data.idx.json").stat().st_mtime
