@@ -20,6 +20,8 @@ MARKERS ?= not heavy and not grid and not gpu
 # Tests see GPUs only where they are meant for them.
 ON_GPU = $(if $(filter-out gpu,$(MARKERS)),,MEGATRON_RECURSIVE_TEST_GPU=1)
 PYTEST_ARGS ?=
+# How many of pytest's processes share the files of tests; with 0 one process runs all, as a debugger needs.
+JOBS ?= $(if $(filter-out gpu,$(MARKERS)),2,0)
 # Arguments of the pretraining example ("make pretrain ARGS='--train-iters 20'"), or the benchmarks to run.
 ARGS ?=
 # Arguments of "uv pip compile", for example LOCK_ARGS=--upgrade.
@@ -35,7 +37,7 @@ install-eval: $(STAMP_EVAL) ## Add the evaluation packages (lm-eval and others) 
 	@echo "$(VENV) is up to date, evaluation packages included."
 
 test: $(STAMP) ## Run the quick tests (MARKERS=..., PYTEST_ARGS=... to choose others)
-	@OMP_NUM_THREADS=1 $(ON_GPU) $(PYTHON) -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(ON_GPU) $(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m "$(MARKERS)" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check the style (ruff), the types (mypy) and the code that the documents quote
 	@$(PYTHON) -m ruff check .

@@ -68,7 +68,7 @@ setup(
         "chat": ["sacrebleu"],
         # openai, fastapi, uvicorn: transformers' own server, which tests ask. parameterized, peft, trl,
         # bitsandbytes and torchao: what tests of the exported model run on it.
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "parameterized", "peft",
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "parameterized", "peft",
                 "trl", "bitsandbytes", "torchao", "openai", "fastapi", "uvicorn"],
     },
     classifiers=[

@@ -11,10 +11,12 @@ from tests.distributed import shutdown_pool, start_ahead
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """The whole suite needs all workers, whose imports take as long as the collection of its tests."""
+    """The whole suite needs all workers, whose imports take as long as the collection of its tests. With ``-n`` each of
+    pytest's processes has its own; the one that only hands out tests needs none."""
     config = session.config
     narrowed = config.option.keyword or config.option.collectonly
-    if config.args_source is config.ArgsSource.TESTPATHS and not narrowed:
+    runs_tests = hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None)
+    if config.args_source is config.ArgsSource.TESTPATHS and not narrowed and runs_tests:
         start_ahead()
 
 
