@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tests import distributed
 from tests.distributed import DistributedFailure, run_distributed
 from tests.grids import grid
+from tests.models import Case, Layout, build_wrapped, run_schedule
 
 # --- the mode itself ------------------------------------------------------------------------------------------------
 
@@ -163,3 +164,48 @@ def groups_used() -> tuple[set[str], set[str], str]:
 def test_the_groups_of_the_caller_are_taken() -> None:
     for used, allowed, said in run_distributed(groups_used, 2, rendezvous=20.0):
         assert used and used <= allowed and "the same pp group" in said
+
+
+def events(case: Case, layout: Layout, forward_only: bool) -> list[str]:
+    """What this rank does in a step: posts a receive or a numbered send, waits for a send, begins a pass."""
+    from megatron_recursive.pipeline import ring_schedule
+
+    seen: list[str] = []
+    isend, irecv, run_trip = torch.distributed.isend, torch.distributed.irecv, ring_schedule.RingStep.run_trip
+
+    class Sent:
+        def __init__(self, work: Any) -> None:
+            self.work, self.number = work, sum(each.startswith("send") for each in seen)
+            seen.append(f"send {self.number}")
+
+        def wait(self) -> None:
+            seen.append(f"wait {self.number}")
+            self.work.wait()
+
+    def noting(what: str, call: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            seen.append(what)
+            return call(*args, **kwargs)
+
+        return noted
+
+    wrapped = build_wrapped(case, layout)
+    torch.distributed.isend = lambda *args, **kwargs: Sent(isend(*args, **kwargs))
+    torch.distributed.irecv = noting("receive", irecv)
+    ring_schedule.RingStep.run_trip = noting("pass", run_trip)  # type: ignore[method-assign]
+    try:
+        run_schedule(wrapped, case, forward_only=forward_only)
+    finally:
+        torch.distributed.isend, torch.distributed.irecv = isend, irecv
+        ring_schedule.RingStep.run_trip = run_trip  # type: ignore[method-assign]
+    return seen
+
+
+def test_receives_are_posted_ahead_and_what_an_evaluation_sends_is_waited_for_a_pass_later() -> None:
+    case = Case({"detach_between_refinements": False}, micro_batches=4)
+    training = run_distributed(events, 2, case, Layout(pp=2), False)
+    assert training[1][:3] == ["receive", "receive", "pass"]
+    for rank in run_distributed(events, 2, case, Layout(pp=2), True):
+        sends = sum(each.startswith("send") for each in rank)
+        meanwhile = [rank[rank.index(f"send {n}") : rank.index(f"wait {n}")] for n in range(sends)]
+        assert sends >= 20 and all("pass" in each for each in meanwhile[:-1])
