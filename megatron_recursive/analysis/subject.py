@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_recursive.backends.device import of_this_process
-from megatron_recursive.data.cpython_corpus import cpython_documents
+from megatron_recursive.data.cpython_corpus import cpython_documents, is_held_out
 from megatron_recursive.data.hub import HubChoice
 from megatron_recursive.data.readers import iter_documents
 from megatron_recursive.data.sources import find_files
@@ -62,7 +62,8 @@ def text_rows(
 
     Args:
         ahead: so many tokens of the next row stand at the end of each, for it to predict.
-        inputs: as ``preprocess`` reads them; none for the text that CPython ships, its parts mixed in a fixed order.
+        inputs: as ``preprocess`` reads them; none for what ``corpus`` holds out of the text that CPython ships, its
+            parts mixed in a fixed order.
 
     Raises:
         UserError: they cannot be read, or hold not enough for one row.
@@ -71,7 +72,8 @@ def text_rows(
         raise UserError("The model has no tokenizer; name its text in token ids with --text, or give --tokenizer.")
     ids: list[int] = []
     for document in _documents(inputs, json_key, hub):
-        ids += [*text.encode(document), *text.end_ids[:1]]
+        encoded, end = text.encode(document), text.end_ids[:1]
+        ids += encoded if encoded[-1:] == end else encoded + end  # some tokenizers end a text themselves
         if len(ids) >= samples * length + ahead:
             break
     rows = min(samples, (len(ids) - ahead) // length)
@@ -82,7 +84,7 @@ def text_rows(
 
 def _documents(inputs: Sequence[str], json_key: str, hub: HubChoice | None) -> Iterator[str]:
     if not inputs:
-        documents = cpython_documents()
+        documents = [each for each in cpython_documents() if is_held_out(each.id)]
         yield from (each.text for each in random.Random(0).sample(documents, len(documents)))
         return
     yield from (each.text for each in iter_documents(find_files(inputs, hub, flag="--text"), json_key))

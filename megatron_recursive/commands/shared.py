@@ -52,7 +52,8 @@ def add_text(parser: argparse.ArgumentParser, more: str = "") -> Any:
     """The flags of those that measure a model on text; ``more``: what --text may name besides."""
     text = parser.add_argument_group("text")
     text.add_argument("--text", nargs="+", default=[], metavar="PATH", help="documents, as preprocess reads them: "
-                      f"files, folders, hf://NAME{more} (default: the text that Python ships)")  # fmt: skip
+                      f"files, folders, hf://NAME{more} (default: what `corpus` holds out of the text that Python "
+                      "ships, 180 thousand characters)")  # fmt: skip
     text.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text")
     add_hub_flags(text.add_argument)
     text.add_argument("--num-samples", type=int, default=256, help="samples at most")

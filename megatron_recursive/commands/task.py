@@ -81,17 +81,23 @@ def run(args: argparse.Namespace) -> None:
 
 def _make(args: argparse.Namespace) -> None:
     """Write the data, and say how to train on it: a recursion, and what it is to be compared with."""
-    from megatron_recursive.data.tasks import ANSWERS, VOCAB_SIZE, Addition, Hops, write_task
+    from megatron_recursive.data.tasks import ANSWERS, VOCAB_SIZE, Addition, Hops, may_share, share_in, write_task
 
     task = (Hops(tuple(args.hops), args.alphabet, args.length) if args.action == "hops"
             else Addition(tuple(args.summands), args.digits))  # fmt: skip
     folder, length, ends = Path(args.output), str(task.seq_length), {}
+    apart = folder / "train" if may_share(task, args.train_documents, args.valid_documents) else None
     for number, split in enumerate(("train", "valid")):
         documents = getattr(args, f"{split}_documents")
         if documents < 2:
             raise UserError(f"--{split}-documents must be at least 2, but is {documents}.")
-        there = "" if write_task(task, folder / split, documents, (args.seed, number)) else ", there already"
+        others = apart if number else None
+        there = "" if write_task(task, folder / split, documents, (args.seed, number), others) else ", there already"
         print(f"{folder / split}: {documents:,} documents of {task.seq_length} tokens{there}")
+    if apart is not None and (share := share_in(folder / "valid", apart)):
+        more = "a longer --length" if args.action == "hops" else "more --digits"
+        print(f"{share:.1%} of the documents to evaluate on are among those to train on, since there are too few "
+              f"others; give {more}, or fewer --train-documents.")  # fmt: skip
     for name in ("recursive", "layers", "deep"):
         ends[name] = ("--save", str(folder / name), "--load", str(folder / name))
     print("train a recursion on it:")

@@ -34,6 +34,7 @@ VOCAB_SIZE = 128  # the last id is NullTokenizer's end of a document, which no d
 LEVEL_NAMES = {"megatron-recursive task hops": "hops", "megatron-recursive task addition": "summands"}
 """What stands in a record in the place of a tokenizer, and what the levels of that task are called."""
 _CHUNK = 4096  # documents made at a time: a part of what a seed means
+_TRIES = 32  # to draw a held-out document that is not among those of training
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Hops:
     levels: tuple[int, ...] = (1, 2, 3, 4)
     alphabet: int = 4
     length: int = 48
-    made_by = "megatron-recursive task hops"
+    made_by, level_at = "megatron-recursive task hops", 1
 
     def __post_init__(self) -> None:
         _check("--hops", self.levels, 1, SYMBOLS - 1)
@@ -61,6 +62,10 @@ class Hops:
     @property
     def seq_length(self) -> int:
         return 2 * self.length
+
+    def different(self, level: int) -> int:
+        """How many different documents of a level there are."""
+        return self.alphabet * (self.alphabet - 1) ** (self.length - 1)
 
     def documents(self, random: numpy.random.Generator, count: int) -> Ids:
         """[count, seq_length] token ids."""
@@ -99,7 +104,7 @@ class Addition:
 
     levels: tuple[int, ...] = (2, 3, 4)
     digits: int = 3
-    made_by = "megatron-recursive task addition"
+    made_by, level_at = "megatron-recursive task addition", 0
 
     def __post_init__(self) -> None:
         _check("--summands", self.levels, 2, SYMBOLS - 1)
@@ -112,6 +117,10 @@ class Addition:
     @property
     def seq_length(self) -> int:
         return 1 + max(self.levels) * (self.digits + 1) + self.answer_digits
+
+    def different(self, level: int) -> int:
+        """How many different documents of a level there are."""
+        return 10 ** (self.digits * level)
 
     def documents(self, random: numpy.random.Generator, count: int) -> Ids:
         """[count, seq_length] token ids."""
@@ -141,8 +150,52 @@ def _check(flag: str, values: Iterable[int], least: int, most: int) -> None:
             raise UserError(f"{flag} must lie between {least} and {most}, but is {value}.")
 
 
-def write_task(task: Hops | Addition, prefix: Path, documents: int, seed: tuple[int, int]) -> bool:
+def may_share(task: Hops | Addition, one: int, other: int) -> bool:
+    """Whether so many documents and so many others, drawn at random, may have one in common."""
+    in_common = sum(1 / task.different(level) for level in task.levels) * one * other / len(task.levels) ** 2
+    return in_common > 1e-3
+
+
+def share_in(prefix: Path, others: Path) -> float:
+    """The share of the documents at ``prefix`` that are at ``others`` too."""
+    import numpy
+
+    one, other = (_keys(read_task(str(each))[1]) for each in (prefix, others))
+    return float(numpy.isin(one, other).mean())
+
+
+def _keys(ids_NS: Ids) -> NDArray[numpy.uint64]:
+    """A number [N] for each document, which two different ones share once in 2^64."""
+    import numpy
+
+    factors_S = numpy.random.default_rng(0).integers(2**64, size=ids_NS.shape[1], dtype="u8")
+    chunks = [ids_NS[start : start + _CHUNK] for start in range(0, len(ids_NS), _CHUNK)]
+    return numpy.concatenate([(each * factors_S).sum(1, dtype="u8") for each in chunks])
+
+
+def _draw_again(task: Hops | Addition, ids_NS: Ids, random: numpy.random.Generator, known: NDArray[Any]) -> None:
+    """Replace documents that are known by others of their level, as far as such are found."""
+    import numpy
+
+    for _ in range(_TRIES):
+        rows = numpy.flatnonzero(numpy.isin(_keys(ids_NS), known))
+        if not len(rows):
+            return
+        drawn_NS = task.documents(random, len(ids_NS))
+        drawn_NS = drawn_NS[~numpy.isin(_keys(drawn_NS), known)]
+        for level in task.levels:
+            old, new = (each[ids[each, task.level_at] == level]
+                        for ids, each in ((ids_NS, rows), (drawn_NS, numpy.arange(len(drawn_NS)))))  # fmt: skip
+            ids_NS[old[: len(new)]] = drawn_NS[new[: len(old)]]
+
+
+def write_task(
+    task: Hops | Addition, prefix: Path, documents: int, seed: tuple[int, int], apart_from: Path | None = None
+) -> bool:
     """Write ``PREFIX.bin``, ``.idx`` and their record; the same task, count and seed give the same bytes.
+
+    Args:
+        apart_from: documents of this task are drawn again, as far as others of their level are found.
 
     Returns:
         False if they are there already.
@@ -152,7 +205,10 @@ def write_task(task: Hops | Addition, prefix: Path, documents: int, seed: tuple[
     """
     import numpy
 
-    source = digest({"task": task.made_by, **asdict(task), "documents": documents, "seed": seed})
+    facts: dict[str, Any] = {"task": task.made_by, **asdict(task), "documents": documents, "seed": seed}
+    if apart_from is not None and (others := read_preparation(apart_from)) is not None:
+        facts["apart"] = others.source
+    source = digest(facts)
     bin_file, idx_file = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     if bin_file.exists() or idx_file.exists():
         made = read_preparation(prefix)
@@ -160,11 +216,15 @@ def write_task(task: Hops | Addition, prefix: Path, documents: int, seed: tuple[
             return False
         raise UserError(f"{bin_file} is there already, and another task or half of one; choose another --output.")
     random = numpy.random.default_rng(seed)
+    known = None if apart_from is None else numpy.unique(_keys(read_task(str(apart_from))[1]))
     with replacing(bin_file, Path(f"{prefix}{SUFFIX}"), idx_file) as (bin_part, record_part, idx_part):
         token = token_type(VOCAB_SIZE)
         with open(bin_part, "wb") as stream:
             for start in range(0, documents, _CHUNK):
-                stream.write(task.documents(random, min(_CHUNK, documents - start)).astype(token).tobytes())
+                ids_NS = task.documents(random, min(_CHUNK, documents - start))
+                if known is not None:
+                    _draw_again(task, ids_NS, numpy.random.default_rng((*seed, start)), known)
+                stream.write(ids_NS.astype(token).tobytes())
         write_index(idx_part, token, lambda: [numpy.full(documents, task.seq_length)])
         record_part.write_text(Preparation(
             VOCAB_SIZE, digest({"vocabulary": "tasks"}), task.made_by, source, documents,

@@ -154,7 +154,10 @@ class RecursiveLM(HFLM):
         active = [int((blocks_S > block).sum()) for block in range(int(blocks_S.max()))]
         layers = config.num_hidden_layers // options.trained_blocks
         asked = sum(active[: options.max_blocks - 1])
-        return Work(layers * sum(active), layers * len(active) * length**2, asked, length, (length, length**2))
+        of_block = config.adapted_layers  # beyond the trained ones the last is repeated
+        adapted = sum(tokens * of_block[min(block, len(of_block) - 1)] for block, tokens in enumerate(active))
+        scores = layers * len(active) * length**2
+        return Work(layers * sum(active), scores, asked, length, (length, length**2), adapted)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         tokens = super()._model_generate(context, max_length, stop, **self._exit, **kwargs)

@@ -117,7 +117,7 @@ class Conversation:
         if text.has_chat_template:
             return text.encode_chat(messages)
         parts = [("\n" if at and each["role"] == "user" else "") + each["content"] for at, each in enumerate(messages)]
-        return text.encode("".join(parts))
+        return text.encode_prompt("".join(parts))
 
 
 def _read_line() -> str | None:

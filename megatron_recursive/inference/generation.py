@@ -124,7 +124,7 @@ def encode_prompt(loaded: Loaded, prompt: str, name: str = "The prompt") -> list
     Raises:
         UserError: it is empty and the tokenizer knows no start, or it cannot be answered (:func:`check_length`).
     """
-    ids = loaded.text.encode(prompt)
+    ids = loaded.text.encode_prompt(prompt)
     if not ids:
         if loaded.text.start_id is None:
             raise UserError(f"{name} is empty, and the tokenizer has no token that begins a text; give some words.")

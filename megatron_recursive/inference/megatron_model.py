@@ -167,7 +167,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         staying_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         real_B = staying_B if hidden_BK is None else ~hidden_BK[:, contexts.length]
         blocks_B = torch.zeros_like(staying_B, dtype=torch.long)
-        states = []
+        states, adapted_of_block = [], self.config.adapted_layers
         for block in range(options.max_blocks):
             for number in range(per_block):
                 each = plan.passes[min(block, options.trained_blocks - 1) * per_block + number]
@@ -175,7 +175,8 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
                 state.update(each, self.megatron.decode(state.gather(each), mask, context, stack=each.stack,
                                                         closes=plan.closes(each), index=each.index))  # fmt: skip
             layers, batch = self.config.num_hidden_layers // options.trained_blocks, len(input_ids)
-            work.add(layers * batch, layers * batch * (contexts.length + 1))
+            adapted = adapted_of_block[min(block, options.trained_blocks - 1)]
+            work.add(layers * batch, layers * batch * (contexts.length + 1), adapted * batch)
             final_BH = torch.where(staying_B[:, None], state.output[0], final_BH)
             states.append(final_BH[None])
             blocks_B += staying_B
@@ -242,8 +243,10 @@ def open_megatron(given: str, dtype: torch.dtype | None = None) -> Iterator[tupl
         if torch.cuda.is_available() and not cpu.is_installed():
             megatron.cuda()
         megatron.eval()
+        lora = found.lora if found.lora is not None and found.lora.per_pass else None
         config = RecursiveGPTConfig.from_dict({
             **config_values(OWN, found.arch), "dtype": dtype,
+            "pass_adapters": lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)},
             "plan": json.loads(found.plan.to_json()), "recursion": found.recursion.to_dict(),
         })  # fmt: skip
         yield MegatronForCausalLM(config, megatron).eval(), found

@@ -25,6 +25,9 @@ class Text(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Without the token with which some tokenizers end every text: an answer would stand behind the end."""
+
     def encode_chat(self, messages: Messages) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str: ...
@@ -42,6 +45,11 @@ class TokenizerText:
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
+
+    def encode_prompt(self, text: str) -> list[int]:
+        ids, own = self.encode(text), list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        added = not own or ids[-len(own) :] != own  # else an end is the prompt's own
+        return ids[:-1] if added and ids[-1:] == self.end_ids else ids
 
     def encode_chat(self, messages: Messages) -> list[int]:
         try:
@@ -78,6 +86,8 @@ class NumberText:
                 "since the model was trained with NullTokenizer."
             )
         return ids
+
+    encode_prompt = encode
 
     def encode_chat(self, messages: Messages) -> list[int]:
         raise AssertionError("there is no chat template")

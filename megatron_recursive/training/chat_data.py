@@ -38,7 +38,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         "of one --data-path (or --train-data-path) as far as it fills batches.")
     add("--keep-best", action="store_true",
         help="Keep the checkpoint of the lowest held-out loss in the folder best below --save, whichever are deleted. "
-        "Evaluations of text each read other samples, unless --full-validation is given.")
+        "Every evaluation reads the same samples.")
     # fmt: on
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from megatron_recursive.data.content_keyed import ContentKeyedGPTDataset
+from megatron_recursive.data.same_samples import SameSamples
 from megatron_recursive.errors import UserError
 from megatron_recursive.losses.telemetry import masked
 from megatron_recursive.models.documents import Documents
@@ -184,10 +186,11 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     """Megatron's GPT datasets for the three splits, built where a rank reads them."""
     args = get_args()
     train, valid, test = train_valid_test_num_samples
-    if valid is not None and not args.skip_train:  # more than Megatron's where --eval-interval was shorter before
-        begun = max(getattr(args, "iteration", 0), args.start_eval_at_iter or 0)  # --distill-prepare has none
-        to_come = args.train_iters // args.eval_interval - begun // args.eval_interval + 1
-        valid = max(valid, args.consumed_valid_samples + to_come * args.eval_iters * args.eval_global_batch_size)
+    period = 0 if valid is None else args.eval_iters * args.eval_global_batch_size  # what one evaluation reads
+    if valid is not None:
+        valid = sys.maxsize if is_chat(args) and period else period
+    if period:  # an evaluation begins where the period does, also where --eval-iters was another before
+        args.consumed_valid_samples -= args.consumed_valid_samples % period
     train_valid_test_num_samples = [samples_read(args, train), valid, test]
     if is_chat(args):
         datasets = chat_datasets(args, train_valid_test_num_samples) if _reads_data() else (None, None, None)
@@ -224,7 +227,10 @@ def datasets_provider(train_valid_test_num_samples: list[int], vp_stage: int | N
     print_rank_0("> building train, validation, and test datasets ...")
     kind = MockGPTDataset if args.mock_data else ContentKeyedGPTDataset
     builder = BlendedMegatronDatasetBuilder(kind, train_valid_test_num_samples, _reads_data, config)
-    datasets = (None, None, None) if config.mock and not args.mock_data else builder.build()  # a stream alone
+    built: list[Any] = [None, None, None] if config.mock and not args.mock_data else builder.build()  # a stream alone
+    if period and built[1] is not None and len(built[1]):  # a random order has epochs, another has no end
+        built[1] = SameSamples(built[1], period, period if args.dataloader_type == "cyclic" else sys.maxsize)
+    datasets = built[0], built[1], built[2]
     if data_stream.is_stream(args):
         return data_stream.loaders(args, config, datasets, _reads_data())
     if args.dataloader_type != "cyclic":

@@ -60,6 +60,8 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
                 ids = list(template(turns, add_generation_prompt=True, return_dict=False))
             else:
                 ids = list(tokenizer.tokenize(prompt)) if prompt else [tokenizer.eod]
+                if prompt and args.tokenizer_type == "HuggingFaceTokenizer":  # which may end every text
+                    ids = ids[:-1] if ids[-1:] == [tokenizer.eod] == list(tokenizer.tokenize(""))[-1:] else ids
         except Exception as error:  # of whichever tokenizer it is
             reason = " ".join(str(error).split())[:100]
             raise UserError(

@@ -136,6 +136,14 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
         """The plan, read anew each time: what a config holds is what its file will."""
         return RecursionPlan.from_dict(self.plan)
 
+    @property
+    def adapted_layers(self) -> list[int]:
+        """Layers that the passes with gradient, which alone may have adapters, go through, for each block."""
+        plan = self.recursion_plan
+        stacks, per_block = plan.layers_of(self.num_layers), plan.num_passes // plan.num_blocks
+        layers = [len(stacks[each.stack]) if each.grad else 0 for each in plan.passes]
+        return [sum(layers[start : start + per_block]) for start in range(0, len(layers), per_block)]
+
     def first_slots(self, count: int) -> list[int]:
         """Where layer 0 would stand in a cache, for each of ``count`` passes; those beyond the plan repeat a block."""
         plan = self.recursion_plan

@@ -118,6 +118,7 @@ class Work:
         tokens: through a layer each. scores: of attention, a query and a key each. asked: tokens of which the rule
             asked a head. logits: positions of which logits were returned.
         fixed_depth: tokens and scores of one pass through one layer where nobody has left.
+        adapted: of the tokens, those in passes with gradient, which alone may have adapters.
     """
 
     tokens: int = 0
@@ -125,9 +126,10 @@ class Work:
     asked: int = 0
     logits: int = 0
     fixed_depth: tuple[int, int] = (0, 0)
+    adapted: int = 0
 
-    def add(self, tokens: int, scores: int) -> None:
-        self.tokens, self.scores = self.tokens + tokens, self.scores + scores
+    def add(self, tokens: int, scores: int, adapted: int = 0) -> None:
+        self.tokens, self.scores, self.adapted = self.tokens + tokens, self.scores + scores, self.adapted + adapted
         self.fixed_depth = self.fixed_depth if any(self.fixed_depth) else (tokens, scores)
 
 
@@ -202,6 +204,7 @@ class ActiveTokens:
 
     def __init__(self, shape: tuple[int, int], layers_per_block: int, work: Work) -> None:
         self.shape, self.layers_per_block, self.work = shape, layers_per_block, work
+        self.adapted = False  # whether the pass has gradient in training
         self.index: Tensor | None = None  # [N] of B * S; None: all
         self.rows: list[slice] | None = None  # runs of active sequences, where each has one token
         self.block_kv: dict[int, tuple[Tensor, Tensor]] = {}  # cache layer of a block -> keys, values [B, heads, S, D]
@@ -247,7 +250,7 @@ class ActiveTokens:
     def count(self, query: Tensor, key: Tensor) -> None:
         """Take note of a call of attention, [B, heads, S, D] each."""
         tokens = math.prod(self.shape) if self.index is None else len(self.index)
-        self.work.add(tokens, query.shape[0] * query.shape[2] * key.shape[2])
+        self.work.add(tokens, query.shape[0] * query.shape[2] * key.shape[2], tokens * self.adapted)
 
     def attend_rows(
         self, attend: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor,
@@ -299,6 +302,7 @@ def run_with_exits(
         model.ensure_passes((block + 1) * per_block)
         for number in range(per_block):
             each = passes[min(block, options.trained_blocks - 1) * per_block + number]
+            tokens.adapted = each.grad
             result = model.run_pass(block * per_block + number, model.gather(each, now), **shared)
             now[each.target] = model.moved(each, now, result)
         output_NH = now["output"].flatten(0, 1)
@@ -409,8 +413,9 @@ class ExitReport:
             head, vocabulary = 2 * config.hidden_size, 2 * config.hidden_size * config.vocab_size
             asking = {"halting": head, "quantile": head, "output-change": 0}.get(options.exit, vocabulary)
             always, layers = work.logits * vocabulary, config.num_hidden_layers
-            self._flops += _layer_flops(config, work.tokens, work.scores) + work.asked * asking + always
-            self._fixed_depth_flops += layers * _layer_flops(config, *work.fixed_depth) + always
+            self._flops += _flops(config, work.tokens, work.scores, work.adapted) + work.asked * asking + always
+            (tokens, scores), adapted = work.fixed_depth, sum(config.adapted_layers)
+            self._fixed_depth_flops += _flops(config, layers * tokens, layers * scores, adapted * tokens) + always
         return self
 
     @property
@@ -461,9 +466,18 @@ class ExitReport:
         return {name: getattr(self, name) for name in names}
 
 
-def _layer_flops(config: RecursiveGPTConfig, tokens: int, scores: int) -> float:
-    """Forward FLOPs of so many tokens in one layer, with so many scores of attention (a query and a key each)."""
+def _flops(config: RecursiveGPTConfig, tokens: int, scores: int, adapted: int) -> float:
+    """Forward FLOPs of so many tokens in a layer each, ``adapted`` of them beside the adapters of a pass, with so many
+    scores of attention (a query and a key each)."""
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    matrices = 2 * config.hidden_size * (queries + keys)
-    matrices += config.hidden_size * config.intermediate_size * (3 if config.mlp_gated else 2)
-    return float(2 * matrices * tokens + 4 * queries * scores)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    matrices = {
+        "linear_qkv": [(hidden, out) for out in (queries, keys, keys, *[queries] * bool(config.attention_gate))],
+        "linear_proj": [(queries, hidden)],
+        "linear_fc1": [(hidden, inner)] * (2 if config.mlp_gated else 1),
+        "linear_fc2": [(inner, hidden)],
+    }
+    own, low = sum(size_in * size_out for each in matrices.values() for size_in, size_out in each), 0
+    if (adapters := config.pass_adapters) is not None:
+        low = adapters["rank"] * sum(sum(shape) for name in adapters["targets"] for shape in matrices[name])
+    return float(2 * own * tokens + 2 * low * adapted + 4 * queries * scores)

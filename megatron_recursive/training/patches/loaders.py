@@ -3,7 +3,7 @@
 Megatron takes a checkpoint of a later iteration with no samples consumed for an old one, which did not count them, and
 skips as many batches; a run of carried steps that stopped within its first batch has consumed none. Its samplers refuse
 to begin behind the last sample, of a run too that is at its last iteration and reads no more, but has evaluations to
-make. Both functions are globals of ``megatron.training.training`` without a hook.
+make (that of ``cyclic`` has no last one). Both functions are globals of ``megatron.training.training`` without a hook.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def install() -> None:
     def loader(call: Callable[[], Any], given: dict[str, Any]) -> Any:
         run, dataset = get_args(), given["dataset"]
         ended = run.iteration and run.iteration >= run.train_iters
-        if ended and dataset is not None and run.dataloader_type != "external":
+        if ended and dataset is not None and run.dataloader_type == "single":
             given["consumed_samples"] = max(0, min(given["consumed_samples"], len(dataset) - 1))
         return call()
 

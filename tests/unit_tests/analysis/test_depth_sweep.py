@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_recursive.analysis import depth_sweep
+from megatron_recursive.analysis import depth_sweep, subject
 from megatron_recursive.analysis.depth_sweep import Sweep, record_of, run
 from megatron_recursive.analysis.depth_walk import branches_of, passes_run, walk, walker_of
 from megatron_recursive.analysis.exit_frontier import frontier
 from megatron_recursive.commands import main
+from megatron_recursive.data.cpython_corpus import CorpusDocument, is_held_out
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from tests.distributed import run_distributed
@@ -53,6 +55,25 @@ def model_of(knobs: dict[str, Any]) -> Any:
 def sweep_of(model: Any, rows: int = 4, **more: Any) -> Sweep:
     ids = torch.randint(0, VOCAB, (rows, 13), generator=torch.Generator().manual_seed(1))
     return Sweep(walker_of(Opened(model)), **{"depths": DEPTHS, "rows": ids, "batch_size": 2, **more})
+
+
+def _texts(*names: str) -> Any:
+    """A tokenizer of these words, by place; it ends what is written large with its end token, 0, as T5's does."""
+    return Namespace(encode=lambda text: [names.index(text) + 1, *[0] * text.isupper()], end_ids=[0])
+
+
+def test_without_text_what_corpus_holds_out_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"modules/{number}" for number in range(100)]
+    monkeypatch.setattr(subject, "cpython_documents", lambda: [CorpusDocument(each, each) for each in names])
+    rows = subject.text_rows(_texts(*names), [], 100, 2)
+    held_out = {number + 1 for number, name in enumerate(names) if is_held_out(name)}
+    assert set(rows[:, 0].tolist()) == held_out and 2 < len(held_out) < 30 and not rows[:, 1].any()
+
+
+def test_one_end_token_stands_between_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": each}) for each in ("A", "b", "C")))
+    rows = subject.text_rows(_texts("A", "b", "C"), [str(tmp_path / "a.jsonl")], 1, 6)
+    assert rows.tolist() == [[1, 0, 2, 0, 3, 0]]
 
 
 @pytest.mark.parametrize("kind", grid(FAMILIES, quick=["core", "recurrent", "mean steps", "core-end"]))

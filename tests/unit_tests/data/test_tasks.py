@@ -19,6 +19,7 @@ from megatron_recursive.data.tasks import (
     Addition,
     Hops,
     read_task,
+    share_in,
     write_task,
 )
 from megatron_recursive.errors import UserError
@@ -83,6 +84,27 @@ def test_a_seed_makes_the_same_bytes_and_nothing_is_overwritten(tmp_path: Path) 
     (tmp_path / "a" / "train.idx.json").unlink()
     with pytest.raises(UserError, match="no task"):
         read_task(str(tmp_path / "a" / "train"))
+
+
+def test_held_out_documents_are_not_those_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as there are others: of a level that training has whole, they stay, and the command says so."""
+    task, valid = Addition((2, 3), digits=1), tmp_path / "valid"
+    write_task(task, tmp_path / "train", 1000, (1, 0))
+    write_task(task, tmp_path / "plain", 5000, (1, 1))
+    assert write_task(task, valid, 5000, (1, 1), tmp_path / "train")
+    assert write_task(task, valid, 5000, (1, 1), tmp_path / "train") is False
+    train, plain, ids = (read_task(str(tmp_path / name))[1].tolist() for name in ("train", "plain", "valid"))
+    known = {tuple(row) for row in train}
+    shared = [tuple(row) in known for row in plain]
+    assert 0.2 < sum(shared) / 5000 < 1
+    for before, after, drawn_again in zip(plain, ids, shared, strict=True):
+        assert before[0] == after[0] and (before == after) is not (drawn_again and tuple(after) not in known)
+        assert tuple(after) not in known or after[0] == 2
+    assert share_in(valid, tmp_path / "train") == sum(tuple(row) in known for row in ids) / 5000 < sum(shared) / 5000
+    few = ["--digits", "1", "--summands", "2", "--train-documents", "5000", "--valid-documents", "50"]
+    for words, said in ([few, "100.0% of the documents to evaluate on"], [["--train-documents", "99"], ""]):
+        main(["task", "addition", *words, "--output", str(tmp_path / words[0] / str(len(words)))])
+        assert ("among those to train on" in (out := capsys.readouterr().out)) == bool(said) and said in out
 
 
 def test_mistakes_name_their_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,25 +234,36 @@ def test_only_tokens_that_are_still_there_are_computed(name: str) -> None:
 PROMPTS = {"one token": (make_tokens(1, 1), None), "a padded batch": left_padded(make_tokens(3, 12), PADS)}
 
 
+ADAPTERS = {"rank": 3, "alpha": 6, "targets": ["linear_qkv", "linear_fc2"]}
+KINDS: dict[str, dict[str, Any]] = {  # the cut leaves adapters to the last block's passes
+    "plain": {}, "gated": {"attention_gate": True, "num_attention_heads": 6, "head_dim": 10},
+    "per pass": {"pass_adapters": ADAPTERS, "recursion": {"detach_between_refinements": True}},
+}  # fmt: skip
+
+
 @functools.cache
-def counted_flops(prompt: str, **kwargs: Any) -> tuple[float, Any]:
+def counted_flops(kind: str, prompt: str, **kwargs: Any) -> tuple[float, Any]:
     """Of one generation, with attention that computes every score; and the report."""
-    model, (tokens, mask) = make_deep(config=make_config(4, 1, attn_implementation="eager")), PROMPTS[prompt]
+    config, (tokens, mask) = make_config(4, 1, **KINDS[kind], attn_implementation="eager"), PROMPTS[prompt]
+    model = make_deep(config=config)
     with FlopCounterMode(display=False) as counter:
         model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, **kwargs)
     return counter.get_total_flops(), model.last_exit_report
 
 
-CASES = [("beyond T", "a padded batch", None), ("halting", "one token", "static"), ("kl", "a padded batch", "dynamic"),
-         ("argmax", "one token", None), ("capped", "a padded batch", "static")]  # fmt: skip
+CASES = [("plain", "beyond T", "a padded batch", None), ("gated", "halting", "a padded batch", None),
+         ("per pass", "beyond T", "a padded batch", None), ("plain", "halting", "one token", "static"),
+         ("plain", "kl", "a padded batch", "dynamic"), ("plain", "argmax", "one token", None),
+         ("plain", "capped", "a padded batch", "static")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "prompt", "cache"), grid(CASES, quick=CASES[:1]))
-def test_the_report_counts_the_flops_that_were_done(name: str, prompt: str, cache: str | None) -> None:
+@pytest.mark.parametrize(("kind", "name", "prompt", "cache"), grid(CASES, quick=CASES[:3]))
+def test_the_report_counts_the_flops_that_were_done(kind: str, name: str, prompt: str, cache: str | None) -> None:
     """Prompts included, also what was computed for padding and for tokens that had left."""
-    counted, report = counted_flops(prompt, cache_implementation=cache, **EXITS[name])
+    counted, report = counted_flops(kind, prompt, cache_implementation=cache, **EXITS[name])
     assert report.flops == pytest.approx(counted, rel=1e-6)
-    assert report.fixed_depth_flops == pytest.approx(counted_flops(prompt, cache_implementation=cache)[0], rel=1e-6)
+    fixed, _ = counted_flops(kind, prompt, cache_implementation=cache)
+    assert report.fixed_depth_flops == pytest.approx(fixed, rel=1e-6)
     assert report.flops < report.fixed_depth_flops or report.mean_blocks > 3
     assert report.to_dict()["mean_decoded_blocks"] == report.mean_decoded_blocks > 1
     fed = PADS if prompt == "a padded batch" else [0]

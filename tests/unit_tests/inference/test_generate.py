@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 from megatron_recursive.commands import parser_of
 from megatron_recursive.errors import UserError
 from megatron_recursive.inference import command, output
+from megatron_recursive.inference.generation import encode_prompt
 from megatron_recursive.inference.loading import open_model
 from tests.distributed import REPOSITORY, run_command
 from tests.unit_tests.inference.folders import POSITIONS, TEMPLATE, write_plain, write_recursive
@@ -81,6 +82,17 @@ def test_sampling_repeats_with_the_seed_alone(recursive: Path, capsys: Any) -> N
     texts = [[r["tokens"] for r in records(capsys, *flags, *more)] for more in (
         [], ["--prompt", "x", "--prompt", "ab"], ["--seed", 1])]  # fmt: skip
     assert texts[1][0] == texts[1][2] == texts[0][0] != texts[2][0]
+
+
+def test_an_end_that_the_tokenizer_appends_is_no_part_of_a_prompt(tmp_path: Path, recursive: Path) -> None:
+    folder = shutil.copytree(recursive, tmp_path / "ends")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing("$A <|end|>", special_tokens=[("<|end|>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with open_model(str(folder)) as ends, open_model(str(recursive)) as plain:
+        assert ends.text.encode("ab")[-1] == 0
+        for prompt in ("ab", "", "ab<|end|>"):  # the last one is the prompt's own
+            assert encode_prompt(ends, prompt) == encode_prompt(plain, prompt)
 
 
 def test_beams_are_at_least_as_likely_as_greedy(recursive: Path, capsys: Any) -> None:

@@ -192,6 +192,46 @@ def test_the_fast_path_gives_the_same_samples(blends: dict[str, Any]) -> None:
     assert pairs and all(torch.equal(slow["tokens"], fast["tokens"]) for slow, fast in pairs)
 
 
+def evaluations_of(cases: dict[str, tuple[list[str], int]]) -> dict[str, list[list[Any]]]:
+    """The samples of three evaluations in a row of each case, which begin behind so many that are consumed."""
+    from megatron.training.training import build_train_valid_test_data_iterators
+
+    from megatron_recursive.training.forward_step import datasets_provider
+    from tests.models import start_parallel
+
+    start_parallel()
+    found = {}
+    for name, (argv, consumed) in cases.items():
+        args = parse(argv)
+        args.consumed_valid_samples = consumed
+        _, loader, _ = build_train_valid_test_data_iterators(datasets_provider)
+        found[name] = [[row.tolist() for batch in read(loader, 40) for row in batch["tokens"]] for _ in range(3)]
+    return found
+
+
+def test_every_evaluation_of_text_reads_the_same_samples(data: Path) -> None:
+    """Of runs of any length, resumed ones too; Megatron's own goes on, and shuffles by how many it asks for."""
+    evaluated = ["--eval-iters", "10", "--eval-interval", "2", "--data-cache-path", str(data / "cache")]
+    common = [*ON_DATA, *RECURSION, *evaluated, "--split", "20,80,0"]  # 40 of 79 samples
+    short, long = ([*common, "--data-path", str(data / "a"), *each] for each in (["--train-iters", "4"], HUNDRED))
+    cases = {
+        "short": (short, 0),
+        "long": (long, 0),
+        "resumed": (long, 400),
+        "of other --eval-iters before": (long, 404),
+        "cyclic": ([*long, "--dataloader-type", "cyclic"], 404),
+        "few": ([*common, "--split", "90,10,0", "--data-path", str(data / "a"), str(data / "b")], 40),
+    }
+    found = run_distributed(evaluations_of, 1, cases, timeout=120)[0]
+    few = found.pop("few")  # a blend without weights ends after its 18 samples
+    assert few[0] == few[1] == few[2] and len({str(sample) for sample in few[0]}) == 2
+    expected = found["short"][0]
+    assert len({str(sample) for sample in expected}) > 8
+    for name, evaluations in found.items():
+        for each in evaluations:
+            assert (sorted(each) == sorted(expected)) if name == "cyclic" else (each == expected), name
+
+
 # --- positions and masks --------------------------------------------------------------------------------------------
 
 RESETS = {

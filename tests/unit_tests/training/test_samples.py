@@ -98,6 +98,20 @@ def test_with_conversations_a_prompt_is_what_a_user_says() -> None:
     assert encoded == [expected]
 
 
+def _of_one_that_ends_texts() -> list[list[int]]:
+    from argparse import Namespace
+
+    from megatron_recursive.training.samples import encode_prompts
+
+    run = Namespace(generation_prompt=["1 2", ""], chat_data=None, tokenizer_type="HuggingFaceTokenizer", seq_length=8,
+                    padded_vocab_size=7)  # fmt: skip
+    return encode_prompts(run, Namespace(tokenize=lambda text: [*map(int, text.split()), 0], eod=0))
+
+
+def test_an_end_that_the_tokenizer_appends_is_no_part_of_a_prompt() -> None:
+    assert run_distributed(_of_one_that_ends_texts, 1) == [[[1, 2], [0]]]
+
+
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--generate-interval", "2"], "--generate-interval needs --generation-prompt"),
     (["--generation-prompt", "1"], "--generation-prompt needs --generate-interval"),
