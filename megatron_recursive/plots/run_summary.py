@@ -56,6 +56,7 @@ def _figures(run: Run) -> dict[str, Any]:
         "first iteration": train[0]["iteration"] if train else None, "iteration": last["iteration"],
         "tokens": last.get("tokens"), "FLOPs": last.get("flops"), "FLOPs per token": about.get("FLOPs per token"),
         "seconds": max((r["elapsed"] for r in run.records if "elapsed" in r), default=None), "starts": run.starts,
+        "resumed": run.resumed,
         "training": {name: {"first": v[0], "mean of the last": sum(v[-LAST:]) / len(v[-LAST:]), "of": len(v[-LAST:])}
                      for name, v in values.items() if v},
         "training by block": {str(block): sum(v) / len(v) for block, v in learned.items()},
@@ -83,7 +84,7 @@ def _one(f: dict[str, Any], about: dict[str, Any]) -> list[str]:
         lines.append(f"iterations {f['first iteration']} to {f['iteration']}: {', '.join(losses)} (the first logged "
                      f"value, and the mean of the last {of} logged)")  # fmt: skip
     if f["starts"] > 1:
-        lines.append(f"started {f['starts']} times (resumed from its checkpoints)")
+        lines.append(f"started {f['starts']} times{' (resumed from its checkpoints)' if f['resumed'] else ''}")
     if f["steps"] is not None:
         lines.append(f"expected refinement steps at the halting threshold: {f['steps']:.2f}")
     if f["held out"] is not None:

@@ -24,6 +24,7 @@ class Run:
         records: by iteration; with ``tokens``, ``flops`` and ``elapsed`` (seconds, without lost work) where the file
             tells them. Of several held-out sets the first.
         starts: how often it began to train. A start that was refused, or trained nothing, does not count.
+        resumed: whether a later one went on from a checkpoint.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Run:
     about: dict[str, Any]
     records: tuple[dict[str, Any], ...]
     starts: int
+    resumed: bool
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """Of a kind of record; ``held-out`` are evaluations, or the final test where there were none."""
@@ -90,25 +92,35 @@ def _read(file: Path, name: str) -> Run:
         if not record.get("set"):
             parts[-1].append(record)
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    trained: set[tuple[Any, ...]] = set()
     about: dict[str, Any] = {}
-    starts, head = 0, dict[str, Any]()
+    starts, resumed, head = 0, False, dict[str, Any]()
     for part in parts:
         head = part.pop(0) if part and part[0]["kind"] == "run" else {}
         first = next((r["iteration"] for r in part if r["kind"] == "train"), None)
         if head and first is not None:
-            about, starts = head, starts + 1
+            about, starts, resumed = head, starts + 1, resumed or (starts > 0 and head["iteration"] > 0)
             # Records without a time come from versions that wrote 0 as the iteration of every start.
             begin = head["iteration"] + 1 if "time" in head else first
             kept = {key: r for key, r in kept.items() if r["iteration"] < begin}
-        base = max((r["elapsed"] for r in kept.values() if "elapsed" in r), default=None if kept else 0.0)
+            trained &= kept.keys()
+        elif first is None and about and head.get("plan") != about.get("plan"):
+            continue  # evaluated alone, at another depth
+        base = max((r["elapsed"] for r in kept.values() if "elapsed" in r), default=None if trained else 0.0)
         facts = about or head
         for r in part:
             if "tokens per iteration" in facts:
                 r.setdefault("tokens", r["iteration"] * facts["tokens per iteration"])
             if "tokens" in r and "FLOPs per token" in facts:
                 r["flops"] = r.get("FLOPs", r["tokens"] * facts["FLOPs per token"])  # of drawn depths, what was spent
-            if "time" in r and "time" in head and base is not None:
-                r["elapsed"] = base + r["time"] - head["time"]
-            kept[r["kind"], r["iteration"], r.get("alarm")] = r
+            key = r["kind"], r["iteration"], r.get("alarm")
+            if first is None and key in trained:  # what training recorded stays
+                continue
+            if first is not None:
+                trained.add(key)
+                if "time" in r and "time" in head and base is not None:
+                    r["elapsed"] = base + r["time"] - head["time"]
+            kept[key] = r
     # Where nothing was trained, the last start's plan is that of what was evaluated.
-    return Run(name, file, about or head, tuple(sorted(kept.values(), key=lambda r: r["iteration"])), starts)
+    return Run(name, file, about or head, tuple(sorted(kept.values(), key=lambda r: r["iteration"])), starts,
+               resumed)  # fmt: skip

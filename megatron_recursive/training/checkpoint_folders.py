@@ -32,6 +32,28 @@ def checkpoint_to_read(args: argparse.Namespace) -> tuple[Path | None, bool]:
     return None, False
 
 
+def refuse_overwriting(args: argparse.Namespace, folder: Path | None, *, from_plain_gpt: bool) -> None:
+    """Refuse to save over a run that this one, which reads ``folder``, does not go on from.
+
+    Going back on purpose, to an earlier iteration of the run's own folder, is allowed.
+    """
+    if args.save is None or args.skip_train or args.distill_prepare is not None:
+        return
+    if args.load is not None and Path(args.load).resolve() == Path(args.save).resolve() and not args.finetune:
+        return
+    start = 0
+    if folder is not None and not from_plain_gpt and not args.finetune:
+        start = iteration_of(folder) if args.override_ckpt_iteration is None else args.override_ckpt_iteration
+    passing = args.non_persistent_ckpt_type == "global" and not args.non_persistent_global_ckpt_dir
+    for root in (Path(args.save), *([Path(args.save) / NON_PERSISTENT] if passing else [])):
+        if (there := _tracked(root) or 0) > start:
+            raise UserError(
+                f"{root} holds iteration {there} of an earlier run, which this one would write over, since it starts "
+                f"at {start}; give --load {args.save}{' without --finetune' if args.finetune else ''} to go on from "
+                "there, or another --save, or remove that folder."
+            )
+
+
 def _newest_below(args: argparse.Namespace) -> Path | None:
     root, passing_root = Path(args.load), non_persistent_root(args, args.load)
     if passing_root is None:
@@ -81,10 +103,26 @@ def saving_root(args: argparse.Namespace, *, passing: bool) -> Path:
     return (non_persistent_root(args, args.save) if passing else None) or Path(args.save)
 
 
+def _tracked(root: Path) -> int | None:
+    """The iteration that the tracker below a root names, whether it is there or not."""
+    tracker = root / TRACKER
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def last_iteration(*roots: Path) -> int | None:
+    """The newest checkpoint below some roots that can be gone on from: of each the tracker's, or else the largest."""
+    found = []
+    for root in roots:
+        complete, tracked = complete_iterations(root), _tracked(root)
+        found += [tracked] if tracked in complete else complete[-1:]
+    return max(found, default=None)
+
+
 def last_complete(*roots: Path) -> str:
-    """In words, the newest checkpoint below some roots that can be gone on from."""
-    complete = sorted(iteration for root in roots for iteration in complete_iterations(root))
-    return f"the last complete one there is {complete[-1]}" if complete else "no complete one is there"
+    """:func:`last_iteration` in words."""
+    last = last_iteration(*roots)
+    return "no complete one is there" if last is None else f"the last complete one there is {last}"
 
 
 @contextlib.contextmanager

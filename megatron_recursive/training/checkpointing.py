@@ -94,10 +94,16 @@ def _without_tracebacks() -> Iterator[None]:
         root.removeFilter(has_no_stack)
 
 
-def reason_of(error: BaseException) -> str:
-    """One line on what went wrong; a CheckpointException's own text is every rank's traceback."""
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong; a CheckpointException's own text is every rank's traceback."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def reason_of(error: BaseException) -> str:
+    """:func:`cause_of` in one line."""
+    error = cause_of(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300].rstrip(" :")
 

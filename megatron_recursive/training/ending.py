@@ -116,13 +116,12 @@ def _what_goes_on() -> str:
         return "nothing was trained"
     if args.save is None:
         return "nothing is kept, since --save was not given"
-    from megatron_recursive.models.checkpoint_integrity import complete_iterations
-    from megatron_recursive.training.checkpoint_folders import saving_root
+    from megatron_recursive.training.checkpoint_folders import last_iteration, saving_root
 
-    complete = sorted({*complete_iterations(Path(args.save)), *complete_iterations(saving_root(args, passing=True))})
-    if not complete:
+    iteration = last_iteration(Path(args.save), saving_root(args, passing=True))
+    if iteration is None:
         return f"nothing was saved yet (--save-interval {args.save_interval}), so that the same command starts anew"
-    last = f"the last checkpoint is iteration {complete[-1]} in {args.save}"
+    last = f"the last checkpoint is iteration {iteration} in {args.save}"
     if args.load is not None and Path(args.load).resolve() == Path(args.save).resolve():
         return f"{last}, and the same command goes on from there"
     return f"{last}; add --load {args.save} to go on from there"

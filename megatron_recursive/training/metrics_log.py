@@ -48,7 +48,7 @@ class MetricsLog:
         description, self._description = self._description, None
         if run.train_only is not None:  # the weights that the alarms speak of are frozen
             self._alarms.after = 0
-        if description and run.rank == run.world_size - 1 and (run.skip_train or run.iteration < run.train_iters):
+        if description and run.rank == run.world_size - 1:
             start = {"kind": "run", "iteration": run.iteration, "time": time.time()}
             append_metrics(run.metrics_file, {**start, **description})
 

@@ -56,6 +56,7 @@ def _run() -> None:
         from megatron_recursive.training.progress import Progress
         from megatron_recursive.training.report import announce
         from megatron_recursive.training.result_checks import said_in_a_sentence
+        from megatron_recursive.training.save_lock import saving_alone
     warnings.filterwarnings("ignore", message=".*is deprecated.*", module="megatron")
 
     args, recursion = parse_arguments()
@@ -66,25 +67,26 @@ def _run() -> None:
     wheel.install()
     if args.distill_prepare is not None and model_config.distillation is not None:
         return prepare(args, model_config.distillation, _in_sentences(datasets_provider))
-    description = announce(args, model_config)
-    progress = Progress()
-    plans = model_config.step_plans(args)
-    dispatch.install(functools.partial(plan_of_step, plans), recursion.depths_to_evaluate)
-    accounts.install(model_config, plans)
-    averages = optimizers.install(args, plans.growth)
-    carried.install()
-    loaders.install()
-    checkpoints.install(args, model_config, progress, averages)
-    log = MetricsLog(recursion, plans, description, progress)
-    observing.install(args, log, averages if args.evaluate_ema else ())
-    try:
-        with said_in_a_sentence(), profiler.stopped_at_exit(args):
-            pretrain(container, _in_sentences(datasets_provider), ModelType.encoder_or_decoder, forward_step)
-    except SystemExit as stop:  # --exit-interval and its like
-        if not stop.code:
-            _close(args, progress)
-        raise
-    _close(args, progress)
+    with saving_alone(args):
+        description = announce(args, model_config)
+        progress = Progress()
+        plans = model_config.step_plans(args)
+        dispatch.install(functools.partial(plan_of_step, plans), recursion.depths_to_evaluate)
+        accounts.install(model_config, plans)
+        averages = optimizers.install(args, plans.growth)
+        carried.install()
+        loaders.install()
+        checkpoints.install(args, model_config, progress, averages)
+        log = MetricsLog(recursion, plans, description, progress)
+        observing.install(args, log, averages if args.evaluate_ema else ())
+        try:
+            with said_in_a_sentence(), profiler.stopped_at_exit(args):
+                pretrain(container, _in_sentences(datasets_provider), ModelType.encoder_or_decoder, forward_step)
+        except SystemExit as stop:  # --exit-interval and its like
+            if not stop.code:
+                _close(args, progress)
+            raise
+        _close(args, progress)
 
 
 def _choose_device() -> None:

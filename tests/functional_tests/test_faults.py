@@ -272,7 +272,7 @@ def test_a_disk_that_fills_up_during_a_save(server: RunServer, six: Path, tmp_pa
     result = on_a_small_disk(["env", f"FAULT={tmp_path}", *argv], disk, before, after, room=300_000)
     said = said_in(result.stderr)
     assert result.returncode == 2
-    assert f"The checkpoint of iteration 6 cannot be written to {disk}" in said
+    assert f"The checkpoint of iteration 6 cannot be written to {disk}" in said and "; make room and start" in said
     assert "the last complete one there is 3." in said
     time.sleep(0.5)
     assert processes_with(f"FAULT={tmp_path}") == []

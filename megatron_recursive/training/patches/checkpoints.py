@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import queue
@@ -43,7 +44,7 @@ from megatron_recursive.optimizers.weight_average import WeightAverage, read_whe
 from megatron_recursive.plan import StepPlans
 from megatron_recursive.training import run_record
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
-from megatron_recursive.training.checkpointing import check_checkpoint, reason_of
+from megatron_recursive.training.checkpointing import cause_of, check_checkpoint, reason_of
 from megatron_recursive.training.data_stream import is_stream, share_position
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 from megatron_recursive.training.optimizer_state import choose_format
@@ -55,6 +56,7 @@ from megatron_recursive.training.value_biases import hold_value_biases
 
 OTHER_DEVICE = ("RNG state is wrong size", "CPUGeneratorImplState")  # what torch says of another device's random state
 STATE_BYTES = 20  # a parameter with its fp32 copy, Adam's moments and --ema-decay's average, at most
+FULL_BYTES = 10**6  # a disk with less room was filled by a save
 
 
 def install(
@@ -160,9 +162,12 @@ def _save(
         return result
     except (OSError, CheckpointException) as error:
         free = shutil.disk_usage(root).free if root.is_dir() else 0
+        code = getattr(cause_of(error), "errno", None)  # which Megatron's writers leave out
+        is_full = free < FULL_BYTES if code is None else code in (errno.ENOSPC, errno.EDQUOT)
+        mend = "make room" if is_full else "mend that"
         raise UserError(
             f"The checkpoint of iteration {iteration} cannot be written to {root}, where {free / 1e6:,.1f} MB are "
-            f"free ({reason_of(error)}); make room and start the same command again, since "
+            f"free ({reason_of(error)}); {mend} and start the same command again, since "
             f"{last_complete(root, Path(run.save))}."
         ) from error
 

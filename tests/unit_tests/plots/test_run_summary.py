@@ -29,8 +29,11 @@ def test_what_a_stranger_wants_to_know_is_there(tmp_path):
     assert "held-out lm loss at depths: 3: 6.500, 16: 6.250" in text
     assert "beside a run with --disable-recursive-refinement" in text
     assert "halting threshold: 1.75" in text
-    assert "started 2 times" in text and "ALARM at iteration 4: tokens have collapsed." in text
+    assert "started 2 times (resumed from its checkpoints)" in text
+    assert "ALARM at iteration 4: tokens have collapsed." in text
     assert figures["runs"][0]["blocks"] == [7.25, 6.5, 6.5] and figures["runs"][0]["seconds"] == 3720.0
+    text, _ = summarize_runs([write(file, start(time=0.0), steps[0], start(time=99.0), steps[1])])
+    assert "started 2 times\n" in f"{text}\n", "both began at iteration 0"
 
 
 def runs(folder, **by_name):

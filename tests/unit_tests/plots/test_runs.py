@@ -50,3 +50,19 @@ def test_a_run_s_plan_has_the_depth_of_its_last_evaluation(tmp_path):
     for records, depth in (([], 3), ([grown], 4), ([grown, other], 3)):  # the last start may have left growth out
         (run,) = read_runs([write(tmp_path / "metrics.jsonl", start(blocks=3), train(1, 4.0), *records)])
         assert run.plan is not None and run.plan.depth == depth
+
+
+def test_what_was_evaluated_alone_replaces_nothing_that_training_recorded(tmp_path):
+    deeper = start(blocks=5, iteration=20, time=900.0)
+    finished, anew = start(iteration=20, time=500.0), start(iteration=0, time=1.0)
+    trained = [start(time=100.0), train(20, 8.0, time=120.0), valid(20, 6.26, time=125.0)]
+    alone = [finished, valid(20, 6.374, time=505.0), {**valid(20, 6.4, time=506.0), "kind": "test"}, deeper,
+             valid(20, 5.0, time=910.0), valid(30, 5.0, time=911.0)]  # fmt: skip
+    (run,) = read_runs([write(tmp_path / "m.jsonl", anew, valid(0, 9.0, time=2.0), *trained, *alone)])
+    assert run.starts == 1 and run.plan is not None and run.plan.num_blocks == 3
+    assert [(r["kind"], r["iteration"], r["lm loss"]) for r in run.records] == [
+        ("valid", 0, 9.0), ("train", 20, 8.0), ("valid", 20, 6.26), ("test", 20, 6.4)
+    ]  # fmt: skip
+    assert [r.get("elapsed") for r in run.records] == [None, 20.0, 25.0, None]
+    (run,) = read_runs([write(tmp_path / "m.jsonl", finished, valid(20, 6.0), deeper, valid(20, 5.0))])
+    assert [r["lm loss"] for r in run.records] == [5.0], "nothing was trained: the last evaluation counts"

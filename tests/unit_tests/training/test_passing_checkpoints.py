@@ -1,15 +1,20 @@
-"""Non-persistent checkpoints: what is compared, read and recorded is one folder, and any run goes on from it."""
+"""Non-persistent checkpoints: what is compared, read and recorded is one folder, and any run goes on from it.
+
+And no run is written over by one that does not go on from it.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from tests.distributed import run_distributed
 from tests.grids import grid
-from tests.unit_tests.training.runs import files_of, losses_of, metrics_of, train
+from tests.unit_tests.training.runs import files_of, losses_of, metrics_of, refusals, train
 
 PASSING = ["--non-persistent-ckpt-type", "global", "--non-persistent-save-interval", "2"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
@@ -82,3 +87,56 @@ def test_a_start_from_a_plain_gpt_goes_on_from_its_passing_checkpoints(saved: Pa
     (run / "metrics.jsonl").unlink()
     assert train(*flags) is None
     assert sorted(metrics_of(run)) == [3]
+
+
+def tracked(root: Path, iteration: str) -> Path:
+    """What a start looks at before any work."""
+    (root / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")).mkdir(parents=True)
+    (root / "latest_checkpointed_iteration.txt").write_text(iteration)
+    return root
+
+
+def starts(cases: list[dict[str, str | bool | None]]) -> list[str | None]:
+    """What is said of each start; a refusal's first half."""
+    from megatron_recursive.errors import UserError
+    from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, refuse_overwriting
+
+    flags = ("load", "save", "ckpt_step", "init_from_gpt", "skip_train", "finetune", "distill_prepare",
+             "override_ckpt_iteration", "non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")  # fmt: skip
+    said: list[str | None] = []
+    for case in cases:
+        args = Namespace(**{**dict.fromkeys(flags), **case})
+        folder, from_plain_gpt = checkpoint_to_read(args)
+        try:
+            said.append(refuse_overwriting(args, folder, from_plain_gpt=from_plain_gpt))
+        except UserError as error:
+            said.append(str(error).split(";")[0])
+    return said
+
+
+def test_a_run_is_not_written_over_by_one_that_does_not_go_on_from_it(tmp_path: Path) -> None:
+    run, other, imported = tracked(tmp_path / "run", "20"), tracked(tmp_path / "other", "10"), tmp_path / "import"
+    tracked(imported, "release")
+    passing = {"non_persistent_ckpt_type": "global", "save": str(tracked(tmp_path / "new/non_persistent", "4").parent)}
+    into = {"save": str(run)}
+    good = [
+        {"save": str(tmp_path / "none")}, {**into, "load": str(run)}, {**into, "load": str(run), "ckpt_step": 20},
+        {**into, "load": f"{other}/../run", "ckpt_step": 20}, {**into, "skip_train": True}, {"load": str(run)},
+        {"save": str(other), "load": str(run)}, {**into, "load": str(other), "override_ckpt_iteration": 20},
+        {"save": str(imported), "load": str(imported), "finetune": True}, {"save": "s3://bucket/run"},
+        {**passing, "load": passing["save"]},
+    ]  # fmt: skip
+    bad = [(into, 0), ({**into, "load": str(other)}, 10), ({**into, "load": str(imported)}, 0),
+           ({**into, "load": str(tmp_path / "none")}, 0), ({**into, "load": str(run), "finetune": True}, 0),
+           ({**into, "init_from_gpt": str(other)}, 0)]  # fmt: skip
+    (said,) = run_distributed(starts, 1, [*good, *(case for case, _ in bad), passing])
+    over = "holds iteration 20 of an earlier run, which this one would write over, since it starts at"
+    assert said[: len(good)] == [None] * len(good)
+    assert said[len(good) : -1] == [f"{run} {over} {start}" for _, start in bad]
+    assert "new/non_persistent holds iteration 4 of" in said[-1]
+    before = files_of(run)
+    plain, finetuned = refusals([[*into_flags, "--save", run] for into_flags in ([], ["--load", run, "--finetune"])])
+    mends = "to go on from there, or another --save, or remove that folder."
+    assert plain.endswith(f"0; give --load {run} {mends}")
+    assert finetuned.endswith(f"0; give --load {run} without --finetune {mends}")
+    assert files_of(run) == before

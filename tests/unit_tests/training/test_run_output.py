@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import io
 import json
@@ -162,6 +164,11 @@ def test_a_run_that_only_evaluates_says_so(tmp_path: Path) -> None:
     assert "nothing was trained: iteration 6 of 9 is the last one" in out and "test set at iteration 6" in out
     added = (tmp_path / "metrics.jsonl").read_text().removeprefix(before).splitlines()
     assert [json.loads(line)["kind"] for line in added] == ["run", "valid", "test"]
+    assert train(*flags, flags=(), recursion=()) is None, "the same command, of a run at its end"
+    added = (tmp_path / "metrics.jsonl").read_text().removeprefix(before).splitlines()[3:]
+    assert [json.loads(line)["kind"] for line in added] == ["run", "valid", "test"]
+    with (tmp_path / "logs" / "lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the runs have left
 
 
 # --- how it ends ----------------------------------------------------------------------------------------------------
@@ -235,6 +242,69 @@ def test_ctrl_c_before_training_is_a_sentence() -> None:
     done = run_command([sys.executable, "-c", INTERRUPTED], timeout=25)
     assert done.returncode == ending.EXIT_INTERRUPTED and done.stdout == ""
     assert done.stderr == "stopped by Ctrl-C before training began; nothing was trained.\n"
+
+
+def said_of_checkpoints(save: Path) -> str:
+    from megatron_recursive.training.checkpoint_folders import last_complete
+
+    run = Namespace(save=str(save), load=str(save), non_persistent_ckpt_type=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ending, "_arguments", lambda: run)
+        return f"{ending._what_goes_on()}: {last_complete(save)}"
+
+
+@pytest.mark.parametrize(("tracker", "named"), [("10", 10), ("30", 20), ("", 20)])
+def test_the_last_checkpoint_is_the_tracker_s_where_it_is_complete(tmp_path: Path, tracker: str, named: int) -> None:
+    """Another is of a run that this one went back behind, or of a save that was cut short."""
+    for iteration in (10, 20):
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+        (tmp_path / f"iter_{iteration:07d}" / "metadata.json").touch()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+    (said,) = run_distributed(said_of_checkpoints, 1, tmp_path)
+    assert f"the last checkpoint is iteration {named} in" in said and said.endswith(f"complete one there is {named}")
+
+
+def test_a_second_run_in_a_folder_is_refused_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with (tmp_path / "logs" / "lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        said = run_distributed(in_worker, 2, [*FLAGS, *RECURSION, *save_to(tmp_path)], timeout=120)
+    assert said == [f"Another run is saving into --save {tmp_path}; wait for its end, or name another folder."] * 2
+    assert not (tmp_path / "iter_0000003").exists()
+
+
+def failed_saves(save: Path, codes: list[int | None], free: int) -> list[str]:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_recursive.training.patches import checkpoints
+    from megatron_recursive.training.progress import Progress
+
+    plans: Any = Namespace(growth=Namespace(config_after=lambda _: None), config=None)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = Namespace(save=str(save), rank=0, async_save=False, train_only=None, non_persistent_ckpt_type=None)
+        patch.setattr(checkpoints, "get_args", lambda: run)
+        patch.setattr(checkpoints.shutil, "disk_usage", lambda _: Namespace(free=free))
+        for code in codes:
+
+            def call(code: int | None = code) -> None:
+                if code is not None:
+                    raise OSError(code, os.strerror(code))
+                raise CheckpointException("", {0: (RuntimeError("Worker failure"), None)})  # type: ignore[dict-item]
+
+            with pytest.raises(UserError) as refused:
+                checkpoints._save({}, plans, Progress(), call, {"iteration": 3})
+            said.append(str(refused.value))
+    return said
+
+
+def test_room_is_asked_for_where_it_is_lacking(tmp_path: Path) -> None:
+    codes = [errno.ENOSPC, errno.EDQUOT, errno.EACCES, None]
+    (with_room,) = run_distributed(failed_saves, 1, tmp_path, codes, 10**9)
+    assert ["; make room and start the same command" in said for said in with_room] == [True, True, False, False]
+    assert "Permission denied); mend that and start the same command again" in with_room[2]
+    ((unsaid,),) = run_distributed(failed_saves, 1, tmp_path, [None], 0)
+    assert "(RuntimeError: Worker failure); make room and" in unsaid
 
 
 @pytest.mark.grid
