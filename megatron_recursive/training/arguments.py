@@ -22,7 +22,7 @@ from megatron_recursive.models.gradient_fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, initial_std
-from megatron_recursive.training import help_text, profiling, refusals, tokenizer_check
+from megatron_recursive.training import help_text, profiling, refusals, refused_features, tokenizer_check
 from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.chat_data import add_chat_arguments, settle_chat
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only, refuse_overwriting
@@ -58,7 +58,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     if args.tokenizer_type is None and args.vocab_file is not None and args.merge_file is not None:
         args.tokenizer_type = "GPT2BPETokenizer"  # as Megatron's own GPT script
     refuse_optimizers(args)
-    refusals.refuse_features(args, on_cpu=cpu.is_installed())
+    refused_features.refuse_features(args, on_cpu=cpu.is_installed())
     folder, from_plain_gpt = checkpoint_to_read(args)
     if (args.exit_on_missing_checkpoint and folder is None) or (
         args.ckpt_step is not None and (folder is None or from_plain_gpt)
@@ -69,6 +69,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     refuse_overwriting(args, folder, from_plain_gpt=from_plain_gpt)
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
+    refused_features.refuse_activations(args)
     refusals.refuse_shapes(args)
     refuse_norms(args)
     refuse_lora(args)

@@ -1,158 +1,22 @@
-"""What this package refuses, in one sentence each, before any work is done."""
+"""What flags cannot be, in one sentence each, before any work is done; features: ``refused_features``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_recursive.command_line import command
 from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.knobs import flag_of
 
-Test = Callable[[argparse.Namespace], Any]
 SPLITS = ("train", "valid", "test")
 MEGATRONS_SPLIT = "969,30,1"  # what validate_args takes where --data-path is given without --split
-
-# What is refused | when | what to do instead. Read by the argument check, in this order.
-NOT_COVERED: tuple[tuple[str, Test, str], ...] = (
-    ("virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank, "
-     "--pipeline-model-parallel-layout)",
-     lambda a: a.num_layers_per_virtual_pipeline_stage or a.num_virtual_stages_per_pipeline_rank
-     or a.pipeline_model_parallel_layout,
-     "leave them out, since the passes of the recursion take their place in the schedule"),
-    ("mixture of experts (--num-experts)", lambda a: a.num_experts, "use dense layers"),
-    ("multi-token prediction (--mtp-num-layers)", lambda a: a.mtp_num_layers, "leave it out"),
-    ("multi-latent attention (--multi-latent-attention)", lambda a: a.multi_latent_attention,
-     "use --group-query-attention"),
-    ("context parallelism (--context-parallel-size > 1)", lambda a: a.context_parallel_size > 1,
-     "use --sequence-parallel with tensor parallelism"),
-    ("adapters beside an 8-bit frozen base (--lora-rank with --fp8-format, --fp8-param-gather or --fp4-param-gather)",
-     lambda a: a.lora_rank and (a.fp8 or a.fp8_param_gather or a.fp4_param_gather), "freeze it in bf16, with --bf16"),
-    ("FP8 (--fp8-format)", lambda a: a.fp8, "use --bf16"),
-    ("FP4 (--fp4-format)", lambda a: a.fp4, "use --bf16"),
-    ("8-bit parameters or a quantised output layer (--fp8-param-gather, --fp4-param-gather, --fp8-output-proj)",
-     lambda a: a.fp8_param_gather or a.fp4_param_gather or a.fp8_output_proj, "use --bf16"),
-    ("quantisation by a recipe (--te-precision-config-file, --kitchen-config-file, --kitchen-recipe-number)",
-     lambda a: a.te_precision_config_file or getattr(a, "kitchen_config_file", None)
-     or getattr(a, "kitchen_recipe_number", None) is not None, "use --bf16"),
-    # The output layer's inputs are kept for a backward at the step's end that Megatron counts by micro-batches.
-    ("deferred weight gradients (--defer-embedding-wgrad-compute, --delay-wgrad-compute)",
-     lambda a: a.defer_embedding_wgrad_compute or a.delay_wgrad_compute, "leave it out"),
-    ("FSDP (--use-megatron-fsdp, --use-torch-fsdp2)", lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
-     "use --use-distributed-optimizer"),
-    ("muP (--use-mup)", lambda a: a.use_mup, "leave it out"),
-    ("TP communication overlap (--tp-comm-overlap)", lambda a: a.tp_comm_overlap, "leave it out"),
-    ("heterogeneous layers (--heterogeneous-layers-config-path, --heterogeneous-layers-config-encoded-json)",
-     lambda a: a.heterogeneous_layers_config_path or a.heterogeneous_layers_config_encoded_json,
-     "use layers of one shape"),
-    ("hybrid layers (--hybrid-layer-pattern, --hybrid-override-pattern, --mtp-hybrid-override-pattern, "
-     "--is-hybrid-model)", lambda a: a.hybrid_layer_pattern or a.hybrid_override_pattern
-     or a.mtp_hybrid_override_pattern or a.is_hybrid_model, "use attention layers"),
-    ("attention variants (--experimental-attention-variant)", lambda a: a.experimental_attention_variant,
-     "use softmax attention"),
-    ("CUDA graphs (--cuda-graph-impl, --enable-cuda-graph, --external-cuda-graph)",
-     lambda a: a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph, "leave them off"),
-    ("weights in shards (--tensor-parallel-num-weight-shards)",
-     lambda a: (a.tensor_parallel_num_weight_shards or 1) > 1, "use --use-distributed-optimizer"),
-    # Of a layer's forwards in a step they keep the last, by its name.
-    ("files of activations (--save-activations-interval, --save-dgrads-interval)",
-     lambda a: a.save_activations_interval or a.save_dgrads_interval, "leave it out"),
-    # Both count the layers of one forward pass, and a pass has them all again.
-    ("activation offloading (--fine-grained-activation-offloading, --cpu-offloading-num-layers)",
-     lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers, "use --recompute-granularity"),
-    # Megatron 0.19.2 has its iterations on the first tensor-parallel rank alone, and reads batches of one sample, for
-    # which its schedule's messages are too large.
-    ("--full-validation over tensor- or pipeline-parallel ranks", lambda a: a.full_validation
-     and max(a.tensor_model_parallel_size, a.pipeline_model_parallel_size) > 1, "use --eval-iters"),
-    # They are for Megatron's FSDP: norms would start as memory is, and tied embeddings apart.
-    ("models on the meta device (--init-model-with-meta-device)", lambda a: a.init_model_with_meta_device,
-     "leave it out"),
-    ("reinforcement learning (--perform-rl-step)", lambda a: a.perform_rl_step, "leave it out"),
-    ("Megatron's fine-tuning (--sft)", lambda a: a.sft,
-     "use --chat-data PREFIX, whose evaluations average tokens and not micro-batches"),
-    ("fill-in-the-middle data (--fim-data)", lambda a: a.fim_data, "leave it out"),
-    ("packed documents (--dataloader-inter-document-masking)", lambda a: a.dataloader_inter_document_masking,
-     "use --reset-attention-mask and --reset-position-ids"),
-    # They hook the output layer, which runs once a block, and the loss knows nothing of what they load.
-    ("files of logits (--logits-save-dir, --logits-load-dir)", lambda a: a.logits_save_dir or a.logits_load_dir,
-     "use --distill-prepare and --distill-from"),
-    ("in-process restarts (--inprocess-restart)", lambda a: a.inprocess_restart, "let torchrun restart the run"),
-    ("data loaders of one's own (--dataloader-type external)", lambda a: a.dataloader_type == "external"
-     and a.data_stream is None, "use --data-stream, or --dataloader-type single or cyclic"),
-    # Nor does Megatron 0.19.2: it passes its config a name that the config does not have.
-    ("Xavier initialisation (--init-method-xavier-uniform)", lambda a: a.init_method_xavier_uniform,
-     "use --init-method-std"),
-    ("--pretrained-checkpoint", lambda a: a.pretrained_checkpoint, "use --init-from-gpt"),
-    ("checkpoints other than torch_dist (--ckpt-format)", lambda a: a.ckpt_format != "torch_dist",
-     "use --ckpt-format torch_dist"),
-    ("checkpoints of a node's own (--non-persistent-ckpt-type local)", lambda a: a.non_persistent_ckpt_type == "local",
-     "use --non-persistent-ckpt-type global"),
-    ("--non-persistent-save-interval alone",
-     lambda a: a.non_persistent_save_interval and a.non_persistent_ckpt_type is None,
-     "add --non-persistent-ckpt-type global"),
-)  # fmt: skip
-
-# What needs a package that is no part of an installation | when | the package: its module, its name to pip.
-NEEDS_PACKAGE: tuple[tuple[str, Test, str, str], ...] = (
-    ("--optimizer {0.optimizer}", lambda a: a.optimizer not in ("adam", "sgd"), "emerging_optimizers",
-     "emerging-optimizers"),
-    ("--wandb-project", lambda a: a.wandb_project, "wandb", "wandb"),
-    ("--enable-ft-package", lambda a: a.enable_ft_package, "nvidia_resiliency_ext", "nvidia-resiliency-ext"),
-    ("--log-straggler", lambda a: a.log_straggler, "pynvml", "nvidia-ml-py"),
-)
-
-NOT_ON_CPU: tuple[tuple[str, Test, str], ...] = (
-    ("--distributed-backend nccl", lambda a: a.distributed_backend == "nccl", "--distributed-backend gloo"),
-    ("--transformer-impl transformer_engine", lambda a: a.transformer_impl != "local", "--transformer-impl local"),
-    ("--fp16", lambda a: a.fp16, "--bf16 or fp32"),
-    ("--use-flash-attn", lambda a: getattr(a, "use_flash_attn", False), "the default attention"),
-    ("--attention-backend flash or fused", lambda a: a.attention_backend.name in ("flash", "fused"),
-     "--attention-backend auto"),
-    ("--async-save", lambda a: a.async_save, "synchronous checkpoints"),
-    ("--log-straggler", lambda a: a.log_straggler, "--timing-log-level 2"),
-)  # fmt: skip
-
-NOT_IN_LOCAL_SPEC: tuple[tuple[str, Test, str], ...] = (
-    ("sliding-window attention (--window-size)", lambda a: a.window_size is not None, "leave it out"),
-    ("--softmax-type other than vanilla", lambda a: a.softmax_type != "vanilla", "--softmax-type vanilla"),
-    ("--qk-clip or --log-max-attention-logit", lambda a: a.qk_clip or a.log_max_attention_logit, "leave it out"),
-    ("--qk-l2-norm", lambda a: getattr(a, "qk_l2_norm", False), "--qk-layernorm"),
-    ("--recompute-modules layernorm",
-     lambda a: a.recompute_granularity == "selective" and "layernorm" in (a.recompute_modules or ()),
-     "--recompute-modules core_attn"),
-    # Megatron's checkpoint function hands the bias through as an output, and its backward then calls itself for ever.
-    ("--recompute-modules mlp with biases",
-     lambda a: a.recompute_granularity == "selective" and "mlp" in (a.recompute_modules or ()) and a.add_bias_linear,
-     "--disable-bias-linear"),
-)
-
-
-def refuse_features(args: argparse.Namespace, *, on_cpu: bool) -> None:
-    """Raise for the first flag that asks for something this package (or this machine) cannot do."""
-    for what, asked, instead in NOT_COVERED:
-        if asked(args):
-            raise UserError(f"Recursive models do not support {what} yet; {instead}.")
-    for what, asked, module, package in NEEDS_PACKAGE:
-        if asked(args) and importlib.util.find_spec(module) is None:
-            raise UserError(
-                f"{what.format(args)} needs the package {package}; install it (pip install {package}), or leave it out."
-            )
-    if args.wandb_project and not (args.save or args.wandb_save_dir):
-        raise UserError("--wandb-project needs --save or --wandb-save-dir, a folder for its files.")
-    for what, asked, instead in NOT_ON_CPU if on_cpu else ():
-        if asked(args):
-            raise UserError(f"{what} needs a CUDA device; on this machine use {instead}.")
-    for what, asked, instead in NOT_IN_LOCAL_SPEC if args.transformer_impl == "local" else ():
-        if asked(args):
-            raise UserError(f"{what} needs --transformer-impl transformer_engine; otherwise {instead}.")
 
 
 def refuse_shapes(args: argparse.Namespace) -> None:
@@ -220,8 +84,13 @@ def refuse_schedule(args: argparse.Namespace) -> None:
         )
     if args.step_batch_size_schedule is not None:
         _refuse_batches(args, step)
+    if args.phase_transition_iterations and args.train_samples is None:
+        raise UserError("--phase-transition-iterations needs --train-samples, of which Megatron makes the last phase.")
     if args.enable_recursive_refinement and args.pipeline_model_parallel_size > 1:
         _refuse_pipeline(args, replicas)
+    for flag in ("save_params_interval", "save_wgrads_interval"):
+        if getattr(args, flag) and args.save is None:
+            raise UserError(f"{flag_of(flag)} needs --save, the folder that it writes to.")
     if args.save is not None and not args.save_interval:
         raise UserError("--save needs --save-interval, the iterations between two checkpoints.")
 
@@ -326,10 +195,10 @@ def refuse_data(args: argparse.Namespace) -> None:
                 f"--per-dataset-sequences-path {args.per_dataset_sequences_path} cannot be read as JSON "
                 f"({type(error).__name__}: {_one_line(error)})."
             ) from error
-    if args.mock_data:
-        return
     if args.multiple_validation_sets and not args.full_validation:
         raise UserError("--multiple-validation-sets needs --full-validation: each set is read once, and whole.")
+    if args.mock_data:
+        return
     for flag, blend in _blends(args).items() if args.full_validation else ():
         prefixes = _without_weights(flag, blend)
         if len(prefixes) < len(blend) and len(prefixes) > 1 and not re.search(r"(train|test)(-data-path)?$", flag):
@@ -442,8 +311,7 @@ def _is_number(text: str) -> bool:
 
 def refuse_output(args: argparse.Namespace) -> None:
     """A folder that cannot be written: better said now than at the first save."""
-    for flag in ("save", "tensorboard_dir", "data_cache_path", "config_logger_dir", "wandb_save_dir",
-                 "logits_save_dir"):  # fmt: skip
+    for flag in ("save", "tensorboard_dir", "data_cache_path", "wandb_save_dir", "logits_save_dir"):  # fmt: skip
         path = getattr(args, flag)
         if not path or "://" in str(path):
             continue

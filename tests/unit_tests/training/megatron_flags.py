@@ -8,19 +8,20 @@ from __future__ import annotations
 
 ALL = 808  # a new flag of a family is seen by this alone
 
-# Whole groups of which nothing has an effect here | why.
+# Whole groups of which nothing that is not refused has an effect on a GPT (under rotary positions) | why.
 GROUPS: dict[str, str] = {
-    "rl": "--perform-rl-step is refused",
+    "rl": "--perform-rl-step, --rl-profile and --rl-use-sequence-packing are refused",
     "biencoder": "read by Megatron's BERT retrieval scripts",
-    "vision": "read by Megatron's vision scripts",
+    "vision": "--vision-pretraining is refused",
     "inference": "read by Megatron's inference engines, which nothing here starts",
-    "mla": "--multi-latent-attention is refused",
+    "mla": "--multi-latent-attention is refused; what scales YaRN is as the positions below",
     "experimental_attention_variant": "--experimental-attention-variant is refused",
     "Logits Distillation": "--logits-save-dir and --logits-load-dir are refused",
     "In-process restart": "--inprocess-restart is refused",
-    "fault injector": "breaks a run on purpose, whatever the model",
+    "fault injector": (
+        "--fault-injector-ranks and --fault-injector-num-ranks are refused where their package is missing"),
     "one logger": "telemetry of the run's times, from outside of the model",
-    "autoresume": "asks NVIDIA's cluster whether to stop, between steps",
+    "autoresume": "--adlr-autoresume is refused",
     "straggler": "--log-straggler is refused where its package is missing, and times forward_step otherwise",
     "workload inspector": "a server beside the run",
     "ft_package": "--enable-ft-package is refused where its package is missing",
@@ -64,24 +65,22 @@ SINGLE: dict[str, str] = {
     --data-parallel-random-init --te-rng-tracker --disable-jit-fuser --deterministic-mode --batch-invariant-mode
     --disable-bf16-reduced-precision-matmul --enable-experimental""":
         "how a model is made or its kernels chosen, once",
-    """--cross-entropy-loss-fusion --cross-entropy-fusion-impl --flash-attention-version --fp32-residual-connection
-    --apply-residual-connection-post-layernorm --norm-epsilon --apply-layernorm-1p --add-qkv-bias
-    --activation-func-clamp-value --qk-clip-alpha --qk-clip-threshold --attention-output-gate
+    """--cross-entropy-loss-fusion --cross-entropy-fusion-impl --flash-attention-version --norm-epsilon
+    --apply-layernorm-1p --add-qkv-bias --qk-clip-alpha --qk-clip-threshold --attention-output-gate
     --calculate-per-token-loss --apply-query-key-layer-scaling --use-fused-weighted-squared-relu
     --fused-residual-rmsnorm --use-transformer-engine-op-fuser --use-grouped-gemm-for-dense-mlp
-    --use-te-activation-func --symmetric-ar-type --mlp-chunks-for-training --distribute-saved-activations
+    --use-te-activation-func --symmetric-ar-type --mlp-chunks-for-training
     --disable-clone-scatter-output-in-embedding --window-attn-skip-freq --use-rotary-position-embeddings
-    --use-rope-scaling --rope-scaling-factor --no-rope-freq --rope-type --no-position-embedding --openai-gelu
-    --squared-relu --quick-geglu --no-bias-swiglu-fusion --no-bias-dropout-fusion --attention-softmax-in-fp32
-    --fp16-lm-cross-entropy""":
+    --use-rope-scaling --rope-scaling-factor --no-rope-freq --rope-type --no-position-embedding
+    --no-bias-swiglu-fusion --no-bias-dropout-fusion --attention-softmax-in-fp32 --fp16-lm-cross-entropy""":
         "what one layer or the loss computes: the same in every pass",
-    """--decoder-last-pipeline-num-layers --pipeline-model-parallel-comm-backend --use-ring-exchange-p2p
+    """--decoder-last-pipeline-num-layers
     --overlap-p2p-communication-warmup-flush
     --no-overlap-p2p-communication --account-for-embedding-in-pipeline-split
     --account-for-loss-in-pipeline-split --distributed-timeout-minutes --distributed-timeout-seconds-after-init
-    --disable-align-grad-reduce --local-rank --lazy-mpu-init --nccl-communicator-config-path
-    --use-tp-pp-dp-mapping --disable-gloo-process-groups --use-sharp --sharp-enabled-group
-    --high-priority-stream-groups --use-nccl-ub --disable-symmetric-registration --fake-process-group""":
+    --disable-align-grad-reduce --local-rank --nccl-communicator-config-path
+    --use-tp-pp-dp-mapping --disable-gloo-process-groups
+    --high-priority-stream-groups --disable-symmetric-registration --fake-process-group""":
         "how ranks are laid out and talk; the ring sets its own point-to-point options",
     """--ddp-num-buckets --ddp-bucket-size --ddp-pad-buckets-for-high-nccl-busbw
     --ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-for-fp32-local-accumulation
@@ -93,35 +92,33 @@ SINGLE: dict[str, str] = {
     --sgd-momentum --no-weight-decay-cond-type --lr-wsd-decay-style --lr-decay-samples --lr-wsd-decay-samples
     --lr-warmup-samples --lr-warmup-init --override-opt-param-scheduler --use-checkpoint-opt-param-scheduler
     --start-weight-decay --end-weight-decay --weight-decay-incr-style --decoupled-lr --decoupled-min-lr
-    --freeze-all-layers --optimizer-cpu-offload --optimizer-cuda-graph --optimizer-offload-fraction
-    --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --dump-param-to-param-group-map
-    --no-pin-cpu-grads --no-pin-cpu-params --use-precision-aware-optimizer --main-grads-dtype
-    --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype""":
+    --optimizer-cpu-offload --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload
+    --overlap-cpu-optimizer-d2h-h2d --dump-param-to-param-group-map --no-pin-cpu-grads --no-pin-cpu-params
+    --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype""":
         "of the optimizer and its schedule, which meet parameters and not passes",
-    """--batch-size --model-parallel-size --warmup --checkpoint-activations --use-mcore-models --encoder-num-layers
+    """--batch-size --model-parallel-size --warmup --use-mcore-models --encoder-num-layers
     --decoder-num-layers --encoder-seq-length --decoder-seq-length --onnx-safe --bert-no-binary-head
     --sample-rate --mask-prob --short-seq-prob""":
         "retired or of other models: Megatron refuses it or reads it nowhere on the way of a GPT",
-    """--step-batch-size-schedule --decrease-batch-size-if-needed --empty-unused-memory-level
-    --check-weight-hash-across-dp-replicas-interval --gpu-sniff-test-interval --train-sync-interval
+    """--step-batch-size-schedule --empty-unused-memory-level
+    --check-weight-hash-across-dp-replicas-interval --train-sync-interval
     --exit-duration-in-mins --exit-signal --exit-signal-handler-for-dataloader
     --exit-signal-handler-for-training --manual-gc --manual-gc-interval --disable-manual-gc-eval
     --iterations-to-skip --no-check-for-nan-in-loss-and-grad --check-for-large-grads
     --result-rejected-tracker-filename --start-eval-at-iter --skip-train --test-mode --full-validation
-    --multiple-validation-sets --validation-set-names --error-injection-rate --error-injection-type
-    --check-for-spiky-loss --phase-transition-iterations""":
+    --validation-set-names --error-injection-rate --error-injection-type
+    --check-for-spiky-loss""":
         "between steps, or of the number of micro-batches, which the schedule is given",
-    """--persistent-save-interval --save-params-interval --save-wgrads-interval --save-retain-interval
+    """--persistent-save-interval --save-retain-interval
     --load-main-params-from-ckpt --finetune --use-mp-args-from-checkpoint-args
     --disable-use-tokenizer-model-from-checkpoint-args --no-save-optim --no-save-rng --no-load-optim
     --override-ckpt-iteration --disable-msc""":
         "when a checkpoint is written, or what is read of it",
     """--pytorch-profiler-collect-shapes --pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra
-    --record-memory-history --memory-snapshot-path --record-shapes --nvtx-ranges --log-params-norm
-    --log-progress --timing-log-option --tensorboard-queue-size --disable-log-loss-scale-to-tensorboard
-    --log-validation-ppl-to-tensorboard --log-memory-interval --log-device-memory-used --log-num-zeros-in-grad
-    --no-barrier-with-level-1-timing --log-world-size-to-tensorboard --wandb-exp-name --wandb-entity --wandb-save-dir
-    --logging-level --log-energy""":
+    --memory-snapshot-path --record-shapes --nvtx-ranges --log-params-norm --log-progress --timing-log-option
+    --tensorboard-queue-size --disable-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard
+    --log-memory-interval --log-device-memory-used --log-num-zeros-in-grad --no-barrier-with-level-1-timing
+    --log-world-size-to-tensorboard --wandb-exp-name --wandb-entity --wandb-save-dir --logging-level""":
         "observes",
     """--no-mmap-bin-files --num-dataset-builder-threads --object-storage-cache-path --mid-level-dataset-surplus
     --allow-ambiguous-pad-tokens --disable-pad-vocab-size --vocab-extra-ids --tokenizer-metadata
@@ -198,6 +195,40 @@ REFUSED = """
 --rampup-batch-size 2 2 8
 --enable-msc
 --yaml-cfg nowhere
+--openai-gelu --no-bias-gelu-fusion
+--quick-geglu
+--squared-relu
+--activation-func-clamp-value 1 --swiglu
+--apply-residual-connection-post-layernorm
+--freeze-all-layers
+--decrease-batch-size-if-needed
+--inference-rng-tracker
+--adlr-autoresume
+--vision-pretraining
+--rl-profile
+--rl-use-sequence-packing
+--fault-injector-ranks 0
+--fault-injector-num-ranks 1
+--lazy-mpu-init
+--use-ring-exchange-p2p
+--distribute-saved-activations --recompute-passes
+--phase-transition-iterations 2
+--num-distributed-optimizer-instances 2
+--use-precision-aware-optimizer
+--fp32-residual-connection --bf16
+--log-energy
+--gpu-sniff-test-interval 1
+--optimizer-cuda-graph
+--record-memory-history
+--use-nccl-ub
+--config-logger-dir nowhere
+--checkpoint-activations
+--save-params-interval 1
+--save-wgrads-interval 1
+--multiple-validation-sets
+--use-sharp
+--sharp-enabled-group dp
+--pipeline-model-parallel-comm-backend ucc
 """
 
 # Tried by tests that train, and taken by the parser and its checks: the first flag of a line, with what it needs.
@@ -226,7 +257,6 @@ TRIED = """
 --recompute-num-layers 1 --recompute-granularity full --recompute-method uniform
 --recompute-modules core_attn --recompute-granularity selective
 --recompute-activations
---config-logger-dir {folder}
 --transformer-impl local
 --max-position-embeddings 32
 --position-embedding-type rope
@@ -270,7 +300,6 @@ TRIED = """
 --overlap-grad-reduce --use-distributed-optimizer
 --overlap-param-gather --overlap-grad-reduce --use-distributed-optimizer
 --use-distributed-optimizer
---num-distributed-optimizer-instances 2 --use-distributed-optimizer
 --eval-iters 2
 --eval-interval 3
 --eval-global-batch-size 16
@@ -311,3 +340,9 @@ TRIED = """
 TRIED_ELSEWHERE = """
 --use-checkpoint-args --exit-on-missing-checkpoint --vocab-file --merge-file --tokenizer-model --spec
 """
+
+# Values of flags that are no numbers or choices, and of those of which the default or 1 would be wrong.
+VALUES = {"--lr-warmup-init": "0", "--sharp-enabled-group": "dp"}
+
+# They end before a step, as they should, train from memory as it is, or evaluate all mock data.
+WITHOUT_A_STEP = "--help -h --skip-train --iterations-to-skip --no-initialization --full-validation"

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.distributed import REPOSITORY, run_distributed
 from tests.quick_start import start_quickly
 from tests.unit_tests.training import megatron_flags as lists
+from tests.unit_tests.training.forked_runs import endings
 from tests.unit_tests.training.runs import FLAGS, RECURSION
 from tests.unit_tests.training.test_bad_flags import forget, write_dataset
 
 FLAG = re.compile(r"--[a-z0-9][a-z0-9_-]*")
 RANKS = 4  # of the runs whose flags are read; none is started
 BASE = [*FLAGS, *RECURSION, "--global-batch-size", "16", "--transformer-impl", "local"]
+ONE_STEP = [*BASE, "--global-batch-size", "4"]
+ONE_STEP[ONE_STEP.index("--train-iters") + 1] = "1"
 
 
 def groups_of_the_parser() -> list[tuple[str, list[list[str]]]]:
@@ -71,9 +77,9 @@ def test_every_tried_flag_is_trained_with() -> None:
     assert not missing, "move them to those that are harmless, or train with them"
 
 
-def command_line(line: str) -> list[str]:
+def command_line(line: str, base: list[str] = BASE) -> list[str]:
     """The line behind the base; ``!--flag`` takes one out of it, and a dataset takes the made-up one's place."""
-    words, base = line.split(), list(BASE)
+    words, base = line.split(), list(base)
     without = [word.removeprefix("!") for word in words if word.startswith("!")]
     for flag in without:
         place = base.index(flag)
@@ -110,20 +116,25 @@ def answers(lines: list[str]) -> list[str]:
     return said
 
 
-def test_refused_flags_are_refused_and_tried_flags_taken(tmp_path: Path) -> None:
-    data, folder = tmp_path / "data", tmp_path / "folder"
-    folder.mkdir()
+def filled(lines: str, place: Path) -> list[str]:
+    """The lines with files and folders below ``place``, a folder for each line."""
+    data = place / "data"
     write_dataset(data, [40] * 30)
     files = {"blend": str(data), "blends": f'{{"train": ["{data}"], "valid": ["{data}"], "test": ["{data}"]}}',
-             "sequences": f'{{"{data}": 30}}'}  # fmt: skip
+             "sequences": f'{{"{data}": [30, 31]}}'}  # fmt: skip
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    places = {"{data}": data, "{folder}": folder, **{f"{{{name}}}": tmp_path / name for name in files}}
+        (place / name).write_text(text)
+    made = []
+    for number, line in enumerate(filter(None, lines.split("\n"))):
+        folder = place / f"folder-{number}"
+        folder.mkdir(exist_ok=True)
+        places = {"data": data, "folder": folder, **{name: place / name for name in files}}
+        made.append(re.sub(r"\{(\w+)\}", lambda found, places=places: str(places[found[1]]), line))
+    return made
 
-    def filled(lines: str) -> list[str]:
-        return [re.sub(r"\{\w+\}", lambda found: str(places[found[0]]), line) for line in lines.split("\n") if line]
 
-    refused, tried = filled(lists.REFUSED), filled(lists.TRIED)
+def test_refused_flags_are_refused_and_tried_flags_taken(tmp_path: Path) -> None:
+    refused, tried = filled(lists.REFUSED, tmp_path), filled(lists.TRIED, tmp_path)
     (said,) = run_distributed(answers, 1, ["", *refused, *tried], timeout=120)
     assert said[0] == "", "the base"
     wrong = []
@@ -132,3 +143,76 @@ def test_refused_flags_are_refused_and_tried_flags_taken(tmp_path: Path) -> None
         if line in tried and sentence or line in refused and not (flag in sentence and sentence.endswith(".")):
             wrong.append(f"{line}: {sentence!r}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.grid
+def test_every_flag_trains_or_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    """One step with each flag that is tried or harmless; those without an effect are many in a run, of the base's loss.
+
+    A flag that exits, hangs or ends in a traceback here belongs to those that are refused.
+    """
+    (known,) = run_distributed(flags_with_values, 1)
+    words = {flag: f"{flag} {lists.VALUES.get(flag, value)}".rstrip() for flag, (_, value, _) in known.items()
+             if flag not in lists.WITHOUT_A_STEP.split() and (value is not None or flag in lists.VALUES)}  # fmt: skip
+    single = [flag for flags in lists.SINGLE for flag in flags.split() if flag in words]
+    others = first_flags(lists.REFUSED) | first_flags(lists.TRIED) | flags_in(lists.TRIED_ELSEWHERE) | {*single}
+    families = tuple(prefix for prefixes in lists.FAMILIES for prefix in prefixes.split())
+    idle = [flag for flag in words if flag not in others and (known[flag][0] in lists.GROUPS
+            or flag.startswith(families)) or flag in single and known[flag][2]]  # fmt: skip
+    tried = [line for line in filled(lists.TRIED, tmp_path) if "parallel-size 2" not in line]
+    alone = [*tried, *(words[flag] for flag in single if flag not in idle)]
+
+    base, *said = ended(["", *alone])
+    assert base.startswith("loss")
+    wrong = [f"{line}: {end}" for line, end in zip(alone, said, strict=True) if not ended_well(end)]
+    many = [idle[start::8] for start in range(8)]
+    while many:
+        rest = []
+        for flags, end in zip(many, ended([" ".join(words[flag] for flag in each) for each in many]), strict=True):
+            named = {flag for flag in flags if flag in flags_in(end)} if refused_well(end) else set()
+            if named:  # they are refused as they should be, and the others go on
+                rest.append([flag for flag in flags if flag not in named])
+            elif end != base and len(flags) > 1:
+                rest += [flags[::2], flags[1::2]]
+            elif end != base and not refused_well(end):
+                wrong.append(f"{words[flags[0]]}: {end}")
+        many = [flags for flags in rest if flags]
+    assert not wrong, "\n".join(wrong)
+
+
+def ended(lines: list[str]) -> list[str]:
+    (said,) = run_distributed(endings, 1, [command_line(line, ONE_STEP) for line in lines], timeout=600)
+    return list(said)
+
+
+def refused_well(end: str) -> bool:
+    return end.startswith("refused: ") and end.endswith(".") and "\n" not in end
+
+
+def ended_well(end: str) -> bool:
+    loss = re.fullmatch(r"loss (.+)", end)
+    return math.isfinite(float(loss[1])) if loss else refused_well(end)
+
+
+def flags_with_values() -> dict[str, tuple[str, str | None, bool]]:
+    """The group of each flag; a small value, "" of a switch, None where it needs a word; whether it is the default."""
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    made: dict[str, tuple[str, str | None, bool]] = {}
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            value = None
+            if action.nargs == 0:
+                value = ""
+            elif action.choices:
+                last = list(action.choices)[-1]
+                value = str(getattr(last, "name", last))
+            elif action.type in (int, float):
+                positive = action.default if isinstance(action.default, int | float) and action.default > 0 else 1
+                value = str(action.type(positive)) if action.nargs is None else "1"
+            made |= {flag: (str(group.title), value, value == str(action.default)) for flag in action.option_strings}
+    return made
