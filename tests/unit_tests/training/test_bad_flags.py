@@ -89,7 +89,7 @@ FEATURES = [
     ("--position-embedding-type relative", "--position-embedding-type must be learned_absolute"),
     ("--transformer-impl inference_optimized", "layers of inference (--transformer-impl inference_optimized)"),
     ("--phase-transition-iterations 3", "--phase-transition-iterations needs --train-samples"),
-    ("--bf16 --fp32-residual-connection", "do not support residuals in fp32 (--fp32-residual-connection) yet; leave it"),
+    ("--bf16 --fp32-residual-connection", "do not support residuals in fp32 (--fp32-residual-connection) yet"),
 ]
 CUDA_ONLY = [
     ("--distributed-backend nccl", "use --distributed-backend gloo"),
