@@ -25,6 +25,9 @@ SAVES = 5  # of a run on its way, unless its flags say --save-interval
 _AT = re.compile(rb'"iteration": (\d+)')
 
 
+EVALUATED = "on the first samples"  # another word where evaluations read others: losses would not compare
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """One training of an ablation. Its folder's name has a hash of its flags and its data: with others it is another
@@ -91,11 +94,9 @@ class Study:
     def run(self, arm: Arm, rate: float, seed: int) -> PlannedRun:
         iterations, facts = self.iterations(arm), self.facts[arm.name]
         flags, slug = _flags(arm, rate, seed, iterations), re.sub(r"\W+", "-", arm.name).strip("-").lower()
-        runs, asked = self.ablation.output / "runs" / slug, [arm.name, arm.processes, flags, facts["plan"]]
-        former, folder = (runs / f"lr{rate:g}_seed{seed}_{_digest([*asked, *data])}"
-                          for data in ([], [facts["data"]] if facts["data"] else []))  # fmt: skip
-        if not folder.is_dir() and _begun(former) > facts["data written"]:  # named before data were hashed
-            folder = former
+        asked = [arm.name, arm.processes, flags, facts["plan"], facts["data"], EVALUATED]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+        folder = self.ablation.output / "runs" / slug / f"lr{rate:g}_seed{seed}_{digest}"
         words = ["pretrain", *(["--nproc-per-node", str(arm.processes)] if arm.processes > 1 else [])]
         # Two runs that wrote one cache would read each other's half files.
         words += ["--data-cache-path", f"{folder}/cache", *flags, "--save", f"{folder}", "--load", f"{folder}"]
@@ -139,15 +140,6 @@ class Study:
         """FLOPs of what has ended, and of what is on its way."""
         due = set(self.due())
         return sum(run.flops * (run.share() if run in due else 1.0) for run in self.known())
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
-
-
-def _begun(folder: Path) -> float:
-    """When the oldest thing in a run's folder was written; 0 where there is none."""
-    return min((each.stat().st_mtime for each in folder.glob("*")), default=0.0)
 
 
 def _flags(arm: Arm, rate: float, seed: int, iterations: int) -> list[str]:

@@ -40,14 +40,20 @@ class Found:
     trouble: str = ""
 
 
-def look(asked: str = "auto", machine: Path = Path("/")) -> Found:
-    """Try this rank's device. ``machine`` is the root of the file system in which GPUs are looked for.
+def default() -> str:
+    """What ``--device`` is where the command line does not say.
 
     Raises:
-        UserError: ``asked`` is none of :data:`CHOICES`. Of ``--device`` the parser says so, of the variable nobody.
+        UserError: :data:`VARIABLE` is no such word.
     """
+    asked = os.environ.get(VARIABLE) or "auto"
     if asked not in CHOICES:
         raise UserError(f"{VARIABLE} is {asked!r}; set it to one of {', '.join(CHOICES)}, or not at all.")
+    return asked
+
+
+def look(asked: str = "auto", machine: Path = Path("/")) -> Found:
+    """Try this rank's device. ``machine`` is the root of the file system in which GPUs are looked for."""
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     found = Found(rank, socket.gethostname())
     if asked == "cpu":
@@ -108,7 +114,7 @@ def of_this_process(asked: str | None = None) -> str:
     """
     if cpu.is_installed():
         return "cpu"
-    return "cpu" if on_cpu([look(asked or os.environ.get(VARIABLE, "auto"))]) else "cuda"
+    return "cpu" if on_cpu([look(asked or default())]) else "cuda"
 
 
 def gpu_of(machine: Path) -> str:

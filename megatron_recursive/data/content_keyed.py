@@ -18,7 +18,7 @@ import numpy
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_recursive.data.preparation import SUFFIX, digest, read_preparation
+from megatron_recursive.data.preparation import digest, read_preparation
 from megatron_recursive.data.sources import find_files
 
 HEADER = 34  # bytes of an .idx before the lengths, the last 16 of them two counts: sequences and documents
@@ -44,27 +44,23 @@ def _lengths_digest(index: Any) -> str:
     return hashlib.sha256(index[: HEADER + 4 * sequences]).hexdigest()
 
 
-def data_of_run(args: argparse.Namespace) -> tuple[str, float]:
-    """The digest of what a run's data flags name ("" where they name nothing), and when that was last written."""
-    found = {name: [*_pieces(value)] for name in DATA_FLAGS if (value := getattr(args, name, None))}
-    pieces = [piece for each in found.values() for piece in each]
-    said = digest({name: [what for what, _ in each] for name, each in found.items()}) if found else ""
-    return said, max((when for _, when in pieces), default=0.0)
+def data_of_run(args: argparse.Namespace) -> str:
+    """The digest of what a run's data flags name; "" where they name nothing."""
+    found = {name: [*_pieces(name, value)] for name in DATA_FLAGS if (value := getattr(args, name, None))}
+    return digest(found) if found else ""
 
 
-def _pieces(given: str | list[str]) -> Iterator[tuple[Any, float]]:
-    """Each word's identity and time: a dataset's, a folder's of files, or the word itself, such as a weight."""
+def _pieces(flag: str, given: str | list[str]) -> Iterator[Any]:
+    """Each word's identity: a dataset's, those of a stream's files, or the word itself, such as a weight."""
     for word in [given] if isinstance(given, str) else given:
-        index, record = Path(f"{word}.idx"), Path(f"{word}{SUFFIX}")
+        index = Path(f"{word}.idx")
         if index.is_file():
             made = read_preparation(word)
-            when = max(file.stat().st_mtime for file in (index, record) if file.is_file())
             held = [os.path.getsize(index), _lengths_digest(numpy.memmap(index, numpy.uint8, "r"))]
-            yield [made.source, made.tokens] if made is not None else held, when
-        elif Path(word).is_dir():
-            for file in find_files([word], flag="--data-stream"):
-                yield [Path(file.path).name, file.size], file.modified / 1e9
-        elif Path(word).is_file():  # a list of datasets (--data-args-path)
-            yield from _pieces(re.findall(r'[^\s"\[\]{},]+', Path(word).read_text(encoding="utf-8")))
+            yield [made.source, made.tokens] if made is not None else held
+        elif flag == "data_stream":
+            yield [[Path(file.path).name, file.size] for file in find_files([word], flag="--data-stream")]
+        elif flag.endswith("data_args_path") and Path(word).is_file():  # a list of datasets
+            yield from _pieces("", re.findall(r'[^\s"\[\]{},]+', Path(word).read_text(encoding="utf-8")))
         else:
-            yield word, 0.0
+            yield word

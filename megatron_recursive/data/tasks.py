@@ -206,6 +206,7 @@ def write_task(
     import numpy
 
     facts: dict[str, Any] = {"task": task.made_by, **asdict(task), "documents": documents, "seed": seed}
+    before = digest(facts)
     if apart_from is not None and (others := read_preparation(apart_from)) is not None:
         facts["apart"] = others.source
     source = digest(facts)
@@ -214,6 +215,8 @@ def write_task(
         made = read_preparation(prefix)
         if made is not None and made.source == source and idx_file.exists():
             return False
+        if made is not None and made.source == before:
+            raise UserError(f"{bin_file} is of a version that did not keep it apart from train; remove {prefix}.*.")
         raise UserError(f"{bin_file} is there already, and another task or half of one; choose another --output.")
     random = numpy.random.default_rng(seed)
     known = None if apart_from is None else numpy.unique(_keys(read_task(str(apart_from))[1]))

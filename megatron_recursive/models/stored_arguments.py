@@ -15,7 +15,13 @@ _RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernor
 
 
 def name_as_today(args: Namespace) -> None:
-    """Give the arguments that an earlier Megatron stored today's names too; what has them already keeps its values."""
+    """Give the arguments that an earlier Megatron stored today's names too; what has them already keeps its values.
+
+    Earlier versions of this package imported GELU by tanh as ``--openai-gelu``, which nothing in Megatron 0.19 reads:
+    it is the fused one.
+    """
+    if hasattr(args, DONOR) and getattr(args, "openai_gelu", False) and getattr(args, "add_bias_linear", True):
+        args.bias_gelu_fusion = True
     for before, now in _RENAMED.items():
         if hasattr(args, before) and not hasattr(args, now):
             setattr(args, now, getattr(args, before))

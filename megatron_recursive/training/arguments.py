@@ -148,7 +148,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "is recorded. From a checkpoint of all weights start with --finetune, into another --save.",
     )
     group.add_argument(
-        "--device", choices=device.CHOICES, default=os.environ.get(device.VARIABLE, "auto"),
+        "--device", choices=device.CHOICES, default=device.default(),
         help="Train on GPUs (cuda), on CPUs on purpose (cpu), or on GPUs unless no host of the job has one (auto). "
         f"Without the flag {device.VARIABLE} of the environment is asked.",
     )

@@ -14,6 +14,8 @@ from pathlib import Path
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.checkpoint_integrity import NON_PERSISTENT, TRACKER, complete_iterations
 
+BEST = "best"  # of --keep-best, below --save
+
 
 def checkpoint_to_read(args: argparse.Namespace) -> tuple[Path | None, bool]:
     """The iteration folder that this run will read (None: none), and whether it holds a plain GPT to start from.
@@ -39,7 +41,9 @@ def refuse_overwriting(args: argparse.Namespace, folder: Path | None, *, from_pl
     """
     if args.save is None or args.skip_train or args.distill_prepare is not None:
         return
-    if args.load is not None and Path(args.load).resolve() == Path(args.save).resolve() and not args.finetune:
+    own = Path(args.save).resolve()
+    roots = (own, own / BEST, own / NON_PERSISTENT)
+    if args.load is not None and not args.finetune and Path(args.load).resolve() in roots:
         return
     start = 0
     if folder is not None and not from_plain_gpt and not args.finetune:

@@ -49,7 +49,7 @@ def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
                 stacks["injection"] = size, sum(each.combine in plan.maps for each in plan.passes)
             facts[name] = run_description(args, config) | more | {"stacks": stacks, "passes": plan.num_passes}
             facts[name]["plain"] = not recursion.enable_recursive_refinement
-            facts[name]["data"], facts[name]["data written"] = data_of_run(args)
+            facts[name]["data"] = data_of_run(args)
         except UserError as error:
             facts[name] = {"error": str(error)}
         destroy_global_vars()

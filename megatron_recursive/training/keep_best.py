@@ -17,8 +17,9 @@ import torch
 
 from megatron_recursive.data.files import replacing
 from megatron_recursive.training import console
+from megatron_recursive.training.checkpoint_folders import BEST
 
-FOLDER, RECORD = "best", "best.json"
+RECORD = "best.json"
 SAVED = ("model", "optimizer", "opt_param_scheduler", "checkpointing_context", "train_data_iterator")
 
 
@@ -36,10 +37,14 @@ class BestCheckpoint:
         """
         from megatron.training import training
 
-        root, losses = Path(run.save) / FOLDER, [float(values["lm loss"]) for values in sets if values]
+        root, losses = Path(run.save) / BEST, [float(values["lm loss"]) for values in sets if values]
+        samples = "all" if run.full_validation else run.eval_iters * run.eval_global_batch_size
         if self.loss is None:
             there = run.iteration and (root / RECORD).is_file()
-            self.loss = json.loads((root / RECORD).read_text(encoding="utf-8"))["lm loss"] if there else torch.inf
+            before = json.loads((root / RECORD).read_text(encoding="utf-8")) if there else {}
+            self.loss = before["lm loss"] if before and before.get("samples") == samples else torch.inf
+            if before and self.loss == torch.inf and run.rank == 0:
+                console.say(f"{root} has a loss of other held-out samples, with which none is compared")
         mean = sum(losses) / len(losses) if losses else torch.inf
         device = next(trained["model"][0].parameters()).device
         found = torch.tensor([mean if mean < self.loss else torch.inf], device=device)
@@ -57,7 +62,8 @@ class BestCheckpoint:
             run.save = kept
         if run.rank == 0:
             with replacing(root / RECORD) as (partial,):
-                partial.write_text(json.dumps({"iteration": iteration, "lm loss": self.loss}) + "\n", encoding="utf-8")
+                record = {"iteration": iteration, "lm loss": self.loss, "samples": samples}
+                partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
             for old in {*root.glob("iter_[0-9]*")} - {root / f"iter_{iteration:07d}"}:
                 shutil.rmtree(old, ignore_errors=True)
             console.say(f"lowest held-out loss so far, {self.loss:.4f} at iteration {iteration}: kept in {root}")

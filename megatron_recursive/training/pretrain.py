@@ -95,7 +95,7 @@ def _choose_device() -> None:
 
     if cpu.is_installed():
         return
-    asked = _device_flag(sys.argv[1:], os.environ.get(device.VARIABLE, "auto"))
+    asked = _device_flag(sys.argv[1:], device.default())
     mine, world_size = device.look(asked), int(os.environ["WORLD_SIZE"])
     job = [mine] if world_size == 1 else device.agree(mine, ending.job_store(device.PATIENCE), world_size)
     if device.on_cpu(job):

@@ -101,12 +101,13 @@ def groups_of_the_checkpoint(
     if not saved or not {"max_lr", "min_lr"} <= set(saved):
         yield
         return
-    mine = _rates(scheduler.max_lr, scheduler.min_lr, vars(run))
-    theirs = _rates(saved["max_lr"], saved["min_lr"], vars(common["args"]))
-    _exchange(optimizer, mine, theirs)
+    own = [{key: group[key] for key in ("max_lr", "min_lr") if key in group} for group in optimizer.param_groups]
+    _exchange(optimizer, _rates(scheduler.max_lr, scheduler.min_lr, vars(run)),
+              _rates(saved["max_lr"], saved["min_lr"], vars(common["args"])))  # fmt: skip
     yield
-    if run.override_opt_param_scheduler:
-        _exchange(optimizer, theirs, mine)
+    if run.override_opt_param_scheduler:  # new groups, in the same order
+        for group, rates in zip(optimizer.param_groups, own, strict=True):
+            group.update(rates)
     scheduler.step(0)  # it sets rates and weight decay, the latter so far from before the load
 
 

@@ -190,7 +190,8 @@ class Architecture:
         switches = (
             ("swiglu", self.gated), ("squared-relu", args["squared_relu"]),
             ("disable-bias-linear", not self.linear_bias), ("add-qkv-bias", args["add_qkv_bias"]),
-            ("no-bias-gelu-fusion", self.activation == "gelu"), ("apply-layernorm-1p", self.norm_one_centered),
+            ("no-bias-gelu-fusion", self.activation in ("gelu", "relu2")),
+            ("apply-layernorm-1p", self.norm_one_centered),
             ("group-query-attention", args["group_query_attention"]), ("attention-output-gate", self.attention_gate),
             ("qk-layernorm", args["qk_layernorm"]),
             ("untie-embeddings-and-output-weights", not self.tied), ("use-rope-scaling", args["use_rope_scaling"]),

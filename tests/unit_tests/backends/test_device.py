@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_recursive.backends.device import Found, agree, gpu_of, look, on_cpu
+from megatron_recursive.backends.device import Found, agree, default, gpu_of, look, on_cpu
 from megatron_recursive.errors import UserError
 from tests.distributed import REPOSITORY, _free_port
 
@@ -54,9 +54,12 @@ def test_a_gpu_that_torch_does_not_see_is_found(tmp_path: Path, kind: str, name:
     assert look("cuda", tmp_path).trouble
 
 
-def test_a_word_of_the_variable_that_is_none_is_not_taken_for_auto() -> None:
+def test_a_word_of_the_variable_that_is_none_is_not_taken_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_RECURSIVE_DEVICE", "")
+    assert default() == "auto"
+    monkeypatch.setenv("MEGATRON_RECURSIVE_DEVICE", "gpu")
     with pytest.raises(UserError, match="MEGATRON_RECURSIVE_DEVICE is 'gpu'; set it to one of auto, cuda, cpu"):
-        look("gpu")
+        default()
 
 
 def test_a_gpu_that_does_not_work_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

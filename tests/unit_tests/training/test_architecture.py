@@ -152,3 +152,13 @@ def test_an_import_of_what_was_exported_goes_on_under_its_flags(rotary: Path, fu
     assert ("--no-bias-gelu-fusion" in arch.megatron_flags()) is not fused
     check_architecture(rotary, arch.to_megatron(), argparse.Namespace(**trained))
     assert arch.to_megatron()["bias_gelu_fusion"] is fused  # which --use-checkpoint-args takes
+
+
+def test_an_earlier_import_of_gelu_by_tanh_is_the_fused_one() -> None:
+    from megatron_recursive.models.stored_arguments import DONOR, name_as_today
+
+    told = {"openai_gelu": True, "bias_gelu_fusion": False, "add_bias_linear": True}
+    imported, trained = argparse.Namespace(**told, **{DONOR: "gpt2"}), argparse.Namespace(**told)
+    for args in (imported, trained):
+        name_as_today(args)
+    assert imported.bias_gelu_fusion and not trained.bias_gelu_fusion

@@ -63,7 +63,7 @@ def test_what_an_ablation_knows_data_by(tmp_path: Path) -> None:
     from megatron_recursive.data.content_keyed import data_of_run
 
     def said(**flags: Any) -> str:
-        return data_of_run(argparse.Namespace(**flags))[0]
+        return data_of_run(argparse.Namespace(**flags))
 
     prefix, stream = str(tmp_path / "data"), tmp_path / "stream"
     write(tmp_path / "data", 2, 0)
@@ -85,4 +85,3 @@ def test_what_an_ablation_knows_data_by(tmp_path: Path) -> None:
     (tmp_path / "data.idx.json").write_text(replace(made, source="another").to_json())
     found.append(said(**asked[0]))
     assert len({*found}) == len(found) == 16 and said(data_path=None, mock_data=True) == ""
-    assert data_of_run(argparse.Namespace(**asked[0]))[1] == (tmp_path / "data.idx.json").stat().st_mtime
