@@ -25,8 +25,9 @@ GPU_SH, FETCH = REPOSITORY / "benchmarks" / "gpu.sh", REPOSITORY / "tools" / "fe
 TINY = ["--device", "cpu", "--tiny"]
 
 
-def rehearse(*arguments: object, timeout: float = 120) -> tuple[int, dict[str, Any], str]:
-    done = run_command(["bash", GPU_SH, *map(str, arguments)], timeout=timeout, env={"PYTHON": sys.executable})
+def rehearse(*arguments: object, timeout: float = 120, **environment: str) -> tuple[int, dict[str, Any], str]:
+    done = run_command(["bash", GPU_SH, *map(str, arguments)], timeout=timeout,
+                       env={"PYTHON": sys.executable} | environment)  # fmt: skip
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
