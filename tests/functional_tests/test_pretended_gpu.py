@@ -1,4 +1,4 @@
-"""The paths of a GPU on a CPU: ``benchmarks/gpu.sh --device cuda`` on a pretended device (``tests/stand_ins/cuda``).
+"""The paths of a GPU on a CPU: ``benchmarks/gpu.sh --device cuda`` on a pretended device (``tests/stand_ins/pretended_cuda``).
 
 It refuses what a GPU refuses: tensors of two devices in one operator, a generator of the other device, CPU tensors in
 NCCL. No CUDA kernel runs.
@@ -25,7 +25,7 @@ from tests.distributed import ON_GPU, REPOSITORY, run_command
 from tests.functional_tests.test_gpu_benchmark import rehearse
 
 pytestmark = pytest.mark.heavy
-STAND_IN = REPOSITORY / "tests" / "stand_ins" / "cuda"
+STAND_IN = REPOSITORY / "tests" / "stand_ins" / "pretended_cuda"
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_a_run_is_not_written_over_by_one_that_does_not_go_on_from_it(tmp_path: 
         {**into, "load": f"{other}/../run", "ckpt_step": 20}, {**into, "skip_train": True}, {"load": str(run)},
         {"save": str(other), "load": str(run)}, {**into, "load": str(other), "override_ckpt_iteration": 20},
         {"save": str(imported), "load": str(imported), "finetune": True}, {"save": "s3://bucket/run"},
-        {**passing, "load": passing["save"]},
+        {**passing, "load": passing["save"]}, {**into, "load": str(tracked(run / "best", "10"))},
     ]  # fmt: skip
     bad = [(into, 0), ({**into, "load": str(other)}, 10), ({**into, "load": str(imported)}, 0),
            ({**into, "load": str(tmp_path / "none")}, 0), ({**into, "load": str(run), "finetune": True}, 0),
