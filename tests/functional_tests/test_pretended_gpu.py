@@ -1,4 +1,4 @@
-"""The paths of a GPU, rehearsed: ``benchmarks/gpu.sh --device cuda`` on a pretended one (tests/stand_ins/pretended_cuda).
+"""The paths of a GPU: ``benchmarks/gpu.sh --device cuda`` on a pretended one (``tests/stand_ins/pretended_cuda``).
 
 It refuses what a GPU refuses: tensors of two devices in one operator, a generator of the other device, CPU tensors in
 NCCL. No CUDA kernel runs.
