@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -33,8 +32,6 @@ def endings(commands: list[list[str]]) -> list[str]:
     torch.distributed.destroy_process_group()  # whose threads a fork would lack
     start_quickly()
     add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))  # which reads its help once
-    gc.collect()
-    gc.freeze()  # a fork's --manual-gc would wait for threads of what earlier jobs left, which a fork lacks
     waiting, running, said = list(enumerate(commands)), dict[int, tuple[int, float]](), dict[int, str]()
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
@@ -52,7 +49,6 @@ def endings(commands: list[list[str]]) -> list[str]:
             for late in [pid for pid, (_, start) in running.items() if time.monotonic() - start > LIMIT]:
                 os.kill(late, signal.SIGKILL)
             time.sleep(0.01)
-    gc.unfreeze()
     return [said[number] for number in range(len(commands))]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import REPOSITORY, run_distributed
+from tests.distributed import REPOSITORY, WorkerPool, run_distributed
 from tests.quick_start import start_quickly
 from tests.unit_tests.training import megatron_flags as lists
 from tests.unit_tests.training.forked_runs import endings
@@ -181,7 +181,11 @@ def test_every_flag_trains_or_is_refused_in_a_sentence(tmp_path: Path) -> None:
 
 
 def ended(lines: list[str]) -> list[str]:
-    (said,) = run_distributed(endings, 1, [command_line(line, ONE_STEP) for line in lines], timeout=600)
+    pool = WorkerPool()  # of its own: threads of what earlier jobs left are not in a fork
+    try:
+        (said,) = run_distributed(endings, 1, [command_line(line, ONE_STEP) for line in lines], timeout=600, pool=pool)
+    finally:
+        pool.close()
     return list(said)
 
 
