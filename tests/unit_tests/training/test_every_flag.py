@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,16 @@ def test_refused_flags_are_refused_and_tried_flags_taken(tmp_path: Path) -> None
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.fixture
+def fresh_worker() -> Iterator[WorkerPool]:
+    """A worker without earlier jobs: threads of what those leave would be missing in its forks."""
+    pool = WorkerPool()
+    yield pool
+    pool.close()
+
+
 @pytest.mark.grid
-def test_every_flag_trains_or_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_every_flag_trains_or_is_refused_in_a_sentence(tmp_path: Path, fresh_worker: WorkerPool) -> None:
     """One step with each flag that is tried or harmless; those without an effect are many in a run, of the base's loss.
 
     A flag that exits, hangs or ends in a traceback here belongs to those that are refused.
@@ -162,13 +171,14 @@ def test_every_flag_trains_or_is_refused_in_a_sentence(tmp_path: Path) -> None:
     tried = [line for line in filled(lists.TRIED, tmp_path) if "parallel-size 2" not in line]
     alone = [*tried, *(words[flag] for flag in single if flag not in idle)]
 
-    base, *said = ended(["", *alone])
+    base, *said = ended(["", *alone], fresh_worker)
     assert base.startswith("loss")
     wrong = [f"{line}: {end}" for line, end in zip(alone, said, strict=True) if not ended_well(end)]
     many = [idle[start::8] for start in range(8)]
     while many:
         rest = []
-        for flags, end in zip(many, ended([" ".join(words[flag] for flag in each) for each in many]), strict=True):
+        ends = ended([" ".join(words[flag] for flag in each) for each in many], fresh_worker)
+        for flags, end in zip(many, ends, strict=True):
             named = {flag for flag in flags if flag in flags_in(end)} if refused_well(end) else set()
             if named:  # they are refused as they should be, and the others go on
                 rest.append([flag for flag in flags if flag not in named])
@@ -180,12 +190,8 @@ def test_every_flag_trains_or_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def ended(lines: list[str]) -> list[str]:
-    pool = WorkerPool()  # of its own: threads of what earlier jobs left are not in a fork
-    try:
-        (said,) = run_distributed(endings, 1, [command_line(line, ONE_STEP) for line in lines], timeout=600, pool=pool)
-    finally:
-        pool.close()
+def ended(lines: list[str], pool: WorkerPool) -> list[str]:
+    (said,) = run_distributed(endings, 1, [command_line(line, ONE_STEP) for line in lines], timeout=600, pool=pool)
     return list(said)
 
 
