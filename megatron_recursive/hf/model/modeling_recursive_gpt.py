@@ -74,13 +74,17 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": RecursiveGPTDecoderLayer, "attentions": RecursiveGPTAttention}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As everywhere; the card and the code of the folder that the model was loaded from go along."""
+        """As everywhere; the card and the code of the folder that the model was loaded from go along.
+
+        The folder's code is the one that loads it: a registered class of the package would leave files that need it.
+        """
         super().save_pretrained(save_directory, *args, **kwargs)
         source, target = Path(self.name_or_path), Path(save_directory)
         if self.name_or_path and source.is_dir() and kwargs.get("is_main_process", True):
             for file in (source / "README.md", *source.glob("*.py")):
-                if file.is_file() and not (target / file.name).exists():
-                    shutil.copyfile(file, target / file.name)
+                there = target / file.name
+                if file.is_file() and not (there.exists() and (file.suffix != ".py" or there.samefile(file))):
+                    shutil.copyfile(file, there)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -28,7 +28,9 @@ def _job(donor: Path, ckpt: Path, out: Path) -> dict[str, Any]:
     return export_model(str(ckpt), str(out), say=str, dtype=torch.bfloat16, shard_bytes=50_000).summary()
 
 
-def test_an_export_says_what_it_is_and_keeps_it_when_it_is_saved_again(tmp_path: Path) -> None:
+def test_an_export_says_what_it_is_and_keeps_it_when_it_is_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import ModelCard
     from huggingface_hub.utils import validate_repo_id
 
@@ -64,6 +66,7 @@ def test_an_export_says_what_it_is_and_keeps_it_when_it_is_saved_again(tmp_path:
 
     model = RecursiveGPTForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
+    monkeypatch.setattr(RecursiveGPTForCausalLM, "_auto_class", "AutoModelForCausalLM")  # a registered class
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == 1
     for name in ("README.md", *REMOTE_CODE_FILES):
