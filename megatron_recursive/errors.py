@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_USER_ERROR, EXIT_BROKEN_PIPE = 2, 141
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 
 
 class UserError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any
 
     with shared.opened(args, name) as (loaded, rows):
         model = walker_of(loaded)
-        depths = sorted({*args.depths, model.plan.depth})
+        depths = sorted({*(() if model.has_own_passes else args.depths), model.plan.depth})
+        if model.has_own_passes and set(args.depths) - set(depths):
+            print(f"{name} has adapters for each of its passes: only depth {model.plan.depth} can be measured.",
+                  file=sys.stderr)  # fmt: skip
         asked = depth_sweep.Sweep(model, depths, rows, args.batch_size, args.answer_tokens)
         found = depth_sweep.run(asked, parts, f"{name} {fingerprint(name)}")
         return {

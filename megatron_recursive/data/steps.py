@@ -85,7 +85,11 @@ class IndexedDatasetWriter(PipelineStep):
         """Token ids of consecutive documents, and for ``.supervised`` the bytes that say which a loss counts."""
         encode = load_document_encoder(self.tokenizer, self.append_eod)
         for texts in _batches(documents):
-            yield [(ids, None) for ids in encode(texts)]
+            found = encode(texts)
+            for _ in (ids for ids in found if self.tokenizer.eod in ids[int(self.tokenizer.special) : -1]):
+                self.reader.report.drop("documents kept in whose text the end-of-document token is written out, which "
+                                        "it then is")  # fmt: skip
+            yield [(ids, None) for ids in found]
 
     def _write(self, documents: Any, prefix: Path, rank: int, report: PartReport) -> PartReport:
         token = token_type(self.tokenizer.id_range)

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-from megatron_recursive.errors import UserError
+from megatron_recursive.errors import DISK_FULL, UserError
 from megatron_recursive.figures import NOTHING, blocks_of
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
 from megatron_recursive.training import console
@@ -122,8 +122,9 @@ def append_metrics(file: str | None, record: dict[str, Any]) -> None:
             stream.write(json.dumps(record).encode() + b"\n")
     except OSError as error:
         raise UserError(
-            f"The metrics file {file} cannot be written ({error.strerror}); make room and start the same command "
-            "again, which goes on from its last checkpoint, or name another file with --metrics-file."
+            f"The metrics file {file} cannot be written ({error.strerror}); "
+            f"{'make room' if error.errno in DISK_FULL else 'mend that'} and start the same command again, which goes on "
+            "from its last checkpoint, or name another file with --metrics-file."
         ) from error
 
 

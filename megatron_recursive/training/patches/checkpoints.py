@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import queue
@@ -29,7 +28,7 @@ from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_recursive.accounting import count_parameters
-from megatron_recursive.errors import UserError
+from megatron_recursive.errors import DISK_FULL, UserError
 from megatron_recursive.models.checkpoint_integrity import (
     COMPLETE,
     LIMIT_BYTES,
@@ -163,7 +162,7 @@ def _save(
     except (OSError, CheckpointException) as error:
         free = shutil.disk_usage(root).free if root.is_dir() else 0
         code = getattr(cause_of(error), "errno", None)  # which Megatron's writers leave out
-        is_full = free < FULL_BYTES if code is None else code in (errno.ENOSPC, errno.EDQUOT)
+        is_full = free < FULL_BYTES if code is None else code in DISK_FULL
         mend = "make room" if is_full else "mend that"
         raise UserError(
             f"The checkpoint of iteration {iteration} cannot be written to {root}, where {free / 1e6:,.1f} MB are "

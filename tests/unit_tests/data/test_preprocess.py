@@ -120,6 +120,15 @@ def test_special_tokens_of_the_tokenizer_are_those_of_inference(corpus, tmp_path
     assert load_encoder(stored)(["", "a"]) == [[], load_tokenizer(tmp_path / "tok")("a")["input_ids"]]
 
 
+def test_an_end_token_in_a_text_is_counted(corpus, tmp_path):
+    texts = ["the loss falls", "a<|endoftext|>b", "<|endoftext|>b"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made = preprocess([tmp_path / "a.jsonl"], tmp_path / "x", corpus / "tok")
+    assert [tokens.count(0) for tokens in read(tmp_path / "x")] == [1, 2, 2]
+    ((why, count),) = made.statistics.dropped.items()
+    assert count == 2 and "the end-of-document token is written out" in why
+
+
 def _prepared(prefix, folder, **options):
     preprocess([folder / "a.jsonl"], prefix, TokenizerChoice(str(folder / "tok"), **options))
     return prefix

@@ -167,6 +167,7 @@ LAYOUTS: dict[str, tuple[int, Layout, list[str]]] = {
     "pp2-overlap-grad-reduce": (2, Layout(pp=2, ddp=BUCKETS), [*ON_OVERLAP]),
     "pp2-first-1": (2, Layout(pp=2, stages={"num_layers_in_first_pipeline_stage": 1}), [*THREE_LAYER_CASES]),
     "pp2-last-1": (2, Layout(pp=2, stages={"num_layers_in_last_pipeline_stage": 1}), [*THREE_LAYER_CASES]),
+    "pp3": (3, Layout(pp=3), [*THREE_LAYER_CASES]),
     "pp4": (4, Layout(pp=4), [*FOUR_LAYER_CASES]),
     "pp4-windows": (4, Layout(pp=4, phases="two", window=4), ["4-layers", "4-layers-none-5-micro-batches"]),
     "pp4-recompute-passes": (4, Layout(pp=4, recompute_passes=True), ["4-layers-full-untied",

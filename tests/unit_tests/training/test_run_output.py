@@ -305,6 +305,16 @@ def test_room_is_asked_for_where_it_is_lacking(tmp_path: Path) -> None:
     assert "Permission denied); mend that and start the same command again" in with_room[2]
     ((unsaid,),) = run_distributed(failed_saves, 1, tmp_path, [None], 0)
     assert "(RuntimeError: Worker failure); make room and" in unsaid
+    (said,) = run_distributed(_refused_metrics, 1, tmp_path)
+    assert said.startswith(f"The metrics file {tmp_path} cannot be written (Is a directory); mend that and start the")
+
+
+def _refused_metrics(file: Path) -> str:
+    from megatron_recursive.training.metrics_log import append_metrics
+
+    with pytest.raises(UserError) as refused:
+        append_metrics(str(file), {"kind": "train"})
+    return str(refused.value)
 
 
 @pytest.mark.grid
