@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_recursive.pipeline.layouts import GIB, fitting_layouts, what_would_fit
 
     flops = args.peak_tflops * 1e12 * args.mfu
-    iterations = -(-int(tokens) // (args.global_batch_size * args.seq_length)) if tokens else None
+    shared_by, batch = recursion.num_supervision_steps, args.global_batch_size * args.seq_length
+    iterations = shared_by * -(-int(tokens) // batch) if tokens else None
     steps = asked.steps_of(arch, recursion, iterations)
     plan = steps.own_plan(steps.iterations)
     job = asked.job_of(args, arch, steps.deepest, memory=args.gpu_memory * GIB, flops=flops, node=args.gpus_per_node,
@@ -89,10 +90,11 @@ def run(args: argparse.Namespace) -> None:
         "layers": arch.num_layers, "width": arch.hidden_size, "passes": plan.num_passes,
         "passes_with_gradient": len(plan.grad_passes), "steps": steps.describe(), "parameters_held": parameters.held,
         "parameters_unrolled": parameters.unrolled, "flops_per_token": flops, "assumed_mfu": args.mfu,
-        "assumed_peak_tflops": args.peak_tflops, "layouts": [_figures(args, job, x, flops, tokens) for x in found],
+        "assumed_peak_tflops": args.peak_tflops,
+        "layouts": [_figures(args, job, x, flops, tokens, shared_by) for x in found],
         "command": command("pretrain", *_words(args, model, job, recursion, found[0], iterations)),
     }  # fmt: skip
-    text = _text(args, job, report)
+    text = _text(args, job, report, recursion)
     if args.timeline:
         from megatron_recursive.pipeline.planner import plan_pipeline
         from megatron_recursive.plots.pipeline_timeline import described, plot_timeline
@@ -122,7 +124,10 @@ def _count(text: str | None) -> float | None:
     return number
 
 
-def _figures(args: argparse.Namespace, job: Job, layout: Layout, flops: float, tokens: float | None) -> dict[str, Any]:
+def _figures(
+    args: argparse.Namespace, job: Job, layout: Layout, flops: float, tokens: float | None, shared_by: int
+) -> dict[str, Any]:
+    """``shared_by``: so many steps read one batch, whose tokens count once."""
     from megatron_recursive.pipeline.layouts import GIB
 
     speed = job.tokens_per_step / layout.seconds
@@ -132,22 +137,24 @@ def _figures(args: argparse.Namespace, job: Job, layout: Layout, flops: float, t
         "fullest_stage": layout.stage,
         **{f"{part}_gib": size / GIB for part, size in layout.memory.parts.items()},
         "efficiency": layout.efficiency, "step_seconds": layout.seconds,
-        "tokens_per_second": speed, "mfu": speed * flops / (job.gpus * args.peak_tflops * 1e12),
-        "days": tokens / speed / 86400 if tokens else None,
+        "tokens_per_second": speed / shared_by, "mfu": speed * flops / (job.gpus * args.peak_tflops * 1e12),
+        "days": tokens * shared_by / speed / 86400 if tokens else None,
     }  # fmt: skip
 
 
-def _text(args: argparse.Namespace, job: Job, report: dict[str, Any]) -> list[str]:
+def _text(args: argparse.Namespace, job: Job, report: dict[str, Any], recursion: RecursionConfig) -> list[str]:
     from megatron_recursive.pipeline.layouts import TENSOR_COST, USABLE, stage_costs
     from megatron_recursive.pipeline.planner import said_of_phases
 
-    columns = COLUMNS if args.tokens else COLUMNS[:-1]
+    columns, shared_by = COLUMNS if args.tokens else COLUMNS[:-1], recursion.num_supervision_steps
+    share = f"{shared_by} steps{' at most' * recursion.carry_halted} share"
     about = [
         f"{report['layers']} layers of width {report['width']}, {report['passes']} pass{'es' * (report['passes'] > 1)} "
         f"({report['passes_with_gradient']} with gradient): {report['parameters_held'] / 1e6:,.0f} M parameters held, "
         f"{report['parameters_unrolled'] / 1e6:,.0f} M unrolled, {report['flops_per_token'] / 1e9:,.2f} GFLOPs a token",
         f"{job.gpus} GPUs of {args.gpu_memory:g} GiB ({USABLE:.0%} may be filled), {'bf16' if args.bf16 else 'fp32'}; "
-        f"a step of {job.global_batch} x {args.seq_length:,} tokens in micro-batches of {args.micro_batch_size}",
+        f"a step of {job.global_batch} x {args.seq_length:,} tokens in micro-batches of {args.micro_batch_size}"
+        + f", which {share}: tokens/s and days are of the data" * (shared_by > 1),
         *(f"{steps}; memory is of the deepest step, time of the mean one" for steps in [report["steps"]] if steps),
     ]
     rows = ["".join(f"{name:>{form.partition('.')[0].rstrip('d,')}}" for name, _, form in columns)]
@@ -179,7 +186,7 @@ def _words(
     from megatron_recursive.pipeline.balance import split_flags
 
     arch, values = model.arch, model.values
-    node, unsaid = min(job.node, job.gpus), set(UNSAID)
+    node, unsaid, steps = min(job.node, job.gpus), set(UNSAID), recursion.num_supervision_steps
     nodes = [f"--nnodes={job.gpus // node}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29500"]
     if job.pads_vocabulary:  # the model is that of flags, and what they leave out is as in training
         unsaid |= {f"--padded-vocab-size={arch.padded_vocab_size}", "--no-bias-gelu-fusion"}
@@ -201,8 +208,9 @@ def _words(
         f"--seq-length={args.seq_length}", *(flag for flag in arch.megatron_flags() if flag not in unsaid),
         *(flag for flag in recursion.flags() if flag not in RecursionConfig().flags()),
         "--hidden-dropout=0", "--attention-dropout=0", "--lr=3e-4",
-        f"--train-iters={iterations or max(1000, *(recursion.deep_supervision_warmup or (0,)))}",
-        "--data-path=DATA", "--split=949,50,1", "--save=SAVE", "--save-interval=1000",
+        f"--train-iters={iterations or -(-max(1000, *(recursion.deep_supervision_warmup or (0,))) // steps) * steps}",
+        "--data-path=DATA", "--split=949,50,1", "--save=SAVE",
+        f"--save-interval={-(-1000 // steps) * steps}",  # a run stops within no batch
         f"--tokenizer-type={values.get('tokenizer_type') or 'HuggingFaceTokenizer'}",
         f"--tokenizer-model={values.get('tokenizer_model') or 'TOKENIZER'}",
     ]  # fmt: skip

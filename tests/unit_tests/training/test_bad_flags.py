@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import sys
 from pathlib import Path
@@ -388,7 +389,8 @@ def write_tokenizer(folder: Path, words: dict[str, int]) -> None:
     tokenizer_files = pytest.importorskip("tokenizers")
     folder.mkdir()
     tokenizer_files.Tokenizer(tokenizer_files.models.WordLevel(words, min(words))).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": min(words)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def test_too_little_data_for_the_split(tmp_path: Path) -> None:

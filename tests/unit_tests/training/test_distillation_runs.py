@@ -10,6 +10,7 @@ import pytest
 from megatron_recursive.data.teacher_files import TeacherFiles
 from tests.grids import grid
 from tests.unit_tests.training.runs import FLAGS, copy_checkpoint, metrics_of, refusals, save_to, train
+from tests.unit_tests.training.test_bad_flags import write_tokenizer
 
 LAYOUTS = {
     "TP 2 with SP, PP 2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
@@ -91,6 +92,23 @@ def test_what_does_not_fit_is_refused_by_name(teacher: Path, prepared: Path, tmp
     }  # fmt: skip
     for sentence, said in zip(cases, refusals([*cases.values()]), strict=True):
         assert sentence in said, said
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    """A run leaves no tokenizer beside its checkpoint, but its digest in it."""
+    at = FLAGS.index("--tokenizer-type")
+    words = [*FLAGS[:at], *FLAGS[at + 4 :], "--make-vocab-size-divisible-by", "4", "--tokenizer-type",
+             "HuggingFaceTokenizer"]  # fmt: skip
+    own, other = (["--tokenizer-model", tmp_path / name] for name in ("own", "other"))
+    write_tokenizer(tmp_path / "own", {f"w{number}": number for number in range(60)})
+    write_tokenizer(tmp_path / "other", {f"x{number}": number for number in range(60)})
+    assert train(*save_to(tmp_path / "run"), *own, "--train-iters", "1", flags=words) is None
+    asked = ["--distill-from", tmp_path / "run"]
+    cases = [[*asked, *other], ["--load", tmp_path / "run", *other], ["--tokenizer-model", tmp_path / "run/typo"]]
+    said = refusals(cases, flags=words)
+    assert "has another tokenizer, of 60 (this run: 60); give that one" in said[0]
+    assert "was trained with another tokenizer" in said[1] and said[2].endswith("run/typo does not exist.")
+    assert train(*asked, *own, "--train-iters", "1", flags=words) is None
 
 
 @pytest.mark.grid
