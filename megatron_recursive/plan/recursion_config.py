@@ -93,16 +93,9 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
         self._require("recurrence_step", holds, "must be 1, mean, or a number above 0 and below 1")
         for knob in dataclasses.fields(self):
             value = getattr(self, knob.name)
-            families = families_of(knob.name, value) or (self.recursion_family,)
             off = knob.name == "halt_loss_weight" and value == 0
-            if self.recursion_family not in families and value != knob.default and not off:
-                flag = f"{flag_of(knob.name)} {value}"
-                if isinstance(value, bool):
-                    flag = flag_of(knob.name) if value else knob.metadata["off"]
-                raise UserError(
-                    f"{flag} belongs to --recursion-family {' or '.join(families)}, but the family is "
-                    f"{self.recursion_family}."
-                )
+            if value != knob.default and not off:
+                self.refuse_foreign(knob.name)
 
         self._require("injection", self.state_init != "sampled" or self.injection != "none",
                       "leaves a start that is sampled (--state-init) without the input; give it add or concat")
@@ -181,6 +174,19 @@ class RecursionConfig(ObservationKnobs, ExitKnobs, TrainingKnobs, HeadKnobs, Fun
     def has_halting(self) -> bool:
         has_blocks = self.recursion_family != "recurrent"
         return self.enable_recursive_refinement and has_blocks and self.halt_loss_weight > 0 and not self.exit_gate
+
+    def refuse_foreign(self, name: str) -> None:
+        """Refuse a knob, at the value that it has here, which the family does not know."""
+        value, (knob,) = getattr(self, name), [each for each in dataclasses.fields(self) if each.name == name]
+        families = families_of(name, value) or (self.recursion_family,)
+        if self.recursion_family not in families:
+            flag = f"{flag_of(name)} {value}"
+            if isinstance(value, bool):
+                flag = flag_of(name) if value else knob.metadata["off"]
+            raise UserError(
+                f"{flag} belongs to --recursion-family {' or '.join(families)}, but the family is "
+                f"{self.recursion_family}."
+            )
 
     def resolved(self, *, embedding_init_std: float, from_plain_gpt: bool = False) -> RecursionConfig:
         """The same config with every "choose" replaced by what it comes to in this run."""

@@ -20,7 +20,7 @@ from megatron_recursive.backends import cpu, device
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.gradient_fusion import APEX_KERNEL
 from megatron_recursive.plan import RecursionConfig, build_plan
-from megatron_recursive.plan.knobs import flag_of
+from megatron_recursive.plan.knobs import DEPTHS, flag_of
 from megatron_recursive.plan.recursion_config import add_recursion_arguments, initial_std
 from megatron_recursive.training import help_text, profiling, refusals, refused_features, tokenizer_check
 from megatron_recursive.training.architecture import take_function
@@ -237,9 +237,9 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
                 setattr(args, name, value)
 
 
-def _given_knobs() -> set[str]:
-    """The knobs that the command line names."""
-    parser = argparse.ArgumentParser(fromfile_prefix_chars="@", add_help=False)
+def _given_knobs(files: str | None = "@") -> set[str]:
+    """The knobs that the command line names; ``files``: what files of further words begin with, None leaves them out."""
+    parser = argparse.ArgumentParser(fromfile_prefix_chars=files, add_help=False)
     return {*vars(add_recursion_arguments(parser, only_given=True).parse_known_args()[0])}
 
 
@@ -256,6 +256,9 @@ def _resolve_recursion(args: argparse.Namespace) -> RecursionConfig:
     recursion = RecursionConfig.from_mapping(vars(args)).resolved(
         embedding_init_std=std, from_plain_gpt=args.init_from_gpt is not None
     )
+    if recursion.enable_recursive_refinement:  # at the value of its default too; an import's file names every knob
+        for name in sorted(_given_knobs(files=None) & {*DEPTHS, "state_init", "state_norm"}):
+            recursion.refuse_foreign(name)
     for name, value in recursion.to_dict().items():
         setattr(args, name, value)
     if args.full_validation:  # of one set Megatron 0.19.2 takes a number for a list

@@ -12,7 +12,7 @@ import pytest
 from megatron_recursive.data.preparation import Preparation, vocabulary_digest
 from tests.distributed import run_distributed
 from tests.quick_start import start_quickly
-from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, metrics_of, train
+from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, metrics_of, refusals, train
 
 DATA = [flag for flag in FLAGS if flag != "--mock-data"]
 
@@ -336,6 +336,17 @@ def test_tokenizers_and_output_folders_are_checked_up_front(tmp_path: Path) -> N
         ([*FLAGS, "--tensorboard-dir", str(file / "below")], "is not a folder"),
     ])  # fmt: skip
     assert file.read_text() == "occupied"
+
+
+def test_depths_and_states_of_another_family_are_refused_at_their_defaults_too(tmp_path: Path) -> None:
+    cases = [("looped", "--num-recurrences 4"), ("recurrent", "--num-refinement-blocks 3"),
+             ("recurrent", "--state-norm final"), ("looped", "--state-init zeros")]  # fmt: skip
+    said = refusals([["--recursion-family", family, *flag.split()] for family, flag in cases], recursion=[])
+    for (family, flag), sentence in zip(cases, said, strict=True):
+        assert sentence.startswith(f"{flag} belongs to --recursion-family") and sentence.endswith(f"is {family}.")
+    (tmp_path / "args.txt").write_text("--num-refinement-blocks=3\n")  # as an import writes all of them
+    (taken,) = refusals([[f"@{tmp_path / 'args.txt'}", "--recursion-family", "recurrent", "--lr", "-1"]], recursion=[])
+    assert "belongs" not in taken
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path) -> None:
