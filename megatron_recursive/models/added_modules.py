@@ -27,8 +27,10 @@ def fresh_tensors(declared: Sequence[AddedParameter], hidden_size: int, knobs: o
         start, tensor = start_of(each, knobs), torch.empty(each.sizes(hidden_size), device="cpu")
         if start == "trunc-normal":
             torch.nn.init.trunc_normal_(tensor, std=1.0, a=-2.0, b=2.0, generator=generator)
-        elif start == "identity":
-            tensor.copy_(torch.eye(*each.exported_sizes(hidden_size)).view_as(tensor))
+        elif start in ("identity", "identity at the end"):
+            rows, columns = each.exported_sizes(hidden_size)
+            ones = torch.eye(columns, device="cpu")
+            tensor.copy_((ones[:rows] if start == "identity" else ones[-rows:]).view_as(tensor))
         else:
             tensor.fill_(float(start))
         found[each.key] = tensor

@@ -26,7 +26,8 @@ class AddedParameter:
         shape: in an export: sizes in the letters of the mapping tables (h is the hidden size), or numbers.
         stage: the pipeline stage that holds it, ``first`` or ``last``.
         start: value of a fresh one, or the name of the knob that has it; ``trunc-normal`` is a seeded vector of std 1,
-            ``identity`` a matrix with ones on its diagonal; ``step`` where a gate moves a state by the pass's step.
+            ``identity`` a matrix with ones on its diagonal, ``identity at the end`` on that of its last columns;
+            ``step`` where a gate moves a state by the pass's step.
         trained: False for a buffer, which belongs to the function and is not counted as a parameter.
         is_head: --train-only heads trains it.
         in_fp32: computes in fp32, and keeps its dtype where others are cast or quantised.
@@ -124,8 +125,9 @@ def added_parameters(plan: RecursionPlan) -> tuple[AddedParameter, ...]:
     if plan.exit_gate:
         asked += EXIT_GATE
     asked += tuple(each for each in INITIAL_STATES if each.key.removeprefix("initial_") in plan.initial_vectors)
-    for word in plan.maps:
-        asked += COMBINING[word]
+    for word in plan.maps:  # [I | 0] passes the state on; where that knows nothing of the tokens, [0 | I] the input
+        start = "identity" if plan.starts_at_input else "identity at the end"
+        asked += tuple(replace(p, start=start) if word == "concat" else p for p in COMBINING[word])
     for word in plan.moves:
         step = next(p.step for p in plan.passes if p.move == word)
         # b with exp(-softplus(b)) = step, or .99 where that is 1, which a gate never is.

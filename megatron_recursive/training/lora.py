@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,15 @@ def check_adapters(folder: Path, saved: Mapping[str, Any], run: argparse.Namespa
     elif mine is None or replace(theirs, seed=mine.seed) != mine:
         raise UserError(f"The checkpoint {folder} holds adapters of {_told(theirs)} (this run: {_told(mine)}); give "
                         "its own, or export it merged (convert export) and import that.")  # fmt: skip
+
+
+def refuse_blind_adapter(models: Sequence[Any], folder: Path) -> None:
+    """--injection concat behind a start that is no input reads no state before it is trained, and LoRA freezes it."""
+    for model in models:
+        adapter = getattr(model, "adapter", None)
+        if adapter is not None and model.config.lora and not adapter.weight[:, : model.config.hidden_size].any():
+            raise UserError(f"--lora-rank freezes the map of --injection concat, and that of {folder} reads no state "
+                            "yet, so that all recurrences would be one; train it first, without LoRA.")  # fmt: skip
 
 
 def _told(lora: LoRA | None) -> str:

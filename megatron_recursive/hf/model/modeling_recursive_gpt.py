@@ -110,8 +110,9 @@ class RecursiveGPTPreTrainedModel(PreTrainedModel):
                 if start == "trunc-normal":
                     vector = torch.empty(parameter.shape, device="cpu")
                     init.copy_(parameter, nn.init.trunc_normal_(vector, std=1.0, a=-2.0, b=2.0, generator=generator))
-                elif start == "identity":
-                    init.copy_(parameter, torch.eye(*parameter.shape))
+                elif start in ("identity", "identity at the end"):
+                    rows, ones = len(parameter), torch.eye(parameter.shape[1])
+                    init.copy_(parameter, ones[:rows] if start == "identity" else ones[-rows:])
                 else:
                     init.constant_(parameter, float(start))
 

@@ -45,6 +45,7 @@ from megatron_recursive.training import run_record
 from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, last_complete, reading_only, saving_root
 from megatron_recursive.training.checkpointing import cause_of, check_checkpoint, reason_of
 from megatron_recursive.training.data_stream import is_stream, share_position
+from megatron_recursive.training.lora import refuse_blind_adapter
 from megatron_recursive.training.model_provider import RecursiveGPTModelConfig, model_shape
 from megatron_recursive.training.optimizer_state import choose_format
 from megatron_recursive.training.patches import wrap
@@ -104,6 +105,8 @@ def _load(
             read_where_stored(averages, stored=bool(common) and vars(common["args"]).get("ema_decay") is not None),
         ):
             iteration, flops = call()
+            if folder is not None:
+                refuse_blind_adapter(unwrap_model(given["ddp_model"]), folder)
             if run.finetune or from_plain_gpt:
                 flops = 0  # which Megatron 0.19 takes over, other than iteration and samples
             if getattr(run, DONOR, None) in NO_VALUE_BIAS and run.add_qkv_bias:
@@ -116,7 +119,7 @@ def _load(
                 scheduler.step(0)
         return iteration, flops
     except (Exception, CheckpointException) as error:
-        if folder is None:
+        if folder is None or isinstance(error, UserError):
             raise
         if any(words in str(error) for words in OTHER_DEVICE):
             raise UserError(

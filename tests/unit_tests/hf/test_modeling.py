@@ -343,9 +343,11 @@ def test_initial_states_of_a_fresh_model_are_those_of_training() -> None:
 
 
 @pytest.mark.parametrize("knobs", [
-    {"boundary": "gate"}, *({"recursion_family": "recurrent", "injection": word} for word in ("concat", "diagonal")),
+    {"boundary": "gate"}, *({"recursion_family": "recurrent", "injection": word, "state_init": start} for word, start in
+                            (("concat", "input"), ("concat", "sampled"), ("diagonal", "sampled"))),
 ])  # fmt: skip
 def test_what_recursion_adds_starts_as_in_training(knobs: dict[str, Any], tmp_path: Path) -> None:
+    """A fresh model reads its tokens."""
     from megatron_recursive.models.added_modules import fresh_tensors
     from megatron_recursive.plan.added_parameters import added_parameters
 
@@ -353,6 +355,8 @@ def test_what_recursion_adds_starts_as_in_training(knobs: dict[str, Any], tmp_pa
     declared = added_parameters(config.recursion_plan)
     fresh = fresh_tensors(declared, config.hidden_size, SimpleNamespace(halt_bias=-5.0))
     model = RecursiveGPTForCausalLM(config)
+    first, second = model.eval()(torch.arange(12).view(2, 6)).logits
+    assert not torch.allclose(first, second, atol=1e-2)
     for each in declared:
         parameter = model.get_parameter(each.exported)
         assert torch.equal(parameter, fresh[each.key].view_as(parameter)), each.key

@@ -101,6 +101,14 @@ def test_checkpoints_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> 
     assert train(*save_to(tmp_path), "--use-checkpoint-args", *longer) is None
 
 
+def test_a_map_that_would_stay_blind_to_the_state_is_refused(tmp_path: Path) -> None:
+    sampled = ["--recursion-family", "recurrent", "--injection", "concat", "--state-init", "sampled"]
+    assert train(*save_to(tmp_path), "--train-iters", "1", recursion=PLAIN) is None
+    said = train("--init-from-gpt", tmp_path, *LORA, recursion=sampled)
+    assert said is not None and "reads no state yet, so that all recurrences would be one; train it first" in said
+    assert train("--init-from-gpt", tmp_path, *LORA, "--train-iters", "1", recursion=sampled[:4]) is None
+
+
 def _says_of_equal_rows(first: int) -> str:
     from argparse import Namespace
 
