@@ -123,8 +123,8 @@ def append_metrics(file: str | None, record: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(
             f"The metrics file {file} cannot be written ({error.strerror}); "
-            f"{'make room' if error.errno in DISK_FULL else 'mend that'} and start the same command again, which goes on "
-            "from its last checkpoint, or name another file with --metrics-file."
+            f"{'make room' if error.errno in DISK_FULL else 'mend that'} and start the same command again, which goes "
+            "on from its last checkpoint, or name another file with --metrics-file."
         ) from error
 
 
