@@ -13,6 +13,7 @@ import logging
 import subprocess
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -25,6 +26,8 @@ COMPILED_BY_MEGATRON = ("bias_activation_fusion", "bias_dropout_fusion", "cross_
 def choose(config: TransformerConfig) -> None:
     """Fuse what a model of this config can have fused on this machine; call it before the model is built."""
     if not compiles():
+        if config.bias_activation_fusion and config.activation_func is F.gelu:  # fused, it is another: GELU by tanh
+            config.activation_func = functools.partial(F.gelu, approximate="tanh")
         for flag in COMPILED_BY_MEGATRON:
             setattr(config, flag, False)
     elif not config.apply_rope_fusion and not hasattr(rope_utils, f"{ROTARY}_eager"):

@@ -78,6 +78,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         args.eval_global_batch_size = refusals.scheduled_batches(args)[-1]
     refuse_stream(args)
     settle_chat(args)
+    if args.answer_tokens is not None:
+        args.calculate_per_token_loss = True  # micro-batches may have different numbers of answers
     refusals.refuse_schedule(args)
     refuse_supervision(args)
     refuse_schedule_values(args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -74,8 +75,8 @@ def test_fused_attention_is_attention() -> None:
     assert max(run_distributed(fused_errors, 1)[0]) <= 1e-2  # bf16
 
 
-def choose_fusions(works: bool) -> tuple[dict[str, bool], bool]:
-    """Megatron's compiled fusions in a config, and whether rotary positions are compiled."""
+def choose_fusions(works: bool) -> tuple[dict[str, bool], bool, float]:
+    """Megatron's compiled fusions in a config, whether rotary positions are compiled, and the activation of 1."""
     from megatron.core.models.common.embeddings import rope_utils
 
     from megatron_recursive.models import compiled_fusions as fusions
@@ -88,7 +89,8 @@ def choose_fusions(works: bool) -> tuple[dict[str, bool], bool]:
         config = transformer_config(Case(transformer={"bias_activation_fusion": True}), Layout())
         fusions.choose(config)
         return ({flag: getattr(config, flag) for flag in fusions.COMPILED_BY_MEGATRON},
-                getattr(rope_utils, fusions.ROTARY) is not eager)  # fmt: skip
+                getattr(rope_utils, fusions.ROTARY) is not eager, float(config.activation_func(torch.ones(())))
+                )  # fmt: skip
     finally:
         torch.compile = compile_
         setattr(rope_utils, fusions.ROTARY, eager)
@@ -101,10 +103,12 @@ def no_compiler(function: Any) -> Any:
 
 
 def test_fusions_are_off_where_they_do_not_compile() -> None:
-    flags, rotary = run_distributed(choose_fusions, 1, True)[0]
+    """And GELU stays what the fusion of it with a bias computes, its approximation by tanh."""
+    flags, rotary, _ = run_distributed(choose_fusions, 1, True)[0]
     assert flags["bias_activation_fusion"] and rotary
-    flags, rotary = run_distributed(choose_fusions, 1, False)[0]
+    flags, rotary, of_one = run_distributed(choose_fusions, 1, False)[0]
     assert not any(flags.values()) and not rotary
+    assert of_one == pytest.approx(float(torch.nn.functional.gelu(torch.ones(()), approximate="tanh")), abs=1e-7)
 
 
 def open_and_cached() -> dict[str, Tensor]:

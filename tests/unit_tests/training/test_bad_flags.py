@@ -35,6 +35,7 @@ FEATURES = [
     ("--lora-rank 2 --lora-per-pass --disable-recursive-refinement", "since a plain model has one pass"),
     ("--lora-rank 2 --lora-per-pass --eval-depths 1", "same passes at every step, which --eval-depths 1 changes"),
     ("--lora-rank 2 --lora-per-pass --throttle", "--throttle divides by the passes that share weights"),
+    ("--core-lr-factor 0 --lr-warmup-init 1e-4", "--lr-warmup-init 0.0001 starts all weights at one rate"),
     ("--lora-rank 2 --head-lr-factor 2", "--head-lr-factor 2 says nothing beside --lora-rank"),
     ("--use-megatron-fsdp", "--use-megatron-fsdp"),
     ("--use-torch-fsdp2", "--use-torch-fsdp2"),
