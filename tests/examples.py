@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.distributed import REPOSITORY, run_distributed
 from tests.quick_start import start_quickly
 
@@ -110,8 +112,7 @@ def _facts_of(command: Command) -> dict[str, Any] | str:
     from megatron.training.global_vars import destroy_global_vars
 
     from megatron_recursive.errors import UserError
-    from megatron_recursive.training import memory_report
-    from megatron_recursive.training.arguments import parse_arguments
+    from megatron_recursive.training import arguments, memory_report
     from megatron_recursive.training.model_provider import model_config_from_args, model_shape
     from megatron_recursive.training.report import run_description
 
@@ -125,7 +126,9 @@ def _facts_of(command: Command) -> dict[str, Any] | str:
     sys.argv = ["pretrain", *(flag for flag in command.flags if flag != "--exit-on-missing-checkpoint")]
     start_quickly()
     try:
-        args, recursion = parse_arguments()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(arguments, "refuse_missing", lambda *_: None)
+            args, recursion = arguments.parse_arguments()
         config = model_config_from_args(args, recursion)
     except UserError as error:
         return str(error)

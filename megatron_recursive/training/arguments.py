@@ -25,7 +25,12 @@ from megatron_recursive.plan.recursion_config import add_recursion_arguments, in
 from megatron_recursive.training import help_text, profiling, refusals, refused_features, tokenizer_check
 from megatron_recursive.training.architecture import take_function
 from megatron_recursive.training.chat_data import add_chat_arguments, settle_chat
-from megatron_recursive.training.checkpoint_folders import checkpoint_to_read, reading_only, refuse_overwriting
+from megatron_recursive.training.checkpoint_folders import (
+    checkpoint_to_read,
+    reading_only,
+    refuse_missing,
+    refuse_overwriting,
+)
 from megatron_recursive.training.checkpointing import check_vocabulary, saved_arguments
 from megatron_recursive.training.console import STYLES
 from megatron_recursive.training.data_stream import add_stream_arguments, refuse_stream
@@ -66,6 +71,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
         flag = "--exit-on-missing-checkpoint" if args.ckpt_step is None else "--ckpt-step"
         there = "it is missing" if args.load is None else f"{args.load} holds none"
         raise UserError(f"{flag} needs a checkpoint in --load, but {there}.")
+    refuse_missing(args, folder)
     refuse_overwriting(args, folder, from_plain_gpt=from_plain_gpt)
     if args.use_checkpoint_args:
         _take_checkpoint_arguments(args)
@@ -240,7 +246,7 @@ def _take_checkpoint_arguments(args: argparse.Namespace) -> None:
 
 
 def _given_knobs(files: str | None = "@") -> set[str]:
-    """The knobs that the command line names; ``files``: what files of further words begin with, None leaves them out."""
+    """The knobs that the command line names; ``files``: what files of further words begin with; None: none count."""
     parser = argparse.ArgumentParser(fromfile_prefix_chars=files, add_help=False)
     return {*vars(add_recursion_arguments(parser, only_given=True).parse_known_args()[0])}
 

@@ -88,7 +88,7 @@ def settle_rates(args: argparse.Namespace, plan: RecursionPlan, recursion: Recur
             flag = "--throttle" if asked[role] == 1.0 else f"--{role}-lr-factor"
             raise UserError(f"{flag} needs {NEEDS[role]}, which this model does not have; leave it out.")
     if args.lr_warmup_init and (args.throttle or set(asked.values()) != {1.0}):
-        raise UserError(f"--lr-warmup-init {args.lr_warmup_init:g} starts all weights at one rate, which the factors of "
-                        "parts (--core-lr-factor and others, --throttle) do not scale; leave it out.")  # fmt: skip
+        raise UserError(f"--lr-warmup-init {args.lr_warmup_init:g} starts all weights at one rate, which the factors "
+                        "of parts (--core-lr-factor and others, --throttle) do not scale; leave it out.")  # fmt: skip
     drawn = StepPlans(recursion, plan).drawn() if recursion.recurrence_distribution != "fixed" else ()
     args.rate_factors = rate_factors(plan, asked, throttle=args.throttle, drawn=drawn)

@@ -150,6 +150,9 @@ VALUES = [
     ("--min-lr 1", "--min-lr 1 is larger than --lr 0.01"),
     ("--lr-warmup-iters 9", "--lr-warmup-iters 9 must be smaller than --lr-decay-iters 9"),
     ("--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler", "excludes --use-checkpoint-opt_param"),
+    ("--load nowhere --save there", "--load nowhere holds no checkpoint (latest_checkpointed_iteration.txt is "
+                                    "missing); name one, or leave --load out to start from random weights"),
+    ("--load there --save there --finetune", "name one, or leave --finetune out to start from random weights"),
     ("--exit-on-missing-checkpoint --load nowhere", "needs a checkpoint in --load, but nowhere holds none"),
     ("--ckpt-step 3", "--ckpt-step needs a checkpoint in --load, but it is missing"),
     ("--enable-msc", "--enable-msc was passed but"),
