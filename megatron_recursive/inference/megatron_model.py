@@ -52,7 +52,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
     def set_num_refinement_blocks(self, count: int) -> None:
         """Run so many blocks from now on."""
         lora = self.megatron.config.lora
-        if lora is not None and lora.per_pass and count != self.megatron.plan.num_blocks:
+        if lora is not None and lora.per_pass and count != self.megatron.plan.depth:
             raise ValueError("This model has an adapter for each pass, and none for those of another depth.")
         self.megatron.plan = self.megatron.plan.with_blocks(count)
         self.config.set_plan(self.megatron.plan)

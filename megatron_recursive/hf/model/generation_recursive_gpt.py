@@ -29,7 +29,7 @@ class RecursiveGenerationMixin(GenerationMixin):
         plan = self.config.recursion_plan
         if plan.is_plain:
             raise ValueError("This model is a plain GPT; it has no refinement blocks.")
-        if self.config.pass_adapters is not None and count != plan.num_blocks:
+        if self.config.pass_adapters is not None and count != plan.depth:
             raise ValueError("This model has an adapter for each pass, and none for those of another depth.")
         self._set_plan(plan.with_blocks(count))
 

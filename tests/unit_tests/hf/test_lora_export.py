@@ -56,6 +56,7 @@ def exports(run: Path, modes: dict[str, str | None]) -> tuple[dict[str, Any], Te
     from megatron_recursive.hf.convert.donor_import import checkpoint_fetch
     from megatron_recursive.hf.convert.export import export_model, open_checkpoint
     from megatron_recursive.hf.convert.unroll import unroll_model
+    from megatron_recursive.inference.megatron_model import open_megatron
 
     reports: dict[str, Any] = {}
     for name, mode in modes.items():
@@ -66,10 +67,23 @@ def exports(run: Path, modes: dict[str, str | None]) -> tuple[dict[str, Any], Te
     for model in (run, run.parent / "inside") if "inside" in modes else ():
         with pytest.raises(UserError, match="has an adapter for each pass"):
             unroll_model(str(model), str(run.parent / "unrolled"), say=lambda _: None)
+    if "inside" in modes:
+        with open_megatron(str(run)) as (megatron, _):
+            has_one_depth(megatron)
     opened, ids = open_checkpoint(str(run)), tokens()
     text = proof.Text(ids, torch.arange(ids.shape[1]).expand_as(ids))
     fetch = checkpoint_fetch(opened.checkpoint)
     return reports, proof.megatron_logits(opened.arch, opened.recursion, fetch, text, torch.float32, opened.lora)
+
+
+def has_one_depth(model: Any) -> None:
+    """It takes the depth that its adapters are of, which stays as it is, and refuses others."""
+    plan = model.config.recursion_plan
+    model.set_num_refinement_blocks(plan.depth)
+    assert model.config.recursion_plan == plan
+    for other in (1, plan.depth + 1):
+        with pytest.raises(ValueError, match="an adapter for each pass, and none for those of another depth"):
+            model.set_num_refinement_blocks(other)
 
 
 def load(folder: Path) -> Any:
@@ -142,8 +156,7 @@ def test_adapters_of_each_pass_go_out_inside_our_own_model(kind: str, tmp_path: 
             assert taken[-more * LAYERS :: LAYERS] == [*range(deepest - more, deepest)]
     passes = {name.rpartition("_")[2] for name, _ in model.named_parameters() if ".pass_A_" in name}
     assert len(passes) > 1 and again.config.pass_adapters["rank"] == 3
-    with pytest.raises(ValueError, match="an adapter for each pass, and none for those of another depth"):
-        again.set_num_refinement_blocks(5)
+    has_one_depth(again)
     model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
     adapters = {name: weight.grad for name, weight in model.named_parameters() if ".pass_" in name}
     assert not [name for name, gradient in adapters.items() if gradient is None or not gradient.any()]
