@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from itertools import accumulate, pairwise, starmap
+from itertools import accumulate, groupby, pairwise, starmap
 from typing import Any
 
 from megatron_recursive.errors import UserError
@@ -431,16 +431,11 @@ class RecursionPlan:
         return replace(self, passes=tuple(replace(p, index=index) for index, p in passes))
 
     def to_json(self) -> str:
-        values = asdict(self) | {"passes": [p.to_dict() for p in self.passes]}
-        if self.stacks == WHOLE:  # older readers know all that they find
-            del values["stacks"]
-        if not self.mean_steps:
-            del values["mean_steps"]
-        if not self.exit_gate:
-            del values["exit_gate"]
-        if self.state_init != "sampled":
-            del values["state_std"]
-        return json.dumps(values, sort_keys=True)
+        """Words that say nothing new are left out, as in :meth:`DecoderPass.to_dict`."""
+        idle = {"stacks": self.stacks == WHOLE, "mean_steps": not self.mean_steps, "exit_gate": not self.exit_gate,
+                "state_std": self.state_init != "sampled"}  # fmt: skip
+        values = {name: value for name, value in asdict(self).items() if not idle.get(name)}
+        return json.dumps({**values, "passes": [p.to_dict() for p in self.passes]}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RecursionPlan:
@@ -469,7 +464,8 @@ class RecursionPlan:
         has_stacks, has_steps = self.stacks != WHOLE, not all(p.replaces_state for p in self.passes)
         rows = [("passes", "block", *["layers"] * has_stacks, "update", *["step"] * has_steps, "reads", "gradient",
                  "lm loss", "halt loss")]  # fmt: skip
-        for run in self._runs():
+        for _, alike in groupby(self.passes, lambda p: replace(p, index=0, cuts_states=False)):
+            run = list(alike)
             p, last = run[0], run[-1]
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
             weights = (f"{p.supervised_weight:g}{' p' * self.exit_gate}" if p.supervised_weight else "-",
@@ -482,15 +478,3 @@ class RecursionPlan:
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         legend = ["p: the probability of leaving there, by the exit gate"] if self.exit_gate else []
         return "\n".join([*(line.rstrip() for line in lines), *legend])
-
-    def _runs(self) -> list[list[DecoderPass]]:
-        """Consecutive passes of a block that differ in nothing but their index."""
-        runs: list[list[DecoderPass]] = []
-        for p in self.passes:
-            q = runs[-1][0] if runs else None
-            same = q is not None and replace(p, index=q.index, cuts_states=q.cuts_states) == q
-            if same:
-                runs[-1].append(p)
-            else:
-                runs.append([p])
-        return runs
