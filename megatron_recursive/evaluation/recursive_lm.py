@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import multiprocessing
+import operator
 import os
 import shutil
 import sys
@@ -152,10 +153,9 @@ class RecursiveLM(HFLM):
         """What a text would have cost by itself, so that the results do not depend on its batch."""
         config, length = self.model.config, len(blocks_S)
         active = [int((blocks_S > block).sum()) for block in range(int(blocks_S.max()))]
-        layers = config.num_hidden_layers // options.trained_blocks
+        layers = config.layers_per_block
         asked = sum(active[: options.max_blocks - 1])
-        of_block = config.adapted_layers  # beyond the trained ones the last is repeated
-        adapted = sum(tokens * of_block[min(block, len(of_block) - 1)] for block, tokens in enumerate(active))
+        adapted = sum(map(operator.mul, active, config.adapted_layers(len(active))))
         scores = layers * len(active) * length**2
         return Work(layers * sum(active), scores, asked, length, (length, length**2), adapted)
 

@@ -87,10 +87,10 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         batch, length = input_ids.shape
         contexts = past_key_values
         if contexts is None and options is not None:
-            contexts = PassContexts(length, self._passes_per_block)
+            contexts = PassContexts(length, self.megatron.plan.passes_per_block)
         if contexts is not None:
             blocks = self.megatron.plan.num_blocks if options is None else options.max_blocks
-            contexts.ensure_passes(blocks * self._passes_per_block, batch)
+            contexts.ensure_passes(blocks * contexts.passes_per_block, batch)
         past = 0 if contexts is None else contexts.length
         hidden_BK = None if attention_mask is None or bool(attention_mask.all()) else ~attention_mask.bool()
         if options is None:
@@ -120,10 +120,6 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             report.add(options, taken_BS, work, decoded=past > 0)
             self.last_exit_report = report
         return result
-
-    @property
-    def _passes_per_block(self) -> int:
-        return self.megatron.plan.num_passes // self.megatron.plan.num_blocks
 
     def _start(
         self, input_ids: Tensor, contexts: PassContexts | None, hidden_BK: Tensor | None
@@ -160,23 +156,21 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
 
         A sequence that has left keeps its state; what is computed for it beside the others is thrown away.
         """
-        plan, per_block = self.megatron.plan, self._passes_per_block
+        plan, per_block = self.megatron.plan, self.megatron.plan.passes_per_block
         rule = ExitRule(options, self._halting_of_tokens, self._logits_of_tokens, work)
         state, mask = self._start(input_ids, contexts, hidden_BK)
         final_BH = torch.empty_like(state.values["input"][0])  # of a state that starts at it there is no output yet
         staying_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         real_B = staying_B if hidden_BK is None else ~hidden_BK[:, contexts.length]
         blocks_B = torch.zeros_like(staying_B, dtype=torch.long)
-        states, adapted_of_block = [], self.config.adapted_layers
+        states, layers, batch = [], self.config.layers_per_block, len(input_ids)
+        adapted_of_block = self.config.adapted_layers(options.max_blocks)
         for block in range(options.max_blocks):
-            for number in range(per_block):
-                each = plan.passes[min(block, options.trained_blocks - 1) * per_block + number]
-                context = contexts.contexts[block * per_block + number]
+            for number in range(block * per_block, (block + 1) * per_block):
+                each, context = plan.known(number), contexts.contexts[number]
                 state.update(each, self.megatron.decode(state.gather(each), mask, context, stack=each.stack,
                                                         closes=plan.closes(each), index=each.index))  # fmt: skip
-            layers, batch = self.config.num_hidden_layers // options.trained_blocks, len(input_ids)
-            adapted = adapted_of_block[min(block, options.trained_blocks - 1)]
-            work.add(layers * batch, layers * batch * (contexts.length + 1), adapted * batch)
+            work.add(layers * batch, layers * batch * (contexts.length + 1), adapted_of_block[block] * batch)
             final_BH = torch.where(staying_B[:, None], state.output[0], final_BH)
             states.append(final_BH[None])
             blocks_B += staying_B
@@ -220,7 +214,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
         if generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = PassContexts(max_cache_length + 1, self._passes_per_block)
+            model_kwargs["past_key_values"] = PassContexts(max_cache_length + 1, self.megatron.plan.passes_per_block)
 
 
 @contextlib.contextmanager

@@ -208,6 +208,16 @@ class RecursionPlan:
         return self.passes[-1].block + 1
 
     @property
+    def passes_per_block(self) -> int:
+        """Of blocks that are alike, which an exit leaves between."""
+        return self.num_passes // self.num_blocks
+
+    def known(self, index: int) -> DecoderPass:
+        """What a walk runs as pass ``index``, from 0: beyond the plan its last block again."""
+        size = self.passes_per_block
+        return self.passes[index if index < len(self.passes) else index % size - size]
+
+    @property
     def depth(self) -> int:
         """What :meth:`with_blocks` changes: blocks, loops, or passes of a recurrent core."""
         return len(self.parts)

@@ -24,7 +24,7 @@ class RecursiveCache(Cache):
 
     def __init__(self, config: RecursiveGPTConfig, reserve: int = 64) -> None:
         super().__init__(layers=[])
-        self.layers_per_block = config.num_hidden_layers // config.num_refinement_blocks
+        self.layers_per_block = config.layers_per_block
         self.length, self.reserve = 0, reserve
         self.blocks: list[Tensor] = []  # each [layers, 2, B, heads, space, D]
         self.views: list[list[tuple[Tensor, Tensor]]] = []  # of each block, by layer: keys and values

@@ -137,23 +137,24 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
         return RecursionPlan.from_dict(self.plan)
 
     @property
-    def adapted_layers(self) -> list[int]:
-        """Layers that the passes with gradient, which alone may have adapters, go through, for each block."""
+    def layers_per_block(self) -> int:
+        """Layers that a block goes through, of blocks that are alike."""
+        return self.num_hidden_layers // self.recursion_plan.num_blocks
+
+    def adapted_layers(self, blocks: int) -> list[int]:
+        """Layers that the passes with gradient, which alone may have adapters, go through, for each of the blocks."""
         plan = self.recursion_plan
-        stacks, per_block = plan.layers_of(self.num_layers), plan.num_passes // plan.num_blocks
-        layers = [len(stacks[each.stack]) if each.grad else 0 for each in plan.passes]
-        return [sum(layers[start : start + per_block]) for start in range(0, len(layers), per_block)]
+        stacks, size = plan.layers_of(self.num_layers), plan.passes_per_block
+        layers = [len(stacks[p.stack]) if p.grad else 0 for p in map(plan.known, range(blocks * size))]
+        return [sum(layers[start : start + size]) for start in range(0, len(layers), size)]
 
     def first_slots(self, count: int) -> list[int]:
-        """Where layer 0 would stand in a cache, for each of ``count`` passes; those beyond the plan repeat a block."""
+        """Where layer 0 would stand in a cache, for each pass of the plan, and of ``count`` where that is more."""
         plan = self.recursion_plan
-        stacks, layers = plan.layers_of(self.num_layers), plan.layers_by_pass([self.num_layers])
-        ends = list(accumulate((each for (each,) in layers), initial=0))
-        slots = [end - stacks[p.stack].start for end, p in zip(ends, plan.passes, strict=False)]
-        per_block, size = plan.num_passes // plan.num_blocks, self.num_hidden_layers // plan.num_blocks
-        while len(slots) < count:
-            slots.append(slots[len(slots) - per_block] + size)
-        return slots
+        stacks = plan.layers_of(self.num_layers)
+        layers = [stacks[plan.known(index).stack] for index in range(max(count, plan.num_passes))]
+        starts = accumulate(map(len, layers), initial=0)
+        return [start - held.start for start, held in zip(starts, layers, strict=False)]
 
     @property
     def num_refinement_blocks(self) -> int:

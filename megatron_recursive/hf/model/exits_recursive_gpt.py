@@ -284,10 +284,10 @@ def run_with_exits(
         raise ValueError("output_attentions and output_hidden_states need all blocks; they do not go with an exit.")
     if not isinstance(shared["attention_mask"], Tensor | None):
         raise ValueError("An exit does not work with flex_attention; use sdpa or eager.")
-    config, passes, options = model.config, model.passes, rule.options
-    per_block = len(passes) // options.trained_blocks
+    plan, options = model.plan, rule.options
+    per_block = plan.passes_per_block
     batch, length = states["input"].shape[:2]
-    tokens = ActiveTokens((batch, length), config.num_hidden_layers // options.trained_blocks, rule.work)
+    tokens = ActiveTokens((batch, length), model.config.layers_per_block, rule.work)
     cache, rotary = shared["past_key_values"], shared["position_embeddings"]
     _open_cache(cache, options, tokens.layers_per_block)
     if rotary is not None:
@@ -300,10 +300,10 @@ def run_with_exits(
     now, shared = dict(states), {**shared, "tokens": tokens}
     for block in range(options.max_blocks):
         model.ensure_passes((block + 1) * per_block)
-        for number in range(per_block):
-            each = passes[min(block, options.trained_blocks - 1) * per_block + number]
+        for number in range(block * per_block, (block + 1) * per_block):
+            each = plan.known(number)
             tokens.adapted = each.grad
-            result = model.run_pass(block * per_block + number, model.gather(each, now), **shared)
+            result = model.run_pass(number, model.gather(each, now), **shared)
             now[each.target] = model.moved(each, now, result)
         output_NH = now["output"].flatten(0, 1)
         if len(index) == batch * length:  # nobody has left
@@ -414,7 +414,7 @@ class ExitReport:
             asking = {"halting": head, "quantile": head, "output-change": 0}.get(options.exit, vocabulary)
             always, layers = work.logits * vocabulary, config.num_hidden_layers
             self._flops += _flops(config, work.tokens, work.scores, work.adapted) + work.asked * asking + always
-            (tokens, scores), adapted = work.fixed_depth, sum(config.adapted_layers)
+            (tokens, scores), adapted = work.fixed_depth, sum(config.adapted_layers(options.trained_blocks))
             self._fixed_depth_flops += _flops(config, layers * tokens, layers * scores, adapted * tokens) + always
         return self
 

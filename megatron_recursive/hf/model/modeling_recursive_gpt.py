@@ -154,7 +154,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
     def _read_plan(self, plan: RecursionPlan | None = None) -> None:
         """Go by the config's plan, or by another one over the same stacks and states."""
         plan = self.config.recursion_plan if plan is None else plan
-        self.passes = plan.passes
+        self.plan, self.passes = plan, plan.passes
         self.block_ends = {each.index: each for each in plan.block_ends}
         self.embedding_multiplier = float(plan.embedding_multiplier)
         self.norm_closes_passes, self.closes = plan.state_norm == "final", [plan.closes(each) for each in plan.passes]
@@ -162,7 +162,6 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.state_std = plan.state_std
         stacks = plan.layers_of(self.config.num_layers)
         self.layers_of_pass = [stacks[each.stack] for each in self.passes]
-        self.passes_per_block = plan.num_passes // plan.num_blocks
 
     def ensure_passes(self, count: int, *, renew: bool = False) -> None:
         """Have attention modules for at least so many passes."""
@@ -172,8 +171,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
 
     def run_pass(self, index: int, state: Tensor, **kwargs: Any) -> Tensor:
         hidden_states = state
-        last = len(self.passes) - self.passes_per_block  # its block's passes are repeated beyond the plan
-        known = index if index < len(self.passes) else last + index % self.passes_per_block
+        known = self.plan.known(index).index
         for layer in self.layers_of_pass[known]:
             hidden_states = self.layers[layer](hidden_states, pass_index=index, adapter=known, **kwargs)
         hidden_states = self.norm(hidden_states) if self.closes[known] else hidden_states

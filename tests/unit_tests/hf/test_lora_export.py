@@ -152,7 +152,7 @@ def test_adapters_of_each_pass_go_out_inside_our_own_model(kind: str, tmp_path: 
             for layer in model.model.layers:
                 layer.register_forward_pre_hook(lambda _, __, given: taken.append(given["adapter"]), with_kwargs=True)
             model(tokens(), exit="halting", halt_threshold=1 - 1e-12, max_inference_refinement_steps=3)
-            deepest, more = model.config.recursion_plan.num_passes, model.model.passes_per_block
+            deepest, more = model.model.plan.num_passes, model.model.plan.passes_per_block
             assert taken[-more * LAYERS :: LAYERS] == [*range(deepest - more, deepest)]
     passes = {name.rpartition("_")[2] for name, _ in model.named_parameters() if ".pass_A_" in name}
     assert len(passes) > 1 and again.config.pass_adapters["rank"] == 3

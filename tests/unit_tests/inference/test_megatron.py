@@ -59,7 +59,7 @@ def _check_cache(folder: str) -> tuple[list[float], int]:
         full = model.megatron(tokens, torch.arange(14).expand(2, 14), None)[..., :127]
         errors = []
         for cuts in ([6, *range(7, 15)], [1, 4, 14]):  # a prompt and tokens one by one; several tokens at a time
-            contexts = PassContexts(14, plan.num_passes // plan.num_blocks)
+            contexts = PassContexts(14, plan.passes_per_block)
             pieces = [tokens[:, a:b] for a, b in zip([0, *cuts], cuts, strict=False)]
             parts = [model(piece, past_key_values=contexts).logits for piece in pieces]
             errors.append(float((torch.cat(parts, 1) - full).abs().max() / full.abs().max()))

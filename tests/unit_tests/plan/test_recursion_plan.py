@@ -287,6 +287,12 @@ def test_another_depth_of_a_core_is_that_of_the_knobs(knobs: dict[str, object]) 
         assert all(start.with_blocks(depth) == plan for depth, plan in plans.items())
 
 
+def test_beyond_the_plan_its_last_block_is_repeated() -> None:
+    plan = make_plan(**CUT)
+    assert plan.passes_per_block == 3
+    assert [plan.known(index).index for index in range(12)] == [*range(6), *(3, 4, 5) * 2]
+
+
 def test_a_gated_plan_supervises_every_loop_at_any_depth() -> None:
     knobs = {"recursion_family": "looped", "exit_gate": True, "embedding_multiplier": 1.0}
     plan = build_plan(RecursionConfig(**knobs, num_refinement_blocks=3))  # type: ignore[arg-type]
