@@ -113,7 +113,8 @@ class RecursiveLM(HFLM):
 
     @property
     def _is_recursive(self) -> bool:
-        return getattr(self.model.config, "plan", {"family": "plain"})["family"] != "plain"
+        plan = getattr(self.model.config, "recursion_plan", None)
+        return plan is not None and not plan.is_plain
 
     def _set_depth(self, name: Any, blocks: int | None) -> ExitOptions | None:
         asked = [*(["num_refinement_blocks"] if blocks is not None else []), *self._exit]

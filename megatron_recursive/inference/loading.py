@@ -129,7 +129,8 @@ def _open_folder(
         model.to(device)
     own = path if tokenizer is None else tokenizer
     text = NumberText(config.vocab_size) if numbers else TokenizerText(load_tokenizer(own, NEEDS_ITS_OWN))
-    recursive = getattr(config, "plan", None) is not None and config.plan.get("family") != "plain"
+    plan = getattr(config, "recursion_plan", None)
+    recursive = plan is not None and not plan.is_plain
     return Loaded(given, model.eval(), text, getattr(config, "max_position_embeddings", None), recursive)
 
 

@@ -54,7 +54,7 @@ from megatron_recursive.models.added_modules import fresh_tensors
 from megatron_recursive.models.checkpoint_integrity import write_manifest
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.added_parameters import EVERY, added_parameters
-from megatron_recursive.plan.knobs import OF_FAMILIES, flag_of
+from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.plan.lora import MODULE as ADAPTERS
 from megatron_recursive.plan.recursion_config import renewed, retrofit
 
@@ -414,7 +414,7 @@ class _Import:
         if self.tokenizer is None:
             return []
         losses = {"donor": donor, f"imported {'without' if own is None else 'with its own'} recursion": ours}
-        for depth in DEPTHS if self.recursion.recursion_family in OF_FAMILIES["num_recurrences"] else ():
+        for depth in DEPTHS if self.plan.has_inner_depth else ():
             deep = dataclasses.replace(self.recursion, num_recurrences=depth)
             losses[f"at r = {depth}"] = proof.megatron_logits(self.arch, deep, fetch, text, dtype)
         if not self.plan.is_plain and (own is None or self.plan != self.source.plan):

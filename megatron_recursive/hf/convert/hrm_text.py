@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
-from megatron_recursive.plan import RecursionConfig
+from megatron_recursive.plan import RecursionConfig, build_plan
 
 PREFIXED = (
     "its prefix_lm lets the tokens of an instruction (token_type_ids 1) see each other in both directions; here "
@@ -60,10 +60,11 @@ def expresses(recursion: RecursionConfig) -> bool:
 
 
 def config_of(arch: Architecture, recursion: RecursionConfig) -> dict[str, Any]:
-    layers, blocks, latents = arch.num_layers // 2, recursion.num_refinement_blocks, recursion.num_latent_refinements
     return {
-        "num_layers_per_stack": layers, "num_hidden_layers": layers * blocks * (latents + 1),
-        "H_cycles": blocks, "L_cycles": latents, "L_bp_cycles": list(recursion.latent_windows),
+        "num_layers_per_stack": arch.num_layers // 2,
+        "num_hidden_layers": build_plan(recursion).unrolled_layers(arch.num_layers),
+        "H_cycles": recursion.num_refinement_blocks, "L_cycles": recursion.num_latent_refinements,
+        "L_bp_cycles": list(recursion.latent_windows),
         "embedding_scale": recursion.embedding_multiplier, "prefix_lm": False,
     }  # fmt: skip
 

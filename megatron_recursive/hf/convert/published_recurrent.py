@@ -204,7 +204,8 @@ def published_config(arch: Architecture, recursion: RecursionConfig) -> dict[str
         raise UserError(f"--as-published: a huginn_raven is recurrent, but --recursion-family is {family}; leave "
                         "--as-published out.")  # fmt: skip
     width, depth, is_huginn = arch.hidden_size, recursion.num_recurrences, arch.norm_placement == "sandwich"
-    core = arch.num_layers - recursion.num_prelude_layers - recursion.num_coda_layers
+    plan = build_plan(recursion)
+    core, applied = len(plan.layers_of(arch.num_layers)["core"]), plan.unrolled_layers(arch.num_layers)
     scale, std = recursion.embedding_multiplier or 1.0, math.sqrt(2 / (5 * width))
     if recursion.state_init == "sampled" and not math.isclose(std * scale, recursion.state_std, rel_tol=1e-12):
         std = recursion.state_std / scale
@@ -213,7 +214,6 @@ def published_config(arch: Architecture, recursion: RecursionConfig) -> dict[str
     rotation = {"block_size": arch.max_positions} if is_huginn else {
         "max_position_embeddings": arch.max_positions, "rope_theta": theta,
         "rope_scaling": None if rope["rope_type"] == "default" else rope}  # fmt: skip
-    applied = recursion.num_prelude_layers + recursion.num_coda_layers + core * depth
     values = {
         "architectures": ["RavenForCausalLM"], "model_type": "huginn_raven", "n_embd": width,
         "n_heads": arch.num_attention_heads, "num_attention_heads": arch.num_attention_heads,
