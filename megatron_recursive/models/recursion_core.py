@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from megatron_recursive.plan.added_parameters import (
     sampled_start,
     tokens_so_far,
 )
+from megatron_recursive.plan.supervision_steps import in_a_row
 
 
 @dataclass
@@ -57,12 +58,6 @@ class BlockReadout:
     halt_logits_BS: Tensor | None = None
     gate_logits_BS: Tensor | None = None
     distillation_BS: Tensor | None = None
-
-
-@lru_cache(maxsize=8)
-def repeated(plan: RecursionPlan, steps: int) -> RecursionPlan:
-    """The plan of so many supervision steps in a row, by which a model is evaluated that was trained with them."""
-    return plan if steps == 1 else plan.with_blocks(plan.depth * steps)
 
 
 def part_of(stack: str) -> str:
@@ -135,7 +130,7 @@ class RecursionCore:
             ValueError: it asks for other parameters or states.
         """
         if given is None:
-            return self.plan if self.training else repeated(self.plan, self.recursion.num_supervision_steps)
+            return self.plan if self.training else in_a_row(self.plan, self.recursion.num_supervision_steps)
         words = ("stacks", "state_init", "state_std", "state_norm", "embedding_multiplier", "has_halting", "exit_gate",
                  "maps", "moves", "trains_heads_only")  # fmt: skip
         for word in words:

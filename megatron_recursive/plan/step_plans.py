@@ -18,6 +18,7 @@ from megatron_recursive.plan.depth_distributions import depth_at, grown, mean_of
 from megatron_recursive.plan.growth import Growth
 from megatron_recursive.plan.recursion_config import RecursionConfig
 from megatron_recursive.plan.recursion_plan import RecursionPlan
+from megatron_recursive.plan.supervision_steps import in_a_row
 
 DEEPEST = 600  # that is drawn: of a rate above 700 a float holds no probability of 0
 STEPS = 2_000  # of a run that is not known, of which the mean is counted
@@ -75,8 +76,7 @@ class StepPlans:
         exports run.
         """
         plan = self.own_plan(self.iterations if trained is None else trained)
-        steps = self.config.num_supervision_steps
-        return plan if steps == 1 else plan.with_blocks(plan.depth * steps)
+        return in_a_row(plan, self.config.num_supervision_steps)
 
     def plan_at(self, iteration: int) -> RecursionPlan:
         """The plan of a training step, counted from 0 (as Megatron's ``curr_iteration``)."""
@@ -144,8 +144,7 @@ class StepPlans:
         for what, shape, fraction in (("depth", config.recurrence_curriculum, config.recurrence_curriculum_fraction),
                                       ("gradient", config.backprop_curriculum, config.backprop_curriculum_fraction)):
             parts += [f"{what} grows over {fraction:.0%} of the training ({shape})"] if shape else []
-        own = self.plan.depth * config.num_supervision_steps  # in a row
-        return " | ".join([*parts, f"evaluated and exported at {own}", *ramp])
+        return " | ".join([*parts, f"evaluated and exported at {self.served_plan().depth}", *ramp])
 
     def _mean_at(self, iteration: int) -> float:
         if self.growth.at is not None:

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from typing import Any
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.plan.recursion_plan import RecursionPlan
 
 
 def check_carried(config: Any) -> None:
@@ -29,8 +31,14 @@ def check_carried(config: Any) -> None:
         )
 
 
+@lru_cache(maxsize=8)
+def in_a_row(plan: RecursionPlan, steps: int) -> RecursionPlan:
+    """So many supervision steps of a batch as one plan, by which a model is served that was trained with them."""
+    return plan if steps == 1 else plan.with_blocks(plan.depth * steps)
+
+
 def whole(config: Any) -> Any:
-    """As a trained model is evaluated and exported: the supervision steps of a batch in a row, as one plan."""
+    """The knobs of which a trained model's supervision steps are one plan, as :func:`in_a_row` makes it."""
     if config.num_supervision_steps == 1:
         return config
     steps = ("num_supervision_steps", "carry_halted", "halt_exploration", "grow_depth_at", "grow_rewarm_iters")
