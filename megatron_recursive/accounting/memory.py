@@ -174,7 +174,7 @@ def head_bytes(shape: ModelShape, plan: RecursionPlan, recording: Recording) -> 
     head keeps the same tensor, as it does at an earlier block that is supervised, whose logits are computed again.
     """
     tokens, hidden = shape.seq_length * recording.micro_batch, hidden_bytes(shape, recording)
-    norm = 0.0 if plan.state_norm == "final" else hidden * (2 if recording.splits_norm else 1)  # before the head
+    norm = hidden * (2 if recording.splits_norm else 1) if plan.norms_before_heads else 0.0
     replayed = sum(map(plan.is_replayed, plan.passes))
     halting = sum(plan.is_projected(p) and not p.supervised_weight for p in plan.passes)
     waiting = halting * hidden + replayed * (hidden + norm)
@@ -235,7 +235,7 @@ def stage_memory(
     for stage, passes in enumerate(live):
         is_first, is_last = stage == 0, stage == len(split) - 1
         # A norm that also stands before the heads is not replayed.
-        unplayed = recording.recompute_passes and is_last and plan.state_norm != "final"
+        unplayed = recording.recompute_passes and is_last and plan.norms_before_heads
         by_trip, most = [0.0] * len(trips), 0.0
         for trip in trips:
             for p in (p for p in trip.passes if p.grad and (p is trip.around or counts[p.index][stage])):

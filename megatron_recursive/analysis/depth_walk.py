@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megatron_recursive.plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.recursion_plan import OF_TRAINING
 
-_OF_TRAINING = ("index", "block", "grad", "cuts_states", "supervised_weight", "halt_weight")
-_COMPUTED = [field.name for field in fields(DecoderPass) if field.name not in _OF_TRAINING]
+_COMPUTED = [field.name for field in fields(DecoderPass) if field.name not in OF_TRAINING]
 
 
 class Branch(NamedTuple):

@@ -32,6 +32,7 @@ from megatron_recursive.plan.added_parameters import (
     sampled_start,
     tokens_so_far,
 )
+from megatron_recursive.plan.recursion_plan import STATES
 from megatron_recursive.plan.supervision_steps import in_a_row
 
 
@@ -145,9 +146,9 @@ class RecursionCore:
         ``draw`` (the step) and the document's tokens so far: whatever the layout, after a resume, and blind to what
         follows and to other documents.
         """
-        initial = {name: getattr(self, f"initial_{name}", None) for name in ("output", "latent")}
+        initial = {name: getattr(self, f"initial_{name}", None) for name in STATES}
         given = {k: v for k, v in initial.items() if v is not None}
-        if self.plan.state_init == "sampled" and self.pre_process:
+        if self.plan.samples_start and self.pre_process:
             places_BS = None if documents is None else documents.places(len(input_ids))
             told = (tokens_so_far(input_ids, places_BS), self.draw) if self.training else (position_ids, 0)
             known_SB = told[0].expand_as(input_ids).transpose(0, 1)
@@ -230,7 +231,7 @@ class RecursionCore:
         return loss_BS, chosen[0] if chosen else None, pulled[0] if pulled else None
 
     def _final_state(self, output_SBH: Tensor, supervised: bool) -> Tensor:
-        if self.plan.state_norm == "final":
+        if not self.plan.norms_before_heads:
             return output_SBH
         with torch.set_grad_enabled(torch.is_grad_enabled() and supervised):
             return self.final_norm(output_SBH)
@@ -296,7 +297,7 @@ class RecursionCore:
             mask_SB = mask_SB.chunk(group.size(), dim=0)[group.rank()]
         with torch.no_grad():
             # Where a state starts at the input, is sampled or carried, the last stage does not see it.
-            if decoder_pass.block > 0 or (plan.state_init in ("zeros", "trunc-normal") and self.carried is None):
+            if decoder_pass.block > 0 or not (plan.starts_at_input or plan.samples_start or self.carried is not None):
                 name = f"output change block {decoder_pass.block + 1}"
                 metrics[name] = relative_change(before.detach(), after.detach(), mask_SB, group)
             if decoder_pass is plan.passes[-1]:

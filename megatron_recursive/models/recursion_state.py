@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_recursive.plan import DecoderPass, RecursionPlan
+from megatron_recursive.plan.recursion_plan import STATES
 
 
 def expanded(vector_H: Tensor | None, like_SBH: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ class RecursionState:
     ) -> None:  # fmt: skip
         self.combine, self.move = combine, move
         self.values: dict[str, Tensor] = {"input": embedding_SBH}
-        for name in ("output", "latent"):
+        for name in STATES:
             self.values[name] = expanded(initial.get(name), embedding_SBH)
         if starts_at_input:  # whatever the input is by the time that the output is read
             del self.values["output"]
@@ -41,7 +42,7 @@ class RecursionState:
         if "output" in decoder_pass.reads:
             self.values.setdefault("output", self.values["input"])
         if decoder_pass.cuts_states:
-            for name in ("output", "latent"):
+            for name in STATES:
                 self.values[name] = self.values[name].detach()
         read = [self.values[name] for name in decoder_pass.reads]
         if torch.is_grad_enabled() and len({id(value) for value in read}) < len(read):

@@ -81,7 +81,7 @@ class RecursiveGPTModel(RecursionCore, GPTModel):
 
     def _add_recursion(self) -> None:
         plan = self.plan
-        if self.plan.state_norm != "final" and self.post_process:
+        if plan.norms_before_heads and self.post_process:
             # The decoder must not norm each pass; its norm moves in front of the head, under its old checkpoint key.
             self.output_norm, self.decoder.final_layernorm = self.decoder.final_layernorm, None
         self.add_parameters(added_parameters(plan))

@@ -35,6 +35,7 @@ MOVES = {  # ways to move a state that are no fixed step: what they take besides
     "norm-inject": (("input",), "norm + input", "to its normalised result plus the prelude's (arXiv 2609.19107)"),
 }
 WHOLE = (("core", None),)  # all layers are one stack
+OF_TRAINING = ("index", "block", "grad", "cuts_states", "supervised_weight", "halt_weight")  # no part of the result
 
 
 def is_number(value: Any) -> bool:
@@ -240,6 +241,11 @@ class RecursionPlan:
         return STARTS[self.state_init][0]
 
     @property
+    def samples_start(self) -> bool:
+        """Whether the output starts at a draw for each token."""
+        return self.state_init == "sampled"
+
+    @property
     def initial_vectors(self) -> tuple[str, ...]:
         """The states that start at a vector, one [H] for all tokens."""
         return () if self.is_plain else STARTS[self.state_init][1]
@@ -382,13 +388,17 @@ class RecursionPlan:
         return decoder_pass.supervised_weight > 0 and decoder_pass is not self.passes[-1]
 
     def closes(self, decoder_pass: DecoderPass) -> bool:
-        """Whether the final norm closes the pass. Unless it closes every one (``final``), it stands before the heads
-        too: ``core`` closes all passes of that stack, ``core-end`` the last of them, and ``none`` no pass.
-        """
+        """Whether the final norm closes the pass: of ``final`` every one, of ``core`` all of that stack, of
+        ``core-end`` the last of them, and of ``none`` no pass."""
         if self.state_norm in ("final", "none"):
             return self.state_norm == "final"
         core = [p.index for p in self.passes if p.stack == "core"]
         return decoder_pass.index in (core if self.state_norm == "core" else core[-1:])
+
+    @property
+    def norms_before_heads(self) -> bool:
+        """Whether the final norm stands before the heads, too: where it does not close every pass."""
+        return self.state_norm != "final"
 
     def gradient_groups(self, *, tied_embeddings: bool) -> dict[str, bool]:
         """Which parameter groups receive gradient. A tied embedding is also reached through the output head."""
@@ -443,7 +453,7 @@ class RecursionPlan:
     def to_json(self) -> str:
         """Words that say nothing new are left out, as in :meth:`DecoderPass.to_dict`."""
         idle = {"stacks": self.stacks == WHOLE, "mean_steps": not self.mean_steps, "exit_gate": not self.exit_gate,
-                "state_std": self.state_init != "sampled"}  # fmt: skip
+                "state_std": not self.samples_start}  # fmt: skip
         values = {name: value for name, value in asdict(self).items() if not idle.get(name)}
         return json.dumps({**values, "passes": [p.to_dict() for p in self.passes]}, sort_keys=True)
 

@@ -20,14 +20,14 @@ from megatron_recursive.hf.convert.torch_dist import LAYERS, TorchDistCheckpoint
 from megatron_recursive.hf.convert.verify import Side, open_side
 from megatron_recursive.plan import DecoderPass, RecursionPlan
 from megatron_recursive.plan.lora import MODULE as ADAPTERS
-from megatron_recursive.plan.recursion_plan import STATES
+from megatron_recursive.plan.recursion_plan import OF_TRAINING, STATES
 
 EMBEDDING = "embedding.word_embeddings.weight"
 # Words of the plan that chain() reads, and those that only training and heads read; any other is refused.
-KNOWN = set(
-    "stacks passes state_init state_std state_norm embedding_multiplier stack target reads step family mean_steps "
-    "index block grad exit_gate cuts_states supervised_weight halt_weight".split()
-)
+KNOWN = {
+    *"stacks passes state_init state_std state_norm embedding_multiplier stack target reads step".split(),
+    *"family mean_steps exit_gate".split(), *OF_TRAINING,
+}  # fmt: skip
 
 
 def unroll_model(
@@ -73,7 +73,7 @@ def chain(plan: RecursionPlan, num_layers: int) -> list[int]:
     stacks, newest = plan.layers_of(num_layers), 0
     layers: list[int] = []
     # What each state holds: the result of pass 1, 2, ..., the embedding (0), zeros (None), or something else (-1).
-    zeros = plan.state_init in ("zeros", "input")
+    zeros = not (plan.initial_vectors or plan.samples_start)
     states = {"input": 0, **dict.fromkeys(STATES, None if zeros else -1)}
     states["output"] = 0 if plan.starts_at_input else states["output"]
     for p in plan.passes:

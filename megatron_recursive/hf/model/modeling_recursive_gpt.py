@@ -40,7 +40,7 @@ from .layers_recursive_gpt import (
     make_norm,
 )
 from .outputs_recursive_gpt import RecursiveGPTModelOutput, RecursiveGPTOutput
-from .recursion_plan import DecoderPass, RecursionPlan
+from .recursion_plan import STATES, DecoderPass, RecursionPlan
 
 MODEL = "model."  # before the names of what the base model holds
 
@@ -157,8 +157,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.plan, self.passes = plan, plan.passes
         self.block_ends = {each.index: each for each in plan.block_ends}
         self.embedding_multiplier = float(plan.embedding_multiplier)
-        self.norm_closes_passes, self.closes = plan.state_norm == "final", [plan.closes(each) for each in plan.passes]
-        self.starts_at_input, self.samples_start = plan.starts_at_input, plan.state_init == "sampled"
+        self.norms_before_heads, self.closes = plan.norms_before_heads, [plan.closes(each) for each in plan.passes]
+        self.starts_at_input, self.samples_start = plan.starts_at_input, plan.samples_start
         self.state_std = plan.state_std
         stacks = plan.layers_of(self.config.num_layers)
         self.layers_of_pass = [stacks[each.stack] for each in self.passes]
@@ -179,11 +179,11 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
 
     def read_state(self, state: Tensor) -> Tensor:
         """What the heads see of an output state."""
-        return state if self.norm_closes_passes else self.norm(state).to(state.device)
+        return self.norm(state).to(state.device) if self.norms_before_heads else state
 
     def initial_states(self, embedding: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
         states = {"input": embedding}
-        for name in ("output", "latent"):
+        for name in STATES:
             vector = getattr(self, f"initial_{name}", None)
             states[name] = torch.zeros_like(embedding) if vector is None else vector.to(embedding).expand_as(embedding)
         if self.starts_at_input:
@@ -281,7 +281,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         kept = []
         for index, each in enumerate(self.passes[first:stop], first):
             if each.cuts_states:
-                states["output"], states["latent"] = states["output"].detach(), states["latent"].detach()
+                states.update({name: states[name].detach() for name in STATES})
             with torch.set_grad_enabled(each.grad and torch.is_grad_enabled()):
                 result = self.run_pass(index, self.gather(each, states), **shared)
                 result = states[each.target] = self.moved(each, states, result)
