@@ -14,7 +14,7 @@ from megatron_recursive.pipeline.pass_costs import PassCosts, equal_costs, price
 from megatron_recursive.pipeline.timeline import Timeline, simulate
 from megatron_recursive.pipeline.windows import in_flight, live_passes, microbatch_group_size, window_sizes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
-from megatron_recursive.plan.trips import Trip, trips_of
+from megatron_recursive.plan.trips import Trip, free_trips, trips_of
 
 SIMULATED_GROUPS = 3  # the schedule repeats from group to group of micro-batches
 
@@ -63,7 +63,7 @@ def chosen_windows(
 
 def possible_windows(costs: PassCosts, micro_batches: int, window: int = 0) -> tuple[int, ...]:
     """The windows of two phases, each of which needs two trips, as the interleaved schedule does; none otherwise."""
-    free = next((trip for trip, grad in enumerate(costs.grad) if grad), len(costs.grad))
+    free = free_trips(costs.grad)
     runs = costs.stages > 1 and min(free, len(costs.grad) - free) >= 2
     return window_sizes(costs.stages, micro_batches, window) if runs else ()
 
@@ -181,7 +181,7 @@ def messages(
 
     ``forward`` go on and ``backward`` come back, of which ``zero answers`` carry no gradient.
     """
-    free = [trip.grad for trip in trips].index(True) if two_phases else 0
+    free = free_trips([trip.grad for trip in trips]) if two_phases else 0
     zeros = sum(not trip.around.grad for trip in trips[free:])
     inner = {"forward": len(trips), "backward": len(trips) - free, "zero answers": zeros}
     first = free + 1  # what stage 0 begins with is not answered, nor the handover into a second phase

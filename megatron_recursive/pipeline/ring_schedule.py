@@ -41,7 +41,7 @@ from megatron_recursive.pipeline.pass_costs import equal_costs
 from megatron_recursive.pipeline.planner import chosen_windows
 from megatron_recursive.pipeline.windows import microbatch_group_size
 from megatron_recursive.plan import DecoderPass, RecursionPlan
-from megatron_recursive.plan.trips import Trip, trips_of
+from megatron_recursive.plan.trips import Trip, free_trips, trips_of
 
 
 @dataclass
@@ -441,7 +441,7 @@ def ring_forward_backward(
         price = config.pipeline_costs or partial(equal_costs, stages=stages, layers_per_stage=split)
         costs = price(plan)
         windows = chosen_windows(costs, num_microbatches, config.pipeline_phases, config.pipeline_window)
-    free_trips = [trip.grad for trip in trips].index(True) if windows else 0
+    leading = free_trips([trip.grad for trip in trips]) if windows else 0
     totals = StepTotals(num_microbatches, trips)
     # Here dispatch.py has put itself before Megatron's.
     plain = schedules.forward_backward_pipelining_without_interleaving
@@ -468,12 +468,12 @@ def ring_forward_backward(
 
     def run_window(size: int, is_last: bool) -> list[dict[str, Tensor]]:
         free = None
-        if free_trips:
-            free = RingStep(wrapped, plan, forward_step_func, size, trips[:free_trips], forward_only=False,
+        if leading:
+            free = RingStep(wrapped, plan, forward_step_func, size, trips[:leading], forward_only=False,
                             totals=totals, is_last=is_last)  # fmt: skip
             run(free)
             hand_over(free, group)
-        step = RingStep(wrapped, plan, forward_step_func, size, trips[free_trips:], forward_only=forward_only,
+        step = RingStep(wrapped, plan, forward_step_func, size, trips[leading:], forward_only=forward_only,
                         totals=totals, first_phase=free, is_last=is_last)  # fmt: skip
         return run(step)
 

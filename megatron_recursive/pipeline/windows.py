@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_recursive.plan.trips import free_trips
+
 WINDOW_PER_STAGE = 4  # micro-batches of a window for each stage, unless --pipeline-window says how many
 
 
@@ -49,7 +51,7 @@ def most_held(
     if len(kept) == 1:  # 1F1B
         return min(stages - stage, micro_batches) * kept[0]
     if windows:
-        kept = kept[grad.index(True) :]
+        kept = kept[free_trips(grad) :]
     return max(_most(kept, stages, stage, size) for size in set(windows or (micro_batches,)))
 
 

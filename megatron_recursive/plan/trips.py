@@ -62,6 +62,11 @@ def trips_of(plan: RecursionPlan, layers_per_stage: Sequence[int] = ()) -> tuple
     return tuple(trips)
 
 
+def free_trips(grad: Sequence[bool]) -> int:
+    """How many trips come before the first that any stage records, which two phases run forward-only at first."""
+    return next((trip for trip, recorded in enumerate(grad) if recorded), len(grad))
+
+
 def _continues(previous: DecoderPass, p: DecoderPass) -> bool:
     """Whether a pass reads the bare result of the one before, and replaces it."""
     alike = (previous.block, previous.grad) == (p.block, p.grad)
