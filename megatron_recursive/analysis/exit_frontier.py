@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_recursive.analysis.depth_sweep import Sweep
-from megatron_recursive.hf.model.exits_recursive_gpt import LEAVE_BELOW, ExitOptions, threshold_of
+from megatron_recursive.hf.model.exits_recursive_gpt import LEAVE_BELOW, ExitOptions, asking_flops, threshold_of
 
 POINTS = 9  # of a frontier, evenly spread over mean depths
 
@@ -78,9 +78,9 @@ def _flops(sweep: Sweep, options: ExitOptions, taken: Tensor) -> float:
     shape = sweep.shape
     assert shape is not None, "a model with exits is our own"
     once, twice = (sweep.flops(sweep.model.plan.with_blocks(count)) or 0.0 for count in (1, 2))
-    asks = {"output-change": 0, "halting": 1, "quantile": 1}.get(options.exit, shape.vocab_size)
     asked = _mean(taken.clamp(max=options.max_blocks - 1))
-    return once + (_mean(taken) - 1) * (twice - once) + asked * 2 * shape.hidden_size * asks
+    asking = asking_flops(options.exit, shape.hidden_size, shape.vocab_size)
+    return once + (_mean(taken) - 1) * (twice - once) + asked * asking
 
 
 @torch.no_grad()

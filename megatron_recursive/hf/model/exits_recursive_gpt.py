@@ -42,6 +42,11 @@ def threshold_of(exit: str) -> str:
     return {"halting": "halt_threshold", "argmax": "exit_stable_blocks"}.get(exit, "exit_threshold")
 
 
+def asking_flops(exit: str, hidden_size: int, vocab_size: int) -> int:
+    """What an exit costs whenever it asks a token: its halting head or gate, all its logits, or no head."""
+    return 2 * hidden_size * {"halting": 1, "quantile": 1, "output-change": 0}.get(exit, vocab_size)
+
+
 @dataclass(frozen=True)
 class ExitOptions:
     """When a token leaves. It is asked after each block, and leaves at the latest after ``max_blocks``.
@@ -410,9 +415,8 @@ class ExitReport:
             for taken, count in enumerate(blocks_BS.flatten().bincount().tolist()):
                 if taken and count:
                     self._histogram[taken] = self._histogram.get(taken, 0) + count
-            head, vocabulary = 2 * config.hidden_size, 2 * config.hidden_size * config.vocab_size
-            asking = {"halting": head, "quantile": head, "output-change": 0}.get(options.exit, vocabulary)
-            always, layers = work.logits * vocabulary, config.num_hidden_layers
+            asking = asking_flops(options.exit, config.hidden_size, config.vocab_size)
+            always, layers = work.logits * 2 * config.hidden_size * config.vocab_size, config.num_hidden_layers
             self._flops += _flops(config, work.tokens, work.scores, work.adapted) + work.asked * asking + always
             (tokens, scores), adapted = work.fixed_depth, sum(config.adapted_layers(options.trained_blocks))
             self._fixed_depth_flops += _flops(config, layers * tokens, layers * scores, adapted * tokens) + always

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
+from megatron_recursive.commands import shared
+from megatron_recursive.hf.model import exits_recursive_gpt
 from megatron_recursive.hf.model.cache_recursive_gpt import RecursiveCache
 from megatron_recursive.hf.model.layers_recursive_gpt import rotate
 from tests.grids import grid
@@ -281,6 +283,10 @@ def test_the_loss_under_an_exit_is_that_of_the_answers() -> None:
     at_exit = output.block_logits.gather(0, (output.blocks - 1)[None, ..., None].expand(-1, -1, -1, VOCAB))[0]
     torch.testing.assert_close(at_exit, output.logits)
     torch.testing.assert_close(output.block_logits[-1], output.logits)
+
+
+def test_the_commands_offer_every_exit() -> None:
+    assert shared.EXITS == exits_recursive_gpt.EXITS
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------
