@@ -1,7 +1,8 @@
 """The adapters of ``plan/lora.py`` in Megatron's layers, in any layout the same function and the same start.
 
 An adapter adds to the product of its matrix where that still is a rank's own: in front of the sum of a row-parallel
-layer, and of a norm behind it. So it needs Megatron's own linears (the local layer spec).
+layer, and of a norm behind it. Megatron 0.19 has no hook there, so that ``_forward_impl`` of its own linears (the local
+layer spec) is replaced.
 """
 
 from __future__ import annotations

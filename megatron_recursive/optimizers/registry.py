@@ -1,6 +1,7 @@
 """Entries in Megatron's own registry of optimizers (``megatron.core.optimizer.emerging_optimizers``, 0.19).
 
-``--optimizer`` looks there for every name but ``adam`` and ``sgd``.
+``--optimizer`` looks there for every name but ``adam`` and ``sgd``. There is no function that adds one, so that
+``_EMERGING_OPTIMIZERS`` is written.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 ``average <- d average + (1 - d) weight`` after each step that is taken. It starts at the weights before the first one.
 Megatron 0.19 has none. It is kept apart from the optimizer's own state, of which fused optimizers know every name, and
-goes through Megatron's checkpoints as one more tensor for each weight, ``optimizer.state.ema.KEY``.
+goes through Megatron's checkpoints as one more tensor for each weight, ``optimizer.state.ema.KEY``. For that the
+methods by which an optimizer reads and writes checkpoints are wrapped, and a ``DistributedOptimizer`` takes a class
+that names the tensor.
 """
 
 from __future__ import annotations

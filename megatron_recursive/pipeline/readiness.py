@@ -1,10 +1,10 @@
 """When DDP may reduce a bucket of gradients: when each of its weights has had the last backward of the step.
 
-Megatron counts how often a gradient arrives in the first step, and takes a bucket for ready at the same count in every
-later one. A shared weight gets a gradient from every pass that carries one, and how many do may change from step to
-step. So here a weight is ready once a step: when its gradient arrives in the backward of the last micro-batch, and no
-use of it is open any more. A bucket that never gets there (a pass whose result nobody reads) is reduced at the step's
-end, as Megatron does in its first step.
+Megatron 0.19 counts how often a gradient arrives in the first step, and takes a bucket for ready at the same count in
+every later one. A shared weight gets a gradient from every pass that carries one, and how many do may change from step
+to step. So here a weight is ready once a step: when its gradient arrives in the backward of the last micro-batch, and
+no use of it is open any more. A bucket that never gets there (a pass whose result nobody reads) is reduced at the
+step's end, as Megatron does in its first step.
 """
 
 from __future__ import annotations

@@ -21,9 +21,11 @@ def _facts() -> dict[str, Any]:
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import gpt_model
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+    from megatron.core.optimizer import emerging_optimizers
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.rerun_state_machine import RerunStateMachine
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.training import arguments, checkpointing, initialize, training
     from megatron.training.models.gpt import GPTModelBuilder
 
@@ -52,6 +54,9 @@ def _facts() -> dict[str, Any]:
             "rotary positions": calls(rope_utils.apply_rotary_pos_emb, "_apply_rotary_pos_emb_bshd"),
             "report_theoretical_memory": calls(training.training_log, "report_theoretical_memory"),
             "save_checkpoint": calls(training.save_checkpoint_and_time, "save_checkpoint"),
+            "products of linears": all("self._forward_impl(" in inspect.getsource(linear.forward)
+                                       for linear in (ColumnParallelLinear, RowParallelLinear)),
+            "registry": "_EMERGING_OPTIMIZERS[" in inspect.getsource(emerging_optimizers._create_emerging_optimizer),
             "compile_helpers": calls(initialize._compile_dependencies, "compile_helpers"),
         },
         "training_log": list(inspect.signature(training.training_log).parameters),
@@ -78,6 +83,12 @@ def _facts() -> dict[str, Any]:
         "step": "assert len(steps) == 1" in inspect.getsource(DistributedOptimizer.state_dict),
         "moments": [key for key in ("if not isinstance(tensors[key], torch.Tensor):", "dst_tensors[key].copy_(")
                     if key in inspect.getsource(DistributedOptimizer._set_main_param_and_optimizer_states)],
+        "averaged": [
+            list(inspect.signature(getattr(DistributedOptimizer, name)).parameters)[1:]
+            for name in ("_get_main_param_and_optimizer_states", "_set_main_param_and_optimizer_states")],
+        "named": isinstance(DistributedOptimizer.optimizer_state_keys, property)
+        and "self.optimizer_state_keys" in inspect.getsource(DistributedOptimizer.get_parameter_state_dp_zero),
+        "muon": emerging_optimizers._EMERGING_OPTIMIZERS["muon"].default_param_overrides != {},
         "passing": checkpointing._NON_PERSISTENT_CKPT_SUBDIR,
         "first line": inspect.getsource(training.training_log).count("is_first_iteration"),
         "profiler": "prof = torch.profiler.profile(" in inspect.getsource(training.train),
@@ -114,6 +125,7 @@ def test_what_is_patched_is_still_where_it_was() -> None:
     assert facts["flagged forward"] and facts["not started"]
     assert facts["tracker"] and facts["results"] and facts["step"] and facts["split"]
     assert len(facts["moments"]) == 2 and facts["profiler"]
+    assert facts["averaged"] == [["model_param"], ["model_param", "tensors"]] and facts["named"] and facts["muon"]
     assert facts["passing"] == "non_persistent" and facts["batches"] == [(0, 4), (100, 8)]
     assert facts["first line"] == 5  # parameter, reset, line, its comment, timers: what another value of it changes
     assert set(facts["schedule"]) == {*facts["schedule flags"], "num_steps"}
