@@ -8,10 +8,9 @@ gives every pass a backward slot. That of a grad-free pass costs nothing, but wa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
@@ -21,16 +20,8 @@ from megatron_recursive.pipeline.pass_costs import PassCosts
 from megatron_recursive.pipeline.windows import microbatch_group_size
 
 FORWARD, BACKWARD = 0, 1
+COLUMNS = 1000  # that a drawn rank has at most
 COLUMN_SAMPLES = 17
-Progress = Callable[[float], None]
-
-
-class Operation(NamedTuple):
-    """One forward ("F") or backward ("B") of one pass of one micro-batch on a stage."""
-
-    kind: str
-    pass_index: int
-    micro_batch: int
 
 
 # --- the order, from Megatron ---------------------------------------------------------------------------------------
@@ -53,20 +44,6 @@ def warm_up(stages: int, rank: int, passes: int, micro_batches: int, *, interlea
     return get_pp_rank_microbatches(micro_batches, passes, group, p2p_communicator=communicator)[2]
 
 
-def schedule_order(
-    stages: int, rank: int, passes: int, micro_batches: int, forward_only: bool = False, *, interleaved: bool = True
-) -> list[Operation]:
-    """The operations of a rank, in order. Grad-free passes have their backward slots too, without work in them."""
-    table = forward_order(stages, passes, micro_batches)
-    forwards = [Operation("F", index, batch) for batch, index in table]
-    if forward_only:
-        return forwards
-    backwards = [Operation("B", passes - 1 - index, batch) for batch, index in table]
-    warm = warm_up(stages, rank, passes, micro_batches, interleaved=interleaved)
-    pairs = [op for pair in zip(forwards[warm:], backwards, strict=False) for op in pair]
-    return forwards[:warm] + pairs + backwards[len(forwards) - warm :]
-
-
 # --- the simulation -------------------------------------------------------------------------------------------------
 
 
@@ -76,8 +53,6 @@ class Phase:
 
     first_pass: int
     passes: int
-    first_micro_batch: int
-    micro_batches: int
     forward_only: bool
     order: list[tuple[int, int]]
     ends: Tensor
@@ -93,7 +68,6 @@ class Timeline:
     makespan: float
     busy: list[float]
     peak_live: list[int]
-    interleaved: bool = True
 
     @property
     def idle(self) -> list[float]:
@@ -102,22 +76,6 @@ class Timeline:
     @property
     def efficiency(self) -> float:
         return sum(self.busy) / (len(self.busy) * self.makespan)
-
-    def operations(self, rank: int) -> list[tuple[float, float, Operation]]:
-        """(start, end, operation) of a rank, in order."""
-        found = []
-        for phase in self.phases:
-            backward = {(batch, phase.passes - 1 - index): at for at, (batch, index) in enumerate(phase.order)}
-            forward = {entry: at for at, entry in enumerate(phase.order)}
-            for op in schedule_order(self.costs.stages, rank, phase.passes, phase.micro_batches, phase.forward_only,
-                                     interleaved=self.interleaved):  # fmt: skip
-                kind, where = (FORWARD, forward) if op.kind == "F" else (BACKWARD, backward)
-                end = float(phase.ends[kind, where[op.micro_batch, op.pass_index], rank])
-                op = op._replace(pass_index=op.pass_index + phase.first_pass,
-                                 micro_batch=op.micro_batch + phase.first_micro_batch)  # fmt: skip
-                prices = self.costs.forward if op.kind == "F" else self.costs.backward
-                found.append((end - prices[op.pass_index][rank], end, op))
-        return found
 
     def spans(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Start, end and code of what a rank works on, by start: pass + 1 forward, -(pass + 1) backward."""
@@ -142,14 +100,14 @@ class Timeline:
             rows.append(torch.where((start[at] <= times) & (times < end[at]), code[at], 0).tolist())
         return rows
 
-    def boxes(self, rank: int, columns: int = 1000) -> list[tuple[float, float, int]]:
+    def boxes(self, rank: int) -> list[tuple[float, float, int]]:
         """(start, end, code) to draw a rank with: its operations, or, of too many, the busy share of each column."""
         start, end, code = self.spans(rank)
-        if len(code) <= 2 * columns:
+        if len(code) <= 2 * COLUMNS:
             return list(zip(start.tolist(), end.tolist(), code.tolist(), strict=True))
-        (row,), width = self.sample([rank], COLUMN_SAMPLES * columns), self.makespan / columns
+        (row,), width = self.sample([rank], COLUMN_SAMPLES * COLUMNS), self.makespan / COLUMNS
         found: list[tuple[float, float, int]] = []
-        for column in range(columns):
+        for column in range(COLUMNS):
             counts = Counter(filter(None, row[column * COLUMN_SAMPLES : (column + 1) * COLUMN_SAMPLES]))
             if counts:
                 share, most = counts.total() / COLUMN_SAMPLES, counts.most_common(1)[0][0]
@@ -158,42 +116,32 @@ class Timeline:
 
 
 def simulate(
-    costs: PassCosts, micro_batches: int, *, windows: Sequence[int] = (), interleaved: bool = True,
-    progress: Progress | None = None,
-) -> Timeline:  # fmt: skip
+    costs: PassCosts, micro_batches: int, *, windows: Sequence[int] = (), interleaved: bool = True
+) -> Timeline:
     """One training step of the ring. Takes about 2 M V rounds of vectors over ranks, and 16 M V P bytes.
 
     Args:
         windows: micro-batches of each window that runs the grad-free passes forward-only before the others; between
             the two the last stage hands the states to stage 0. None for one phase of all micro-batches.
         interleaved: False is Megatron's plain 1F1B of a single pass.
-        progress: called now and then with the share of operations that are done.
     """
     stages, passes = costs.stages, len(costs.grad)
     split = costs.grad.index(True) if windows else 0
     free, live = torch.zeros(stages, dtype=torch.float64), torch.zeros(stages, dtype=torch.long)
     phases: list[Phase] = []
-    done, operations = 0, micro_batches * (2 * passes - split)
     for size in windows or (micro_batches,):
         ready = torch.zeros(size, dtype=torch.float64)
         for first, last in ((0, split), (split, passes)):
             if first == last:
                 continue
-            own = size * (last - first) * (1 if last == split else 2)
-
-            def report(share: float, before: int = done, own: int = own) -> None:
-                if progress is not None:
-                    progress((before + share * own) / operations)
-
             engine = _Engine(costs, first, last, size, forward_only=last == split, interleaved=interleaved)
-            free, peak = engine.run(free, ready, report)
+            free, peak = engine.run(free, ready)
             live = torch.maximum(live, peak)
-            begun = sum(phase.micro_batches for phase in phases if phase.first_pass == first)
-            phases.append(engine.phase(begun))
+            phases.append(engine.phase())
             ready = free[-1].expand(size)
-            done += own
-    busy = costs.busy(micro_batches)
-    return Timeline(costs, micro_batches, tuple(phases), float(free.max()), busy, live.tolist(), interleaved)
+    return Timeline(
+        costs, micro_batches, tuple(phases), float(free.max()), costs.busy(micro_batches), live.tolist()
+    )
 
 
 class _Engine:
@@ -207,7 +155,7 @@ class _Engine:
         self, costs: PassCosts, first: int, last: int, micro_batches: int, *, forward_only: bool, interleaved: bool
     ) -> None:
         self.first, self.passes, self.forward_only = first, last - first, forward_only
-        self.stages, self.micro_batches = costs.stages, micro_batches
+        self.stages = costs.stages
         self.order = forward_order(self.stages, self.passes, micro_batches)
         self.total = len(self.order)
         index = torch.tensor([index for _, index in self.order])
@@ -234,15 +182,14 @@ class _Engine:
         elif kind == FORWARD:
             self.ends[BACKWARD, self.position[batch, 0], -1] = end
 
-    def run(self, free: Tensor, ready: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+    def run(self, free: Tensor, ready: Tensor) -> tuple[Tensor, Tensor]:
         """From when ranks are free and micro-batches ready, to when ranks are done and their most live passes."""
         for batch, when in enumerate(ready):
             self.ends[FORWARD, self.position[batch, 0], 0] = when
         ends, width, rows = self.ends.view(-1), self.stages + 2, self.total + 1
         own = torch.arange(self.stages)
         forwards, backwards, live, peak = (torch.zeros(self.stages, dtype=torch.long) for _ in range(4))
-        remaining = everything = self.total * self.stages * (1 if self.forward_only else 2)
-        rounds = 0
+        remaining = self.total * self.stages * (1 if self.forward_only else 2)
         while remaining:
             wanted = (self.warm + backwards + (not self.forward_only)).clamp_(max=self.total)
             is_backward = forwards >= wanted
@@ -270,13 +217,7 @@ class _Engine:
             if first_done and first_back:
                 self._hand_round(first_row - rows, BACKWARD)
             remaining -= count
-            rounds += 1
-            if rounds % 2000 == 0:
-                progress(1.0 - remaining / everything)
         return free, peak
 
-    def phase(self, first_micro_batch: int) -> Phase:
-        ends = self.ends[:, :-1, 1:-1]
-        return Phase(
-            self.first, self.passes, first_micro_batch, self.micro_batches, self.forward_only, self.order, ends
-        )
+    def phase(self) -> Phase:
+        return Phase(self.first, self.passes, self.forward_only, self.order, self.ends[:, :-1, 1:-1])
