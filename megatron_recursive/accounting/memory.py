@@ -204,7 +204,6 @@ def stage_memory(
     state: StateBytes,
     *,
     layers_per_stage: Sequence[int] = (),
-    live_passes: Sequence[int] = (),
     most_held: Callable[[int, Sequence[float]], float] | None = None,
     in_flight: int = 1,
     window: int = 0,
@@ -214,8 +213,7 @@ def stage_memory(
 
     Args:
         layers_per_stage: all layers on one stage if left out.
-        live_passes: the most recorded passes (over stages, trips) that each stage holds at once; all if left out.
-        most_held: the same where trips differ: of a stage, and of what each trip keeps there, the most at once.
+        most_held: of a stage, and of what each trip keeps there, the most at once; all of it if left out.
         in_flight: micro-batches that are under way at once. window: those of a window of two phases, all of which
             wait between the phases; 0 in one phase.
         teacher: parameters of one that the model is distilled from, which the last stage holds beside what the loss
@@ -223,8 +221,6 @@ def stage_memory(
     """
     split = tuple(layers_per_stage) or (shape.num_layers,)
     counts, trips = plan.layers_by_pass(split), trips_of(plan, split)
-    recorded = sum(trip.grad for trip in trips)
-    live = tuple(live_passes) or (recorded,) * len(split)
     sizes = tensor_parallel_parameters(shape, plan, recording.tensor_parallel, split)
     hidden, (head, waiting) = hidden_bytes(shape, recording), head_bytes(shape, plan, recording)
     if len(split) > 1 and len(plan.block_ends) > 1:
@@ -232,7 +228,7 @@ def stage_memory(
     if teacher is not None:  # fp32 differences of probabilities
         head += 4 * shape.seq_length * recording.micro_batch * shape.vocab_size / recording.tensor_parallel
     stages = []
-    for stage, passes in enumerate(live):
+    for stage in range(len(split)):
         is_first, is_last = stage == 0, stage == len(split) - 1
         # A norm that also stands before the heads is not replayed.
         unplayed = recording.recompute_passes and is_last and plan.norms_before_heads
@@ -246,11 +242,10 @@ def stage_memory(
                 beside += MOVING[p.move].kept if is_first and p.move in MOVING else 0
                 by_trip[trip.index] += kept + hidden * beside
                 most = max(most, replay)
-        decoder = passes * sum(by_trip) / max(recorded, 1)  # none is recorded where heads alone are trained
         stages.append(StageMemory(
             weights=sizes[stage] * state.total
             + is_last * (teacher or 0) * recording.element / recording.tensor_parallel,
-            decoder=most_held(stage, by_trip) if most_held else decoder,
+            decoder=most_held(stage, by_trip) if most_held else sum(by_trip),
             replay=most,
             heads=head + max(in_flight, window) * waiting if is_last else 0.0,
             states=hidden * states_held(len(split), in_flight, window) if is_first else 0.0,

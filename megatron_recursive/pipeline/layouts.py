@@ -127,11 +127,11 @@ def _layout(job: Job, tensor: int, pipeline: int, data: int, batches: int) -> La
     state = replace(job.state, optimizer_shards=data if job.distributed_optimizer else 1)
 
     def stages_at(step: Step) -> list[StageMemory]:
-        held = partial(most_held, costs.grad, pipeline, batches, step.windows) if step.live else None
+        held = partial(most_held, costs.grad, pipeline, batches, step.windows) if math.isfinite(step.makespan) else None
         return stage_memory(shape, plan, recording, state, layers_per_stage=split, most_held=held,
                             in_flight=step.in_flight, window=step.window)  # fmt: skip
 
-    step, costs = Step(math.inf, 0.0, (), 1), stage_costs(job, pipeline)
+    step, costs = Step(math.inf, 0.0, 1), stage_costs(job, pipeline)
     if max(stage.total for stage in stages_at(step)) <= USABLE * job.memory:
         step = simulated_step(costs, batches, window=job.window)
     forward = layer_forward_flops(shape) * shape.num_layers * shape.seq_length * recording.micro_batch / job.flops

@@ -12,7 +12,7 @@ from megatron_recursive.accounting import ModelShape
 from megatron_recursive.errors import UserError
 from megatron_recursive.pipeline.pass_costs import PassCosts, equal_costs, price_passes
 from megatron_recursive.pipeline.timeline import Timeline, simulate
-from megatron_recursive.pipeline.windows import in_flight, live_passes, microbatch_group_size, window_sizes
+from megatron_recursive.pipeline.windows import in_flight, microbatch_group_size, window_sizes
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from megatron_recursive.plan.trips import Trip, free_trips, trips_of
 
@@ -25,14 +25,12 @@ class Step:
 
     Attributes:
         makespan: in the unit of its costs. efficiency: work over stages times makespan.
-        live: the most recorded passes that each stage holds at once.
         in_flight: micro-batches that are under way at once.
         windows: micro-batches of each window of two phases; none in one phase.
     """
 
     makespan: float
     efficiency: float
-    live: tuple[int, ...]
     in_flight: int
     windows: tuple[int, ...] = ()
 
@@ -88,7 +86,7 @@ def said_of_phases(costs: PassCosts, micro_batches: int, phases: str = "auto", w
 def simulated_step(costs: PassCosts, micro_batches: int, phases: str = "auto", window: int = 0) -> Step:
     """A step as a run would take it."""
     if costs.stages == 1:
-        return Step(sum(costs.busy(micro_batches)), 1.0, (sum(costs.grad),), 1)
+        return Step(sum(costs.busy(micro_batches)), 1.0, 1)
     return step_of(costs, micro_batches, chosen_windows(costs, micro_batches, phases, window))
 
 
@@ -110,8 +108,7 @@ def step_of(costs: PassCosts, micro_batches: int, windows: tuple[int, ...] = ())
             before = _simulated(costs, (few - group,), False, interleaved)
             makespan += (micro_batches - few) / group * (makespan - before)
     efficiency = sum(costs.busy(micro_batches)) / (stages * makespan)
-    live = live_passes(costs.grad, stages, micro_batches, windows, interleaved=interleaved)
-    return Step(makespan, efficiency, live, in_flight(stages, micro_batches, windows, interleaved=interleaved), windows)
+    return Step(makespan, efficiency, in_flight(stages, micro_batches, windows, interleaved=interleaved), windows)
 
 
 def _count(windows: Sequence[int]) -> str:

@@ -29,15 +29,6 @@ def window_sizes(stages: int, num_microbatches: int, window: int = 0) -> tuple[i
     return (*sizes[:-1], sizes[-1] + rest)
 
 
-def live_passes(
-    grad: Sequence[bool], stages: int, micro_batches: int, windows: Sequence[int] = (), *, interleaved: bool = True
-) -> tuple[int, ...]:
-    """The most recorded trips that each stage holds at once; ``grad`` says of each trip whether it is recorded."""
-    if not interleaved:
-        return tuple(min(stages - stage, micro_batches) for stage in range(stages))
-    return tuple(int(most_held(grad, stages, micro_batches, windows, stage, grad)) for stage in range(stages))
-
-
 def most_held(
     grad: Sequence[bool], stages: int, micro_batches: int, windows: Sequence[int], stage: int, kept: Sequence[float]
 ) -> float:

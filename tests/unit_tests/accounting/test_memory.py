@@ -339,9 +339,8 @@ def test_weights_are_what_a_rank_holds() -> None:
             case, layout, state = WEIGHTS[name]
             recording = Recording(micro_batch=2, tensor_parallel=layout.tp)
             plan, shape = build_plan(case.resolved_recursion()), shape_of(case)
-            live = (1,) * layout.pp
             split = [shape.num_layers // layout.pp] * layout.pp
-            stages = stage_memory(shape, plan, recording, state, layers_per_stage=split, live_passes=live)
+            stages = stage_memory(shape, plan, recording, state, layers_per_stage=split)
             shards = [sum(r[name] for r in by_rank) / len(by_rank)] if layout.pp == 1 else [r[name] for r in by_rank]
             for memory, held in zip(stages, shards, strict=True):
                 assert held == pytest.approx(memory.weights, rel=0.03), name

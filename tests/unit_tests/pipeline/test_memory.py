@@ -72,6 +72,7 @@ def peak(case: Case, layout: Layout) -> Peak:
     from megatron_recursive.pipeline import ring_schedule
     from megatron_recursive.pipeline.pass_costs import equal_costs
     from megatron_recursive.pipeline.planner import chosen_windows, step_of
+    from megatron_recursive.pipeline.windows import most_held
 
     found, recorded = Peak(), 0
     original = ring_schedule.RingStep.run_trip
@@ -105,7 +106,7 @@ def peak(case: Case, layout: Layout) -> Peak:
     costs, rank = equal_costs(plan, layout.pp), model.pg_collection.pp.rank()
     windows = chosen_windows(costs, case.micro_batches, layout.phases, layout.window)
     step = step_of(costs, case.micro_batches, windows)
-    found.simulated = step.live[rank]
+    found.simulated = int(most_held(costs.grad, layout.pp, case.micro_batches, windows, rank, costs.grad))
     if rank == 0:
         found.states = states_held(layout.pp, step.in_flight, step.window)
     elif rank == layout.pp - 1:
