@@ -9,6 +9,7 @@ import re
 from megatron_recursive.command_line import example
 from megatron_recursive.hf.convert.stacks import PRESETS, STACKS, StackChoice
 from megatron_recursive.plan.knobs import FunctionKnobs, HeadKnobs, knobs_in
+from megatron_recursive.plan.lora import MODES
 from megatron_recursive.plan.recursion_config import add_recursion_arguments
 
 SUMMARY = "Convert between Hugging Face models and Megatron checkpoints, with a proof at every run."
@@ -75,7 +76,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--ema", action="store_true", help="the averaged weights, of a run with --ema-decay")
     files.add_argument("--as-published", action="store_true",
                        help="in names and config of the model that it was imported from (ouro, nanbeige, huginn_raven)")
-    files.add_argument("--lora", choices=("merged", "peft", "base"),
+    files.add_argument("--lora", choices=MODES,
                        help="of a run with --lora-rank: adapters merged into the weights (default), alone as a PEFT "
                        "folder, or left out; those of each pass stay inside a model of our own class")  # fmt: skip
     _add_proof(parser)

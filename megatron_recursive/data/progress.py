@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+INTERVAL_S = 10.0  # between two plain lines, when stderr is no terminal
 _COUNTS = struct.Struct("<QQ")
 
 
-def steps[Item](items: Sequence[Item], label: str, done: int = 0, interval_s: float = 10.0) -> Iterator[Item]:
+def steps[Item](items: Sequence[Item], label: str, done: int = 0) -> Iterator[Item]:
     """The items, and on stderr how many are done, their rate and the time left: a bar, or a line at intervals.
 
     ``done``: by an earlier run.
@@ -28,7 +29,7 @@ def steps[Item](items: Sequence[Item], label: str, done: int = 0, interval_s: fl
     for count, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - shown >= interval_s or (count == len(items) and shown > start):
+        if now - shown >= INTERVAL_S or (count == len(items) and shown > start):
             rate, shown = count / (now - start), now
             left = int((len(items) - count) / rate)
             print(f"{label}: {done + count} of {total} batches, {rate:.3g}/s, {left // 60}:{left % 60:02d} left",
@@ -54,16 +55,12 @@ class Progress:
     Args:
         label: the first word of the bar or line, such as ``encoding``.
         total_bytes: bytes that will be read in all.
-        interval_s: seconds between two plain lines, when stderr is no terminal.
         done_bytes: bytes that were read by an earlier run; they do not count in the rates.
         things: what is counted beside the bytes.
     """
 
-    def __init__(
-        self, label: str, total_bytes: int, interval_s: float = 10.0, done_bytes: int = 0, things: str = "documents"
-    ) -> None:
-        self.things = things
-        self.label, self.total_bytes, self.interval_s, self.done_bytes = label, total_bytes, interval_s, done_bytes
+    def __init__(self, label: str, total_bytes: int, done_bytes: int = 0, things: str = "documents") -> None:
+        self.label, self.total_bytes, self.done_bytes, self.things = label, total_bytes, done_bytes, things
         self.documents = self.bytes = 0
         self._bar = None
 
@@ -89,7 +86,7 @@ class Progress:
             rate = self.documents / max(time.monotonic() - self._start, 1e-3)
             self._bar.set_postfix_str(f"{self.documents:,} {self.things}, {rate:,.0f}/s", refresh=False)
             self._bar.update(size)
-        elif time.monotonic() - self._shown >= self.interval_s:
+        elif time.monotonic() - self._shown >= INTERVAL_S:
             self._shown = time.monotonic()
             self._print_line()
 

@@ -127,7 +127,6 @@ def layers_of_stages(config: TransformerConfig) -> tuple[int, ...]:
 def local_block_spec(
     config: TransformerConfig,
     vp_stage: int | None = None,
-    pp_rank: int | None = None,
     norms: NormLayout = NormLayout(),  # noqa: B008  (it is frozen)
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, for CPU and for GPUs without Transformer Engine."""
@@ -141,7 +140,7 @@ def local_block_spec(
     if attention.q_layernorm is not IdentityOp:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
     place_norms(layer, config, norms)
-    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=SequenceParallelNorm)
 
 

@@ -83,11 +83,11 @@ def said_of_phases(costs: PassCosts, micro_batches: int, phases: str = "auto", w
     return f"{taken} ({why}: {one}, two {step_of(costs, micro_batches, two).efficiency:.3f})"
 
 
-def simulated_step(costs: PassCosts, micro_batches: int, phases: str = "auto", window: int = 0) -> Step:
+def simulated_step(costs: PassCosts, micro_batches: int, window: int = 0) -> Step:
     """A step as a run would take it."""
     if costs.stages == 1:
         return Step(sum(costs.busy(micro_batches)), 1.0, 1)
-    return step_of(costs, micro_batches, chosen_windows(costs, micro_batches, phases, window))
+    return step_of(costs, micro_batches, chosen_windows(costs, micro_batches, window=window))
 
 
 def step_of(costs: PassCosts, micro_batches: int, windows: tuple[int, ...] = ()) -> Step:

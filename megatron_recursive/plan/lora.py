@@ -16,6 +16,7 @@ TARGETS = {  # by the flag's word, which is Megatron's: the module in a layer
     "linear_qkv": "self_attention.linear_qkv", "linear_proj": "self_attention.linear_proj",
     "linear_fc1": "mlp.linear_fc1", "linear_fc2": "mlp.linear_fc2",
 }  # fmt: skip
+MODES = ("merged", "peft", "base")  # in which adapters leave a checkpoint
 SHARED = "shared"
 MODULE = "lora"  # of a layer
 

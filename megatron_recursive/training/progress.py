@@ -25,7 +25,7 @@ class Progress:
         self.reached = 0  # the last iteration trained, logged or not
         self._first_loss: tuple[float, int] | None = None
         self._last_loss: tuple[float, int] | None = None
-        self._tokens = self._trained = self._read_before = 0
+        self._tokens = self._read_before = 0
         self.alarms: dict[str, str] = {}  # the last of each kind
         self._held_out: tuple[int, dict[str, float]] | None = None
 

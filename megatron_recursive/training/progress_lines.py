@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from megatron_recursive.figures import blocks_of, count, duration, perplexity
 
-WIDTH = 120
 MOST_BLOCKS = 3  # columns for losses by block; of more blocks some are shown, the first and the last among them
 
 Metrics = Mapping[str, float]

@@ -23,7 +23,6 @@ from megatron_recursive.hf.convert.transforms import same
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plan.lora import SHARED, LoRA
 
-MODES = ("merged", "peft", "base")
 PASS = {"A": "pass_A", "B": "pass_B"}  # of our own model, before the pass
 PEFT = {"A": "lora_A.weight", "B": "lora_B.weight"}
 

@@ -173,7 +173,7 @@ def export_model(
         dtype: of the exported weights; None leaves them as they are stored.
         as_published: in the format of the looped or recurrent model that the checkpoint came from.
         averaged: export the averages of the weights.
-        lora: how adapters leave, one of ``adapters.MODES``.
+        lora: how adapters leave, one of ``plan.lora.MODES``.
 
     Raises:
         UserError: one sentence on what is wrong; nothing is left at ``out``.

@@ -24,6 +24,9 @@ from tests.distributed import run_command, run_distributed
 from tests.forked_runs import RunServer, wait_until
 from tests.unit_tests.training.runs import FLAGS, RECURSION, in_worker, save_to, train
 
+WIDTH = 120  # columns
+
+
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
@@ -43,11 +46,11 @@ def test_a_row_fits_and_stands_under_its_header(blocks: int, iterations: int) ->
         iterations, iterations, 1.23e15, metrics, grad_norm=1.23e-5, learning_rate=1.5e-4, tokens_per_second=9.87e6,
         left=3.2e7,
     )  # fmt: skip
-    assert len(row) == len(head) <= progress_lines.WIDTH
+    assert len(row) == len(head) <= WIDTH
     ends = [found.end() for found in re.finditer(r"\S+(?: \S+)*", head)]
     assert all(row[end - 1] != " " and row[end : end + 1] in (" ", "") for end in ends), f"\n{head}\n{row}"
     table = progress_lines.evaluation("held out at iteration 7", metrics).splitlines()
-    assert max(map(len, table)) <= progress_lines.WIDTH
+    assert max(map(len, table)) <= WIDTH
 
 
 def test_of_many_blocks_the_first_and_the_last_are_shown() -> None:
@@ -148,7 +151,7 @@ def test_a_terminal_gets_a_line_an_interval(tmp_path: Path) -> None:
     flags = [*FLAGS, *RECURSION, *EVALUATED, *save_to(tmp_path), "--log-style", "compact"]
     ((out, _),) = run_distributed(shown_in_worker, 1, flags, timeout=120)
     lines = out.splitlines()
-    assert max(map(len, lines)) <= max(progress_lines.WIDTH, len(lines[0]))
+    assert max(map(len, lines)) <= max(WIDTH, len(lines[0]))
     starts = [line.split()[0] for line in lines]
     assert [start for start in starts if start in ("2/6", "4/6", "6/6")] == ["2/6", "4/6", "6/6"]
     assert sum(line.startswith("held out at iteration") for line in lines) == 2
