@@ -137,7 +137,7 @@ def model_config_from_args(args: argparse.Namespace, recursion: RecursionConfig)
     compiled_fusions.choose(transformer)
     transformer.lora = LoRA.from_args(vars(args))
     plan = build_plan(recursion)
-    if recursion.init_depth_scaling == "unrolled" and not args.init_method_xavier_uniform:
+    if recursion.init_depth_scaling == "unrolled":
         unrolled = plan.unrolled_layers(transformer.num_layers)
         transformer.output_layer_init_method = scaled_init_method_normal(transformer.init_method_std, unrolled)
     config = gpt_config_from_args(args, config=transformer, model_config_cls=RecursiveGPTModelConfig)

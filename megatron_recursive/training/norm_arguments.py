@@ -56,8 +56,6 @@ def refuse_norms(args: argparse.Namespace) -> None:
     given = f"{flag_of(changed[0])} {getattr(args, changed[0])}"
     if args.spec is not None:
         raise UserError(f"{given} and --spec exclude each other, since the spec places the norms; give either.")
-    if args.transformer_impl == "inference_optimized":
-        raise UserError(f"{given} is not there for --transformer-impl inference_optimized; leave that out.")
     if args.use_transformer_engine_op_fuser and args.transformer_impl != "local":
         raise UserError(f"{given} and --use-transformer-engine-op-fuser exclude each other; leave either out.")
     if args.qk_norm_scope == "full" and args.apply_wd_to_qk_layernorm:

@@ -20,7 +20,6 @@ def main() -> None:
     ending.watch_for_interrupts()
     console.install()
     try:
-        _prepare_environment()
         _run()
     except UserError as error:
         ending.end_with_sentence(error)

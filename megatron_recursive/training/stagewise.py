@@ -59,9 +59,8 @@ def run_passes(
     ``watch`` sees each pass with what it read and what came out, both [S, B, H].
     """
     config, group, plan = model.config, model.pg_collection.pp, model.plan_of_step(None)
-    ranks = model.pg_collection.tp.size() if config.sequence_parallel else 1
+    ranks, dtype = model.pg_collection.tp.size() if config.sequence_parallel else 1, config.params_dtype
     shape = (input_ids.shape[1] // ranks, input_ids.shape[0], config.hidden_size)
-    dtype = torch.float if config.fp32_residual_connection else config.params_dtype
     embedding = torch.empty(shape, dtype=dtype, device=input_ids.device)
     if model.pre_process:
         embedding = model.embed(input_ids, positions).to(dtype)

@@ -55,8 +55,7 @@ def refused_beside_transformer_engine() -> list[str]:
              "layernorm_zero_centered_gamma": False}  # fmt: skip
     refuse_norms(argparse.Namespace(**flags))
     said = []
-    for change in ({"transformer_impl": "inference_optimized"}, {"use_transformer_engine_op_fuser": True},
-                   {"norm_weights": "ones"}):  # fmt: skip
+    for change in ({"use_transformer_engine_op_fuser": True}, {"norm_weights": "ones"}):
         with pytest.raises(UserError) as error:
             refuse_norms(argparse.Namespace(**flags | change))
         said.append(str(error.value))
@@ -65,7 +64,6 @@ def refused_beside_transformer_engine() -> list[str]:
 
 def test_transformer_engine_has_every_norm() -> None:
     assert run_distributed(refused_beside_transformer_engine, 1)[0] == [
-        "--norm-placement post is not there for --transformer-impl inference_optimized; leave that out.",
         "--norm-placement post and --use-transformer-engine-op-fuser exclude each other; leave either out.",
         "--norm-weights ones needs --normalization RMSNorm without --qk-layernorm.",
     ]
