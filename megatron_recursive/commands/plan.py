@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required = parser.add_argument_group("required")
     required.add_argument("--gpus", type=int, required=True, help="how many")
     model = parser.add_argument_group("model: --model, or Megatron's flags")
-    model.add_argument("--ckpt", "--hf", dest="model", help=argparse.SUPPRESS)  # what --model was called
     job = asked.add_model_and_job(parser, model)
     job.add_argument("--tokens", metavar="N", help="also tell the days that so many take: 100B, 300M, ...")
     gpus = parser.add_argument_group("GPUs")

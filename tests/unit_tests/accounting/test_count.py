@@ -91,7 +91,7 @@ def _three_sources(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     sources = [["--model", folder / "ckpt"], ["--model", folder / "hf"], ["--model", donor, *words], [*shape, *words]]
     found = [count(*source, *layout) for source in sources]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        main(["plan", "--gpus", "8", "--tp", "2", "--pp", "2", "--ckpt", str(folder / "ckpt"), "--seq-length", "32",
+        main(["plan", "--gpus", "8", "--tp", "2", "--pp", "2", "--model", str(folder / "ckpt"), "--seq-length", "32",
               "--json"])  # fmt: skip
     return found, json.loads(said.getvalue())
 
@@ -149,7 +149,7 @@ def test_fewer_blocks_keep_the_windows_of_the_last_ones(tmp_path: Path) -> None:
              "num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 3, "L_bp_cycles": [1, 2]}  # fmt: skip
     transformers.HrmTextConfig(**shape, architectures=["HrmTextForCausalLM"]).save_pretrained(tmp_path)
     found = [count("--model", tmp_path, "--H-cycles", 1)["model"],
-             count("--gpus", 1, "--hf", tmp_path, "--H-cycles", 1, command="plan")]  # fmt: skip
+             count("--gpus", 1, "--model", tmp_path, "--H-cycles", 1, command="plan")]  # fmt: skip
     assert [(each["passes"], each["passes_with_gradient"]) for each in found] == [(4, 3)] * 2
 
 

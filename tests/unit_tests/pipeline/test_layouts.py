@@ -133,7 +133,7 @@ def _printed(folder: str) -> dict[str, Any]:
     (Path(folder) / "config.json").write_text(json.dumps(llama))
     return {"found": found, "facts": facts["line"], "recurrent": (recurrent, facts["recurrent"]),
             "text": text.getvalue(), "picture": Path(picture).read_bytes()[:4],
-            "ckpt": plan("--gpus", "4", "--ckpt", f"{folder}/ckpt/release"),
+            "ckpt": plan("--gpus", "4", "--model", f"{folder}/ckpt/release"),
             "hf": plan("--gpus", "4", "--model", folder)}  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_and_a_hugging_face_folder_describe_the_model(printed: dict
     ("words", "said"),
     [
         (["--num-layers", "4"], "--hidden-size and --num-attention-heads missing"),
-        (["--ckpt", "x", "--num-layers", "2"], "--num-layers is decided by the model of --model"),
+        (["--model", "x", "--num-layers", "2"], "--num-layers is decided by the model of --model"),
         ([*MODEL, "--mfu", "40"], "--mfu must be positive and at most 1, but is 40.0"),
         ([*MODEL, "--gpu-memory", "nan"], "--gpu-memory must be positive"),
         ([*MODEL, "--gpus-per-node", "5"], "--gpus 8 fill no nodes of --gpus-per-node 5"),
