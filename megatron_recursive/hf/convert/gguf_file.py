@@ -13,6 +13,7 @@ from megatron_recursive.command_line import missing_package
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
+from megatron_recursive.hf.convert.transforms import half_split
 
 SUFFIXES = (".weight", ".bias")
 # What llama.cpp's names of byte-level splits mean, of those that transformers takes for GPT-2's: it, or it with each
@@ -74,12 +75,7 @@ class GgufFile:
         tensor = torch.from_numpy(values).float().reshape(self.shapes[name])
         heads = {"q_proj": self._arch.num_attention_heads, "k_proj": self._arch.num_query_groups}
         module = name.split(".")[-2]
-        return _halves(tensor, heads[module]) if self._is_paired and module in heads else tensor
-
-
-def _halves(rows: Tensor, heads: int) -> Tensor:
-    """Rows of each head from pairs that are rotated together to the first of each pair, then the second."""
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+        return half_split(tensor, heads[module]) if self._is_paired and module in heads else tensor
 
 
 def gguf_tokenizer(path: Path) -> Any:

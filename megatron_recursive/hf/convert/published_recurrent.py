@@ -21,6 +21,7 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.configs import check_sizes, rope_parameters
 from megatron_recursive.hf.convert.safetensors_files import DTYPES, FolderWriter, SafetensorsFolder
+from megatron_recursive.hf.convert.transforms import half_split
 from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.plan.knobs import FunctionKnobs, flag_of, knobs_in
 
@@ -175,11 +176,6 @@ def _parts(values: Mapping[str, Any], config: Mapping[str, Any], placement: str)
                for number, norm in enumerate(NORMS[placement], 1)},
         })  # fmt: skip
     return parts
-
-
-def half_split(rows: Tensor, heads: int) -> Tensor:
-    """Rows of heads whose neighbours are rotated together, in the order of heads whose halves are."""
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _as_it_is(rows: Tensor, _: int) -> Tensor:

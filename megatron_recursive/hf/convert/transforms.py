@@ -57,6 +57,11 @@ def _no_weights(tensor: Tensor, _: Architecture) -> tuple[Tensor, ...]:
     return ()
 
 
+def half_split(rows: Tensor, heads: int) -> Tensor:
+    """Rows of heads whose neighbours are rotated together, in the order of heads whose halves are."""
+    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
 SAME = "the same for each"
 
 
