@@ -21,10 +21,10 @@ from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.files import check_generation_settings
 from megatron_recursive.hf.convert.sources import cached_folder, is_published
 from megatron_recursive.hf.convert.tokenizer_files import token_ids
+from megatron_recursive.hf.convert.torch_dist import TRACKER
 from megatron_recursive.inference.text import NumberText, Text, TokenizerText
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TRACKER = "latest_checkpointed_iteration.txt"
 TOKENIZER = "tokenizer"  # the folder that the converter puts into a checkpoint
 NEEDS_ITS_OWN = "give the folder of the tokenizer that the model was trained with, with --tokenizer"
 

@@ -15,12 +15,12 @@ from megatron.core.dist_checkpointing import validation
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.models.stored_arguments import TRACKER
 
 LIMIT_BYTES = 10 * 10**9
 """Up to this size a checkpoint is given a manifest unasked: one core hashes about 1.4 GB a second."""
 MANIFEST = validation.INTEGRITY_FNAME
 NON_PERSISTENT = "non_persistent"  # Megatron's folder for passing checkpoints, below that of the others
-TRACKER = "latest_checkpointed_iteration.txt"
 COMPLETE = "metadata.json"  # Megatron writes it last but for the manifest: a save that was cut short has none
 
 

@@ -1,9 +1,10 @@
-"""Arguments as checkpoints store them: the names that have changed, and one of our own. Imports no Megatron."""
+"""What checkpoints store beside tensors: arguments' changed names, and one of our own. Imports no Megatron."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 
+TRACKER = "latest_checkpointed_iteration.txt"  # says in which folder the newest one is
 DONOR = "donor_model_type"
 """Of the Hugging Face model that the weights came from, where it is known; runs hand it on."""
 NO_VALUE_BIAS = ("huginn_raven",)

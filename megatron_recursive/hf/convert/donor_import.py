@@ -33,7 +33,7 @@ from megatron_recursive.hf.convert.mappings import (
 )
 from megatron_recursive.hf.convert.model_card import donor_facts
 from megatron_recursive.hf.convert.reading import Fetch, Once, Sums, remembering, room_for_passes
-from megatron_recursive.hf.convert.report import Report
+from megatron_recursive.hf.convert.report import REPORT_FILE, Report
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import Source, choose_layers, open_source, read_json
 from megatron_recursive.hf.convert.stacks import StackChoice, ranges, stack_knobs
@@ -59,7 +59,6 @@ from megatron_recursive.plan.lora import MODULE as ADAPTERS
 from megatron_recursive.plan.recursion_config import renewed, retrofit
 
 ARGUMENTS_FILE = "megatron_args.txt"
-REPORT_FILE = "conversion.json"
 TOKENIZER = "tokenizer"
 EMBEDDING = "model.embed_tokens.weight"
 PLAIN = RecursionConfig(enable_recursive_refinement=False).resolved(embedding_init_std=1.0)

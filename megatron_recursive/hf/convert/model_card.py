@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from megatron_recursive.errors import UserError
 from megatron_recursive.figures import blocks_of
+from megatron_recursive.hf.convert.report import REPORT_FILE
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plots.runs import FILE, read_runs
 
@@ -104,7 +105,7 @@ def _named(args: Mapping[str, Any]) -> list[Path]:
 def _conversion(places: tuple[Path, ...]) -> dict[str, Any]:
     for place in places:
         try:
-            return json.loads((place / "conversion.json").read_text(encoding="utf-8"))["summary"]
+            return json.loads((place / REPORT_FILE).read_text(encoding="utf-8"))["summary"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return {}

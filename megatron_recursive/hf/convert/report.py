@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+REPORT_FILE = "conversion.json"  # of an import
 STATUSES = ("copied", "merged", "split", "dropped", "new")
 
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.models.stored_arguments import name_as_today
+from megatron_recursive.models.stored_arguments import TRACKER, name_as_today
 
 LAYERS = "decoder.layers."
 AVERAGE = "optimizer.state.ema."  # the average of a weight (optimizers/weight_average.py), before its key
@@ -38,7 +38,6 @@ COMMON = "common_state/shard_0_1"  # a sharded object's key in the index: name, 
 COMMON_FILE = "common.pt"  # the same, before Megatron-Core 0.19
 DATA_FILE = "__0_0.distcp"
 PIECE_BYTES = 64 * 2**20  # larger tensors are written in pieces of rows, so that a reader need not hold them whole
-TRACKER = "latest_checkpointed_iteration.txt"
 
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": None,

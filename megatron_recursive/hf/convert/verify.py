@@ -22,9 +22,8 @@ from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
 from megatron_recursive.hf.convert.torch_dist import TRACKER
+from megatron_recursive.hf.convert.transforms import VOCABULARY
 from megatron_recursive.plan import RecursionPlan
-
-VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def _open_megatron(given: str) -> Side:
     fetch = checkpoint_fetch(model.checkpoint)
 
     def reader(item: Item) -> Callable[[], Tensor]:
-        rows_read = rows if item.key in VOCABULARY_KEYS else None
+        rows_read = rows if item.transform is VOCABULARY else None
         return lambda: model.merged([fetch(name) for name in model.sources(item)])[:rows_read]
 
     tensors = {item.name: reader(item) for item in model.items()}
@@ -156,7 +155,7 @@ def _open_hf(given: str) -> Side:
     def reader(item: Item) -> Callable[[], Tensor]:
         def read() -> Tensor:
             merged = item.transform.merge([source.get(name) for name in item.hf], source.arch)
-            return merged[: source.arch.vocab_size if item.key in VOCABULARY_KEYS else None].to(dtypes[item.key])
+            return merged[: source.arch.vocab_size if item.transform is VOCABULARY else None].to(dtypes[item.key])
 
         return read
 
