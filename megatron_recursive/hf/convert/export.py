@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,7 +52,10 @@ from megatron_recursive.plan.lora import LoRA
 from megatron_recursive.plan.supervision_steps import whole
 
 IN_FP32 = tuple(each.key for each in EVERY if each.in_fp32)
+# What writes a checkpoint as the published model that it came from.
+AS_PUBLISHED = {"ouro": published_looped, "nanbeige": published_looped, "huginn_raven": published_recurrent}
 Logits = Callable[[proof.Text, torch.dtype], Tensor]
+Writer = FolderWriter | published_recurrent.JoinedWriter
 AUTO_MAP = {
     "AutoConfig": "configuration_recursive_gpt.RecursiveGPTConfig",
     "AutoModel": "modeling_recursive_gpt.RecursiveGPTModel",
@@ -82,12 +86,17 @@ class MegatronModel:
         return build_plan(self.recursion)
 
     @property
+    def published(self) -> ModuleType:
+        if self.arch.donor not in AS_PUBLISHED:
+            known = " or ".join(AS_PUBLISHED)
+            raise UserError(f"--as-published is for checkpoints that were imported from {known}; this one was not.")
+        return AS_PUBLISHED[self.arch.donor]
+
+    @property
     def family(self) -> Family:
         """The donor's own class, where there is one that can express it."""
         if self.as_published:
-            if (raven := FAMILIES["huginn_raven"]).model_type == self.arch.donor:
-                return raven
-            return published_looped.published_family(self.arch, self.plan)
+            return FAMILIES[str(self.arch.donor)]
         return (None if self.own_class else donor_family(self.arch, self.recursion)) or OWN
 
     def items(self) -> Iterator[Item]:
@@ -184,6 +193,8 @@ def export_model(
     mode = choose_mode(lora, model.lora, ckpt)
     if mode == "base":
         model = dataclasses.replace(model, lora=None, own_class=False)
+    if as_published:
+        _config(model)  # refuses what the published model is not
     if mode != "peft" or model.lora is None:
         return write_model(model, Path(ckpt), Path(out), tokenizer, proof_dtype, say, shard_bytes)
     report, read = Report(), checkpoint_fetch(model.checkpoint)
@@ -270,20 +281,17 @@ def _write_config(model: MegatronModel, folder: Path, ids: Mapping[str, Any]) ->
 
 
 def _config(model: MegatronModel) -> dict[str, Any]:
-    if model.as_published and model.family.told_by_tensors:
-        config = published_recurrent.published_config(model.arch, model.recursion)
-    elif model.as_published:
-        config = published_looped.published_config(model.family, model.arch, model.plan)
-    else:
-        config = config_values(model.family, model.arch, model.recursion)
+    if model.as_published:
+        config = model.published.published_config(model.arch, model.recursion)
+        return {**config, model.published.DTYPE: _dtype(model)}
+    config = config_values(model.family, model.arch, model.recursion)
     if model.family is OWN:
         config["num_hidden_layers"] = model.plan.unrolled_layers(model.arch.num_layers)  # as its class says it
         config.update(plan=json.loads(model.plan.to_json()), recursion=model.recursion.to_dict(), auto_map=AUTO_MAP)
         if model.lora is not None and model.lora.per_pass:
             adapters = {"rank": model.lora.rank, "alpha": model.lora.alpha, "targets": list(model.lora.targets)}
             config["pass_adapters"] = adapters
-    name = "torch_dtype" if model.as_published and model.family.told_by_tensors else "dtype"
-    config[name] = _dtype(model)
+    config["dtype"] = _dtype(model)
     return config
 
 
@@ -313,11 +321,11 @@ def _promised(model: MegatronModel) -> dict[str, Tensor]:
     }
 
 
-def _writer(model: MegatronModel, folder: Path, shard_bytes: int) -> FolderWriter | published_recurrent.JoinedWriter:
-    if not (model.as_published and model.family.told_by_tensors):
+def _writer(model: MegatronModel, folder: Path, shard_bytes: int) -> Writer:
+    if not model.as_published:
         return FolderWriter(folder, _promised(model), shard_bytes)
-    values = published_recurrent.published_config(model.arch, model.recursion)
-    return published_recurrent.JoinedWriter(folder, _promised(model), shard_bytes, model.arch, values)
+    writer: Writer = model.published.writer(folder, _promised(model), shard_bytes, model.arch, _config(model))
+    return writer
 
 
 class _Cast(TorchDistCheckpoint):

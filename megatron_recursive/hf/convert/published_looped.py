@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,12 @@ from torch import Tensor
 from megatron_recursive.errors import UserError
 from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.configs import read_config, rope_parameters
-from megatron_recursive.hf.convert.mappings import OWN, PUBLISHED, Family, items, recursive_rows
+from megatron_recursive.hf.convert.mappings import FAMILIES, OWN, Family, items, recursive_rows
+from megatron_recursive.hf.convert.safetensors_files import FolderWriter
 from megatron_recursive.hf.model.configuration_recursive_gpt import RecursiveGPTConfig
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 
+DTYPE = "dtype"  # its word in a config.json
 _SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
          "hidden_act", "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id",
          "pad_token_id")  # fmt: skip
@@ -78,39 +81,35 @@ def our_config(family: Family, values: Mapping[str, Any], where: str) -> Recursi
     })  # fmt: skip
 
 
-def published_config(family: Family, arch: Architecture, plan: RecursionPlan) -> dict[str, Any]:
-    """The inverse of :func:`our_config`, without token ids."""
-    rope = rope_parameters(arch)
+def published_config(arch: Architecture, recursion: RecursionConfig) -> dict[str, Any]:
+    """The inverse of :func:`our_config`, without token ids.
+
+    Raises:
+        UserError: the published model does not compute this.
+    """
+    family, plan, rope = FAMILIES[str(arch.donor)], build_plan(recursion), rope_parameters(arch)
     theta, scaling = rope.pop("rope_theta"), {"type": rope.pop("rope_type"), **rope}
-    return {
+    values = {
         "architectures": [family.architecture], "model_type": family.model_type, _LOOPS[family.model_type]: plan.depth,
         **{name: getattr(arch, key) for name, key in family.config.items() if name in (*_SAME, "tie_word_embeddings")},
         "num_hidden_layers": arch.num_layers, "rms_norm_eps": arch.norm_eps, "rope_theta": theta,
         "rope_scaling": None if scaling["type"] == "default" else scaling, "attention_dropout": 0.0,
         **_FURTHER[family.model_type](arch, plan),
     }  # fmt: skip
-
-
-def published_family(arch: Architecture, plan: RecursionPlan) -> Family:
-    """The published model that a checkpoint came from, and still is.
-
-    Raises:
-        UserError: it came from none, or computes what that one does not.
-    """
-    family = next((each for each in PUBLISHED if each.model_type == arch.donor and arch.donor in _LOOPS), None)
-    if family is None:
-        names = " or ".join((*_LOOPS, "huginn_raven"))
-        raise UserError(f"--as-published is for checkpoints that were imported from {names}; this one was not.")
     same = family.computes(arch)
     if same:
-        config = our_config(family, published_config(family, arch, plan), family.model_type)
+        config = our_config(family, values, family.model_type)
         read = replace(read_config(family, config, ""), padded_vocab_size=arch.padded_vocab_size)
         same = config.recursion_plan == plan and read == arch
     if not same:
         raise UserError(
             f"--as-published: {family.architecture} does not compute what this checkpoint does; leave the flag out."
         )
-    return family
+    return values
+
+
+def writer(folder: Path, promised: dict[str, Tensor], shard_bytes: int, *_: Any) -> FolderWriter:
+    return FolderWriter(folder, promised, shard_bytes)
 
 
 def by_our_names(family: Family, config: RecursiveGPTConfig, fetch: Callable[[str], Tensor]) -> Callable[[str], Tensor]:

@@ -26,6 +26,7 @@ from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.plan.knobs import FunctionKnobs, flag_of, knobs_in
 
 Part = tuple[str, Callable[[Tensor], Tensor]]  # a tensor of the original, and what ours is of it
+DTYPE = "torch_dtype"  # its word in a config.json
 STACKS = ("prelude", "core_block", "coda")
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 ROUNDED = 0.02  # how far a stored sine may lie from the exact one: bf16's rounding, or angles of float32
@@ -298,6 +299,9 @@ class JoinedWriter:
         if self.angles is not None:
             self.writer.add("freqs_cis", self.angles)
         self.writer.close()
+
+
+writer = JoinedWriter
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
-from megatron_recursive.hf.convert.published_looped import published_family
+from megatron_recursive.hf.convert.export import MegatronModel
+from megatron_recursive.hf.convert.published_looped import published_config
 from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.inference.loading import open_model
-from megatron_recursive.plan import RecursionConfig, build_plan
+from megatron_recursive.plan import RecursionConfig
 from tests.distributed import run_distributed
 from tests.unit_tests.hf.test_convert import _export, _import
 
@@ -166,13 +167,14 @@ def test_measuring_a_published_folder_names_the_import(tmp_path: Path) -> None:
 
 def test_only_what_a_published_class_computes_is_written_as_it(tmp_path: Path) -> None:
     source = open_source(str(save("ouro", tmp_path / "published")))
-    assert published_family(source.arch, source.plan).model_type == "ouro"
-    for changed in (dataclasses.replace(source.plan, state_norm="none"),
-                    build_plan(RecursionConfig(recursion_family="looped", embedding_multiplier=1.0))):  # fmt: skip
+    recursion, unread = RecursionConfig.from_mapping(source.config.recursion), cast(Any, None)
+    assert published_config(source.arch, recursion)["model_type"] == "ouro"
+    for changed in (dataclasses.replace(recursion, state_norm="none"),
+                    RecursionConfig(recursion_family="looped", embedding_multiplier=1.0)):  # fmt: skip
         with pytest.raises(UserError, match="OuroForCausalLM does not compute"):
-            published_family(source.arch, changed)
+            published_config(source.arch, changed)
     with pytest.raises(UserError, match="imported from ouro or nanbeige or huginn_raven; this one was not"):
-        published_family(dataclasses.replace(source.arch, donor="llama"), source.plan)
+        _ = MegatronModel(unread, {}, dataclasses.replace(source.arch, donor="llama"), recursion).published
 
 
 REFUSED = {
