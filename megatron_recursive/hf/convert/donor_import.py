@@ -331,7 +331,7 @@ class _Import:
                 return False
             self.tokenizer.save_pretrained(target)
         keep_class(self.tokenizer, target)
-        ids = token_ids(target, stated)
+        ids = token_ids(target, stated, self.arch.vocab_size)
         if self.tokenizer_folder is not None:
             ids["eos_token_id"] = also_turn_ends(ids["eos_token_id"], self.tokenizer)
         write_settings(target, ids)

@@ -219,7 +219,8 @@ def write_model(
         before = None if found is None else tokenizer_of(found)
         if found is not None:
             keep_class(before, folder)
-        ids = token_ids(folder, {name: getattr(before, name, None) for name in TOKEN_IDS})
+        of_tokenizer = {name: getattr(before, name, None) for name in TOKEN_IDS}
+        ids = token_ids(folder, of_tokenizer, model.arch.vocab_size)
         if before is not None and model.args.get("chat_data"):
             ids["eos_token_id"] = also_turn_ends(ids["eos_token_id"], before)
         write_settings(folder, ids, without=GENERATION_ENTRIES if model.plan.is_plain else ())

@@ -115,11 +115,17 @@ def prove_ids(before: Any, folder: Path, name: str) -> str | None:
     return None
 
 
-def token_ids(folder: Path, others: Mapping[str, Any]) -> dict[str, Any]:
-    """Begin, end and padding ids: of the generation settings, or else of ``others`` (a config.json), or else None."""
+def token_ids(folder: Path, others: Mapping[str, Any], vocab_size: int | None = None) -> dict[str, Any]:
+    """Begin, end and padding ids: of the generation settings, or else of ``others`` (a config.json, a tokenizer), or
+    else None; None too for what a vocabulary of this size has not."""
     file = folder / SETTINGS
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {name: values.get(name) if values.get(name) is not None else others.get(name) for name in TOKEN_IDS}
+    ids = {name: values.get(name) if values.get(name) is not None else others.get(name) for name in TOKEN_IDS}
+    for name, value in ids.items():
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        if vocab_size is not None and not all(0 <= each < vocab_size for each in several):
+            ids[name] = [each for each in several if 0 <= each < vocab_size] or None
+    return ids
 
 
 def also_turn_ends(ends: int | list[int] | None, tokenizer: Any) -> list[int] | None:

@@ -109,6 +109,19 @@ def test_ids_and_templates_stay_the_donors(kind: str, given_class: str, knobs: d
     assert {"tekken.json", "tokenizer.model.v3"} < beside and not beside & {"tokenization_own.py", "weights.bin"}
 
 
+def test_ids_beyond_the_vocabulary_stay_out(tmp_path: Path) -> None:
+    """The tokenizer has a padding token that the donor's embedding has no row for; its config.json says -1."""
+    donor = save_donor("olmo2", tmp_path / "donor", vocab_size=263, eos_token_id=[0, 263], pad_token_id=None)
+    _write_tokenizer(donor, "PreTrainedTokenizerFast")
+    (donor / "generation_config.json").unlink()
+    _change(donor / "config.json", pad_token_id=-1)
+    assert _seen(donor)[-1] == 263
+    run_distributed(_there_and_back, 1, donor, tmp_path, timeout=200, enable_recursive_refinement=False)
+    for file in ("ckpt/tokenizer/generation_config.json", "hf/generation_config.json", "hf/config.json"):
+        found = json.loads((tmp_path / file).read_text())
+        assert found.get("pad_token_id") is None and found["eos_token_id"] == [0], file
+
+
 def test_a_class_that_would_change_the_ids_is_not_exported_to(tmp_path: Path) -> None:
     donor, own = save_donor("qwen2", tmp_path / "donor", vocab_size=300), tmp_path / "own"
     own.mkdir()
