@@ -92,14 +92,9 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- what a pass is given of what it reads, and how a state is moved by what it makes --------------------------------
 
 
-class RecursiveGPTAdapter(nn.Linear):
-    """``W [state; input]``."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(2 * size, size, bias=False)
-
-    def forward(self, state: Tensor, given: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(torch.cat((state, given), dim=-1))
+def make_adapter(size: int) -> nn.Linear:
+    """``W [state; input]``; a plain linear layer, since engines and adapters replace and wrap those."""
+    return nn.Linear(2 * size, size, bias=False)
 
 
 class RecursiveGPTInjection(nn.Module):
@@ -116,7 +111,7 @@ class RecursiveGPTInjection(nn.Module):
         return decay * state + delta.to(state.dtype) * F.linear(given, self.B)
 
 
-COMBINING_MODULES = {"concat": RecursiveGPTAdapter, "diagonal": RecursiveGPTInjection}
+COMBINING_MODULES = {"concat": make_adapter, "diagonal": RecursiveGPTInjection}
 
 
 class RecursiveGPTBoundaryGate(nn.Module):

@@ -295,7 +295,9 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         """What a pass is given."""
         total = states[each.reads[0]]
         if each.combine != "sum":
-            combined: Tensor = getattr(self, COMBINING[each.combine][0].module)(total, states[each.reads[1]])
+            given: tuple[Tensor, ...] = (total, states[each.reads[1]])
+            given = (torch.cat(given, dim=-1),) if each.combine == "concat" else given
+            combined: Tensor = getattr(self, COMBINING[each.combine][0].module)(*given)
             return combined.to(total.device)
         for name in each.reads[1:]:
             total = total + states[name]

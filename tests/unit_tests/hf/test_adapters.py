@@ -19,7 +19,7 @@ SHARED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 TARGETS = [*SHARED, "halting_head"]
 
 
-def adapted(model: Any, targets: list[str] | None = None, **kwargs: Any) -> Any:
+def adapted(model: Any, targets: list[str] | str | None = None, **kwargs: Any) -> Any:
     import peft
 
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets or TARGETS, r=4, lora_alpha=8, **kwargs)
@@ -74,6 +74,14 @@ def test_a_merged_adapter_says_the_same_and_leaves_at_the_same_blocks(tmp_path: 
             said = each(input_ids=tokens, **exit)
             assert torch.equal(said.blocks, expected.blocks)
             assert relative_error(said.logits, expected.logits) < 1e-5
+
+
+def test_all_linear_layers_can_be_adapted() -> None:
+    """The map of state and input among them."""
+    family = {"recursion_family": "recurrent", "injection": "concat"}
+    wrapped = adapted(make_model(recursion=family, num_layers=4), "all-linear")
+    wrapped(input_ids=make_tokens(1, 6), labels=make_tokens(1, 6)).loss.backward()
+    assert wrapped.get_base_model().model.adapter.lora_A["default"].weight.grad.abs().max() > 0
 
 
 # --- TRL ------------------------------------------------------------------------------------------------------------

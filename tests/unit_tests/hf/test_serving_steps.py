@@ -121,6 +121,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({"state_init": "trunc-normal"}, {}),
     "untied, states not normed": ({"state_norm": "none"}, SHAPES["olmo2-like"]),
     "learned positions": ({"state_init": "trunc-normal"}, SHAPES["learned positions"]),
+    "a map of state and input": ({"recursion_family": "recurrent", "injection": "concat"}, {"num_layers": 4}),
 }
 
 
