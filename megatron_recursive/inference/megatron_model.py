@@ -56,6 +56,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("This model has an adapter for each pass, and none for those of another depth.")
         self.megatron.plan = self.megatron.plan.with_blocks(count)
         self.config.set_plan(self.megatron.plan)
+        self.config.recursion = {**self.config.recursion, "max_inference_refinement_steps": count}
 
     @torch.no_grad()
     def forward(

@@ -35,6 +35,7 @@ EXIT_ARGUMENTS = ("exit", *THRESHOLDS, "max_inference_refinement_steps")
 GENERATION_ENTRIES = (*EXIT_ARGUMENTS, "num_refinement_blocks")  # what a generation config may hold besides
 LEAVE_BELOW = ("output-change", "kl")  # their threshold; the others leave at it and above
 _THRESHOLDS = {"quantile": 0.5, "output-change": 0.03, "kl": 1e-3}
+_DEFAULT_CAP = 12  # of --max-inference-refinement-steps; nobody asked for it
 
 
 def threshold_of(exit: str) -> str:
@@ -57,8 +58,9 @@ class ExitOptions:
             block before: ``output-change``: its output state changed by less than ``exit_threshold``
             (relative L2); ``kl``: KL(this block's next-token distribution || the one before) is below it (nats);
             ``argmax``: the last ``exit_stable_blocks`` blocks have the same most likely token.
-        max_blocks: from ``max_inference_refinement_steps``. Not given, it is the config's, but at most the T blocks of
-            the plan; given, it may exceed T, and the last block's passes are then repeated.
+        max_blocks: from ``max_inference_refinement_steps``. Not given, it is the config's, which a depth that is asked
+            for sets too, but at most the T blocks of the plan, and those where it has the default; given, it may exceed
+            T, and the last block's passes are then repeated.
     """
 
     exit: str
@@ -104,6 +106,7 @@ class ExitOptions:
         cap = max_inference_refinement_steps
         if cap is None:
             cap = min(trained, knobs.get("max_inference_refinement_steps", trained))
+            cap = trained if cap == _DEFAULT_CAP else cap
         for name, value, least in (("exit_threshold", change, 0), ("exit_stable_blocks", stable, 2),
                                    ("max_inference_refinement_steps", cap, 1)):  # fmt: skip
             if value < least:

@@ -32,6 +32,11 @@ class RecursiveGenerationMixin(GenerationMixin):
         if self.config.pass_adapters is not None and count != plan.depth:
             raise ValueError("This model has an adapter for each pass, and none for those of another depth.")
         self._set_plan(plan.with_blocks(count))
+        self._cap_exits(count)
+
+    def _cap_exits(self, blocks: int) -> None:
+        """Let exits run so many blocks, which were asked for."""
+        self.config.recursion = {**self.config.recursion, "max_inference_refinement_steps": blocks}
 
     def _set_plan(self, plan: RecursionPlan) -> None:
         self.config.set_plan(plan)
@@ -63,15 +68,19 @@ class RecursiveGenerationMixin(GenerationMixin):
 
     @contextlib.contextmanager
     def _at_depth(self, count: int | None) -> Iterator[None]:
-        plan = self.config.recursion_plan
-        if count is None or count == plan.depth:
+        plan, knobs = self.config.recursion_plan, self.config.recursion
+        if count is None:
             yield
             return
-        self.set_num_refinement_blocks(count)
+        if count != plan.depth:
+            self.set_num_refinement_blocks(count)
+        self._cap_exits(count)
         try:
             yield
         finally:
-            self._set_plan(plan)
+            self.config.recursion = knobs
+            if count != plan.depth:
+                self._set_plan(plan)
 
     def adjust_generation_fn(
         self, generation_config: Any, from_auto_class: bool, from_pipeline: Any, name: Any, **kwargs: Any

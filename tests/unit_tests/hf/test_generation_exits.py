@@ -302,6 +302,13 @@ def test_the_cap() -> None:
         assert model(tokens, **never, max_inference_refinement_steps=5).blocks.max() == 5
         model.config.recursion["max_inference_refinement_steps"] = 2
         assert model(tokens, **never).blocks.max() == 2
+        for depth in (3, 4, 14):  # asked for
+            model.generate(tokens, max_new_tokens=2, num_refinement_blocks=depth, **never)
+            assert set(model.last_exit_report.histogram) == {depth}
+        assert model(tokens, **never).blocks.max() == 2
+        model.set_num_refinement_blocks(4)
+        assert model(tokens, **never).blocks.max() == 4
+        assert make_model(blocks=14, latents=1)(tokens, **never).blocks.max() == 14  # 12 is nobody's wish
 
 
 def test_going_beyond_the_trained_blocks_warns(caplog: pytest.LogCaptureFixture) -> None:

@@ -119,6 +119,11 @@ def _check_against_export(folder: str, target: str) -> list[dict[str, Any]]:
             if options:
                 row["work"] = _counts_its_work(model, padded, mask, options)
             found.append(row)
+        for each in (model, export):
+            each.config.recursion["max_inference_refinement_steps"] = 1
+            each.set_num_refinement_blocks(3)
+            taken = each(tokens, exit="halting", halt_threshold=1 - 1e-12).blocks
+            found[0][f"depth of {type(each).__name__}"] = int(taken.max()) == 3
     return found
 
 
