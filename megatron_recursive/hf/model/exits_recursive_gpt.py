@@ -168,9 +168,9 @@ class ExitRule:
         if kind == "halting":
             return torch.sigmoid(self.halting_logits(read_NH))
         if kind == "quantile":
-            left_N = torch.zeros_like(read_NH[:, 0], dtype=torch.float) if before is None else before
-            self.before = left_N + torch.sigmoid(self.halting_logits(read_NH)) * (1 - left_N)
-            return self.before
+            stays_N = torch.sigmoid(-self.halting_logits(read_NH).float())
+            self.before = stays_N if before is None else before * stays_N
+            return (1 - self.before).clamp(max=1 - 2.0**-24)  # below 1, at which nobody leaves
         if kind == "output-change":
             self.before = now = state_NH.float()
             if before is None:

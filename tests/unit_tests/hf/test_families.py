@@ -109,6 +109,10 @@ def test_a_quantile_is_where_the_gate_has_let_go_of_so_much() -> None:
         family_model("looped")(ids, exit="quantile")
     with pytest.raises(ValueError, match="at most 1"):
         model(ids, exit="quantile", exit_threshold=1.5)
+    with torch.no_grad():
+        model.exit_gate.bias.fill_(30.0)  # its probability rounds to 1
+    assert (model(ids, exit="quantile", exit_threshold=0.999).blocks == 1).all()
+    assert (model(ids, exit="quantile", exit_threshold=1.0).blocks == 4).all()
     model.set_num_refinement_blocks(1)
     assert torch.equal(model(ids, output_blocks=True).block_halting, torch.ones(1, *ids.shape))
 
