@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 if TYPE_CHECKING:
     from .configuration_recursive_gpt import RecursiveGPTConfig
+
+
+def check_filled(cache: Cache | None, layers: int) -> None:
+    """Refuse transformers' own cache where earlier tokens went through fewer than these of its layers."""
+    if not isinstance(cache, DynamicCache) or torch.compiler.is_compiling():
+        return
+    first, last = cache.get_seq_length(), cache.get_seq_length(layers - 1)
+    if last < first:
+        raise ValueError(
+            f"This cache was filled at a smaller depth: {last} of its {first} tokens are in the last layer; start with "
+            "a new one, or with a RecursiveCache."
+        )
 
 
 class RecursiveCache(Cache):

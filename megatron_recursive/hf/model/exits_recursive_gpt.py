@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .cache_recursive_gpt import RecursiveCache
+from .cache_recursive_gpt import RecursiveCache, check_filled
 
 if TYPE_CHECKING:
     from .configuration_recursive_gpt import RecursiveGPTConfig
@@ -362,6 +362,7 @@ def real_tokens(attention_mask: Tensor | None, like_BS: Tensor, past: int) -> Te
 def _open_cache(cache: Cache | None, options: ExitOptions, layers_per_block: int) -> None:
     """Have every earlier token's keys and values in every block that may run; a RecursiveCache does that by itself."""
     if cache is not None and not isinstance(cache, RecursiveCache) and len(cache.layers):
+        check_filled(cache, min(len(cache.layers), options.max_blocks * layers_per_block))
         while len(cache.layers) < options.max_blocks * layers_per_block:
             cache.layers.append(copy.deepcopy(cache.layers[-layers_per_block]))
 

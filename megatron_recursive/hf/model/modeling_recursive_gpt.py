@@ -26,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .added_parameters import COMBINING, EVERY, MOVING, SEED, added_parameters, sampled_start, start_of
-from .cache_recursive_gpt import RecursiveCache
+from .cache_recursive_gpt import RecursiveCache, check_filled
 from .configuration_recursive_gpt import RecursiveGPTConfig
 from .exits_recursive_gpt import ExitOptions, ExitReport, ExitRule, left_by, run_with_exits
 from .generation_recursive_gpt import RecursiveGenerationMixin
@@ -263,6 +263,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         }
         states, blocks = self.initial_states(embedding, position_ids), None
         if exit_rule is None:
+            check_filled(past_key_values, self.config.num_hidden_layers)
             kept = (walk or self._run_plan)(states, output_block_states, {"position_ids": position_ids, **shared})
         else:
             kept, blocks = run_with_exits(self, states, attention_mask, exit_rule, output_block_states, shared)

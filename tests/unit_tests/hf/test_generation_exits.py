@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from megatron_recursive.commands import shared
 from megatron_recursive.hf.model import exits_recursive_gpt
@@ -347,6 +347,19 @@ def test_what_cannot_be_is_refused_in_a_sentence(
     if "output_attentions" not in options:
         with pytest.raises(ValueError, match=sentence):
             model.generate(make_tokens(1, 4), max_new_tokens=2, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"exit": "halting", "halt_threshold": 0.999}])
+def test_a_cache_of_a_smaller_depth_is_refused(options: dict[str, Any]) -> None:
+    model, tokens = make_deep(), make_tokens(1, 8)
+    for cache in (DynamicCache(config=model.config), DynamicCache(), RecursiveCache(model.config)):
+        model.generate(tokens, past_key_values=cache, max_new_tokens=3, num_refinement_blocks=2, do_sample=False)
+        if isinstance(cache, RecursiveCache) or (options and len(cache.layers) < model.config.num_hidden_layers):
+            model(tokens[:, :1], past_key_values=cache, **options)  # which take over what the blocks before have
+            continue
+        with pytest.raises(ValueError, match="filled at a smaller depth: 0 of its 10 tokens are in the last layer"):
+            model(tokens[:, :1], past_key_values=cache, **options)
 
 
 def test_training_with_an_exit_is_refused() -> None:
