@@ -123,13 +123,19 @@ class RecursiveGenerationMixin(GenerationMixin):
         return super()._get_candidate_generator(generation_config=generation_config, model_kwargs=others, **kwargs)
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        configs = generation_config, self.generation_config
+        given = {name: kwargs[name] for name in EXIT_ARGUMENTS[1:] if kwargs.get(name) is not None}
+        named = [each.exit for each in configs if getattr(each, "exit", None) is not None]
+        chosen = kwargs["exit"] if "exit" in kwargs else next(iter(named), None)
+        for each in configs:  # its cap, and the threshold that the exit reads, unless it is there for another exit
+            other = getattr(each, "exit", None) not in (None, chosen)
+            for name in EXIT_ARGUMENTS[1:]:
+                idle = name in THRESHOLDS and (other or name != threshold_of(chosen or ""))
+                if not idle and getattr(each, name, None) is not None:
+                    given.setdefault(name, getattr(each, name))
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        chosen = model_kwargs.get("exit") or getattr(generation_config, "exit", None)
-        idle = {*THRESHOLDS} - {threshold_of(chosen or "")}
-        for name in EXIT_ARGUMENTS:  # entries of a generation config that forward() takes: those that the exit reads
-            if name not in idle and getattr(generation_config, name, None) is not None:
-                model_kwargs.setdefault(name, getattr(generation_config, name))
-        if model_kwargs.get("exit") is not None:
+        if chosen not in (None, "none"):
+            model_kwargs.update(exit=chosen, **given)
             generation_config.disable_compile = True  # what is computed depends on the data
         return generation_config, model_kwargs
 

@@ -214,6 +214,25 @@ def test_the_generation_config_carries_an_exit() -> None:
     assert model.last_exit_report is None
 
 
+def test_a_threshold_of_another_exit_is_not_taken() -> None:
+    model, tokens, settings = make_deep(), make_tokens(2, 6), {"max_new_tokens": 4, "do_sample": False}
+
+    def taken(**options: Any) -> dict[int, int]:
+        model.generate(tokens, **settings, **options)
+        return model.last_exit_report.histogram
+
+    expected = [taken(exit="kl", exit_threshold=0.015), taken(exit="kl")]
+    model.generation_config.exit, model.generation_config.exit_threshold = "output-change", 5.0
+    config = GenerationConfig(**settings, exit="kl", exit_threshold=0.015)
+    assert [taken(exit="kl", exit_threshold=0.015), taken(exit="kl")] == expected
+    model.generate(tokens, generation_config=config)
+    assert model.last_exit_report.histogram == expected[0]
+    del config.exit_threshold
+    model.generate(tokens, generation_config=config)
+    assert model.last_exit_report.histogram == expected[1]
+    assert taken() == {2: 18}  # which everyone's change is below
+
+
 # --- what it saves --------------------------------------------------------------------------------------------------
 
 
