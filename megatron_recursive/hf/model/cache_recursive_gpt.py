@@ -97,7 +97,9 @@ class RecursiveCache(Cache):
         self._map(lambda store: store[:, :, indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.length -= min(abs(tokens_to_remove), self.length)
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}) removes nothing; give a negative number, of tokens to remove.")
+        self.length -= min(-tokens_to_remove, self.length)
         self.filled = [min(filled, self.length) for filled in self.filled]
 
     def reset(self) -> None:

@@ -163,6 +163,8 @@ def test_a_cache_can_be_cropped_repeated_and_selected() -> None:
         cache = RecursiveCache(model.config, reserve=4)
         model(tokens[:, :10], past_key_values=cache)
         cache.crop(-3)
+        with pytest.raises(ValueError, match="crop.2. removes nothing; give a negative number"):
+            cache.crop(2)
         assert cache.get_seq_length() == 7 and cache.batch_size == 2 and cache.is_initialized
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([0, 3]))
