@@ -35,6 +35,8 @@ class RecursiveCache(Cache):
     It serves at fixed depth too.
     """
 
+    max_cache_len = -1  # none; PEFT's prefix tuning asks
+
     def __init__(self, config: RecursiveGPTConfig, reserve: int = 64) -> None:
         super().__init__(layers=[])
         self.layers_per_block = config.layers_per_block

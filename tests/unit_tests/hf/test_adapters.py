@@ -84,6 +84,16 @@ def test_all_linear_layers_can_be_adapted() -> None:
     assert wrapped.get_base_model().model.adapter.lora_A["default"].weight.grad.abs().max() > 0
 
 
+def test_a_tuned_prefix_goes_with_an_exit() -> None:
+    import peft
+
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    wrapped, tokens = peft.get_peft_model(make_model(), config).eval(), make_tokens(2, 6)
+    nobody = {"exit": "halting", "halt_threshold": 0.999}
+    said = [wrapped.generate(input_ids=tokens, max_new_tokens=4, do_sample=False, **each) for each in (nobody, {})]
+    assert torch.equal(*said)
+
+
 # --- TRL ------------------------------------------------------------------------------------------------------------
 
 
