@@ -160,6 +160,13 @@ class RecursiveGPTConfig(transformers.PreTrainedConfig):
     def num_refinement_blocks(self) -> int:
         return self.recursion_plan.num_blocks
 
+    @num_refinement_blocks.setter
+    def num_refinement_blocks(self, count: int) -> None:
+        raise ValueError(
+            "num_refinement_blocks follows from the plan; load the model and call "
+            f"model.set_num_refinement_blocks({count})."
+        )
+
     @property
     def has_halting(self) -> bool:
         return self.recursion_plan.has_halting

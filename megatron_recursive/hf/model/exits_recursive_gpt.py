@@ -288,7 +288,8 @@ def run_with_exits(
     Returns:
         The output states after each block that ran (if they are asked for), and [B, S] blocks run (0: padding).
     """
-    if shared.get("output_attentions") or shared.get("output_hidden_states"):
+    outputs = ("output_attentions", "output_hidden_states")
+    if any(shared.get(name, getattr(model.config, name, False)) for name in outputs):
         raise ValueError("output_attentions and output_hidden_states need all blocks; they do not go with an exit.")
     if not isinstance(shared["attention_mask"], Tensor | None):
         raise ValueError("An exit does not work with flex_attention; use sdpa or eager.")

@@ -116,6 +116,8 @@ class RecursiveGenerationMixin(GenerationMixin):
 
     def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Exit and depth are this model's: an assistant, which may be of any class, follows its own config."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError("assistant_early_exit stops within a plan of passes; give an assistant_model, or an exit.")
         generation_config = copy.copy(generation_config)
         for name in GENERATION_ENTRIES:
             vars(generation_config).pop(name, None)

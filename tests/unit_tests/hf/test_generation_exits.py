@@ -368,6 +368,13 @@ def test_what_cannot_be_is_refused_in_a_sentence(
             model.generate(make_tokens(1, 4), max_new_tokens=2, **options)
 
 
+def test_hidden_states_of_the_config_are_refused_too() -> None:
+    model = make_deep()
+    model.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="do not go with an exit"):
+        model(make_tokens(1, 4), exit="halting")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"exit": "halting", "halt_threshold": 0.999}])
 def test_a_cache_of_a_smaller_depth_is_refused(options: dict[str, Any]) -> None:

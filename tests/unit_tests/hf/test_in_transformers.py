@@ -219,3 +219,14 @@ def test_an_assistant_changes_nothing_of_what_an_exit_says(assistant: str, where
     assert model.last_exit_report is not None and len(model.last_exit_report.histogram) > 1
     if assistant == "recursive":
         assert helped["assistant_model"].last_exit_report is None
+
+
+def test_transformers_own_early_exit_is_refused() -> None:
+    with pytest.raises(ValueError, match="assistant_early_exit stops within a plan of passes"):
+        make_model().generate(make_tokens(1, 6), max_new_tokens=12, do_sample=False, assistant_early_exit=6)
+
+
+def test_a_depth_is_not_set_by_loading(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"call model.set_num_refinement_blocks\(5\)"):
+        RecursiveGPTForCausalLM.from_pretrained(tmp_path, num_refinement_blocks=5)
