@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from megatron_recursive.command_line import missing_package
 from megatron_recursive.data.files import replacing
 from megatron_recursive.errors import UserError
 
@@ -21,7 +22,7 @@ def pyplot_for(output: Path, flag: str) -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("drawing needs matplotlib; run pip install matplotlib") from error
+        raise missing_package("matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
