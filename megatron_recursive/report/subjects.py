@@ -45,7 +45,8 @@ class Subject:
     def collect(self) -> None:
         """Read the records in its folder and in ``runs``; of a kind the newest counts, if it is as new as the weights.
 
-        One in its folder may name no model, or one that is gone. A UserError names what cannot be read.
+        One names these weights; one in its folder may name none, or some that are gone. A UserError names what cannot
+        be read.
         """
         marks = [Path(self.model) / name for name in WEIGHTS] if self.model else []
         trained = max((mark.stat().st_mtime for mark in marks if mark.is_file()), default=0.0)
@@ -53,10 +54,11 @@ class Subject:
         files += [file for end in ("json", "jsonl") for file in self.folder.glob(f"*.{end}") if file.name != FILE]
         files += [file for kind in ("results", "depths") for file in self.folder.rglob(f"{kind}_*.json")]
         home = self.folder.resolve()
+        own = {_weights(path) for path in (home, home / SUBFOLDER, *([Path(self.model)] if self.model else []))}
         for file in sorted(files, key=lambda file: file.stat().st_mtime):
             for kind, model, record in _records(file) if file.stat().st_mtime >= trained else ():
                 named = model is not None and (Path(model).exists() or is_hub_name(model))
-                if Path(str(model) if named else file).resolve().is_relative_to(home):
+                if _weights(Path(str(model))) in own if named else file.resolve().is_relative_to(home):
                     self.found[kind] = record
 
 
@@ -85,6 +87,13 @@ def find_subjects(given: Sequence[str]) -> tuple[list[Subject], list[str]]:
     for subject in subjects:
         subject.collect()
     return subjects, [each["said"] for each in summary["comparisons"]]
+
+
+def _weights(path: Path) -> Path:
+    """What lies there: of a checkpoint, the iteration that is read."""
+    tracker = path / WEIGHTS[0]
+    said = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    return (path / (f"iter_{int(said):07d}" if said.isdecimal() else said)).resolve()
 
 
 def _records(file: Path) -> list[tuple[str, str | None, Any]]:

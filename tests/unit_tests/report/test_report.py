@@ -94,12 +94,16 @@ def test_records_are_told_of_the_model_that_they_measured(tmp_path: Path, monkey
         mark.write_text("3")
         os.utime(mark, (500, 500))
     both = [swept("a/checkpoints", 3.0, 2.5), swept(f"{tmp_path}/b/checkpoints/iter_0000003", 3.0, 2.0)]
+    for part in ("a/best", "a/exported"):  # of --keep-best, and an export
+        (tmp_path / part).mkdir()
+        both += [swept(part, 3.0, 1.0)]
     save(tmp_path / "runs" / "sweep.json", "sweep", {"models": both})
     save(tmp_path / "runs" / "layers.json", "layers", {"model": "elsewhere", "layers": []})
     save(tmp_path / "a" / "one.json", "health", {"model": "gone/since", "loss": 1.0}, at=900)
     save(tmp_path / "a" / "two.json", "health", {"model": "a/checkpoints", "loss": 2.0}, at=901)
     save(tmp_path / "a" / "three.json", "health", {"model": "b/checkpoints", "loss": 3.0}, at=902)
     save(tmp_path / "a" / "four.json", "health", {"model": "org/of-the-hub", "loss": 5.0}, at=903)
+    save(tmp_path / "a" / "five.json", "health", {"model": "a/best", "loss": 6.0}, at=904)
     save(tmp_path / "b" / "old.json", "health", {"model": "b/checkpoints", "loss": 4.0}, at=499)
     (tmp_path / "b" / "samples.jsonl").write_text('{"step": 1, "blocks": []}\n{"prompt": "x"}\n')
     (tmp_path / "b" / "corpus.jsonl.gz").write_bytes(b"\x1f\x8b")
