@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     required = parser.add_argument_group("required")
     shared.add_model(required)
     required.add_argument("--data", required=True, metavar="FILE_OR_PREFIX", help="held-out conversations: a file as "
-                          "prepare-chat reads it, or the PREFIX that it has written")
+                          "prepare-chat reads it, or the PREFIX that it has written (of one that a checkpoint was "
+                          "trained on, what --split held out)")
     size = parser.add_argument_group("conversations")
     size.add_argument("--num-samples", type=int, default=256, help="conversations at most")
     size.add_argument("--batch-size", type=int, default=4, help="conversations, or answers, at a time")

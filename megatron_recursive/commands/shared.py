@@ -64,7 +64,8 @@ def add_text(parser: argparse.ArgumentParser, more: str = "") -> Any:
 
 def add_held_out(parser: argparse.ArgumentParser) -> None:
     """The flags of :func:`opened`."""
-    text = add_text(parser, ", or alone the PREFIX of training's token files")
+    text = add_text(parser, ", or alone the PREFIX of token files (of those that a "
+                    "checkpoint was trained on, what its --split held out)")
     text.add_argument("--data-seed", type=int, default=1234, help="of a PREFIX: --seed of the training, which orders "
                       "its documents")  # fmt: skip
     text.add_argument("--answer-tokens", type=int, metavar="N", help="as in training: tokens from N on are answers")
@@ -133,7 +134,8 @@ def opened(args: argparse.Namespace, name: str) -> Iterator[tuple[Any, Any]]:
     with open_subject(name, args.tokenizer, args.device, numbers=prefix is not None) as loaded:
         length = length_of(args, loaded)
         if prefix is not None:
-            rows = torch.from_numpy(held_out_rows(prefix, args.num_samples, length, args.data_seed))
+            asked = args.num_samples, length, args.data_seed
+            rows = torch.from_numpy(held_out_rows(prefix, *asked, loaded.trained, name))
         else:
             hub = hub_choice(args)
             rows = text_rows(loaded.text, args.text, args.num_samples, length, args.json_key, hub, ahead=1)

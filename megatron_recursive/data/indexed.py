@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_recursive.command_line import command
+from megatron_recursive.data.splits import unread_documents
 from megatron_recursive.errors import UserError
 
 # Layout of an .idx (megatron/core/datasets/indexed_dataset.py): magic, version, type code, sequences, documents; then
@@ -60,11 +61,13 @@ def _token_ids(prefix: str | Path) -> Any:
     return numpy.memmap(f"{prefix}.bin", _TOKEN_TYPES[code], "r")
 
 
-def held_out_rows(prefix: str, samples: int, length: int, seed: int) -> Any:
+def held_out_rows(
+    prefix: str, samples: int, length: int, seed: int, trained: Mapping[str, Any], model: str
+) -> Any:  # fmt: skip
     """Token ids [N, length + 1] of a dataset, each row's last token being the next one's first.
 
-    Documents lie as in one epoch of Megatron's training, which shuffles them by its --seed: with --full-validation its
-    samples are these rows, in whatever order.
+    Documents are those of :func:`unread_documents`, and lie as in one epoch of Megatron's training, which shuffles them
+    by its --seed: with --full-validation its samples are these rows, in whatever order.
 
     Raises:
         UserError: it is no whole dataset, or has not enough tokens for one row.
@@ -74,11 +77,13 @@ def held_out_rows(prefix: str, samples: int, length: int, seed: int) -> Any:
     check_indexed_dataset(prefix)
     ids = _token_ids(prefix)
     ends = numpy.cumsum(all_lengths(prefix), dtype="i8")
-    order = numpy.arange(len(ends), dtype="i4")
+    documents = unread_documents(prefix, len(ends), trained, model)
+    order = numpy.arange(documents.start, documents.stop, dtype="i4")
+    tokens = int(ends[documents.stop - 1] - (ends[documents.start - 1] if documents.start else 0))
     numpy.random.RandomState(seed).shuffle(order)
-    kept, left = list[Any](), min(samples, (len(ids) - 1) // length) * length + 1
-    if left == 1:
-        raise UserError(f"{prefix} has {len(ids)} tokens, fewer than one sample of --seq-length {length}; lower it.")
+    kept, left = list[Any](), min(samples, (tokens - 1) // length) * length + 1
+    if left <= 1:
+        raise UserError(f"{prefix} has {tokens} tokens, fewer than one sample of --seq-length {length}; lower it.")
     for each in order:
         kept.append(ids[(ends[each - 1] if each else 0) : ends[each]][:left])
         left -= len(kept[-1])

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from megatron_recursive.command_line import command
 from megatron_recursive.data.joining import SUPERVISED
 from megatron_recursive.data.preparation import read_preparation, vocabulary_digest
+from megatron_recursive.data.splits import unread_documents
 from megatron_recursive.errors import UserError
 from megatron_recursive.inference.generation import Settings, generate, room_for, text_after
 from megatron_recursive.inference.loading import Loaded
-from megatron_recursive.inference.text import Text, TokenizerText
+from megatron_recursive.inference.text import TokenizerText
 
 Sample = tuple[list[int], bytes]  # token ids, and for each 1 where the assistant speaks
 
@@ -30,7 +31,7 @@ def measure(loaded: Loaded, data: str, settings: Settings, most: int, batch_size
     Raises:
         UserError: the data cannot be read, is not of this model's tokens, or fits into it nowhere.
     """
-    given = [*islice(read_samples(loaded.text, data), most)]
+    given = [*islice(read_samples(loaded, data), most)]
     samples = [each for each in given if len(each[0]) <= (loaded.max_positions or math.inf)]
     if not samples:
         raise UserError(f"--data {data} has no conversation that fits into {loaded.name}; give another file.")
@@ -42,19 +43,20 @@ def measure(loaded: Loaded, data: str, settings: Settings, most: int, batch_size
     return record | _judged(loaded, samples, settings, batch_size) | _answered(loaded, samples, settings, batch_size)
 
 
-def read_samples(text: Text, data: str) -> Iterator[Sample]:
+def read_samples(loaded: Loaded, data: str) -> Iterator[Sample]:
     """The conversations of a file, by the tokenizer's template, or those that prepare-chat has written."""
+    text = loaded.text
     if Path(f"{data}.idx").is_file():
         from megatron_recursive.data.chat.dataset import IndexedDataset, chat_lengths
 
-        chat_lengths(data)
+        documents = unread_documents(data, len(chat_lengths(data)), loaded.trained, loaded.name)
         made = read_preparation(data)
         if made is not None and isinstance(text, TokenizerText):
             if vocabulary_digest(text.tokenizer.get_vocab(), made.vocab_size) != made.vocabulary:
                 raise UserError(f"--data {data} was prepared with another tokenizer than the "
                                 "model's; prepare it with the model's, or give --tokenizer DIR.")  # fmt: skip
-        pairs = zip(IndexedDataset(data), IndexedDataset(f"{data}{SUPERVISED}"), strict=True)
-        yield from ((ids.tolist(), counted.tobytes()) for ids, counted in pairs)
+        tokens, supervised = IndexedDataset(data), IndexedDataset(f"{data}{SUPERVISED}")
+        yield from ((tokens.get(each).tolist(), supervised.get(each).tobytes()) for each in documents)
         return
     if not isinstance(text, TokenizerText) or not text.has_chat_template:
         raise UserError(f"--data {data} is written by a chat template, which the model's tokenizer has not; give "

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Loaded:
     Attributes:
         max_positions: tokens of prompt and answer together that it is made for; None where it does not say.
         recursive: whether it has refinement blocks.
+        trained: the arguments that a checkpoint was trained with; empty of a folder.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Loaded:
     text: Text
     max_positions: int | None
     recursive: bool
+    trained: Mapping[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -165,7 +167,7 @@ def _open_checkpoint(
         if (ends := token_ids(folder, {})["eos_token_id"]) is not None:
             model.generation_config.eos_token_id = ends
             break
-    return Loaded(given, model, text, found.arch.max_positions, not found.plan.is_plain)
+    return Loaded(given, model, text, found.arch.max_positions, not found.plan.is_plain, found.args)
 
 
 def _checkpoint_text(given: str, root: Path, args: Mapping[str, Any], tokenizer: str | None) -> Text:

@@ -11,10 +11,11 @@ from megatron.core.datasets.utils import Split
 from megatron_recursive.data.chat.dataset import ChatRows, chat_lengths
 from megatron_recursive.data.indexed import all_lengths, check_indexed_dataset
 from megatron_recursive.data.joining import TOKENIZER
+from megatron_recursive.data.splits import MEGATRONS_SPLIT, split_bounds
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.training import console
-from megatron_recursive.training.refusals import MEGATRONS_SPLIT, refuse_empty_splits, split_bounds
+from megatron_recursive.training.refusals import refuse_empty_splits
 
 # Flags of plain text, or of what reads it.
 OF_TEXT = (

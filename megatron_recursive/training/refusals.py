@@ -12,11 +12,9 @@ from pathlib import Path
 
 from megatron_recursive.command_line import command
 from megatron_recursive.data.indexed import check_indexed_dataset
+from megatron_recursive.data.splits import MEGATRONS_SPLIT, SPLITS, split_bounds
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.knobs import flag_of
-
-SPLITS = ("train", "valid", "test")
-MEGATRONS_SPLIT = "969,30,1"  # what validate_args takes where --data-path is given without --split
 
 
 def refuse_shapes(args: argparse.Namespace) -> None:
@@ -230,18 +228,6 @@ def prefixes_of(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     for name in ("chat_data", "valid_chat_data"):
         if getattr(args, name, None) is not None:
             yield flag_of(name), getattr(args, name)
-
-
-def split_bounds(split: str, documents: int) -> list[int]:
-    """Where the parts of --split begin and end, as Megatron rounds: at most four numbers of documents."""
-    try:
-        parts = [float(part) for part in split.replace("/", ",").split(",")]
-    except ValueError:
-        parts = []
-    if not parts or min(parts) < 0 or not parts[0] or math.isinf(sum(parts)) or len(parts) > len(SPLITS):
-        raise UserError(f"--split {split} must be up to three numbers, train, valid and test, the first above 0.")
-    parts += [0.0] * (len(SPLITS) - len(parts))
-    return [round(documents * sum(parts[:i]) / sum(parts)) for i in range(len(parts) + 1)]
 
 
 def refuse_empty_splits(flag: str, prefix: str, given: str | None) -> None:

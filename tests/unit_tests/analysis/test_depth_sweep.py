@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_recursive.analysis.depth_walk import branches_of, passes_run, walk
 from megatron_recursive.analysis.exit_frontier import frontier
 from megatron_recursive.commands import main
 from megatron_recursive.data.cpython_corpus import CorpusDocument, is_held_out
+from megatron_recursive.data.indexed import held_out_rows
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, build_plan
 from tests.distributed import run_distributed
@@ -204,17 +206,44 @@ def sweep(*words: str) -> dict[str, Any]:
     return json.loads(said.getvalue())
 
 
-def write_data(prefix: Path, above: int = 0) -> None:
-    """Five documents of 8 samples of 16 tokens, and one more token."""
+def write_data(prefix: Path, above: int = 0, before: Sequence[int] = ()) -> None:
+    """Five documents of 8 samples of 16 tokens, and one more token; ``before`` them others, of such lengths."""
     import numpy
 
     from megatron_recursive.data.indexed import write_index
 
     lengths = [40, 7, 31, 30, 21]
-    ids = numpy.random.RandomState(0).randint(0, 126, sum(lengths)).astype("u2")
+    first = numpy.arange(sum(before)) % 50
+    ids = numpy.append(first, numpy.random.RandomState(0).randint(0, 126, sum(lengths))).astype("u2")
     ids[-1] = above or ids[-1]
+    lengths = [*before, *lengths]
     prefix.with_suffix(".bin").write_bytes(ids.tobytes())
     write_index(prefix.with_suffix(".idx"), "u2", lambda: [lengths])
+
+
+def test_of_a_prefix_that_was_trained_on_the_held_out_documents_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data", before=[50, 20])
+    write_data(tmp_path / "held-out")
+
+    def rows(prefix: str, **trained: Any) -> list[list[int]]:
+        found: list[list[int]] = held_out_rows(prefix, 99, 16, 1, trained, "CKPT").tolist()
+        return found
+
+    whole, apart = rows("data"), rows("held-out")
+    assert rows("data", data_path=["other"], split="2,5,0") == whole != apart and not capsys.readouterr().err
+    assert rows(f"{tmp_path}/data", data_path=["0.5", "other", "0.5", "data"], split="2,5,0") == apart
+    assert "CKPT was trained on" in capsys.readouterr().err
+    assert rows("data", chat_data="data", split="2,5,0") == apart and "held out" in capsys.readouterr().err
+    for trained in ({"data_path": ["data"]}, {"data_path": ["data"], "split": "1"}, {"train_data_path": ["data"]},
+                    {"chat_data": "data", "valid_chat_data": "x", "split": "2,5,0"}):  # fmt: skip
+        assert rows("data", **trained) == whole
+        said = capsys.readouterr().err
+        assert said.startswith("WARNING: CKPT was trained on data") and said.count("\n") == 1
+    with pytest.raises(UserError, match="data has 129 tokens, fewer than one sample of --seq-length 150"):
+        held_out_rows("data", 1, 150, 1, {"data_path": ["data"], "split": "2,5,0"}, "CKPT")
 
 
 def test_the_command_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,28 +309,30 @@ def test_mistakes_end_in_a_sentence(
 SIZES = "--seq-length 16 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope"
 
 
-def _sweep_and_its_export(checkpoint: str, folder: str, prefix: str) -> list[dict[str, Any]]:
+def _sweep_and_its_export(checkpoint: str, folder: str) -> list[dict[str, Any]]:
     from megatron_recursive.backends import cpu
     from megatron_recursive.hf.convert.export import export_model
 
     cpu.install(on_purpose=True)
     export_model(checkpoint, f"{folder}/export", say=lambda _: None)
     words = ["--depths", "1,2,4", "--seq-length", "16", "--mean-depth", "1.5", "--measure-exits"]
-    models = ["--model", checkpoint, f"{folder}/export", "--text", prefix, "--output", f"{folder}/found.json"]
-    return sweep(*models, *words)["models"]
+    words += ["--output", f"{folder}/found.json"]
+    given = {checkpoint: "data", f"{folder}/export": "held-out"}
+    return [sweep("--model", model, "--text", f"{folder}/{text}", *words)["models"][0] for model, text in given.items()]
 
 
 @pytest.mark.grid
 def test_a_checkpoint_of_four_ranks_gives_trainings_evaluation_and_its_exports_figures(tmp_path: Path) -> None:
-    write_data(tmp_path / "data")
+    write_data(tmp_path / "data", before=[50, 20])
+    write_data(tmp_path / "held-out")
     flags = [*SIZES.split(), "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
              "--padded-vocab-size", "128", "--vocab-size", "128", "--eval-iters", "2", "--lr", "3e-2",
-             "--train-data-path", str(tmp_path / "data"), "--valid-data-path", str(tmp_path / "data")]  # fmt: skip
+             "--data-path", str(tmp_path / "data"), "--split", "2,5,0"]  # fmt: skip
     words = [each for each in FLAGS if each not in ("--mock-data", "--split", "90,5,5")]
     assert train(*save_to(tmp_path / "ckpt", 6), *flags, flags=words, world_size=4) is None
     told = records_of(tmp_path / "ckpt", "valid")[-1]
     ((ckpt, export),) = run_distributed(
-        _sweep_and_its_export, 1, str(tmp_path / "ckpt"), str(tmp_path), str(tmp_path / "data"), timeout=180
+        _sweep_and_its_export, 1, str(tmp_path / "ckpt"), str(tmp_path), timeout=180
     )
     assert (ckpt["kind"], export["kind"], ckpt["tokens"]) == ("checkpoint", "recursive", 128)
     losses = {each["depth"]: each["loss"] for each in ckpt["depths"]}

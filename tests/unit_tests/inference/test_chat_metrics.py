@@ -13,8 +13,9 @@ from megatron_recursive.commands import main, parser_of
 from megatron_recursive.commands.chat_metrics import run
 from megatron_recursive.data.indexed import write_index
 from megatron_recursive.errors import UserError
-from megatron_recursive.inference.chat_metrics import distinct, turns_of
-from megatron_recursive.inference.loading import open_model
+from megatron_recursive.inference.chat_metrics import distinct, read_samples, turns_of
+from megatron_recursive.inference.loading import Loaded, open_model
+from megatron_recursive.inference.text import NumberText
 from tests.unit_tests.inference.folders import write_plain, write_recursive
 
 TEMPLATE = (
@@ -85,6 +86,10 @@ def test_of_a_file_and_of_prepared_data(folder: Path, chats: Path, tmp_path: Pat
     write_prepared(tmp_path / "data", samples)
     prepared = measured(folder, tmp_path / "data", tmp_path / "prepared.json", "--num-refinement-blocks", 2)
     assert prepared | {"data": 0} == record | {"data": 0}
+    trained = {"chat_data": str(tmp_path / "data"), "split": "1,1,1"}
+    held_out = [*read_samples(Loaded("m", None, NumberText(9), None, recursive=True, trained=trained),
+                              str(tmp_path / "data"))]  # fmt: skip
+    assert held_out == [(samples[1][0], samples[1][1])]
     assert "perplexity" in capsys.readouterr().out
 
 
