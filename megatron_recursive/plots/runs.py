@@ -96,6 +96,7 @@ def _read(file: Path, name: str) -> Run:
     about: dict[str, Any] = {}
     starts, resumed, head = 0, False, dict[str, Any]()
     for part in parts:
+        earlier = about
         head = part.pop(0) if part and part[0]["kind"] == "run" else {}
         first = next((r["iteration"] for r in part if r["kind"] == "train"), None)
         if head and first is not None:
@@ -108,11 +109,15 @@ def _read(file: Path, name: str) -> Run:
             continue  # evaluated alone, at another depth
         base = max((r["elapsed"] for r in kept.values() if "elapsed" in r), default=None if trained else 0.0)
         facts = about or head
+        read, spent = max(((r["tokens"], r["flops"]) for r in kept.values() if "flops" in r), default=(0, 0))
+        rate = facts.get("FLOPs per token", 0.0)
+        began = head.get("tokens", read)  # of this part, whose FLOPs count from there on
+        spent += (began - read) * (earlier or facts).get("FLOPs per token", rate)
         for r in part:
             if "tokens per iteration" in facts:
                 r.setdefault("tokens", r["iteration"] * facts["tokens per iteration"])
             if "tokens" in r and "FLOPs per token" in facts:
-                r["flops"] = r.get("FLOPs", r["tokens"] * facts["FLOPs per token"])  # of drawn depths, what was spent
+                r["flops"] = r.get("FLOPs", spent + (r["tokens"] - began) * rate)  # of drawn depths, what was spent
             key = r["kind"], r["iteration"], r.get("alarm")
             if first is None and key in trained:  # what training recorded stays
                 continue

@@ -22,6 +22,7 @@ from megatron_recursive.training import console
 from megatron_recursive.training.architecture import check_architecture
 from megatron_recursive.training.lora import check_adapters
 from megatron_recursive.training.optimizer_state import check_optimizer, kept_settings
+from megatron_recursive.training.progress import tokens_read
 from megatron_recursive.training.schedule_check import check_schedule
 
 
@@ -41,6 +42,9 @@ def check_checkpoint(
             raise UserError(f"--init-from-gpt: {folder} is of a recursive model; continue it with --load.")
         return common
     trained = 0 if run.finetune else common.get("iteration") or 0
+    if not run.finetune:  # which Megatron saves with the arguments
+        run.samples_before = saved.get("consumed_train_samples", 0)
+        run.tokens_before = tokens_read(argparse.Namespace(**{"consumed_train_samples": 0, **saved}))
     notes = check_recursion(folder, saved, growth.config_after(trained), run.override_recursion_depth)
     if saved.get("ema_decay") is not None and (run.ema_decay is None or run.no_load_optim):
         how = "drops" if run.ema_decay is None else "begins anew, as --no-load-optim asks"

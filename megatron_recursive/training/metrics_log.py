@@ -17,7 +17,7 @@ from megatron_recursive.errors import DISK_FULL, UserError
 from megatron_recursive.figures import NOTHING, blocks_of
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
 from megatron_recursive.training import console
-from megatron_recursive.training.progress import Progress
+from megatron_recursive.training.progress import Progress, tokens_read
 
 WINDOW = 50  # iterations that an alarm averages over
 COLLAPSE_COSINE = 0.95  # mean token-to-token cosine of the last output state
@@ -49,7 +49,7 @@ class MetricsLog:
         if run.train_only is not None:  # the weights that the alarms speak of are frozen
             self._alarms.after = 0
         if description and run.rank == run.world_size - 1:
-            start = {"kind": "run", "iteration": run.iteration, "time": time.time()}
+            start = {"kind": "run", "iteration": run.iteration, "time": time.time(), "tokens": tokens_read(run)}
             append_metrics(run.metrics_file, {**start, **description})
 
     def trained(self, run: argparse.Namespace, given: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ class MetricsLog:
         seconds = self.progress.lap() / len(known)
         record = {
             "kind": "train", "iteration": iteration, "consumed samples": run.consumed_train_samples,
-            "tokens": run.consumed_train_samples * run.seq_length, **metrics, "time": time.time(), "seconds": seconds,
+            "tokens": tokens_read(run), **metrics, "time": time.time(), "seconds": seconds,
             "tokens per second": get_current_global_batch_size() * run.seq_length / seconds,
         }  # fmt: skip
         if self.plans.changes:
@@ -97,7 +97,7 @@ class MetricsLog:
                 metrics["perplexity"] = math.exp(min(metrics["lm loss"], 700.0))
             if metrics and run.rank == run.world_size - 1:
                 record = {"kind": kind, "iteration": iteration, "time": time.time(),
-                          "tokens": run.consumed_train_samples * run.seq_length, **metrics}  # fmt: skip
+                          "tokens": tokens_read(run), **metrics}  # fmt: skip
                 if (served := self.plans.served_plan(iteration)) is not self.plans.plan:
                     record["recurrence"] = served.depth
                 if self._counts_flops and hasattr(run, "flops_spent"):

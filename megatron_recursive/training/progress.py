@@ -15,6 +15,13 @@ from megatron_recursive.training import console, progress_lines
 ROWS_A_HEADER = 25
 
 
+def tokens_read(run: Any) -> int:
+    """Of the data so far, where the arguments of a run or of its checkpoint tell of samples of other lengths before."""
+    samples, tokens = getattr(run, "samples_before", 0), getattr(run, "tokens_before", 0)
+    before = min(samples, run.consumed_train_samples)  # fewer where --override-ckpt-iteration goes back
+    return int(tokens * before // max(samples, 1) + (run.consumed_train_samples - before) * run.seq_length)
+
+
 class Progress:
     """One run on one rank. The clock runs on every rank; the last rank, which knows the losses, shows them."""
 
@@ -42,7 +49,7 @@ class Progress:
         """Training is about to start, with ``run`` as its arguments. Starts the clock."""
         self._since = self._began = time.monotonic()
         self._paused, self._first = 0.0, run.iteration + 1
-        self._read_before = run.consumed_train_samples * run.seq_length
+        self._read_before = tokens_read(run)
         if run.rank == 0 and console.style() == "compact":
             start = f", going on from {run.load}" if run.iteration else ""
             console.say(f"training: iterations {self._first} to {run.train_iters}{start}")

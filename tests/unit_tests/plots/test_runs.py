@@ -66,3 +66,17 @@ def test_what_was_evaluated_alone_replaces_nothing_that_training_recorded(tmp_pa
     assert [r.get("elapsed") for r in run.records] == [None, 20.0, 25.0, None]
     (run,) = read_runs([write(tmp_path / "m.jsonl", finished, valid(20, 6.0), deeper, valid(20, 5.0))])
     assert [r["lm loss"] for r in run.records] == [5.0], "nothing was trained: the last evaluation counts"
+
+
+def test_flops_add_up_over_parts_of_another_depth(tmp_path):
+    """Of a part that began at 20, where the earlier one was last logged at 10; what records tell of it counts."""
+    file = write(
+        tmp_path / "m.jsonl", start(time=1.0, flops=1e6), train(10, 9.0, tokens=640), train(30, 9.0, tokens=1920),
+        start(iteration=20, time=9.0, flops=4e6) | {"tokens": 1280}, train(30, 8.0, tokens=1920),
+        start(iteration=30, time=20.0, flops=1e6), train(40, 7.0, tokens=2560), train(50, 7.0, tokens=3200, FLOPs=9e9),
+        start(iteration=50, time=30.0, flops=2e6), train(60, 6.0, tokens=3840),
+    )  # fmt: skip
+    (run,) = read_runs([file])
+    assert [r["flops"] for r in run.records] == [
+        640e6, 1280e6 + 640 * 4e6, 1280e6 + 640 * 5e6, 9e9, 9e9 + 640 * 2e6
+    ]  # fmt: skip

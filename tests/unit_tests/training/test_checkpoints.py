@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from megatron_recursive.plots.runs import read_runs
 from megatron_recursive.training.checkpointing import common_state
 from megatron_recursive.training.optimizer_state import kept_settings
+from megatron_recursive.training.progress import tokens_read
 from tests.distributed import run_distributed
 from tests.grids import grid
 from tests.unit_tests.training.runs import (
@@ -203,10 +205,22 @@ def test_a_checkpoint_of_another_recursion_is_refused_by_flag(recursive: Path, p
 def test_what_binds_nothing_is_a_note_and_depth_can_be_overridden(recursive: Path, tmp_path: Path) -> None:
     free = ["--halt-loss-weight", "0.5", "--halt-threshold", "0.7", "--detach-between-refinements"]
     assert train("--load", recursive, *free, *LONGER) is None
-    deeper = ["--num-refinement-blocks", "3", "--override-recursion-depth"]
-    assert train("--load", recursive, *deeper, *LONGER, "--metrics-file", tmp_path / "metrics.jsonl") is None
-    assert sorted(metrics_of(tmp_path)) == [7, 8, 9]
+    copy_checkpoint(recursive, tmp_path, 6)
+    shutil.copy(recursive / "metrics.jsonl", tmp_path)
+    deeper = ["--num-refinement-blocks", "3", "--override-recursion-depth", "--seq-length", "8"]
+    assert train(*save_to(tmp_path, every=1), *deeper, *LONGER, "--exit-interval", "8") is None
     assert "lm loss block 3" in metrics_of(tmp_path)[7]
+    assert train(*save_to(tmp_path), *deeper, *LONGER) is None
+    told = [(r["iteration"], r["tokens"]) for r in records_of(tmp_path, "run")]
+    assert told == [(0, 0), (6, 6 * 64), (8, 6 * 64 + 2 * 32)]
+    assert {n: r["tokens"] for n, r in metrics_of(tmp_path).items() if n > 5} == {
+        6: 6 * 64, 7: 6 * 64 + 32, 8: 6 * 64 + 2 * 32, 9: 6 * 64 + 3 * 32
+    }  # fmt: skip
+    (run,), common = read_runs([tmp_path]), common_state(tmp_path / "iter_0000009")
+    spent = [r["flops"] for r in run.of("train")][-1]
+    assert spent == pytest.approx(common["num_floating_point_operations_so_far"], rel=1e-9)
+    common["args"].consumed_train_samples = 4  # as under --override-ckpt-iteration 1: of the mean length until 8
+    assert tokens_read(common["args"]) == (6 * 64 + 2 * 32) // 8
 
 
 OTHER_SCHEDULES = [
