@@ -170,18 +170,19 @@ def _sharing(sweep: Sweep, batch: Tensor) -> Tensor:
 
 
 def record_of(sweep: Sweep, found: dict[str, Tensor]) -> dict[str, Any]:
-    """What the documented record says of one model, without its exits."""
+    """What the documented record says of one model, without its exits; the trained depth is among those asked."""
     plan, asked = sweep.model.plan, sorted(sweep.asked)
     rows = [sweep.row_of[each.depth] for each in asked]
-    losses = found["loss"].double().mean(1)[rows].tolist()
+    loss, own = found["loss"].double(), sweep.row_of[plan.depth]
+    losses, errors = loss.mean(1)[rows].tolist(), [standard_error(loss[row] - loss[own]) for row in rows]
     right = (found["choice"] == found["target"]).double().mean(1)[rows].tolist()
     together, apart, difference = found["sharing"].tolist()
     return {
         "family": plan.family, "trained_depth": 1 if plan.is_plain else plan.depth, "tokens": len(found["target"]),
         "depths": [
-            {"depth": each.depth, "passes": each.plan.num_passes, "loss": loss, "perplexity": perplexity(loss),
-             "accuracy": accuracy, "flops_per_token": sweep.flops(each.plan)}
-            for each, loss, accuracy in zip(asked, losses, right, strict=True)
+            {"depth": each.depth, "passes": each.plan.num_passes, "loss": loss, "standard_error": error,
+             "perplexity": perplexity(loss), "accuracy": accuracy, "flops_per_token": sweep.flops(each.plan)}
+            for each, loss, error, accuracy in zip(asked, losses, errors, right, strict=True)
         ],
         "sharing": {
             "passes": passes_run(sweep.asked), "passes_separately": sum(each.plan.num_passes for each in asked),
@@ -190,6 +191,11 @@ def record_of(sweep: Sweep, found: dict[str, Tensor]) -> dict[str, Any]:
         },
         "settled": settled([each.depth for each in asked], found["choice"][rows], found["target"], found["place"]),
     }  # fmt: skip
+
+
+def standard_error(differences: Tensor) -> float | None:
+    """Of their mean, tokens [N] taken as independent; None of a single one."""
+    return float(differences.double().std() / len(differences) ** 0.5) if len(differences) > 1 else None
 
 
 def settled(depths: Sequence[int], choice: Tensor, target: Tensor, place: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_recursive.analysis.depth_sweep import Sweep
+from megatron_recursive.analysis.depth_sweep import Sweep, standard_error
 from megatron_recursive.analysis.depth_walk import branches_of
 from megatron_recursive.analysis.exit_frontier import left_after
 from megatron_recursive.data.progress import steps
@@ -112,10 +112,14 @@ def _record(sweep: Sweep, found: dict[str, Tensor], paths: dict[int, Tensor]) ->
         "family": plan.family, "depth": plan.depth, "tokens": right.shape[1], "loss": _mean(found["loss"][-1]),
         "accuracy": _mean(right[-1]), "passes": passes,
     }  # fmt: skip
+
+    def tried(loss: Tensor) -> dict[str, float | None]:
+        return {"loss": _mean(loss), "standard_error": standard_error(loss - found["loss"][-1])}
+
     if "further" in found:
-        record["one_more"] = {"distance": _ratios(found["distance"])[0], "loss": _mean(found["further"])}
+        record["one_more"] = {"distance": _ratios(found["distance"])[0], **tried(found["further"][0])}
     if "reset" in found:
-        record["reset"] = [{"remaining": 2**n, "loss": _mean(loss)} for n, loss in enumerate(found["reset"])]
+        record["reset"] = [{"remaining": 2**n, **tried(loss)} for n, loss in enumerate(found["reset"])]
     if sweep.exits:
         ends = right[[row for row, each in enumerate(reads) if plan.is_block_end(each)]]
         record["exits"] = {exit: _left(options, found[exit], ends) for exit, options in sweep.exits.items()}

@@ -52,10 +52,11 @@ def table(record: dict[str, Any]) -> list[str]:
             for each in record["passes"]]  # fmt: skip
     lines = ["{model}: {family}, depth {depth}; {samples} samples, {tokens:,} tokens".format_map(record), "",
              *aligned(heads, rows), ""]  # fmt: skip
-    tried = {f"the state reset before the last {each['remaining']}": each["loss"] for each in record.get("reset", ())}
+    tried = {f"the state reset before the last {each['remaining']}": each for each in record.get("reset", ())}
     if (more := record.get("one_more")) is not None:
-        tried[f"one more, which moves the output by {_said(more['distance'])}"] = more["loss"]
-    lines += [f"loss with {what}: {loss:.4f} ({loss - record['loss']:+.4f})" for what, loss in tried.items()]
+        tried[f"one more, which moves the output by {_said(more['distance'])}"] = more
+    lines += [f"loss with {what}: {each['loss']:.4f} ({each['loss'] - record['loss']:+.4f} +- "
+              f"{_said(each['standard_error']) or '-'})" for what, each in tried.items()]  # fmt: skip
     for exit, found in record.get("exits", {}).items():
         shares = ", ".join(f"{each['block']}: {each['share']:.1%}" for each in found["blocks"])
         lines.append(f"exit {exit} at {found['threshold']:g}: accuracy {found['accuracy']:.4f}, where early "

@@ -80,9 +80,11 @@ def table(record: dict[str, Any]) -> list[str]:
     share_of = {each["depth"]: each["share"] for each in settled["shares"]}
     lines = [
         "{model}: {family}, trained depth {trained_depth}; {samples} samples, {tokens:,} tokens".format_map(record), "",
-        *aligned(["depth", "passes", "loss", "perplexity", "accuracy", "settled", "MFLOPs a token"],
-                     [[f"{each['depth']}", f"{each['passes']}", f"{each['loss']:.4f}", f"{each['perplexity']:.2f}",
-                       f"{each['accuracy']:.4f}", f"{share_of[each['depth']]:.1%}", _mega(each["flops_per_token"])]
+        *aligned(["depth", "passes", "loss", "+-", "perplexity", "accuracy", "settled", "MFLOPs a token"],
+                     [[f"{each['depth']}", f"{each['passes']}", f"{each['loss']:.4f}",
+                       f"{each['standard_error']:.4f}" if each["standard_error"] else "",
+                       f"{each['perplexity']:.2f}", f"{each['accuracy']:.4f}", f"{share_of[each['depth']]:.1%}",
+                       _mega(each["flops_per_token"])]
                       for each in record["depths"]]),
         "", f"{sharing['passes']} passes for {sharing['passes_separately']} run separately; a batch took "
         f"{sharing['seconds']:.2f} s for {sharing['seconds_separately']:.2f} s, losses the same within "

@@ -33,6 +33,8 @@ def summarize_runs(given: Sequence[str | Path]) -> tuple[str, dict[str, Any]]:
     for f in figures:
         name = f"{f['run']}: " if compared else ""
         lines += [f"{name}{line}" for line in [*_blocks_said(f), *f["alarms"]]]
+    if any("gain" in each for each in compared):
+        lines.append("each run is one seed: how far seeds lie apart is not in these differences, and ablate tells it")
     if not compared and figures[0]["recursive"]:
         lines.append("whether the recursion earns its FLOPs shows beside a run with --disable-recursive-refinement")
     text = "\n".join(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines)

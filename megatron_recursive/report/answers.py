@@ -9,6 +9,8 @@ from megatron_recursive.figures import NOTHING, count, perplexity
 from megatron_recursive.report.subjects import Subject
 
 LITTLE = 0.01  # nats that leaving early may cost
+NOISE = "Within the noise"
+NOISE_RULE = f"{NOISE}: the difference is below two of its standard errors, where these are above {NOTHING} nats."
 
 
 class Answer(NamedTuple):
@@ -42,22 +44,36 @@ def answers(subject: Subject) -> list[Answer]:
     return [_use(subject, first, own), _gain(subject, rows, first, own, source), _cost(subject, own)]
 
 
+def _is_noise(rise: float, measured: Any) -> bool:
+    """Of a loss against another on the same tokens; records of old, and evaluations, do not tell their error."""
+    error = measured.get("standard_error") or 0.0
+    return bool(abs(rise) < 2 * error > NOTHING)
+
+
 def _use(subject: Subject, first: Any, own: Any) -> Answer:
-    health, rises, figures = subject.found.get("health", {}), dict[str, float](), subject.figures
+    health, rises, figures = subject.found.get("health", {}), dict[str, tuple[float, Any]](), subject.figures
     if first:
-        rises[f"Stopping at depth {first['depth']}, not {own['depth']},"] = first["loss"] - own["loss"]
+        rises[f"Stopping at depth {first['depth']}, not {own['depth']},"] = first["loss"] - own["loss"], first
     for each in health.get("reset", ())[:1]:
-        rises["Resetting the state before the last step"] = each["loss"] - health["loss"]
-    least, (said, tone) = min(rises.values(), default=math.nan), (_unknown(subject), "open")
-    if rises:
-        said, tone = ("Yes", "good") if least >= NOTHING else ("No" if least > -NOTHING else "It does harm", "bad")
-    lines = [f"{what} {'raises' if rise > 0 else 'lowers'} the loss by {abs(rise):.3f} nats a token."
-             for what, rise in rises.items()]  # fmt: skip
+        rises["Resetting the state before the last step"] = each["loss"] - health["loss"], each
+    known = [rise for rise, each in rises.values() if not _is_noise(rise, each)]
+    least, (said, tone) = min(known, default=math.inf), (_unknown(subject), "open")
+    if least < NOTHING:
+        said, tone = "No" if least > -NOTHING else "It does harm", "bad"
+    elif rises:
+        said, tone = ("Yes", "good") if len(known) == len(rises) else (NOISE, "open")
+    lines = [f"{what} {'raises' if rise > 0 else 'lowers'} the loss by {abs(rise):.3f} nats a token{_error(each)}."
+             for what, (rise, each) in rises.items()]  # fmt: skip
     for alarm in figures.get("alarms", [])[-1:]:
         lines.append(f"Its training gave an {alarm.partition(':')[0].lower()} of {figures['iteration']}.")
     rule = f"Yes: each raises the loss by at least {NOTHING} nats, the threshold of the training's alarm. It does "
-    rule += "harm: one lowers it by as much. No: otherwise."
+    rule += f"harm: one lowers it by as much. No: otherwise. {NOISE_RULE}"
     return Answer("Is the recursion used?", said, tone, lines, rule if rises else "")
+
+
+def _error(measured: Any) -> str:
+    error = measured.get("standard_error")
+    return "" if error is None else f" (standard error {error:.4f})"
 
 
 def _unknown(subject: Subject) -> str:
@@ -71,17 +87,18 @@ def _gain(subject: Subject, rows: list[Any], first: Any, own: Any, source: str) 
         return Answer(question, _unknown(subject), "open", lines, "")
     gain, best = first["loss"] - loss, min(rows, key=lambda row: float(row["loss"]))
     said = "Nothing" if abs(gain) < NOTHING else f"{'It costs ' * (gain < 0)}{abs(gain):.3f} nats a token"
+    said, tone = (NOISE, "open") if _is_noise(gain, first) else (said, "good" if gain >= NOTHING else "bad")
     lines = [f"Loss {first['loss']:.3f} at depth {first['depth']}, {loss:.3f} at {own['depth']}; perplexity "
              f"{perplexity(first['loss']):.4g} to {perplexity(loss):.4g}."]  # fmt: skip
     if "accuracy" in own:
         lines.append(f"Next tokens that are right: {first['accuracy']:.1%} to {own['accuracy']:.1%}.")
     deeper = [row for row in rows if row["depth"] > own["depth"]][:1]
-    if loss - best["loss"] >= NOTHING:
+    if loss - best["loss"] >= NOTHING and not _is_noise(loss - best["loss"], best):
         lines.append(f"The best depth is {best['depth']}: {best['loss']:.3f}.")
     else:
         lines += [f"Deeper than trained does not help: {row['loss']:.3f} at depth {row['depth']}." for row in deeper]
-    return Answer(question, said, "good" if gain >= NOTHING else "bad", lines,
-                  f"The loss at the trained depth below that at the lowest that was measured ({source}).")  # fmt: skip
+    return Answer(question, said, tone, lines, "The loss at the trained depth below that at the lowest that was "
+                  f"measured ({source}). {NOISE_RULE}")  # fmt: skip
 
 
 def _cost(subject: Subject, own: Any) -> Answer:

@@ -48,7 +48,7 @@ def _sections(subject: Subject) -> list[Part]:
     if "sequence_length" in found.get("sweep", {}):
         source += f" in samples of {found['sweep']['sequence_length']:,}, as long as the FLOPs below are for"
     sections = [_section(f"Depths, from {source}", [], [
-        _table("By depth", rows, "depth passes loss perplexity accuracy flops_per_token"),
+        _table("By depth", rows, "depth passes loss standard_error perplexity accuracy flops_per_token"),
         _table("Leaving early, estimated", exits, "exit threshold mean_depth loss accuracy flops_per_token"),
     ])]  # fmt: skip
     if "health" in found:
@@ -58,7 +58,7 @@ def _sections(subject: Subject) -> list[Part]:
         tried += [{"with": f"the state reset before the last {n['remaining']}", **n} for n in record.get("reset", ())]
         sections.append(_section("Health of the states", _panels(health, record), [
             _table("By pass", record["passes"], "pass block stack target change token_cosine loss accuracy agrees"),
-            _table("States reset", tried, "with loss")]))  # fmt: skip
+            _table("States reset", tried, "with loss standard_error")]))  # fmt: skip
     if subject.figures:
         sections.append(_section("Training in words", lines=summarize_runs([subject.given])[0].splitlines()))
     if "count" in found:

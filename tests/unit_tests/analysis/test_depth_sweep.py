@@ -105,7 +105,7 @@ class Known:
     has_own_passes = False
 
     def __init__(self) -> None:
-        self.plan = build_plan(RecursionConfig(recursion_family="looped", num_refinement_blocks=3,
+        self.plan = build_plan(RecursionConfig(recursion_family="looped", num_refinement_blocks=4,
                                                embedding_multiplier=1.0))  # fmt: skip
 
     def begin(self, ids_BS: Tensor) -> Any:
@@ -134,7 +134,10 @@ def test_answers_settle_where_they_were_made_to(tmp_path: Path) -> None:
     walker.model.config = make_config()  # type: ignore[attr-defined]
     rows = torch.tensor([[1, 2, 3, 4, 8, 8, 8, 1, 1]] * 2)
     sweep = Sweep(walker, [1, 2, 4, 8], rows, batch_size=1)
-    record = record_of(sweep, run(sweep, tmp_path, "known"))
+    found = run(sweep, tmp_path, "known")
+    record = record_of(sweep, found)
+    errors = [float((each - found["loss"][2]).std()) / 4 for each in found["loss"]]  # of 16 tokens, trained at depth 4
+    assert [each["standard_error"] for each in record["depths"]] == pytest.approx(errors) and errors[2] == 0 < errors[0]
     shares = {each["depth"]: each["share"] for each in record["settled"]["shares"]}
     assert shares == {1: 2 / 8, 2: 1 / 8, 4: 2 / 8, 8: 3 / 8}  # 3 settles between 2 and 4
     assert record["settled"]["mean_depth"] == (1 + 2 + 4 + 4 + 8 + 8 + 8 + 1) / 8

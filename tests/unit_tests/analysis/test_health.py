@@ -57,6 +57,7 @@ def test_a_reset_is_a_run_of_fewer_blocks_and_one_more_is_one_deeper(kind: str) 
         assert record["one_more"]["loss"] == pytest.approx(loss_at(model, 4), abs=1e-5)
     else:
         assert abs(record["one_more"]["loss"] - loss_at(model, 4)) > 1e-4
+    assert all(each["standard_error"] > 1e-5 for each in (*record["reset"], record["one_more"]))
     assert abs(record["one_more"]["loss"] - record["loss"]) > 1e-4 and record["one_more"]["distance"] > 1e-3
     ends = [each for each in record["passes"] if each["ends_block"]]
     assert [each["pass"] for each in ends] == [each.index + 1 for each in plan.block_ends]
@@ -83,8 +84,8 @@ def identity(embedding: Tensor, blocks: int = 4) -> Any:
 def test_a_core_that_is_the_identity_stands_still() -> None:
     rows = torch.arange(26).view(2, 13)
     record = examined(identity(torch.eye(VOCAB, 32)), rows)
-    assert record["one_more"] == {"distance": 0, "loss": record["loss"]}
-    assert all(each["loss"] == record["loss"] for each in record["reset"])
+    assert record["one_more"] == {"distance": 0, "loss": record["loss"], "standard_error": 0}
+    assert all((each["loss"], each["standard_error"]) == (record["loss"], 0) for each in record["reset"])
     for each in record["passes"]:
         assert (each["change"], each["token_cosine"], each["loss"], each["agrees"]) == (0, 0, record["loss"], 1)
     followed = record["trajectories"]["tokens"]

@@ -68,6 +68,7 @@ def test_what_recursion_buys_and_whether_it_is_worth_it(tmp_path):
     assert "better has 5.500 and plain has 5.800: the recursion buys 0.300 nats at 2 times the FLOPs." in text
     assert "At equal 1.28e10 FLOPs better (at 50% of its way) has 6.000 and plain has 5.800." in text
     assert "Whether it earned them, plain trained for as many (--train-iters 400) would tell." in text
+    assert text.splitlines()[-1].startswith("each run is one seed:")
     text, _ = runs(tmp_path, longer=(0, 1e6, {200: (5.9,), 400: (5.45,)}), better=better)
     assert "longer (at 50% of its way) has 5.900: the recursion buys 0.400 nats" in text
     assert text.split("\n")[4].endswith("So it did not earn them.")
@@ -77,7 +78,7 @@ def test_what_recursion_buys_and_whether_it_is_worth_it(tmp_path):
 
 def test_runs_that_have_nothing_in_common_are_not_compared(tmp_path):
     text, _ = runs(tmp_path, a=(2, 2e6, {100: (6.0, 5.0)}), b=(2, 2e6, {300: (6.0, 5.0)}))
-    assert "b and a have no evaluations at common tokens and known FLOPs." in text
+    assert "b and a have no evaluations at common tokens and known FLOPs." in text and "one seed" not in text
     text, _ = runs(tmp_path, a=(2, 2e6, {100: (6.0, 5.0)}), b=(2, 2e6, {100: (6.0, 5.001)}))
     assert "b changes nothing (less than 0.002 nats) at the same FLOPs." in text
 

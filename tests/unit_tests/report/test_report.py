@@ -23,9 +23,9 @@ COUNT = {"model": {"sequence_length": 8192}, "flops_per_token": FLOPS, "cache_by
          "parameters": {"held": {"total": 1234567}}}  # fmt: skip
 
 
-def swept(model: str, *losses: float, exits: Any = None) -> dict[str, Any]:
+def swept(model: str, *losses: float, exits: Any = None, **more: Any) -> dict[str, Any]:
     """Loss at depth 1, 2, ...; trained at 2."""
-    depths = [{"depth": n, "loss": loss, "accuracy": 0.1 * n, "flops_per_token": 100.0 * n}
+    depths = [{"depth": n, "loss": loss, "accuracy": 0.1 * n, "flops_per_token": 100.0 * n, **more}
               for n, loss in enumerate(losses, start=1)]  # fmt: skip
     return {"model": model, "trained_depth": 2, "tokens": 2048, "depths": depths, "exits": exits or {}, "text": "any"}
 
@@ -43,8 +43,8 @@ def said(**found: Any) -> list[tuple[str, str, str]]:
     return [(each.said, each.tone, " ".join(each.lines)) for each in answers(subject)]
 
 
-def health(loss: float, reset: float) -> dict[str, Any]:
-    return {"loss": loss, "reset": [{"remaining": 1, "loss": reset}]}
+def health(loss: float, reset: float, **more: Any) -> dict[str, Any]:
+    return {"loss": loss, "reset": [{"remaining": 1, "loss": reset, **more}]}
 
 
 @pytest.mark.parametrize(("found", "used", "bought"), [
@@ -60,6 +60,13 @@ def health(loss: float, reset: float) -> dict[str, Any]:
     ({"figures": {"depths": {"1": 3.0, "8": 2.9}, "held out": 2.5, "iteration": 9}, "plan": "2 blocks"},
      ("Yes", "good"), "0.500 nats a token"),  # --eval-depths without the model's own
     ({"figures": {"blocks": [3.0, 3.0], "iteration": 9}}, ("No", "bad"), "Nothing"),
+    ({"sweep": swept("m", 3.0, 2.991, standard_error=0.005)}, ("Within the noise", "open"), "Within the noise"),
+    ({"sweep": swept("m", 3.0, 2.989, standard_error=0.005)}, ("Yes", "good"), "0.011 nats a token"),
+    ({"sweep": swept("m", 3.0, 2.9995, standard_error=0.0005)}, ("No", "bad"), "Nothing"),
+    ({"sweep": swept("m", 3.0, 2.9), "health": health(2.9, 2.895, standard_error=0.005)}, ("Within the noise", "open"),
+     "0.100 nats a token"),
+    ({"sweep": swept("m", 2.9, 3.0), "health": health(3.0, 3.001, standard_error=0.005)}, ("It does harm", "bad"),
+     "It costs 0.100 nats a token"),
     ({}, ("Not measured", "open"), "Not measured"),
     ({"plan": RecursionPlan.plain()}, ("There is none", "open"), "There is none"),
 ])  # fmt: skip
@@ -83,6 +90,9 @@ def test_what_stands_under_the_answers() -> None:
     assert "Deeper than trained does not help: 2.950 at depth 3." in gain[2]
     assert cost[0] == "2.00 times the FLOPs" and "8.0B FLOPs" in cost[2] and "3.00 times" in cost[2]
     assert "Leaving early (kl) would save 25% of a new token for +0.009 nats." in cost[2]
+    noisy = said(sweep=swept("m", 3.0, 2.9, 2.897, standard_error=0.005))
+    assert "not 2, raises the loss by 0.100 nats a token (standard error 0.0050)." in noisy[0][2]
+    assert "The best depth" not in noisy[1][2] and "Deeper than trained does not help" in noisy[1][2]
     assert "The best depth is 3: 2.800." in said(sweep=swept("m", 3.0, 2.9, 2.8))[1][2]
 
 
