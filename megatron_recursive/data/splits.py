@@ -39,7 +39,7 @@ def unread_documents(prefix: str, documents: int, trained: Mapping[str, Any], mo
     if not named:
         return whole
     apart = named[0] == "train_data_path" or trained.get("valid_chat_data")  # what is held out lies elsewhere
-    split = "1" if apart else trained.get("split") or MEGATRONS_SPLIT
+    split = "1" if apart else (trained.get("split") or MEGATRONS_SPLIT).replace(" ", "")
     _, first, last, _ = split_bounds(split, documents)
     if first == last:
         print(f"WARNING: {model} was trained on {prefix}, and nothing of it was held out for validation: this measures "

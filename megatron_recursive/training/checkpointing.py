@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException  # NOTE it derives from BaseException
 
+from megatron_recursive.data.splits import MEGATRONS_SPLIT
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.checkpoint_integrity import advise_other, check_integrity
 from megatron_recursive.models.stored_arguments import DONOR, name_as_today
@@ -49,7 +50,7 @@ def check_checkpoint(
     if saved.get("ema_decay") is not None and (run.ema_decay is None or run.no_load_optim):
         how = "drops" if run.ema_decay is None else "begins anew, as --no-load-optim asks"
         notes.append(f"the checkpoint averages its weights (--ema-decay {saved['ema_decay']}), which this run {how}")
-    notes += kept_settings(common, run)
+    notes += kept_settings(common, run) + changed_data(saved, run)
     for note in notes if run.rank == 0 else ():
         console.say(f"> {note}")
     check_schedule(folder, common, scheduler, run)
@@ -110,6 +111,22 @@ def reason_of(error: BaseException) -> str:
     error = cause_of(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300].rstrip(" :")
+
+
+def changed_data(saved: dict[str, Any], run: argparse.Namespace) -> list[str]:
+    """Notes on flags under which a run does not go on in its data where the checkpoint ended."""
+    if run.finetune:
+        return []
+    notes = []
+    for name, default, makes in (
+        ("seed", run.seed, "another order of the data: some are read twice, and evaluations are of others"),
+        ("split", MEGATRONS_SPLIT, "other data held out, some of which may have been trained on"),
+    ):
+        given = (default if each.get(name) is None else each[name] for each in (saved, vars(run)))
+        theirs, mine = (str(each).replace(" ", "") for each in given)
+        if theirs != mine:
+            notes.append(f"the checkpoint was trained with --{name} {theirs} (this run: {mine}), which makes {makes}")
+    return notes
 
 
 def check_vocabulary(folder: Path, saved: dict[str, Any], vocab_size: int) -> None:

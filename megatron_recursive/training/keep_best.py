@@ -23,6 +23,14 @@ RECORD = "best.json"
 SAVED = ("model", "optimizer", "opt_param_scheduler", "checkpointing_context", "train_data_iterator")
 
 
+def held_out_by(run: argparse.Namespace) -> dict[str, Any]:
+    """The flags that say which data an evaluation reads."""
+    apart = run.valid_data_path or run.valid_chat_data
+    of_training = "split", "data_path", "chat_data", "data_args_path", "per_split_data_args_path"
+    names = "seed", "valid_data_path", "valid_chat_data", *(() if apart else of_training)
+    return {name: getattr(run, name) for name in names}
+
+
 class BestCheckpoint:
     """What the best one of a run is, on every rank."""
 
@@ -39,10 +47,12 @@ class BestCheckpoint:
 
         root, losses = Path(run.save) / BEST, [float(values["lm loss"]) for values in sets if values]
         samples = "all" if run.full_validation else run.eval_iters * run.eval_global_batch_size
+        data = held_out_by(run)
         if self.loss is None:
             there = run.iteration and (root / RECORD).is_file()
             before = json.loads((root / RECORD).read_text(encoding="utf-8")) if there else {}
-            self.loss = before["lm loss"] if before and before.get("samples") == samples else torch.inf
+            same = before.get("samples") == samples and before.get("data", data) == data
+            self.loss = before["lm loss"] if before and same else torch.inf
             if before and self.loss == torch.inf and run.rank == 0:
                 console.say(f"{root} has a loss of other held-out samples, with which none is compared")
         mean = sum(losses) / len(losses) if losses else torch.inf
@@ -62,7 +72,7 @@ class BestCheckpoint:
             run.save = kept
         if run.rank == 0:
             with replacing(root / RECORD) as (partial,):
-                record = {"iteration": iteration, "lm loss": self.loss, "samples": samples}
+                record = {"iteration": iteration, "lm loss": self.loss, "samples": samples, "data": data}
                 partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
             for old in {*root.glob("iter_[0-9]*")} - {root / f"iter_{iteration:07d}"}:
                 shutil.rmtree(old, ignore_errors=True)

@@ -75,6 +75,8 @@ def test_the_best_checkpoint_stays_over_resume_and_retention(tmp_path: Path) -> 
     assert len(second) == 8 and min(second[i] for i in range(5, 9)) > loss
     assert best_of(run) == (iteration, loss)
     assert {f"iter_000000{n}" for n in (4, 5, 6, 7)}.isdisjoint(file.name for file in run.glob("iter_*"))
+    assert train(*flags, *save_to(run, 1), *resumed, "--train-iters", "9", "--seed", "9") is None
+    assert best_of(run)[0] == 9, "a loss of other held-out samples is none to beat"
 
 
 @pytest.mark.grid

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_recursive.plots.runs import read_runs
-from megatron_recursive.training.checkpointing import common_state
+from megatron_recursive.training.checkpointing import changed_data, common_state
 from megatron_recursive.training.optimizer_state import kept_settings
 from megatron_recursive.training.progress import tokens_read
 from tests.distributed import run_distributed
@@ -295,6 +295,15 @@ def test_what_megatron_takes_from_the_checkpoint_is_told(recursive: Path) -> Non
     run = argparse.Namespace(**{**vars(common["args"]), "adam_beta2": 0.95, "no_load_optim": None})
     told = ["--adam-beta2 stays at the checkpoint's 0.999 (this run: 0.95), which only --no-load-optim changes"]
     assert kept_settings(common, run) == told
+    assert changed_data(vars(common["args"]), run) == []
+    run.seed, run.split = 0, "80, 10,10"
+    said = changed_data(vars(common["args"]), run)
+    assert [each.partition(", which")[0] for each in said] == [
+        "the checkpoint was trained with --seed 1234 (this run: 0)",
+        "the checkpoint was trained with --split 90,5,5 (this run: 80,10,10)",
+    ]
+    run.finetune = True
+    assert changed_data(vars(common["args"]), run) == []
 
 
 def with_states_of_a_gpu(argv: list[str]) -> str | None:
