@@ -13,6 +13,10 @@ from typing import Any
 from megatron_recursive.errors import UserError
 
 
+class CannotWrite(UserError):
+    """An output that cannot be written; its cause is the OSError."""
+
+
 @contextmanager
 def replacing(*targets: Path) -> Iterator[list[Path]]:
     """Yield one temporary path beside each target, and rename them in the order given when the block succeeds.
@@ -20,7 +24,7 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
     A block that fails leaves the targets as they were; a killed process leaves only ``*.partial-PID`` files.
 
     Raises:
-        UserError: a folder cannot be made or a file cannot be written (permissions, full disk).
+        CannotWrite: a folder cannot be made or a file cannot be written (permissions, full disk).
     """
     partials = [_partial(target) for target in targets]
     try:
@@ -51,7 +55,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     A folder that exists already keeps its other files; those of the same names are replaced one by one.
 
     Raises:
-        UserError: the folder cannot be made or written (permissions, full disk, a file of that name).
+        CannotWrite: the folder cannot be made or written (permissions, full disk, a file of that name).
     """
     partial = _partial(target)
     try:
@@ -79,6 +83,6 @@ def sync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def cannot_write(target: Path, error: OSError) -> UserError:
+def cannot_write(target: Path, error: OSError) -> CannotWrite:
     """The sentence for an output that cannot be written."""
-    return UserError(f"cannot write {target} ({error.strerror or error}); choose another --output or mend that one")
+    return CannotWrite(f"cannot write {target} ({error.strerror or error}); mend that, or choose another place")

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException  # NOTE it derives from BaseException
 
+from megatron_recursive.data.files import CannotWrite
 from megatron_recursive.data.splits import MEGATRONS_SPLIT
 from megatron_recursive.errors import UserError
 from megatron_recursive.models.checkpoint_integrity import advise_other, check_integrity
@@ -103,7 +104,7 @@ def cause_of(error: BaseException) -> BaseException:
     """What went wrong; a CheckpointException's own text is every rank's traceback."""
     if isinstance(error, CheckpointException) and error.failures:
         return next(iter(error.failures.values()))[0]
-    return error
+    return error.__cause__ if isinstance(error, CannotWrite) and error.__cause__ else error
 
 
 def reason_of(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from megatron_recursive.losses.distillation import Distillation, Teacher, TopTok
 from megatron_recursive.models.checkpoint_integrity import check_integrity
 from megatron_recursive.plan import build_plan
 from megatron_recursive.plan.knobs import flag_of
-from megatron_recursive.training.tokenizer_check import known_vocabulary
+from megatron_recursive.training.tokenizer_check import known_vocabulary, was_another
 
 # name: default, what a value must be, test of it, metavar, help
 NUMBERS: dict[str, tuple[Any, str, Any, str]] = {
@@ -116,6 +116,8 @@ def _check_donor(donor: Any, args: argparse.Namespace) -> None:
     if mine is not None and theirs is not None:
         ours, other = (vocabulary_digest(each, min(arch.vocab_size, args.vocab_size)) for each in (mine, theirs))
         same = arch.vocab_size <= args.padded_vocab_size and (ours == other or args.allow_other_tokenizer)
+    elif not args.allow_other_tokenizer and was_another(donor.args):
+        same = False
     if not same:
         raise UserError(f"{said} has another tokenizer, of {arch.vocab_size} (this run: {args.vocab_size}); give "
                         "that one with --tokenizer-model, or another teacher.")  # fmt: skip

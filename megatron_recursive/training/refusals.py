@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_recursive.command_line import command
 from megatron_recursive.data.indexed import check_indexed_dataset
 from megatron_recursive.data.splits import MEGATRONS_SPLIT, SPLITS, split_bounds
+from megatron_recursive.data.tokenizer import is_hub_name
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.knobs import flag_of
 
@@ -162,8 +163,7 @@ def refuse_tokenizer(args: argparse.Namespace) -> None:
     for flag in ("tokenizer_model", "vocab_file", "merge_file"):
         path = getattr(args, flag)
         # A Hugging Face name (org/model) may live in the hub's cache: transformers decides.
-        is_hub_name = flag == "tokenizer_model" and path is not None and str(path).count("/") <= 1
-        if path is not None and not Path(path).exists() and not (is_hub_name and not Path(path).is_absolute()):
+        if path is not None and not Path(path).exists() and not (flag == "tokenizer_model" and is_hub_name(path)):
             raise UserError(f"{flag_of(flag)} {path} does not exist.")
     needs_model = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "Llama2Tokenizer")
     if args.tokenizer_type in needs_model and args.tokenizer_model is None:

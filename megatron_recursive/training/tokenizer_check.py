@@ -73,15 +73,18 @@ def _is_written_otherwise(prefix: str) -> bool:
 
 def check_checkpoint(folder: Path, saved: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Refuse to go on with another tokenizer of the same size."""
-    identity, vocabulary = saved.get("tokenizer_identity"), known_vocabulary()
-    if identity is None or vocabulary is None or args.allow_other_tokenizer:
-        return
-    below, _, digest = str(identity).partition(":")
-    if vocabulary_digest(vocabulary, int(below)) != digest:
+    if not args.allow_other_tokenizer and was_another(saved):
         raise UserError(
             f"The checkpoint {folder} was trained with another tokenizer ({saved.get('tokenizer_model')}) of the same "
             f"size; give it with --tokenizer-model, {GO_ON}."
         )
+
+
+def was_another(saved: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer that a checkpoint's arguments tell of is known not to be this run's."""
+    identity, vocabulary = saved.get("tokenizer_identity"), known_vocabulary()
+    below, _, digest = str(identity).partition(":")
+    return identity is not None and vocabulary is not None and vocabulary_digest(vocabulary, int(below)) != digest
 
 
 def known_vocabulary() -> dict[str, int] | None:

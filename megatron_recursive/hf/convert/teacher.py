@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Donor:
     Attributes:
         fetch: gives a tensor by its checkpoint key, that of a layer with its number in it.
         tokenizer: transformers' own; None where there is none that loads.
-        checkpoint: the iteration's folder, of a Megatron checkpoint.
+        checkpoint, args: the iteration's folder and its arguments, of a Megatron checkpoint.
     """
 
     arch: Architecture
@@ -40,6 +40,7 @@ class Donor:
     fetch: Callable[[str], Tensor]
     tokenizer: Any
     checkpoint: Path | None = None
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self, rows: int, dtype: torch.dtype, rank: int, size: int) -> Any:
         """This tensor-parallel rank's shard of it, with so many rows of the vocabulary in all, those beyond its own at
@@ -78,7 +79,7 @@ def open_donor(given: str) -> Donor:
         folder = found.checkpoint.folder
         places = (each / TOKENIZER for each in (folder, folder.parent))
         tokenizer = next((tokenizer_of(each) for each in places if each.is_dir()), None)
-        return Donor(found.arch, found.recursion, checkpoint_fetch(found.checkpoint), tokenizer, folder)
+        return Donor(found.arch, found.recursion, checkpoint_fetch(found.checkpoint), tokenizer, folder, found.args)
     source = open_source(given)
     known = {item.name: item for item in items(source.family, source.arch, extra=source.extra_rows())}
 

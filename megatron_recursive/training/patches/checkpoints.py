@@ -28,6 +28,7 @@ from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_recursive.accounting import count_parameters
+from megatron_recursive.data.files import CannotWrite
 from megatron_recursive.errors import DISK_FULL, UserError
 from megatron_recursive.models.checkpoint_integrity import (
     COMPLETE,
@@ -162,7 +163,7 @@ def _save(
             if run.rank == 0:
                 run_record.write(record, iteration, folder, root)
         return result
-    except (OSError, CheckpointException) as error:
+    except (OSError, CannotWrite, CheckpointException) as error:
         free = shutil.disk_usage(root).free if root.is_dir() else 0
         code = getattr(cause_of(error), "errno", None)  # which Megatron's writers leave out
         is_full = free < FULL_BYTES if code is None else code in DISK_FULL
