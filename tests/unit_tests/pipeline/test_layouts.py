@@ -113,6 +113,7 @@ def _printed(folder: str) -> dict[str, Any]:
     with contextlib.redirect_stdout(text):
         main(["plan", *job, *MODEL, "--tokens", "1B"])
     recurrent = plan(*job, *MODEL[:-2], *RECURRENT, "--tp", "1", "--pp", "4")
+    carried = plan(*job, *MODEL, "--tp", "2", "--pp", "2", "--tokens", "1B", "--num-supervision-steps", "3")
 
     def line(report: dict[str, Any]) -> Command:
         words = shlex.split(report["command"])
@@ -120,7 +121,7 @@ def _printed(folder: str) -> dict[str, Any]:
                  if not w.startswith(("--nproc", "--data-path", "--tok"))]  # fmt: skip
         return Command([], [*flags, "--mock-data", "--tokenizer-type=NullTokenizer", f"--save={folder}/save"], 8)
 
-    facts = facts_of({"line": line(found), "recurrent": line(recurrent)})
+    facts = facts_of({"line": line(found), "recurrent": line(recurrent), "carried": line(carried)})
 
     writer = TorchDistWriter(Path(folder) / "ckpt" / "release")
     stored = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "seq_length": 32,
@@ -132,6 +133,7 @@ def _printed(folder: str) -> dict[str, Any]:
              "intermediate_size": 128, "vocab_size": 200, "num_key_value_heads": 2, "hidden_act": "silu"}  # fmt: skip
     (Path(folder) / "config.json").write_text(json.dumps(llama))
     return {"found": found, "facts": facts["line"], "recurrent": (recurrent, facts["recurrent"]),
+            "carried": (carried, facts["carried"]),
             "text": text.getvalue(), "picture": Path(picture).read_bytes()[:4],
             "ckpt": plan("--gpus", "4", "--model", f"{folder}/ckpt/release"),
             "hf": plan("--gpus", "4", "--model", folder)}  # fmt: skip
@@ -155,6 +157,16 @@ def test_the_printed_line_is_a_run_of_the_memory_and_flops_that_were_told(printe
     assert facts["held"] == found["parameters_held"]  # padded for --tp 2
     days = layout["days"] * 86400 * layout["tokens_per_second"]
     assert days == pytest.approx(1e9) and facts["train"] == -(-(10**9) // (32 * 512))
+
+
+def test_tokens_are_of_the_data_where_steps_share_a_batch(printed: dict[str, Any]) -> None:
+    (carried, facts), (once,) = printed["carried"], printed["found"]["layouts"]
+    assert isinstance(facts, dict) and facts["train"] == 3 * printed["facts"]["train"], facts
+    assert "--save-interval=1002 " in carried["command"]  # a run refuses to stop within a batch
+    (layout,) = carried["layouts"]
+    assert (layout["mfu"], layout["step_seconds"]) == (once["mfu"], once["step_seconds"])
+    assert layout["days"] == pytest.approx(3 * once["days"])
+    assert layout["days"] * 86400 * layout["tokens_per_second"] == pytest.approx(1e9)
 
 
 def test_a_core_is_spread_over_the_stages(printed: dict[str, Any]) -> None:
