@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-
 from megatron_recursive.errors import DISK_FULL, UserError
 from megatron_recursive.figures import NOTHING, blocks_of
 from megatron_recursive.plan import RecursionConfig, RecursionPlan, StepPlans
@@ -67,11 +65,11 @@ class MetricsLog:
                 console.say(f"ALARM at iteration {step}: {alarm}")
                 self.progress.alarms[alarm.split(":")[0]] = f"{alarm} (iteration {step})"
                 append_metrics(run.metrics_file, {"kind": "alarm", "iteration": step, "alarm": alarm})
-        seconds = self.progress.lap() / len(known)
+        seconds, read = self.progress.lap(run.consumed_train_samples)
         record = {
             "kind": "train", "iteration": iteration, "consumed samples": run.consumed_train_samples,
-            "tokens": tokens_read(run), **metrics, "time": time.time(), "seconds": seconds,
-            "tokens per second": get_current_global_batch_size() * run.seq_length / seconds,
+            "tokens": tokens_read(run), **metrics, "time": time.time(), "seconds": seconds / len(known),
+            "tokens per second": read * run.seq_length / seconds,
         }  # fmt: skip
         if self.plans.changes:
             record["recurrence"] = self.plans.plan_at(iteration - 1).depth

@@ -32,7 +32,7 @@ class Progress:
         self.reached = 0  # the last iteration trained, logged or not
         self._first_loss: tuple[float, int] | None = None
         self._last_loss: tuple[float, int] | None = None
-        self._tokens = self._read_before = 0
+        self._tokens = self._read_before = self._read = 0
         self.alarms: dict[str, str] = {}  # the last of each kind
         self._held_out: tuple[int, dict[str, float]] | None = None
 
@@ -49,16 +49,18 @@ class Progress:
         """Training is about to start, with ``run`` as its arguments. Starts the clock."""
         self._since = self._began = time.monotonic()
         self._paused, self._first = 0.0, run.iteration + 1
+        self._read = run.consumed_train_samples
         self._read_before = tokens_read(run)
         if run.rank == 0 and console.style() == "compact":
             start = f", going on from {run.load}" if run.iteration else ""
             console.say(f"training: iterations {self._first} to {run.train_iters}{start}")
 
-    def lap(self) -> float:
-        """Seconds of training since the last lap."""
+    def lap(self, read: int) -> tuple[float, int]:
+        """Seconds of training since the last lap, and the samples of the data since then; ``read`` are all so far."""
         now = time.monotonic()
         seconds, self._since, self._paused = now - self._since - self._paused, now, 0.0
-        return seconds
+        samples, self._read = read - self._read, read
+        return seconds, samples
 
     def trained(self, record: dict[str, Any], means: dict[str, float], iterations: int, over: int) -> None:
         """A logged interval: ``record`` as in metrics.jsonl, ``means`` of its ``over`` iterations."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def without_counts(metrics: dict[int, dict[str, Any]]) -> dict[int, dict[str, An
     return {i: {n: v for n, v in each.items() if n not in COUNTS} for i, each in metrics.items()}
 
 
+def check_rates(folder: Path) -> None:
+    """Tokens per second are those of the column beside them, of the data."""
+    for before, each in pairwise([{"tokens": 0}, *records_of(folder, "train")]):
+        assert each["tokens per second"] * each["seconds"] == pytest.approx(each["tokens"] - before["tokens"])
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("whole")
@@ -42,6 +49,7 @@ def test_iterations_are_optimizer_steps_and_a_batch_counts_when_it_is_over(whole
     once = run(tmp_path)
     assert [each["learning rate"] for each in metrics.values()] == [each["learning rate"] for each in once.values()]
     assert [each["consumed samples"] for each in metrics.values()] == [0, 0, 0, 8, 8, 8, 8, 16, 16, 16]
+    check_rates(folder)
     assert metrics[1]["lm loss"] == pytest.approx(once[1]["lm loss"], rel=1e-6)
     assert [each["FLOPs"] / metrics[1]["FLOPs"] for each in metrics.values()] == list(range(1, LAST + 1))
     (evaluated,) = records_of(folder, "valid")
@@ -132,6 +140,7 @@ def test_samples_that_halt_at_once_are_a_run_without_carried_states(tmp_path: Pa
     for each in once.values():
         del each["output change block 1"]  # of carried states the last stage does not know it
     assert {i: {n: v for n, v in each.items() if n != "FLOPs"} for i, each in halting.items()} == once
+    check_rates(tmp_path / "halting")
 
 
 PP2 = ["--pipeline-model-parallel-size", "2"]

@@ -74,7 +74,6 @@ def rows_of_drawn_depths(file: str, distribution: str) -> tuple[list[str], list[
                     metrics_file=file, flops_spent=1.0)  # fmt: skip
     depths = [plans.plan_at(step).depth for step in range(9)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics_log, "get_current_global_batch_size", lambda: 4)
         patch.setattr(console, "style", lambda: "compact")
         patch.setattr(console, "say", said.append)
         log = metrics_log.MetricsLog(config, plans, {}, Progress())
