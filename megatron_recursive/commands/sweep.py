@@ -40,15 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     shared.prepare(args)
     parts = Path(f"{args.output}.parts")
+    from megatron_recursive.data.work_folder import holding
     from megatron_recursive.plots.depth_sweep import plot_depth_sweep
     from megatron_recursive.plots.records import head
 
-    record: dict[str, Any] = {
-        **head("sweep"), "text": args.text or "CPython",
-        "models": [_of_model(args, name, parts) for name in args.model],
-    }  # fmt: skip
-    shared.finish(args, record, tables, plot_depth_sweep)
-    shutil.rmtree(parts, ignore_errors=True)
+    with holding(parts, f"--output {args.output}"):
+        record: dict[str, Any] = {
+            **head("sweep"), "text": args.text or "CPython",
+            "models": [_of_model(args, name, parts) for name in args.model],
+        }  # fmt: skip
+        shared.finish(args, record, tables, plot_depth_sweep)
+        shutil.rmtree(parts, ignore_errors=True)
 
 
 def _of_model(args: argparse.Namespace, name: str, parts: Path) -> dict[str, Any]:

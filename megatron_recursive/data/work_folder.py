@@ -17,6 +17,8 @@ from megatron_recursive.data.spans import Span
 from megatron_recursive.data.statistics import note_malformed
 from megatron_recursive.errors import UserError
 
+LOCK = "lock"  # of a folder that one process holds
+
 
 @dataclass
 class PartReport:
@@ -161,19 +163,38 @@ def _parse_plan(plan: Path, modified: int) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(work: WorkFolder, output: str) -> Iterator[None]:
-    """Make the folder and hold it for this process; the lock ends with the process, however that ends.
+def holding(folder: Path, flag: str) -> Iterator[None]:
+    """Make a folder and hold it for this process; the lock ends with the process, however that ends. Where nothing was
+    written into it, a failed run leaves none.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be made; ``flag`` is what the user calls it.
     """
-    made = not work.path.exists()
-    work.path.mkdir(parents=True, exist_ok=True)
-    with open(work.path / "lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")
+    except OSError as error:
+        raise UserError(f"cannot write {flag} ({error.strerror}); choose another or mend that one") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another run is writing --output {output}; wait for it or choose another") from error
+            raise UserError(f"another run is writing {flag}; wait for it or choose another") from error
+        except OSError:
+            pass  # a disk without locks
+        try:
+            yield
+        except BaseException:
+            if [file.name for file in folder.glob("*")] == [LOCK]:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def locked(work: WorkFolder, output: str) -> Iterator[None]:
+    """As :func:`holding`; a failed run that completed no part leaves nothing."""
+    made = not work.path.exists()
+    with holding(work.path, f"--output {output}"):
         try:
             yield
         except BaseException:

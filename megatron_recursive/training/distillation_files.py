@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch.utils.data import default_collate
 
 from megatron_recursive.data.teacher_files import TeacherFiles
+from megatron_recursive.data.work_folder import LOCK, holding
 from megatron_recursive.errors import UserError
 from megatron_recursive.losses.distillation import vocab_parallel_log_softmax
 from megatron_recursive.models.documents import Documents
@@ -37,10 +38,12 @@ def prepare(args: argparse.Namespace, source: DistillationSource, datasets_provi
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     teacher: Any = source.loaded(args.padded_vocab_size, args.params_dtype, group).teacher
     kept, target = min(args.distill_top_k, opened(source.path).arch.vocab_size), Path(args.distill_prepare)
-    partial = target.with_name(f"{target.name}.partial")
+    partial, held = target.with_name(f"{target.name}.partial"), contextlib.ExitStack()
     try:
         if args.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            held.enter_context(holding(partial, f"--distill-prepare {target}"))
+            for old in {*partial.iterdir()} - {partial / LOCK}:
+                old.unlink()
             TeacherFiles.create(partial, facts_of(args), samples, args.seq_length, kept)
         torch.distributed.barrier()
         files = TeacherFiles(partial, mode="r+")
@@ -63,7 +66,10 @@ def prepare(args: argparse.Namespace, source: DistillationSource, datasets_provi
         torch.distributed.barrier()
         if args.rank == 0:
             os.rename(partial, target)
+            (target / LOCK).unlink()
             console.say(f"{target}: {samples:,} samples; train with --distill-from {target}")
     except OSError as error:
         raise UserError(f"--distill-prepare {target} cannot be written ({error.strerror}); name another.") from error
+    finally:
+        held.close()
     torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 from argparse import Namespace
@@ -275,9 +276,27 @@ def test_a_killed_command_goes_on_where_its_output_lies_beside_the_model(
     counted = killed_at_the_second_batch(monkeypatch)
     with pytest.raises(SystemExit):
         sweep(*words)
-    assert len(list((folder / "found.json.parts").iterdir())) == 1
+    assert len(list((folder / "found.json.parts").glob("*.safetensors"))) == 1
     sweep(*words)
     assert len(counted) == 4, "the first batch is not measured again"
+
+
+def test_two_with_one_output_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, output = write_recursive(tmp_path / "model"), tmp_path / "found.json"
+    (tmp_path / "a.txt").write_text("Once upon a time there was a held-out text.\n")
+    words = ["--model", str(folder), "--depths", "1", "--seq-length", "8", "--num-samples", "1", "--text",
+             str(tmp_path / "a.txt"), "--output", str(output)]  # fmt: skip
+    capsys.readouterr()
+    (parts := tmp_path / "found.json.parts").mkdir()
+    with (parts / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="2"):
+            sweep(*words)
+    said = capsys.readouterr().err
+    assert said == f"error: another run is writing --output {output}; wait for it or choose another\n"
+    assert (parts / "lock").exists() and not output.exists()
+    sweep(*words)
+    assert output.exists() and not parts.exists()
 
 
 @pytest.mark.parametrize(
@@ -293,8 +312,9 @@ def test_a_killed_command_goes_on_where_its_output_lies_beside_the_model(
     ],
 )
 def test_mistakes_end_in_a_sentence(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "data", above=300)
     write_data(tmp_path / "small")
     prefixes = {"PREFIX": str(tmp_path / "data"), "SMALL": str(tmp_path / "small")}
@@ -305,6 +325,7 @@ def test_mistakes_end_in_a_sentence(
         main(["sweep", "--model", folder, "--num-samples", "1", *words])
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "") and err.startswith(f"error: {said}") and err.count("\n") == 1, err
+    assert not Path("runs", "sweep.json.parts").exists()
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------

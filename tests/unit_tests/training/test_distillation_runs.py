@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(teacher: Path) -> Path:
     files = teacher / "prepared"
     asked = ["--distill-from", teacher, *HOW[2:], "--distill-prepare", files, "--distill-top-k", "20"]
+    (left := teacher / "prepared.partial").mkdir()  # by one that was killed
+    (left / "keys.npy").write_text("half")
     assert train(*asked, "--micro-batch-size", "1", world_size=2) is None
+    assert not left.exists() and not (files / "lock").exists()
     return files
 
 
@@ -89,9 +93,14 @@ def test_what_does_not_fit_is_refused_by_name(teacher: Path, prepared: Path, tmp
         "was prepared with --seq-length 16 (this run: 8)": [*read, "--seq-length", "8"],
         "lacks a sample of this run": [*read, "--seed", "7"],
         "is no model; name one": [*read, "--distill-prepare", tmp_path / "x"],
+        f"another run is writing --distill-prepare {tmp_path / 'x'}": [*live, "--distill-prepare", tmp_path / "x"],
     }  # fmt: skip
-    for sentence, said in zip(cases, refusals([*cases.values()]), strict=True):
-        assert sentence in said, said
+    (running := tmp_path / "x.partial").mkdir()
+    with (running / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for sentence, said in zip(cases, refusals([*cases.values()]), strict=True):
+            assert sentence in said, said
+    assert [*running.iterdir()] == [running / "lock"]
 
 
 def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
