@@ -22,6 +22,7 @@ from megatron_recursive.plots.runs import FILE, read_runs
 
 DESCRIBE = (sys.executable, "-m", "megatron_recursive.training.describe")
 SAVES = 5  # of a run on its way, unless its flags say --save-interval
+TRIES = 12  # how often FLOPs are counted, each time at other iterations
 _AT = re.compile(rb'"iteration": (\d+)')
 
 
@@ -86,10 +87,7 @@ class Study:
 
     def iterations(self, arm: Arm) -> int:
         """So many that the arm spends the tokens, or the training FLOPs, of the reference."""
-        cost = {n: f["tokens read per iteration"] for n, f in self.facts.items()}
-        if self.ablation.equal == "flops":
-            cost = {n: f["tokens per iteration"] * f["FLOPs per token"] for n, f in self.facts.items()}
-        return max(1, round(self.ablation.iterations * cost[self.ablation.reference] / cost[arm.name]))
+        return int(self.facts[arm.name]["iterations"])
 
     def run(self, arm: Arm, rate: float, seed: int) -> PlannedRun:
         iterations, facts = self.iterations(arm), self.facts[arm.name]
@@ -149,11 +147,46 @@ def _flags(arm: Arm, rate: float, seed: int, iterations: int) -> list[str]:
 
 
 def facts_of(ablation: Ablation) -> dict[str, dict[str, Any]]:
-    """Arm -> what training says of it, at its own iterations; a UserError names an arm whose flags it refuses."""
-    facts = _described(ablation, {arm: ablation.iterations for arm in ablation.arms})
-    study = Study(ablation, facts)
-    others = {arm: count for arm in ablation.arms if (count := study.iterations(arm)) != ablation.iterations}
-    return facts | (_described(ablation, others) if others else {})  # what a step costs may go by iterations
+    """Arm -> what training says of it, at its own iterations; a UserError names an arm whose flags it refuses.
+
+    What a step costs may go by iterations, so that they are looked for until they stay.
+    """
+    told: dict[str, dict[int, dict[str, Any]]] = {arm.name: {} for arm in ablation.arms}
+    due = dict.fromkeys(ablation.arms, ablation.iterations)
+    for _ in range(TRIES):
+        for name, facts in _described(ablation, due).items():
+            told[name][facts["iterations"]] = facts
+        whole = _cost(ablation, told[ablation.reference][ablation.iterations])
+        spent = {name: {n: _cost(ablation, f) / whole for n, f in each.items()} for name, each in told.items()}
+        due = {arm: n for arm in ablation.arms if (n := _nearer(spent[arm.name])) not in spent[arm.name]}
+        if not due:
+            break
+    return {name: each[_best(spent[name])] for name, each in told.items()}
+
+
+def _cost(ablation: Ablation, facts: Mapping[str, Any]) -> float:
+    """Tokens read, or FLOPs, of all iterations."""
+    if ablation.equal == "flops":
+        return float(facts["iterations"] * facts["tokens per iteration"] * facts["FLOPs per token"])
+    return float(facts["iterations"] * facts["tokens read per iteration"])
+
+
+def _best(spent: Mapping[int, float]) -> int:
+    return min(spent, key=lambda count: abs(spent[count] - 1))
+
+
+def _nearer(spent: Mapping[int, float]) -> int:
+    """Iterations at which more nearly all is spent, by the part that others spend; the best of these if none are."""
+    best = _best(spent)
+    count = max(1, round(best / spent[best]))
+    low = max((n for n, part in spent.items() if part < 1), default=0)
+    high = min((n for n, part in spent.items() if part > 1), default=0)
+    if count == best or not low or not high:
+        return count
+    if high - low < 2:
+        return best
+    part = 0.5 if len(spent) % 2 else (1 - spent[low]) / (spent[high] - spent[low])  # a kink between would take long
+    return min(max(round(low + part * (high - low)), low + 1), high - 1)
 
 
 def _described(ablation: Ablation, iterations: Mapping[Arm, int]) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,8 @@ def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
         sys.argv = ["pretrain", *given["flags"]]
         try:
             args, recursion = parse_arguments()
-            more = {"layers": args.num_layers, "width": args.hidden_size, "evaluation iterations": args.eval_iters,
+            more = {"iterations": args.train_iters, "evaluation iterations": args.eval_iters,
+                    "layers": args.num_layers, "width": args.hidden_size,
                     # Of the data. Where samples that halt are replaced the run itself tells how many it read.
                     "tokens read per iteration":
                     args.global_batch_size * args.seq_length / recursion.num_supervision_steps}  # fmt: skip

@@ -31,7 +31,7 @@ def facts(flags: list[str]) -> dict:
         return {"error": "--cheap-until ends behind the training."}
     blocks, dear = args.blocks or 0, 2 - args.cheap_until / args.train_iters if args.cheap_until else 1
     return {
-        "tokens per iteration": 64, "tokens read per iteration": 64,
+        "iterations": args.train_iters, "tokens per iteration": 64, "tokens read per iteration": 64,
         "FLOPs per token": 1e3 * args.num_layers * (blocks * 3 or 1) * dear, "passes": 9,
         "plain": not blocks, "layers": args.num_layers, "width": args.hidden_size or 8, "parameters held": 99,
         "plan": "", "data": "", "data written": 0.0, "stacks": {"core": (90, blocks or 1)},

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from megatron_recursive.ablation import runs, schedule
-from megatron_recursive.ablation.config import SCHEMA, read_config
+from megatron_recursive.ablation.config import SCHEMA, Arm, read_config
 from megatron_recursive.ablation.runs import Study
 from megatron_recursive.accounting import ModelShape, count_parameters, flops_per_token
 from megatron_recursive.commands import main
@@ -109,9 +109,15 @@ def study_of(
     ablation = read_config(write(folder, text), str(folder / "out"))
     costs = facts or {arm.name: (64, 1e3) for arm in ablation.arms}
     given = dict(zip([arm.name for arm in ablation.arms], costs.values(), strict=True))
-    return Study(ablation, {n: {"tokens per iteration": t, "tokens read per iteration": t / 4 if n in carried else t,
-                                "FLOPs per token": f, "plan": plan, "data": data}
-                            for n, (t, f) in given.items()})  # fmt: skip
+
+    def described(_: Any, counts: dict[Arm, int]) -> dict[str, dict[str, Any]]:
+        return {arm.name: {"iterations": count, "tokens per iteration": t, "FLOPs per token": f, "plan": plan,
+                           "tokens read per iteration": t / 4 if arm.name in carried else t, "data": data}
+                for arm, count in counts.items() for t, f in [given[arm.name]]}  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "_described", described)
+        return Study(ablation, runs.facts_of(ablation))
 
 
 def test_equal_flags_of_another_plan_are_another_run(tmp_path: Path) -> None:
@@ -148,18 +154,21 @@ def test_all_arms_spend_what_the_reference_spends(equal: str, expected: tuple[in
     assert f"--train-iters {expected[0]} " in " ".join(first.words)
 
 
+@pytest.mark.parametrize("cheap", [100, 400, 950])
 def test_an_arm_whose_cost_goes_by_iterations_is_counted_at_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cheap: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of 950 a count at 1000 gives 952, one there 998, and so to and fro."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setattr(runs, "DESCRIBE", [sys.executable, FAKE])
-    text = CONFIG.replace("--blocks 3", "--cheap-until 100")
+    text = CONFIG.replace("--blocks 3", f"--cheap-until {cheap}")
     text = text.replace("iterations: 10", "iterations: 1000\nequal: {flops: own layers}")
     ablation = read_config(write(tmp_path, text), "out")
     study = Study(ablation, runs.facts_of(ablation))
     first, second = (study.grid(arm)[0] for arm in ablation.arms)
-    assert first.iterations == pytest.approx(550, rel=0.01) and first.flops == pytest.approx(second.flops, rel=0.01)
-    late = read_config(write(tmp_path, text.replace("--cheap-until 100", "--cheap-until 999 --num-layers 4")), "out")
+    assert first.iterations == (1000 + cheap) / 2 and first.flops == pytest.approx(second.flops)
+    assert first.flops == pytest.approx(64 * 2e3 * (2 * first.iterations - cheap)), "told of as many steps as are run"
+    late = read_config(write(tmp_path, text.replace(f"until {cheap}", "until 999 --num-layers 4")), "out")
     with pytest.raises(UserError, match="arms.recursion, deep: --cheap-until ends behind"):
         runs.facts_of(late)
 
