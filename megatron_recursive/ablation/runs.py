@@ -31,8 +31,8 @@ EVALUATED = "on the first samples"  # another word where evaluations read others
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training of an ablation. Its folder's name has a hash of its flags and its data: with others it is another
-    run."""
+    """One training of an ablation. Its folder's name has a hash of its flags, its data and its donors: with others it
+    is another run."""
 
     arm: Arm
     rate: float
@@ -93,6 +93,7 @@ class Study:
         iterations, facts = self.iterations(arm), self.facts[arm.name]
         flags, slug = _flags(arm, rate, seed, iterations), re.sub(r"\W+", "-", arm.name).strip("-").lower()
         asked = [arm.name, arm.processes, flags, facts["plan"], facts["data"], EVALUATED]
+        asked += [facts["donors"]] * bool(facts["donors"])  # without them the results of earlier versions stay
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
         folder = self.ablation.output / "runs" / slug / f"lr{rate:g}_seed{seed}_{digest}"
         words = ["pretrain", *(["--nproc-per-node", str(arm.processes)] if arm.processes > 1 else [])]

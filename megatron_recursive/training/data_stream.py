@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 
 from megatron_recursive.data.megatron_flags import TOKENIZER_TYPES
 from megatron_recursive.data.stream import TokenStream
-from megatron_recursive.data.tokenizer import TokenizerChoice, store_tokenizer
+from megatron_recursive.data.tokenizer import StoredTokenizer, TokenizerChoice, store_tokenizer
 from megatron_recursive.errors import UserError
 from megatron_recursive.plan.knobs import flag_of
 from megatron_recursive.training import console
@@ -90,13 +90,18 @@ class StreamSamples(GPTDataset):
         return self.stream.read(self.token_of(idx), self.config.sequence_length + 1), None, []
 
 
-def samples_of_run(args: argparse.Namespace, config: GPTDatasetConfig) -> StreamSamples:
-    """Those of the run's stream, from the checkpoint's position on; another stream is read from its beginning."""
+def stored_tokenizer(args: argparse.Namespace, folder: Path) -> StoredTokenizer:
+    """The run's tokenizer, in a file in a folder."""
     choice = TokenizerChoice(args.tokenizer_model, special_tokens=not args.tokenizer_hf_no_include_special_tokens)
     if args.tokenizer_type == "GPT2BPETokenizer":
         choice = TokenizerChoice(None, args.vocab_file, args.merge_file)
+    return store_tokenizer(choice, folder)
+
+
+def samples_of_run(args: argparse.Namespace, config: GPTDatasetConfig) -> StreamSamples:
+    """Those of the run's stream, from the checkpoint's position on; another stream is read from its beginning."""
     with tempfile.TemporaryDirectory() as folder:
-        stored = store_tokenizer(choice, Path(folder))
+        stored = stored_tokenizer(args, Path(folder))
         if stored.eod is None:
             raise UserError(f"--data-stream: the tokenizer {stored.name} has no end-of-document token; set one.")
         stream = TokenStream(args.data_stream, stored, args.data_stream_key, args.seed)

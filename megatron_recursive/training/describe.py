@@ -27,6 +27,7 @@ def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
 
     from megatron_recursive.data.content_keyed import data_of_run
     from megatron_recursive.training.arguments import parse_arguments
+    from megatron_recursive.training.donors import donors_of_run
     from megatron_recursive.training.model_provider import model_config_from_args, model_shape
     from megatron_recursive.training.report import run_description
 
@@ -50,7 +51,7 @@ def describe(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
                 stacks["injection"] = size, sum(each.combine in plan.maps for each in plan.passes)
             facts[name] = run_description(args, config) | more | {"stacks": stacks, "passes": plan.num_passes}
             facts[name]["plain"] = not recursion.enable_recursive_refinement
-            facts[name]["data"] = data_of_run(args)
+            facts[name]["data"], facts[name]["donors"] = data_of_run(args), donors_of_run(args)
         except UserError as error:
             facts[name] = {"error": str(error)}
         destroy_global_vars()

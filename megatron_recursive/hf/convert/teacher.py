@@ -33,6 +33,7 @@ class Donor:
         fetch: gives a tensor by its checkpoint key, that of a layer with its number in it.
         tokenizer: transformers' own; None where there is none that loads.
         checkpoint, args: the iteration's folder and its arguments, of a Megatron checkpoint.
+        folder: of its files; a GGUF file is that file.
     """
 
     arch: Architecture
@@ -40,6 +41,7 @@ class Donor:
     fetch: Callable[[str], Tensor]
     tokenizer: Any
     checkpoint: Path | None = None
+    folder: Path | None = None
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self, rows: int, dtype: torch.dtype, rank: int, size: int) -> Any:
@@ -79,7 +81,8 @@ def open_donor(given: str) -> Donor:
         folder = found.checkpoint.folder
         places = (each / TOKENIZER for each in (folder, folder.parent))
         tokenizer = next((tokenizer_of(each) for each in places if each.is_dir()), None)
-        return Donor(found.arch, found.recursion, checkpoint_fetch(found.checkpoint), tokenizer, folder, found.args)
+        return Donor(found.arch, found.recursion, checkpoint_fetch(found.checkpoint), tokenizer, folder, folder,
+                     found.args)  # fmt: skip
     source = open_source(given)
     known = {item.name: item for item in items(source.family, source.arch, extra=source.extra_rows())}
 
@@ -91,4 +94,4 @@ def open_donor(given: str) -> Donor:
     if source.family.own_class and source.config.recursion:
         recursion = RecursionConfig.from_stored(source.config.recursion)
         recursion = recursion.resolved(embedding_init_std=1.0, from_plain_gpt=True)
-    return Donor(source.arch, recursion, fetch, donor_tokenizer(source))
+    return Donor(source.arch, recursion, fetch, donor_tokenizer(source), folder=source.folder or source.gguf)

@@ -34,7 +34,7 @@ def facts(flags: list[str]) -> dict:
         "iterations": args.train_iters, "tokens per iteration": 64, "tokens read per iteration": 64,
         "FLOPs per token": 1e3 * args.num_layers * (blocks * 3 or 1) * dear, "passes": 9,
         "plain": not blocks, "layers": args.num_layers, "width": args.hidden_size or 8, "parameters held": 99,
-        "plan": "", "data": "", "data written": 0.0, "stacks": {"core": (90, blocks or 1)},
+        "plan": "", "data": "", "donors": "", "stacks": {"core": (90, blocks or 1)},
         "evaluation iterations": 0 if "--eval-iters=0" in flags else 5,
     }  # fmt: skip
 

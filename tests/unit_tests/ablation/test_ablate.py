@@ -28,6 +28,7 @@ from megatron_recursive.plan import RecursionConfig, build_plan
 from megatron_recursive.training.describe import describe
 from tests.distributed import REPOSITORY, _is_running, run_distributed
 from tests.grids import grid
+from tests.unit_tests.inference.folders import write_plain
 from tests.unit_tests.training.test_data_cache import write as write_data
 
 FAKE = str(Path(__file__).with_name("fake_training.py"))
@@ -103,7 +104,7 @@ def test_a_mistake_is_one_sentence_with_file_and_key(
 
 
 def study_of(
-    folder: Path, text: str = CONFIG, carried: tuple[str, ...] = (), plan: str = "", data: str = "",
+    folder: Path, text: str = CONFIG, carried: tuple[str, ...] = (), plan: str = "", data: str = "", donors: str = "",
     **facts: tuple[int, float],
 ) -> Study:  # fmt: skip
     ablation = read_config(write(folder, text), str(folder / "out"))
@@ -112,7 +113,8 @@ def study_of(
 
     def described(_: Any, counts: dict[Arm, int]) -> dict[str, dict[str, Any]]:
         return {arm.name: {"iterations": count, "tokens per iteration": t, "FLOPs per token": f, "plan": plan,
-                           "tokens read per iteration": t / 4 if arm.name in carried else t, "data": data}
+                           "tokens read per iteration": t / 4 if arm.name in carried else t, "data": data,
+                           "donors": donors}
                 for arm, count in counts.items() for t, f in [given[arm.name]]}  # fmt: skip
 
     with pytest.MonkeyPatch.context() as patch:
@@ -127,12 +129,14 @@ def test_equal_flags_of_another_plan_are_another_run(tmp_path: Path) -> None:
     assert here == there != elsewhere
 
 
-def test_equal_flags_of_other_data_are_another_run(tmp_path: Path) -> None:
-    def folder(data: str) -> Path:
-        study = study_of(tmp_path, data=data)
+def test_equal_flags_of_other_data_or_donors_are_another_run(tmp_path: Path) -> None:
+    def folder(data: str, donors: str = "") -> Path:
+        study = study_of(tmp_path, data=data, donors=donors)
         return study.grid(study.ablation.arms[0])[0].folder
 
-    assert len({folder(""), folder("a"), folder("b")}) == 3 and folder("a") == folder("a")
+    assert len({folder(""), folder("a"), folder("b"), folder("", "a"), folder("", "b")}) == 5
+    assert folder("a") == folder("a") and folder("", "a") == folder("", "a")
+    assert folder("").name == "lr0.001_seed3_e2f057a2", "results of earlier versions stay"
 
 
 @pytest.mark.parametrize(("equal", "expected"), [
@@ -409,6 +413,8 @@ def test_what_training_says_of_an_arm(tmp_path: Path) -> None:
     write_data(tmp_path / "data", 20, 0)
     on_data = [each for each in common if each != "--mock-data"]
     asked["on data"] = {"processes": 2, "flags": [*on_data, *core, "--data-path", str(tmp_path / "data")]}
+    taught = ["--vocab-size", "257", "--distill-from", str(write_plain(tmp_path / "donor"))]
+    asked["taught"] = {"processes": 1, "flags": [*common, *core, *taught]}
     (facts,) = run_distributed(describe, 1, asked)
     shape = ModelShape(1, 32, 128, 4, 4, 8, 128, 16)
     for name, knobs in (("core", {"num_refinement_blocks": 2, "num_latent_refinements": 1}),
@@ -422,6 +428,7 @@ def test_what_training_says_of_an_arm(tmp_path: Path) -> None:
     assert layer == count_parameters(shape, plan).layers and facts["core"]["stacks"] == {"core": (layer, 4)}
     stacks = {"core": (2 * layer, 4), "coda": (layer, 1), "injection": (2 * 32 * 32, 4)}
     assert facts["core"]["data"] == "" != facts["on data"]["data"]
+    assert facts["core"]["donors"] == "" != facts["taught"]["donors"]
     assert facts["loops"]["stacks"] == stacks, "what phi counts"
     assert [facts[name]["passes"] for name in ("carried", "grown")] == [16, 6], "of what the held-out loss is of"
     assert facts["grown"]["stacks"] == {"core": (layer, 6)}

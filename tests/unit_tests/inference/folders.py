@@ -10,17 +10,17 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 POSITIONS = 48
 
 
-def write_tokenizer(folder: Path, template: str | None = None) -> Any:
+def write_tokenizer(folder: Path, template: str | None = None, eos: str = "<|end|>") -> Any:
     """Byte-level, 257 ids: 0 ends texts, 1 and up are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|end|>": 0, **{byte: 1 + number for number, byte in enumerate(alphabet)}}
+    vocabulary = {eos: 0, **{byte: 1 + number for number, byte in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, chat_template=template)
     fast.save_pretrained(folder)
     return fast
 

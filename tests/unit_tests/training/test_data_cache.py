@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_recursive.data.preparation import Preparation
 from tests.distributed import run_distributed
+from tests.unit_tests.inference.folders import write_tokenizer
 from tests.unit_tests.training.runs import FLAGS, RECURSION
 from tests.unit_tests.training.test_data_flags import DOCUMENT, EOD, parse
 
@@ -85,3 +89,41 @@ def test_what_an_ablation_knows_data_by(tmp_path: Path) -> None:
     (tmp_path / "data.idx.json").write_text(replace(made, source="another").to_json())
     found.append(said(**asked[0]))
     assert len({*found}) == len(found) == 16 and said(data_path=None, mock_data=True) == ""
+
+
+def test_what_an_ablation_knows_donors_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The iteration that is read, by its manifest or files; a model's weights and config; the stream's tokenizer."""
+    from megatron_recursive.training import donors
+
+    monkeypatch.setattr(donors, "opened", lambda path: argparse.Namespace(folder=Path(path)))
+
+    def said(**flags: Any) -> str:
+        unsaid = dict.fromkeys(("init_from_gpt", "distill_from", "data_stream"))
+        return donors.donors_of_run(argparse.Namespace(**(unsaid | flags)))
+
+    root, model = tmp_path / "gpt", tmp_path / "model"
+    for folder in (root / "iter_0000001", root / "iter_0000002", model):
+        folder.mkdir(parents=True)
+    tokens = {"data_stream": "texts", "tokenizer_model": str(tmp_path / "tok"),
+              "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_hf_no_include_special_tokens": False}  # fmt: skip
+    asked: list[dict[str, Any]] = [{"init_from_gpt": str(root)}, {"distill_from": str(model)},
+                                   {"distill_from": str(model / "model.gguf")}, tokens]  # fmt: skip
+    (model / "config.json").write_text("{}")
+    found = []
+    for iteration, date in ((1, 5), (2, 6), (2, 7)):
+        (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+        for file in (root / f"iter_000000{iteration}" / "0.distcp", model / "model.safetensors", model / "model.gguf"):
+            file.write_text("weights")
+            os.utime(file, (date, date))
+        (model / "sweep.json").write_text(str(date))  # measurements that lie among them are none of the model
+        write_tokenizer(tmp_path / "tok", eos=f"<|end{date}|>")
+        found += [said(**each) for each in asked]
+    manifest = root / "iter_0000002" / "integrity.json"
+    for content in ("a", "b"):
+        manifest.write_text(content)
+        found.append(said(**asked[0]))
+    os.utime(root / "iter_0000002" / "0.distcp", (8, 8))
+    assert said(**asked[0]) == found[-1], "a copy"
+    (model / "config.json").write_text('{"rope_theta": 1}')
+    found.append(said(**asked[1]))
+    assert len({*found}) == len(found) == 15 and said() == ""
