@@ -20,6 +20,7 @@ from megatron_recursive.figures import aligned
 # What the harness says of a wrong command line, with a ValueError or FileNotFoundError.
 _MISTAKES = ("Tasks not found", "No tasks specified", "Specify --output_path", "If --samples", "When `fewshot_as",
              "Config file not found", "Invalid YAML")  # fmt: skip
+_TOO_LONG = "Invalid configuration: requested max tokens"  # with an AssertionError
 
 
 def run(words: Sequence[str], depths: Sequence[int]) -> None:
@@ -41,6 +42,11 @@ def run(words: Sequence[str], depths: Sequence[int]) -> None:
         if not str(error).startswith(_MISTAKES):
             raise
         _refuse(str(error))
+    except AssertionError as error:
+        if not str(error).startswith(_TOO_LONG):
+            raise
+        sentence = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{sentence}; ask for fewer with --gen_kwargs max_gen_toks=N.") from error
 
 
 def _refuse(message: str) -> NoReturn:

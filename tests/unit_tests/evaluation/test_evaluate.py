@@ -142,6 +142,11 @@ def test_one_table_over_depths(
     with pytest.raises(SystemExit):
         main(["evaluate", "--model", "recursive", "--model_args", f"pretrained={folder}", "--tasks", "nope"])
     assert "error: Tasks not found: nope" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--model", str(folder), "--include_path", str(TASKS), "--tasks", "cpython_count",
+              "--limit", "1", "--gen_kwargs", "max_gen_toks=320"])  # fmt: skip
+    error = capsys.readouterr().err.splitlines()
+    assert any("(320)" in line and line.endswith("ask for fewer with --gen_kwargs max_gen_toks=N.") for line in error)
     words = ["--model", str(folder), "--model_args", "dtype=float32", "--limit", "5",
              "--batch_size", "3", "--include_path", str(TASKS), "--tasks", "cpython_cloze,cpython_choice"]  # fmt: skip
     main(["evaluate", *words, "--depths", "1,2", "--output", str(tmp_path / "out"),
@@ -158,6 +163,13 @@ def test_one_table_over_depths(
             assert record["results"][task][f"{metric},none"] == direct[task][f"{metric},none"]
             assert float(cells[column]) == pytest.approx(direct[task][f"{metric},none"], rel=1e-3, abs=5e-5)
     assert lines[-3].split() == "blocks a token 1.00 2.00".split() and "0.0%" in lines[-2]
+
+
+def test_answers_fit_a_model_of_128_positions() -> None:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    count, steps = (load_yaml(TASKS / f"{name}.yaml")["generation_kwargs"] for name in ("count", "steps"))
+    assert count["max_gen_toks"] < 100 and count == {**steps, "max_gen_toks": count["max_gen_toks"]}
 
 
 def test_the_prompt_of_gsm8k_has_eight_shots_in_steps() -> None:
