@@ -7,20 +7,22 @@
 #   MODEL=runs/hf CHAT=chats/train VALID=chats/valid SAVE=runs/chat bash examples/recursive_gpt/finetune_chat.sh --lr 1e-5
 #
 # CHAT (and VALID) are what prepare-chat reads: files or folders of ShareGPT, Alpaca, OpenAssistant or plain messages.
-# RECURSION are flags of convert import: by default the model stays as it is, without recursion.
+# RECURSION are flags of convert import: by default a plain model stays plain, and a recursive one keeps its recursion.
 set -euo pipefail
 MODEL=${MODEL:?is a Hugging Face model with a tokenizer: a folder, a .gguf file or a cached name}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CHAT=${CHAT:-$here/conversations.jsonl}
 SAVE=${SAVE:-runs/finetune_chat}
 LENGTH=${LENGTH:-512}
-read -ra recursion <<< "${RECURSION:---disable-recursive-refinement}"
+stays=--disable-recursive-refinement
+grep -qsE '"model_type": *"(recursive_gpt|ouro|nanbeige|huginn_raven|hrm_text)"' "$MODEL/config.json" && stays=
+read -ra recursion <<< "${RECURSION:-$stays}"
 recursive=$(cd "$here/../.." && pwd)/.venv/bin/megatron-recursive
 [ -x "$recursive" ] || recursive=megatron-recursive # installed elsewhere: by name
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=1
 
 mkdir -p "$SAVE"
-made="$MODEL ${recursion[*]}"
+made="$MODEL${recursion[*]:+ ${recursion[*]}}"
 if [ ! -e "$SAVE/start/latest_checkpointed_iteration.txt" ]; then
   echo "$made" > "$SAVE/start.txt"
   "$recursive" convert import --hf "$MODEL" --out "$SAVE/start" "${recursion[@]}"
@@ -33,6 +35,13 @@ prepare() {
     --seq-length "$LENGTH" --overflow split --show 1
 }
 prepare "$CHAT" train
+# A tokenizer without a chat template has got one, with tokens of its own: the model gets rows for them.
+rows=$(sed -n 's/^--vocab-size=//p' "$SAVE/start/megatron_args.txt")
+if [ "$(sed -n 's/^ "vocab_size": \([0-9]*\),/\1/p' "$SAVE/data/train.idx.json")" -gt "$rows" ]; then
+  rm -r "$SAVE/start"
+  "$recursive" convert import --hf "$MODEL" --out "$SAVE/start" --resize-vocab "$SAVE/data/train_tokenizer" \
+    "${recursion[@]}"
+fi
 held_out=(--split 80,20,0) # of the conversations, the last fifth
 if [ -n "${VALID:-}" ]; then
   prepare "$VALID" valid

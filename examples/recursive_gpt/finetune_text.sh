@@ -5,19 +5,21 @@
 #   MODEL=HuggingFaceTB/SmolLM2-135M TEXT=notes.jsonl bash examples/recursive_gpt/finetune_text.sh
 #
 # TEXT is what preprocess reads: .jsonl, Parquet or text files, or folders of them.
-# RECURSION are flags of convert import: by default the model stays as it is, without recursion.
+# RECURSION are flags of convert import: by default a plain model stays plain, and a recursive one keeps its recursion.
 set -euo pipefail
 MODEL=${MODEL:?is a Hugging Face model with a tokenizer: a folder, a .gguf file or a cached name}
 TEXT=${TEXT:?is a file or a folder of documents, as preprocess reads them}
 SAVE=${SAVE:-runs/finetune_text}
-read -ra recursion <<< "${RECURSION:---disable-recursive-refinement}"
+stays=--disable-recursive-refinement
+grep -qsE '"model_type": *"(recursive_gpt|ouro|nanbeige|huginn_raven|hrm_text)"' "$MODEL/config.json" && stays=
+read -ra recursion <<< "${RECURSION:-$stays}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recursive=$(cd "$here/../.." && pwd)/.venv/bin/megatron-recursive
 [ -x "$recursive" ] || recursive=megatron-recursive # installed elsewhere: by name
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=1
 
 mkdir -p "$SAVE"
-made="$MODEL ${recursion[*]}"
+made="$MODEL${recursion[*]:+ ${recursion[*]}}"
 if [ ! -e "$SAVE/start/latest_checkpointed_iteration.txt" ]; then
   echo "$made" > "$SAVE/start.txt"
   "$recursive" convert import --hf "$MODEL" --out "$SAVE/start" "${recursion[@]}"

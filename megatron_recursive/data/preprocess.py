@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def preprocess(
               "several documents, cut every 4 MiB at a line end", file=sys.stderr, flush=True)  # fmt: skip
     work = WorkFolder(Path(f"{prefix}.partial"))
     part_bytes = options.part_bytes or default_part_bytes(files)
-    store = store_chat_tokenizer if options.chat else store_tokenizer
+    store = partial(store_chat_tokenizer, target=f"{prefix}{TOKENIZER}") if options.chat else store_tokenizer
 
     def key(stored: StoredTokenizer) -> dict[str, Any]:
         return {**_key(files, stored, json_key, options), "part_bytes": part_bytes}

@@ -222,9 +222,17 @@ CHAT_TEMPLATE = (
 
 # Stands for megatron-recursive, which the scripts call by name where no .venv lies beside them.
 RECORDING = """#!/bin/sh
-echo "$1" >> "$SAVE.called"
-[ "$1" = convert ] && mkdir -p "$SAVE/start" && echo release > "$SAVE/start/latest_checkpointed_iteration.txt"
-exit 0
+echo "$*" >> "$CALLED"
+mkdir -p "$SAVE/start" "$SAVE/data"
+case "$*" in
+  convert*--resize-vocab*) rows=$IDS ;;
+  *) rows=10 ;;
+esac
+case "$1" in
+  convert) echo release > "$SAVE/start/latest_checkpointed_iteration.txt"
+    echo "--vocab-size=$rows" > "$SAVE/start/megatron_args.txt" ;;
+  prepare-chat) printf '{\\n "vocab_size": %s,\\n "vocabulary": ""\\n}' "$IDS" > "$SAVE/data/train.idx.json" ;;
+esac
 """
 
 
@@ -236,14 +244,15 @@ def test_fine_tuning_goes_on_from_the_model_that_it_began_with(name: str, tmp_pa
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).write_text(text)
         (tmp_path / place).chmod(0o755)
-    save, script = tmp_path / "run", tmp_path / "examples" / "recursive_gpt" / f"finetune_{name}.sh"
+    save, called = tmp_path / "run", tmp_path / "called"
+    script = tmp_path / "examples" / "recursive_gpt" / f"finetune_{name}.sh"
 
     def start(model: str, **more: str) -> tuple[int, str, list[str]]:
-        given = {"MODEL": model, "SAVE": str(save), "TEXT": "text.jsonl", **more}
-        (tmp_path / "run.called").write_text("")
+        given = {"MODEL": model, "SAVE": str(save), "TEXT": "text.jsonl", "CALLED": str(called), "IDS": "10", **more}
+        called.write_text("")
         environment = {**given, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         result = run_command(["bash", script], env=environment, timeout=60)
-        return result.returncode, result.stderr, (tmp_path / "run.called").read_text().split()
+        return result.returncode, result.stderr, [line.split()[0] for line in called.read_text().splitlines()]
 
     prepare = {"chat": "prepare-chat", "text": "preprocess"}[name]
     assert start("a") == (0, "", ["convert", prepare, "pretrain"])
@@ -255,6 +264,16 @@ def test_fine_tuning_goes_on_from_the_model_that_it_began_with(name: str, tmp_pa
         assert start(other, **looped) == (2, sentence, [])
     (save / "start.txt").unlink()  # as an earlier version left it
     assert start("b") == (0, "", [prepare, "pretrain"])
+
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.json").write_text(json.dumps({"model_type": "recursive_gpt"}, indent=2))
+    grown = {"SAVE": str(tmp_path / "grown"), "IDS": "17"}  # a chat template has brought seven tokens
+    again = ["convert"] * (name == "chat")
+    assert start(str(tmp_path / "c"), **grown) == (0, "", ["convert", prepare, *again, "pretrain"])
+    imports = [line for line in called.read_text().splitlines() if line.startswith("convert")]
+    assert not any(plain in line for line in imports), "its recursion is kept"
+    assert all(line.endswith(f"--resize-vocab {tmp_path}/grown/data/train_tokenizer") for line in imports[1:])
+    assert start(str(tmp_path / "c"), **grown) == (0, "", [prepare, "pretrain"])
 
 
 @pytest.mark.heavy

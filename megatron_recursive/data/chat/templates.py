@@ -13,6 +13,7 @@ from megatron_recursive.data.tokenizer import (
     StoredTokenizer,
     TokenizerChoice,
     id_range,
+    is_hub_name,
     load_tokenizer,
     name_class,
     open_tokenizer,
@@ -36,8 +37,10 @@ DEFAULT = (
 """For a tokenizer without a template: each turn between its two tokens, and ``<|sep|>`` between turns."""
 
 
-def store_chat_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokenizer:
+def store_chat_tokenizer(choice: TokenizerChoice, folder: Path, target: str = "PREFIX_tokenizer") -> StoredTokenizer:
     """Write the folder of the tokenizer that the user names into ``folder``; one without a template gets the default.
+
+    ``target`` is where the folder will lie in the end.
 
     Raises:
         UserError: there is no such tokenizer, or none that transformers loads as a fast one from a folder.
@@ -48,7 +51,7 @@ def store_chat_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokeniz
     rust.no_truncation()
     rust.no_padding()
     if tokenizer.chat_template is None:
-        _add_default(tokenizer)
+        _add_default(tokenizer, choice, target)
     given = Path(choice.path or "")
     for file in tokenizer_files(given) if choice.path and given.is_dir() else []:
         place = folder / FOLDER / file.relative_to(given)
@@ -69,7 +72,7 @@ def store_chat_tokenizer(choice: TokenizerChoice, folder: Path) -> StoredTokeniz
     return StoredTokenizer(file, stored.eos_token_id, known, identity, vocabulary_digest(vocabulary, known), name)
 
 
-def _add_default(tokenizer: Any) -> None:
+def _add_default(tokenizer: Any, choice: TokenizerChoice, target: str) -> None:
     from tokenizers import AddedToken
 
     before = id_range(tokenizer)
@@ -78,6 +81,8 @@ def _add_default(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ bos_token }}" * begins + DEFAULT
     added = id_range(tokenizer) - before
     if added:
-        grow = command("convert", "import", "--hf", "MODEL", "--out", "CKPT", "--resize-vocab", "PREFIX_tokenizer")
+        named = choice.path is not None and (is_hub_name(choice.path) or any(Path(choice.path).glob("*.safetensors")))
+        model = str(choice) if named else "MODEL"
+        grow = command("convert", "import", "--hf", model, "--out", "CKPT", "--resize-vocab", target)
         print(f"the tokenizer has no chat template: it gets the default one, and {added} tokens from id {before} on; "
               f"a model without rows for them is grown by\n  {grow}", file=sys.stderr)  # fmt: skip

@@ -121,7 +121,8 @@ def test_all_formats_of_a_folder_with_the_default_template(tok: Path, tmp_path: 
         "<|user|>Q<|enduser|><|sep|><|assistant|>best<|endassistant|><|sep|><|user|>more?<|enduser|><|sep|><|assistant|>"
         "yes<|endassistant|>", hello, hello, hello]  # fmt: skip
     assert texts(prefix, True)[:2] == ["Hello.<|endassistant|>So.<|endassistant|>", "3<|endassistant|>"]
-    assert "<|assistant|>[[Hello.<|endassistant|>]]<|sep|>" in said.out and "--resize-vocab" in said.err
+    assert "<|assistant|>[[Hello.<|endassistant|>]]<|sep|>" in said.out
+    assert f"--hf MODEL --out CKPT --resize-vocab {prefix}_tokenizer" in said.err
     counts = json.loads(said.out.splitlines()[-1])
     made = read_preparation(prefix)
     assert (made.kind, made.documents, made.vocab_size) == ("chat", 7, len(AutoTokenizer.from_pretrained(tok)) + 7)
