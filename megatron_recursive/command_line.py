@@ -61,10 +61,10 @@ def nearest_flag(word: str, known: Iterable[str], likeness: float = 0.7) -> str 
     return spelled[near[0]] if near else None
 
 
-def nearest_flag_sentence(unknown: str, known: Iterable[str]) -> str:
+def nearest_flag_sentence(unknown: str, known: Iterable[str], told_by: str = "--help") -> str:
     """What to say about a flag that no parser knows, given those that it does know."""
     near = nearest_flag(unknown, known)
-    rest = f"the nearest is {near} (--help lists all)" if near else "--help lists all"
+    rest = f"the nearest is {near} ({told_by} lists all)" if near else f"{told_by} lists all"
     return f"There is no flag {unknown.split('=', 1)[0]}; {rest}."
 
 

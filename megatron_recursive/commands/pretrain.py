@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [launcher options] TRAINING FLAGS"
     parser.description = (
         "Pretrain a recursive GPT. Every flag of Megatron's GPT pretraining applies; those of the recursion stand "
-        "below, and --help-all lists all of them. Without launcher options one process trains."
+        "below. --help-all lists all: Megatron's, and this package's own of norms, samples, optimizers, distillation, "
+        "conversations, streams, LoRA and runs. Without launcher options one process trains."
     )
     launcher = parser.add_argument_group("launcher, as torchrun has it")
     for flag, (pattern, text) in LAUNCHER_FLAGS.items():

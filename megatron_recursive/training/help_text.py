@@ -21,6 +21,7 @@ DESCRIPTION = (
     "Pretrain a recursive GPT. Megatron-Core's own flags follow those of recursive runs. @FILE stands for the flags in "
     "a file, one a line. A later flag wins."
 )
+_ALL = f"{PROGRAM} pretrain --help-all"  # --help of that command, unlike this program's, has the recursion's alone
 
 
 def describe(parser: argparse.ArgumentParser, upstream: Sequence[object]) -> argparse.ArgumentParser:
@@ -45,6 +46,6 @@ def _print_help(parser: argparse.ArgumentParser, file: object = None) -> None:
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     unknown = re.match(r"unrecognized arguments:.*? (--\S+)", message)
     if unknown is not None:
-        raise UserError(nearest_flag_sentence(unknown[1], parser._option_string_actions))
+        raise UserError(nearest_flag_sentence(unknown[1], parser._option_string_actions, _ALL))
     message = message.removeprefix("argument ")
-    raise UserError(f"{message[:1].upper()}{message[1:]} (--help lists every flag).")
+    raise UserError(f"{message[:1].upper()}{message[1:]} ({_ALL} lists every flag).")

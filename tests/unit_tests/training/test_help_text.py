@@ -49,6 +49,7 @@ def test_help_of_all_flags() -> None:
 def test_a_mistyped_training_flag_is_answered_with_the_nearest() -> None:
     flags = [*FLAGS, "--num-refinment-blocks", "3"]
     assert train(flags=flags) == (
-        "There is no flag --num-refinment-blocks; the nearest is --num-refinement-blocks (--help lists all)."
+        "There is no flag --num-refinment-blocks; the nearest is --num-refinement-blocks "
+        "(megatron-recursive pretrain --help-all lists all)."
     )
     assert "--num-layers" in str(train("--num-layer=3"))
