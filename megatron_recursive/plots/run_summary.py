@@ -84,7 +84,7 @@ def _one(f: dict[str, Any], about: dict[str, Any]) -> list[str]:
     of = max((v["of"] for v in f["training"].values()), default=0)
     if losses:
         lines.append(f"iterations {f['first iteration']} to {f['iteration']}: {', '.join(losses)} (the first logged "
-                     f"value, and the mean of the last {of} logged)")  # fmt: skip
+                     f"iteration, and the mean of {of} single iterations, the last logged)")  # fmt: skip
     if f["starts"] > 1:
         lines.append(f"started {f['starts']} times{' (resumed from its checkpoints)' if f['resumed'] else ''}")
     if f["steps"] is not None:

@@ -30,8 +30,7 @@ class Progress:
         self._paused = 0.0
         self._rows = self._first = self._last = 0
         self.reached = 0  # the last iteration trained, logged or not
-        self._first_loss: tuple[float, int] | None = None
-        self._last_loss: tuple[float, int] | None = None
+        self._losses: list[str] = []  # the means of the first logged interval and of the last
         self._tokens = self._read_before = self._read = 0
         self.alarms: dict[str, str] = {}  # the last of each kind
         self._held_out: tuple[int, dict[str, float]] | None = None
@@ -65,8 +64,8 @@ class Progress:
     def trained(self, record: dict[str, Any], means: dict[str, float], iterations: int, over: int) -> None:
         """A logged interval: ``record`` as in metrics.jsonl, ``means`` of its ``over`` iterations."""
         self._last, self._tokens = record["iteration"], record["tokens"]
-        self._first_loss = self._first_loss or (record["lm loss"], self._last)
-        self._last_loss = means["lm loss"], over
+        span = f"over iterations {self._last - over + 1} to {self._last}" if over > 1 else f"at iteration {self._last}"
+        self._losses = [*self._losses[:1], f"{means['lm loss']:.3f} {span}"]
         if console.style() != "compact":
             return
         if self._rows % ROWS_A_HEADER == 0:
@@ -109,10 +108,8 @@ class Progress:
             end = "done" if self._last >= args.train_iters else "stopped"
             lines = [f"{end}: iterations {self._first} to {self._last} of {args.train_iters}, {count(tokens)} tokens "
                      f"in {duration(spent)}, evaluations and saves included"]  # fmt: skip
-        if self._first_loss is not None and self._last_loss is not None:
-            (first, iteration), (loss, over) = self._first_loss, self._last_loss
-            what = f"mean of the last {over} iterations" if over > 1 else "the last iteration"
-            lines.append(f"  lm loss      {first:.3f} at iteration {iteration}, {loss:.3f} at the end ({what})")
+        if self._losses:
+            lines.append(f"  lm loss      {', '.join(self._losses)}")
         if self._held_out is not None:
             iteration, metrics = self._held_out
             blocks = ", ".join(f"{b}: {v:.3f}" for b, v in blocks_of(metrics).items())

@@ -22,7 +22,8 @@ def test_what_a_stranger_wants_to_know_is_there(tmp_path):
     text = text.replace("\n  ", " ")
     assert "2 layers of width 8, 3 blocks, 9 passes; parameters held 1,234, unrolled 9,876" in text
     assert "spent: 256 tokens, 2.56e08 FLOPs, 1h02m" in text
-    assert "iterations 1 to 4: lm loss 8.000 -> 6.500" in text and "the mean of the last 4 logged" in text
+    assert "iterations 1 to 4: lm loss 8.000 -> 6.500" in text
+    assert "the mean of 4 single iterations, the last logged" in text
     assert "after each refinement block: 1: 7.250, 2: 6.500, 3: 6.500" in text
     assert "training lm loss after each refinement block: 1: 7.500, 3: 6.250" in text
     assert "block 2 adds 0.750, block 3 adds 0.000 nats: all after block 2 adds nothing" in text

@@ -136,6 +136,10 @@ def test_a_pipe_gets_megatrons_lines_and_the_log_the_rest(tmp_path: Path) -> Non
         " validation loss at iteration 6 on test set",
     ]  # fmt: skip
     assert last[-1].startswith("      ") and any(line.startswith("done: iterations 1 to 6 of 6") for line in last)
+    (closing,) = (line.split() for line in last if line.startswith("  lm loss  "))
+    assert closing[3:8] + closing[9:] == "over iterations 1 to 2, over iterations 5 to 6".split()
+    _, start, _, end = (float(line.split("| lm loss: ")[1].split()[0]) for line in logged)
+    assert [float(closing[2]), float(closing[8])] == pytest.approx([start, end], abs=6e-4)
     assert len(first) + len(last) < 50
     log = (tmp_path / "logs" / "rank-0.log").read_text()
     assert "end of arguments" in log and "recursion plan: core" in log
