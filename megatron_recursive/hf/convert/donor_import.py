@@ -143,7 +143,7 @@ def import_model(hf: str, out: str, options: ImportOptions, say: Callable[[str],
         report.facts["bytes_read"] = source.bytes_read() + checkpoint.bytes_read
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
         write_manifest(folder / RELEASE, {DATA_FILE: job.sha256})
-    say(report.describe())
+    say(report.describe(str(target / REPORT_FILE)))
     if options.proof_dtype is None:
         notes.append("the proof was skipped (--no-proof); nothing shows that the model computes what its donor does.")
     if "loss" in report.facts:

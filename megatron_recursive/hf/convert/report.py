@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,13 +43,22 @@ class Report:
         tensors = [{"tensor": k, "status": status, "note": note} for k, (status, note) in sorted(self.lines.items())]
         return json.dumps({"summary": self.summary(), "tensors": tensors}, indent=1) + "\n"
 
-    def describe(self) -> str:
-        """The counts, and each dropped or new tensor by name (a few of many)."""
-        counts = self.counts()
-        lines = [", ".join(f"{count} {status}" for status, count in counts.items() if count) or "no tensors"]
+    def describe(self, file: str = "") -> str:
+        """The counts of :meth:`summary`, and dropped and new tensors by name: a few, and where all are."""
+        counts, total = self.counts(), self.summary()["copied"]
+        parts = ", ".join(f"{counts[status]} of them {status}" for status in ("merged", "split") if counts[status])
+        said = [f"{total} copied{f' ({parts})' if parts else ''}"] if total else []
+        said += [f"{counts[status]} {status}" for status in ("dropped", "new") if counts[status]]
+        lines = [", ".join(said) or "no tensors"]
         for status in ("dropped", "new"):
             named = [(name, note) for name, (found, note) in self.lines.items() if found == status]
-            lines += [f"  {status}: {name} ({note})" for name, note in named[:6]]
-            if len(named) > 6:
-                lines.append(f"  {status}: {len(named) - 6} more, listed in the report file")
+            lines += few(status, [f"{name} ({note})" for name, note in named], file)
         return "\n".join(lines)
+
+
+def few(status: str, names: Sequence[str], file: str = "") -> list[str]:
+    """A line each, and one that counts the rest of many."""
+    lines = [f"  {status}: {name}" for name in names[:6]]
+    if len(names) > 6:
+        lines.append(f"  {status}: {len(names) - 6} more{f', listed in {file}' if file else ''}")
+    return lines

@@ -17,7 +17,7 @@ from megatron_recursive.hf.convert.architecture import Architecture
 from megatron_recursive.hf.convert.donor_import import EMBEDDING, TOKENIZER, checkpoint_fetch
 from megatron_recursive.hf.convert.export import open_checkpoint
 from megatron_recursive.hf.convert.mappings import Item, items
-from megatron_recursive.hf.convert.report import Report
+from megatron_recursive.hf.convert.report import Report, few
 from megatron_recursive.hf.convert.safetensors_files import DTYPES
 from megatron_recursive.hf.convert.sources import open_source
 from megatron_recursive.hf.convert.tokenizer_files import tokenizer_of
@@ -87,8 +87,8 @@ def verify(
         say(f"{count} tensors are {_said(mine_dtype)} in {a} and {_said(other_dtype)} in {b}; they are compared at "
             f"{_said(_coarser(mine_dtype, other_dtype))}")  # fmt: skip
     say(report.describe() if report.lines or not different else f"no tensor is equal, {len(different)} differ")
-    for key in different[:6]:
-        say(f"  different: {key}")
+    for line in few("different", different):
+        say(line)
     if not report.facts["same_plan"]:
         say("  the recursion plans differ")
     return report

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.report import Report, few
 from tests.distributed import run_command, run_distributed
 from tests.grids import grid
 from tests.unit_tests.hf.donors import DONORS, LAYERS, VOCAB, make_donor, save_donor, tokens
@@ -197,6 +198,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: torch.device("meta")
 from megatron_recursive.commands import main
 from megatron_recursive.errors import UserError
+from megatron_recursive.hf.convert.report import Report, few
 from megatron_recursive.hf.convert.proof import megatron_logits
 try:
     megatron_logits(None, None, None, None, None)
@@ -345,6 +347,17 @@ def test_an_imported_checkpoint_with_a_flipped_bit_is_not_used(tmp_path: Path) -
     (said,) = run_distributed(_with_a_flipped_bit, 1, donor, tmp_path / "ckpt", timeout=200)
     assert all("release/__0_0.distcp is damaged" in each and "no other good checkpoint" in each for each in said), said
     assert not (tmp_path / "ckpt" / "hf").exists()
+
+
+def test_words_count_as_the_json_does_and_tell_how_many_are_not_named() -> None:
+    report = Report()
+    for status, count in (("copied", 12), ("split", 4), ("new", 8)):
+        for number in range(count):
+            report.add(status, f"{status}{number}", "why")
+    first, *_, last = report.describe().splitlines()
+    assert (first, last) == ("16 copied (4 of them split), 8 new", "  new: 2 more") and report.summary()["copied"] == 16
+    assert report.describe("DIR/conversion.json").endswith("\n  new: 2 more, listed in DIR/conversion.json")
+    assert few("different", list("abcdefg"))[5:] == ["  different: f", "  different: 1 more"]
 
 
 def _compare_changed(donor: Path, ckpt: Path, folder: Path) -> tuple[Any, ...]:
