@@ -33,14 +33,15 @@ def tell_start(run: argparse.Namespace, chunks: list[Any], optimizer: Any) -> No
             tell_equal_rows(model.embedding.word_embeddings, torch.cat(first).unique())
         if model is None or model.plan.is_plain:
             return
-        turns, cosine = _measure(model, run)
+        turns, cosine, tokens = _measure(model, run)
     if run.rank != 0:
         return
     some = turns if len(turns) <= SHOWN else [*turns[: SHOWN - 2], None, turns[-1]]
     shown = " ".join("..." if value is None else f"{value:.2f}" for value in some)
+    when = f"after iteration {run.iteration}" if run.iteration else "at the start"
     console.say(
-        f"at the start passes turn what they read by {shown} (0: copies, 1.41: a right angle); token cosine after the "
-        f"last {cosine:.2f}"
+        f"{when} passes turn what they read by {shown} (0: copies, 1.41: a right angle);\n"
+        f"  token cosine after the last {cosine:.2f}, on {tokens} random tokens"
     )
     if run.iteration or run.finetune or run.init_from_gpt is not None:
         return
@@ -70,7 +71,8 @@ def tell_equal_rows(table: Any, ids_N: torch.Tensor) -> None:
         )
 
 
-def _measure(model: Any, run: argparse.Namespace) -> tuple[list[float], float]:
+def _measure(model: Any, run: argparse.Namespace) -> tuple[list[float], float, int]:
+    """How far each pass turns what it reads, the token cosine after the last, and on how many tokens."""
     device = next(model.parameters()).device
     length = min(run.seq_length, TOKENS)
     length -= length % run.tensor_model_parallel_size
@@ -84,4 +86,4 @@ def _measure(model: Any, run: argparse.Namespace) -> tuple[list[float], float]:
 
     output_SBH = stagewise.run_passes(model, ids, torch.arange(length, device=device)[None], watch)
     cosine = token_cosine(output_SBH, torch.ones_like(output_SBH[..., 0], dtype=torch.float), group)
-    return [float(total / count) for total, count in turns], float(cosine[0] / cosine[1])
+    return [float(total / count) for total, count in turns], float(cosine[0] / cosine[1]), length

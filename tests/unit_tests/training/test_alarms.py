@@ -81,6 +81,7 @@ def test_a_start_says_whether_passes_are_copies(flags: list[str], copies: bool, 
     stages = ["--pipeline-model-parallel-size", "2", "--log-style", "compact"]
     (first, _), _ = run_distributed(shown_in_worker, 2, [*FLAGS, *RECURSION, *WIDE, *stages, *flags], timeout=120)
     (measured,) = (line for line in first.splitlines() if line.startswith("at the start passes turn"))
+    assert ", on 16 random tokens\n" in first
     turns = [float(word) for word in measured.split(" by ")[1].split(" (")[0].split()]
     assert len(turns) == 4 and (max(turns) < 0.1) == copies and (min(turns) > 0.1) != copies
     assert ("WARNING: all passes are near the identity" in first) == copies
@@ -89,3 +90,4 @@ def test_a_start_says_whether_passes_are_copies(flags: list[str], copies: bool, 
                  "--override-opt_param-scheduler"]
         ((resumed, _),) = run_distributed(shown_in_worker, 1, again, timeout=120)
         assert "iterations 2 to 2" in resumed and "WARNING" not in resumed
+        assert "after iteration 1 passes turn" in resumed and "at the start" not in resumed
