@@ -492,7 +492,8 @@ class RecursionPlan:
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
             step = (MOVES[p.move][1] if p.move in MOVES else "{:.3g}").format(p.step)
             reads = MAPS[p.combine][0].format(*p.reads) if p.combine in MAPS else " + ".join(p.reads)
-            rows.append((span, str(p.block + 1), *[p.stack] * has_stacks, p.target, *[step] * has_steps,
+            stack = "-" if dict(self.stacks)[p.stack] == 0 else p.stack
+            rows.append((span, str(p.block + 1), *[stack] * has_stacks, p.target, *[step] * has_steps,
                          reads, "yes" if p.grad else "no", *weights))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

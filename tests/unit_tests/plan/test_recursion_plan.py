@@ -193,6 +193,8 @@ def test_a_recurrent_plan_reads_as_its_formula() -> None:
     assert plan.layers_by_pass([5, 4]) == [(2, 0), (3, 3), (3, 3), (3, 3), (0, 1)]
     assert plan.unrolled_layers(9) == 2 + 3 * 6 + 1
     assert "prelude" in plan.describe() and "step" not in plan.describe()
+    bare = family("recurrent", **{**RECURRENT, "num_coda_layers": 0}, recurrence_step="mean")
+    assert bare.passes[-1].stack == "coda" and "coda" not in bare.describe()  # it has no layers
     mean = family("recurrent", **RECURRENT, recurrence_step="mean")
     assert [p.step for p in mean.passes] == [1, 1 / 3, 1 / 3, 1 / 3, 1] and "0.333" in mean.describe()
 
