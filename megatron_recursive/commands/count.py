@@ -12,6 +12,7 @@ from megatron_recursive import accounting
 from megatron_recursive.accounting import ModelShape, mean_flops_per_token
 from megatron_recursive.command_line import example
 from megatron_recursive.commands import asked, shared
+from megatron_recursive.errors import UserError
 from megatron_recursive.figures import aligned
 from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.plan.added_parameters import added_parameters
@@ -57,6 +58,7 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
     shape = replace(shape, vocab_size=model.rows)
     cache = accounting.cache_bytes_per_token(shape, served, 4 if model.dtype == "float32" else 2)
     job = asked.job_of(args, arch, steps.deepest, memory=0.0, flops=1.0, pads_vocabulary=args.model is None)
+    _refuse_unequal(args, shape)
     found = layout_of(job, args.tp, args.pp)
     return {
         "format": "megatron-recursive count", "version": VERSION,
@@ -76,6 +78,30 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
             "bytes_by_stage": [each.parts for each in found.stages],
         },
     }  # fmt: skip
+
+
+def _refuse_unequal(args: argparse.Namespace, shape: ModelShape) -> None:
+    """Name what a layout divides unevenly."""
+    data, ragged = divmod(args.gpus, args.tp * args.pp)
+    if ragged:
+        raise UserError(f"--gpus {args.gpus} is no multiple of --tp {args.tp} x --pp {args.pp}; change one of them.")
+    rows = 0 if args.model is None else shape.vocab_size  # those of flags are padded to fit
+    for flag, ranks, parts in (
+        ("tp", args.tp, {"attention heads": shape.num_attention_heads, "query groups": shape.num_query_groups,
+                         "columns of --ffn-hidden-size": shape.ffn_hidden_size, "tokens of --seq-length":
+                         shape.seq_length, "rows of the vocabulary": rows}),
+        ("pp", args.pp, {"layers": shape.num_layers}),
+    ):  # fmt: skip
+        for what, number in parts.items():
+            if number % ranks:
+                raise UserError(f"--{flag} {ranks} does not divide the {number:,} {what} equally; change it.")
+    batches, ragged = divmod(args.global_batch_size, data * args.micro_batch_size)
+    if ragged or batches < args.pp:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size} must be a multiple of {data * args.micro_batch_size} "
+            f"(--micro-batch-size on {data} data-parallel rank{'s' * (data > 1)}), with a micro-batch for each of the "
+            f"{args.pp} stages; change it."
+        )
 
 
 def parameters_of(shape: ModelShape, plan: RecursionPlan) -> dict[str, dict[str, int]]:

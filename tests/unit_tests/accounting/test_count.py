@@ -126,13 +126,19 @@ def test_a_published_recurrent_folder_is_counted(tmp_path: Path) -> None:
     assert (model["family"], model["passes"], model["dtype"]) == ("recurrent", 6, "bfloat16")
 
 
+THREE = "--num-layers 3 --hidden-size 60 --num-attention-heads 6".split()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--num-layers", "4"], "--hidden-size and --num-attention-heads missing"),
         (["--model", "x", "--num-layers", "2"], "--num-layers is decided by the model of --model"),
         (["--model", "./no/such"], "./no/such does not exist"),
-        ("--num-layers 3 --hidden-size 60 --num-attention-heads 6 --pp 2".split(), "--tp 1 and --pp 2 on 2 GPUs"),
+        ([*THREE, "--pp", "2"], "--pp 2 does not divide the 3 layers equally"),
+        ([*THREE, "--tp", "4"], "--tp 4 does not divide the 6 attention heads equally"),
+        ([*THREE, "--pp", "3", "--gpus", "4"], "--gpus 4 is no multiple of --tp 1 x --pp 3"),
+        ([*THREE, "--pp", "3", "--global-batch-size", "2"], "--global-batch-size 2 must be a multiple of 1 (--micro"),
         (["--tp", "0"], "--tp must be positive"),
     ],
 )
