@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from megatron_recursive.figures import NOTHING, count, perplexity
+from megatron_recursive.plan import RecursionPlan
 from megatron_recursive.report.subjects import Subject
 
 LITTLE = 0.01  # nats that leaving early may cost
@@ -54,7 +55,8 @@ def _use(subject: Subject, first: Any, own: Any) -> Answer:
     health, rises, figures = subject.found.get("health", {}), dict[str, tuple[float, Any]](), subject.figures
     if first:
         rises[f"Stopping at depth {first['depth']}, not {own['depth']},"] = first["loss"] - own["loss"], first
-    for each in health.get("reset", ())[:1]:
+    is_same = first is not None and first["depth"] == 1 and subject.plan is not None and _starts_over(subject.plan)
+    for each in () if is_same else health.get("reset", ())[:1]:
         rises["Resetting the state before the last step"] = each["loss"] - health["loss"], each
     known = [rise for rise, each in rises.values() if not _is_noise(rise, each)]
     least, (said, tone) = min(known, default=math.inf), (_unknown(subject), "open")
@@ -69,6 +71,14 @@ def _use(subject: Subject, first: Any, own: Any) -> Answer:
     rule = f"Yes: each raises the loss by at least {NOTHING} nats, the threshold of the training's alarm. It does "
     rule += f"harm: one lowers it by as much. No: otherwise. {NOISE_RULE}"
     return Answer("Is the recursion used?", said, tone, lines, rule if rises else "")
+
+
+def _starts_over(plan: RecursionPlan) -> bool:
+    """Whether the last step from a state that was reset is all that a model of depth 1 does."""
+    last = plan.passes[plan.parts[-1].start :]
+    alone = plan.with_blocks(1).passes[-len(last) :]
+    words = ("stack", "target", "reads", "combine", "step", "move")
+    return all(getattr(a, word) == getattr(b, word) for a, b in zip(last, alone, strict=True) for word in words)
 
 
 def _error(measured: Any) -> str:

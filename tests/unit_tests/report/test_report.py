@@ -85,6 +85,8 @@ def test_what_stands_under_the_answers() -> None:
     use, gain, cost = said(**found, count=COUNT, figures={"alarms": alarms, "iteration": 9})
     assert "Stopping at depth 1, not 2, raises the loss by 0.100 nats a token." in use[2]
     assert "Resetting the state before the last step raises the loss by 0.050" in use[2]
+    core = RecursionPlan.from_json(start(blocks=2)["plan"])  # whose last block, reset, is a model of one
+    assert "Resetting" not in said(**found, plan=core, figures={})[0][2]
     assert use[2].endswith("an alarm at iteration 7 of 9.")
     assert "perplexity 20.09 to 18.17." in gain[2] and "right: 10.0% to 20.0%" in gain[2]
     assert "Deeper than trained does not help: 2.950 at depth 3." in gain[2]
