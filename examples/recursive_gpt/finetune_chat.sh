@@ -7,7 +7,8 @@
 #   MODEL=runs/hf CHAT=chats/train VALID=chats/valid SAVE=runs/chat bash examples/recursive_gpt/finetune_chat.sh --lr 1e-5
 #
 # CHAT (and VALID) are what prepare-chat reads: files or folders of ShareGPT, Alpaca, OpenAssistant or plain messages.
-# RECURSION are flags of convert import: by default a plain model stays plain, and a recursive one keeps its recursion.
+# RECURSION are flags of convert import: by default a plain model stays plain, and a recursive folder keeps its recursion
+# (a recursive model by its cached name does with RECURSION=" ").
 set -euo pipefail
 MODEL=${MODEL:?is a Hugging Face model with a tokenizer: a folder, a .gguf file or a cached name}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -5,7 +5,8 @@
 #   MODEL=HuggingFaceTB/SmolLM2-135M TEXT=notes.jsonl bash examples/recursive_gpt/finetune_text.sh
 #
 # TEXT is what preprocess reads: .jsonl, Parquet or text files, or folders of them.
-# RECURSION are flags of convert import: by default a plain model stays plain, and a recursive one keeps its recursion.
+# RECURSION are flags of convert import: by default a plain model stays plain, and a recursive folder keeps its recursion
+# (a recursive model by its cached name does with RECURSION=" ").
 set -euo pipefail
 MODEL=${MODEL:?is a Hugging Face model with a tokenizer: a folder, a .gguf file or a cached name}
 TEXT=${TEXT:?is a file or a folder of documents, as preprocess reads them}

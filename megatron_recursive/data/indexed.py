@@ -83,7 +83,8 @@ def held_out_rows(
     numpy.random.RandomState(seed).shuffle(order)
     kept, left = list[Any](), min(samples, (tokens - 1) // length) * length + 1
     if left <= 1:
-        raise UserError(f"{prefix} has {tokens} tokens, fewer than one sample of --seq-length {length}; lower it.")
+        what = prefix if len(documents) == len(ends) else f"what was held out of {prefix}"
+        raise UserError(f"{what} has {tokens} tokens, fewer than one sample of --seq-length {length}; lower it.")
     for each in order:
         kept.append(ids[(ends[each - 1] if each else 0) : ends[each]][:left])
         left -= len(kept[-1])

@@ -77,7 +77,8 @@ class TokenHead(AddedModule):
 
 
 class Adapter(AddedModule):
-    """``W [state; input]``, of tokens [S, B, H]. As it starts, it gives the state."""
+    """``W [state; input]``, of tokens [S, B, H]. As it starts, it gives the state where that starts at the input, or
+    else the input."""
 
     weight: Tensor
 

@@ -109,7 +109,10 @@ def _records(file: Path) -> list[tuple[str, str | None, Any]]:
     kind = kind_of(record)
     if kind is not None:
         return [(kind, each["model"], each | {"text": record["text"]}) for each in record.get("models", [record])]
+    model = None
     if isinstance(record, dict) and "results" in record and isinstance(record.get("config"), dict):  # of lm-eval
+        given = record["config"].get("model_args")
+        model = given.get("pretrained") if isinstance(given, dict) else None
         record = [{"depth": "own", "results": record["results"]}]
     is_scores = isinstance(record, list) and all(isinstance(each, dict) and "results" in each for each in record)
-    return [("scores", None, record)] if is_scores and record else []
+    return [("scores", model, record)] if is_scores and record else []

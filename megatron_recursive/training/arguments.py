@@ -86,6 +86,11 @@ def parse_arguments() -> tuple[argparse.Namespace, RecursionConfig]:
     settle_chat(args)
     if args.answer_tokens is not None:
         args.calculate_per_token_loss = True  # micro-batches may have different numbers of answers
+    if args.calculate_per_token_loss and args.ddp_average_in_collective:
+        said = next((flag_of(name) for name in ("chat_data", "answer_tokens") if getattr(args, name) is not None),
+                    "--calculate-per-token-loss")  # fmt: skip
+        raise UserError(f"--ddp-average-in-collective does not go with {said}, which divides by the batch's tokens; "
+                        "leave it out.")  # fmt: skip
     refusals.refuse_schedule(args)
     refuse_supervision(args)
     refuse_schedule_values(args)

@@ -36,16 +36,11 @@ def checkpoint_to_read(args: argparse.Namespace) -> tuple[Path | None, bool]:
 
 def refuse_missing(args: argparse.Namespace, folder: Path | None) -> None:
     """Refuse to start from random weights where --load names others; a first start may name its own --save."""
-    if folder is None and args.load is not None and (args.finetune or not _loads_own(args)):
-        flag = "--finetune" if _loads_own(args) else "--load"
+    own = args.save is not None and args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
+    if folder is None and args.load is not None and (args.finetune or not own):
+        flag = "--finetune" if own else "--load"
         raise UserError(f"--load {args.load} holds no checkpoint ({TRACKER} is missing); name one, or leave {flag} out "
                         "to start from random weights.")  # fmt: skip
-
-
-def _loads_own(args: argparse.Namespace) -> bool:
-    own = None if args.save is None else Path(args.save).resolve()
-    return own is not None and args.load is not None and Path(args.load).resolve() in (
-        own, own / BEST, own / NON_PERSISTENT)  # fmt: skip
 
 
 def refuse_overwriting(args: argparse.Namespace, folder: Path | None, *, from_plain_gpt: bool) -> None:
@@ -55,7 +50,9 @@ def refuse_overwriting(args: argparse.Namespace, folder: Path | None, *, from_pl
     """
     if args.save is None or args.skip_train or args.distill_prepare is not None:
         return
-    if not args.finetune and _loads_own(args):
+    own = Path(args.save).resolve()
+    roots = (own, own / BEST, own / NON_PERSISTENT)
+    if args.load is not None and not args.finetune and Path(args.load).resolve() in roots:
         return
     start = 0
     if folder is not None and not from_plain_gpt and not args.finetune:

@@ -45,8 +45,8 @@ def check_checkpoint(
         return common
     trained = 0 if run.finetune else common.get("iteration") or 0
     if not run.finetune:  # which Megatron saves with the arguments
-        run.samples_before = saved.get("consumed_train_samples", 0)
-        run.tokens_before = tokens_read(argparse.Namespace(**{"consumed_train_samples": 0, **saved}))
+        run.samples_before = saved.get("consumed_train_samples") or 0  # an import has none, nor a length
+        run.tokens_before = tokens_read(common["args"]) if run.samples_before else 0
     notes = check_recursion(folder, saved, growth.config_after(trained), run.override_recursion_depth)
     if saved.get("ema_decay") is not None and (run.ema_decay is None or run.no_load_optim):
         how = "drops" if run.ema_decay is None else "begins anew, as --no-load-optim asks"
@@ -116,7 +116,7 @@ def reason_of(error: BaseException) -> str:
 
 def changed_data(saved: dict[str, Any], run: argparse.Namespace) -> list[str]:
     """Notes on flags under which a run does not go on in its data where the checkpoint ended."""
-    if run.finetune:
+    if run.finetune or not saved.get("consumed_train_samples"):
         return []
     notes = []
     for name, default, makes in (

@@ -86,10 +86,17 @@ def check_adapters(folder: Path, saved: Mapping[str, Any], run: argparse.Namespa
 
 
 def refuse_blind_adapter(models: Sequence[Any], folder: Path) -> None:
-    """--injection concat behind a start that is no input reads no state before it is trained, and LoRA freezes it."""
+    """LoRA freezes the map of --injection concat, which behind a start that is no input reads no state before it is
+    trained; imports of 0.1 read no input."""
     for model in models:
         adapter = getattr(model, "adapter", None)
-        if adapter is not None and model.config.lora and not adapter.weight[:, : model.config.hidden_size].any():
+        if adapter is None or not model.config.lora or model.plan.starts_at_input:
+            continue
+        state, given = (half.any() for half in adapter.weight.chunk(2, dim=1))
+        if not given:
+            raise UserError(f"--lora-rank freezes the map of --injection concat, and that of {folder} reads no token; "
+                            "import the donor anew, and train it first, without LoRA.")  # fmt: skip
+        if not state:
             raise UserError(f"--lora-rank freezes the map of --injection concat, and that of {folder} reads no state "
                             "yet, so that all recurrences would be one; train it first, without LoRA.")  # fmt: skip
 

@@ -144,6 +144,7 @@ def write_settings(folder: Path, ids: Mapping[str, Any], without: Collection[str
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name in ("_from_model_config", *without):
         values.pop(name, None)
-    values.update({name: value for name, value in ids.items() if value is not None})
-    if values:
+    values.update(ids)
+    values = {name: value for name, value in values.items() if value is not None or name not in ids}  # none, or not one
+    if values or file.is_file():
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -14,11 +14,20 @@ if TYPE_CHECKING:
     from .configuration_recursive_gpt import RecursiveGPTConfig
 
 
-def check_filled(cache: Cache | None, layers: int) -> None:
-    """Refuse transformers' own cache where earlier tokens went through fewer than these of its layers."""
-    if not isinstance(cache, DynamicCache) or torch.compiler.is_compiling():
+def check_filled(cache: Cache | None, layers: int, *, whole: bool = False) -> None:
+    """Refuse a cache in which earlier tokens went through other layers than these: fewer, of transformers' own.
+
+    ``whole``: more are others too, since what stands behind a core lies elsewhere at another depth.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if whole and isinstance(cache, RecursiveCache) and cache.length and cache.layers_per_block != layers:
+        raise ValueError("This cache was filled at another depth; start with a new one.")
+    if not isinstance(cache, DynamicCache):
         return
     first, last = cache.get_seq_length(), cache.get_seq_length(layers - 1)
+    if whole and first and (last < first or cache.get_seq_length(layers)):
+        raise ValueError("This cache was filled at another depth; start with a new one.")
     if last < first:
         raise ValueError(
             f"This cache was filled at a smaller depth: {last} of its {first} tokens are in the last layer; start with "

@@ -263,7 +263,8 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         }
         states, blocks = self.initial_states(embedding, position_ids), None
         if exit_rule is None:
-            check_filled(past_key_values, self.config.num_hidden_layers)
+            whole = self.config.recursion_plan.has_inner_depth
+            check_filled(past_key_values, self.config.num_hidden_layers, whole=whole)
             kept = (walk or self._run_plan)(states, output_block_states, {"position_ids": position_ids, **shared})
         else:
             kept, blocks = run_with_exits(self, states, attention_mask, exit_rule, output_block_states, shared)

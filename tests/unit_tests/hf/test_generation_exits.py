@@ -388,6 +388,23 @@ def test_a_cache_of_a_smaller_depth_is_refused(options: dict[str, Any]) -> None:
             model(tokens[:, :1], past_key_values=cache, **options)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("depths", [(2, 4), (4, 2), (4, 4)])
+def test_a_cache_of_another_depth_of_a_core_is_refused(depths: tuple[int, int]) -> None:
+    recurrent = {"recursion_family": "recurrent", "num_recurrences": 4, "num_prelude_layers": 1, "num_coda_layers": 1}
+    model, tokens, (filled, read) = make_model(recursion=recurrent, num_layers=3), make_tokens(1, 8), depths
+    for kind in (DynamicCache, RecursiveCache):
+        model.set_num_refinement_blocks(filled)
+        cache = kind(config=model.config)
+        model(tokens, past_key_values=cache)
+        model.set_num_refinement_blocks(read)
+        if filled == read:
+            model(tokens[:, :1], past_key_values=cache)
+            continue
+        with pytest.raises(ValueError, match="filled at another depth; start with a new one"):
+            model(tokens[:, :1], past_key_values=cache)
+
+
 def test_training_with_an_exit_is_refused() -> None:
     with pytest.raises(ValueError, match="An exit is for inference"):
         make_deep().train()(make_tokens(1, 4), exit="halting")

@@ -109,11 +109,14 @@ def test_ids_and_templates_stay_the_donors(kind: str, given_class: str, knobs: d
     assert {"tekken.json", "tokenizer.model.v3"} < beside and not beside & {"tokenization_own.py", "weights.bin"}
 
 
-def test_ids_beyond_the_vocabulary_stay_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("says", ["nothing", "a settings file"])
+def test_ids_beyond_the_vocabulary_stay_out(says: str, tmp_path: Path) -> None:
     """The tokenizer has a padding token that the donor's embedding has no row for; its config.json says -1."""
     donor = save_donor("olmo2", tmp_path / "donor", vocab_size=263, eos_token_id=[0, 263], pad_token_id=None)
     _write_tokenizer(donor, "PreTrainedTokenizerFast")
     (donor / "generation_config.json").unlink()
+    if says == "a settings file":
+        (donor / "generation_config.json").write_text('{"pad_token_id": 263, "eos_token_id": [0, 263], "top_k": 7}')
     _change(donor / "config.json", pad_token_id=-1)
     assert _seen(donor)[-1] == 263
     run_distributed(_there_and_back, 1, donor, tmp_path, timeout=200, enable_recursive_refinement=False)

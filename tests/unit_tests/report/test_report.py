@@ -123,11 +123,13 @@ def test_records_are_told_of_the_model_that_they_measured(tmp_path: Path, monkey
     (tmp_path / "b" / "config_of_something.json").write_text('{"format": 3}')
     scores = {"results": {"t": {"acc,none": 0.5}}, "config": {"model": "hf"}}
     save(tmp_path / "a" / "scores" / "m" / "results_1.json", "evaluate", scores)
+    of_best = {"results": {"t": {"acc,none": 0.9}}, "config": {"model": "hf", "model_args": {"pretrained": "a/best"}}}
+    save(tmp_path / "a" / "best" / "eval" / "results_2.json", "evaluate", of_best, at=1001)
     (a, b), _ = find_subjects(["a", "b/checkpoints"])
     assert a.model == "a/checkpoints" and b.model == "b/checkpoints" and b.name == "b"
     assert a.found["sweep"]["depths"][1]["loss"] == 2.5 and b.found["sweep"]["depths"][1]["loss"] == 2.0
     assert a.found["health"]["loss"] == 2.0, "the newest, not one of another model in its folder"
-    assert set(a.found) == {"sweep", "health", "scores"}
+    assert set(a.found) == {"sweep", "health", "scores"} and a.found["scores"][0]["results"]["t"]["acc,none"] == 0.5
     assert set(b.found) == {"sweep", "samples"}, "not a record that is older than the weights"
     (tmp_path / "a" / "torn.json").write_text("{")
     for given, sentence in (["a"], "cannot read a/torn.json as JSON"), (["runs"], "runs is neither a run nor a model"):

@@ -152,6 +152,8 @@ VALUES = [
     ("--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler", "excludes --use-checkpoint-opt_param"),
     ("--load nowhere --save there", "--load nowhere holds no checkpoint (latest_checkpointed_iteration.txt is "
                                     "missing); name one, or leave --load out to start from random weights"),
+    ("--load there/best --save there", "--load there/best holds no checkpoint"),
+    ("--answer-tokens 9 --ddp-average-in-collective", "--ddp-average-in-collective does not go with --answer-tokens"),
     ("--load there --save there --finetune", "name one, or leave --finetune out to start from random weights"),
     ("--exit-on-missing-checkpoint --load nowhere", "needs a checkpoint in --load, but nowhere holds none"),
     ("--ckpt-step 3", "--ckpt-step needs a checkpoint in --load, but it is missing"),

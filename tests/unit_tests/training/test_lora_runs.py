@@ -106,7 +106,22 @@ def test_a_map_that_would_stay_blind_to_the_state_is_refused(tmp_path: Path) -> 
     assert train(*save_to(tmp_path), "--train-iters", "1", recursion=PLAIN) is None
     said = train("--init-from-gpt", tmp_path, *LORA, recursion=sampled)
     assert said is not None and "reads no state yet, so that all recurrences would be one; train it first" in said
+    (said,) = run_distributed(_says_of_an_older_map, 1)
+    assert "reads no token; import the donor anew" in said
     assert train("--init-from-gpt", tmp_path, *LORA, "--train-iters", "1", recursion=sampled[:4]) is None
+
+
+def _says_of_an_older_map() -> str:
+    from argparse import Namespace
+
+    from megatron_recursive.errors import UserError
+    from megatron_recursive.training.lora import refuse_blind_adapter
+
+    model = Namespace(adapter=Namespace(weight=torch.eye(4, 8)), config=Namespace(lora=LORA),
+                      plan=Namespace(starts_at_input=False))  # fmt: skip
+    with pytest.raises(UserError) as refused:
+        refuse_blind_adapter([model], Path("import"))
+    return str(refused.value)
 
 
 def _says_of_equal_rows(first: int) -> str:
