@@ -210,7 +210,7 @@ class RecursionPlan:
 
     @property
     def passes_per_block(self) -> int:
-        """Of blocks that are alike, which an exit leaves between."""
+        """Of blocks that are alike."""
         return self.num_passes // self.num_blocks
 
     def known(self, index: int) -> DecoderPass:
@@ -485,16 +485,15 @@ class RecursionPlan:
         rows = [("passes", "block", *["layers"] * has_stacks, "update", *["step"] * has_steps, "reads", "gradient",
                  "lm loss", "halt loss")]  # fmt: skip
         for _, alike in groupby(self.passes, lambda p: replace(p, index=0, cuts_states=False)):
-            run = list(alike)
-            p, last = run[0], run[-1]
+            p, last = (run := [*alike])[0], run[-1]
             span = str(p.index + 1) if p is last else f"{p.index + 1}-{last.index + 1}"
             weights = (f"{p.supervised_weight:g}{' p' * self.exit_gate}" if p.supervised_weight else "-",
                        f"{p.halt_weight:.3g}" if p.halt_weight else "-")  # fmt: skip
             step = (MOVES[p.move][1] if p.move in MOVES else "{:.3g}").format(p.step)
             reads = MAPS[p.combine][0].format(*p.reads) if p.combine in MAPS else " + ".join(p.reads)
-            stack = "-" if dict(self.stacks)[p.stack] == 0 else p.stack
-            rows.append((span, str(p.block + 1), *[stack] * has_stacks, p.target, *[step] * has_steps,
-                         reads, "yes" if p.grad else "no", *weights))  # fmt: skip
+            stack = ["-" if dict(self.stacks)[p.stack] == 0 else p.stack] * has_stacks
+            grad = "yes" if p.grad else "no"
+            rows.append((span, str(p.block + 1), *stack, p.target, *[step] * has_steps, reads, grad, *weights))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         legend = ["p: the probability of leaving there, by the exit gate"] if self.exit_gate else []

@@ -292,7 +292,7 @@ TRIED = """
 --lr 3e-3
 --min-lr 1e-4
 --save {folder} --save-interval 3
---load {folder}
+--load {folder} --save {folder} --save-interval 3
 --verify-integrity
 --no-load-rng
 --loss-scale 8
