@@ -159,7 +159,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         self.embedding_multiplier = float(plan.embedding_multiplier)
         self.norms_before_heads, self.closes = plan.norms_before_heads, [plan.closes(each) for each in plan.passes]
         self.starts_at_input, self.samples_start = plan.starts_at_input, plan.samples_start
-        self.state_std = plan.state_std
+        self.state_std, self.has_inner_depth = plan.state_std, plan.has_inner_depth
         stacks = plan.layers_of(self.config.num_layers)
         self.layers_of_pass = [stacks[each.stack] for each in self.passes]
 
@@ -263,8 +263,7 @@ class RecursiveGPTModel(RecursiveGPTPreTrainedModel):
         }
         states, blocks = self.initial_states(embedding, position_ids), None
         if exit_rule is None:
-            whole = self.config.recursion_plan.has_inner_depth
-            check_filled(past_key_values, self.config.num_hidden_layers, whole=whole)
+            check_filled(past_key_values, self.config.num_hidden_layers, whole=self.has_inner_depth)
             kept = (walk or self._run_plan)(states, output_block_states, {"position_ids": position_ids, **shared})
         else:
             kept, blocks = run_with_exits(self, states, attention_mask, exit_rule, output_block_states, shared)
