@@ -82,6 +82,6 @@ next:   $ablation
           $recursive generate --model $run/checkpoints --prompt "The function returns" --exit halting
           $recursive convert export --ckpt $run/checkpoints --out $run/hf
         every flag; the curves in a browser:
-          $recursive pretrain --help
+          $recursive pretrain --help-all
           ${bin}tensorboard --logdir $run/tensorboard
 TEXT
