@@ -218,7 +218,7 @@ class ExitKnobs:
     halt_threshold: float = _knob(
         0.5, "A token halts at the first block whose halting probability reaches this. Higher refines longer.")
     max_inference_refinement_steps: int = _knob(
-        12, "Cap on the blocks that adaptive halting may run at inference. The default is none to a deeper model.")
+        12, "Cap on the blocks that adaptive halting may run at inference. A model of more than the default has none.")
 
 
 @dataclass(frozen=True)
